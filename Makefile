@@ -1,0 +1,45 @@
+# make quickstart   the whole path on the embedded world: starter, classifier, policy, test
+# make test         the test suite
+# make lint         ruff and mypy
+SEED ?= 0
+OUT ?= outputs/quickstart
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := $(BIN)/python main.py
+
+.PHONY: help quickstart test lint format clean
+
+help:  ## This list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 14
+
+# Made anew only when the requirements change. torch's CPU build is enough; for it alone on Linux, add
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to the environment.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.12 ...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
+	touch $@
+
+quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the embedded world (SEED=0 OUT=outputs/quickstart)
+	$(RUN) fit --config configs/quickstart/starter.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/starter
+	$(RUN) predict --config configs/quickstart/starter.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/starter --ckpt_path last
+	$(RUN) fit --config configs/quickstart/reward.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/reward
+	$(RUN) fit --config configs/quickstart/policy.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/policy
+	$(RUN) test --config configs/quickstart/policy.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/policy --ckpt_path last
+
+test: $(READY)  ## The test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --config-file setup.cfg
+
+format: $(READY)  ## Put the code into shape
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## Remove the environment, not the outputs
+	rm -rf $(VENV)

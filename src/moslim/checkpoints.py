@@ -1,0 +1,69 @@
+"""What the modules keep in a checkpoint: trained weights and plain hyper-parameters, and a guard for the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+_KEY = "frozen_fingerprint"
+_SAMPLE = 4096
+
+
+def keep_plain_hparams(module: LightningModule) -> None:
+    """Drops objects from saved hyper-parameters; a checkpoint that holds them does not load with ``weights_only``.
+
+    Call it after ``save_hyperparameters()``. Under the command line they are plain already.
+    """
+    for name in [name for name, value in module.hparams.items() if not _plain(value)]:
+        del module.hparams[name]
+
+
+def drop_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Takes frozen parameters out of a checkpoint and leaves a fingerprint of them there."""
+    frozen = _frozen(module)
+    if frozen:
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint[_KEY] = fingerprint(frozen)
+
+
+def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Puts the module's own frozen parameters into a checkpoint, which then loads strictly.
+
+    Raises:
+        ValueError: They are not those that the checkpoint was trained with.
+    """
+    frozen = _frozen(module)
+    if checkpoint.get(_KEY, fingerprint(frozen)) != fingerprint(frozen):
+        raise ValueError(
+            "the checkpoint was trained on other frozen weights than those loaded now: "
+            "give the same backbone and the same set of trained parameters"
+        )
+    checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Hash of names, shapes and evenly spaced values, at bfloat16, so that a change of precision goes unnoticed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, len(values) // _SAMPLE)].to(torch.bfloat16).cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _frozen(module: nn.Module) -> dict[str, Tensor]:
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: p.detach() for name, p in named if not p.requires_grad}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))

@@ -1,0 +1,169 @@
+"""The command line: LightningCLI with the preferences linked to every part and its traps closed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import netrc
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from transformers.utils import logging as transformers_logging
+
+from moslim.data.module import PreferenceDataModule
+from moslim.preferences import PreferenceSet
+from moslim.restore import newest_checkpoint
+from moslim.trainer import MoslimTrainer
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export")
+
+
+class MoslimCLI(LightningCLI):
+    """See ``python main.py fit --help``. Every key can stand in a YAML file; a later file or option wins.
+
+    ``preferences`` and ``seed_everything`` are given once and linked to the model and the data module, where these
+    take ``preferences`` and ``seed``. A run is written to ``<trainer.default_root_dir>/version_N``.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        usage = f"{Path(sys.argv[0]).name} {{}} [--config FILE] [options]"
+        super().__init__(
+            LightningModule,
+            PreferenceDataModule,
+            trainer_class=MoslimTrainer,
+            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "outputs"},
+            # A shortened option would hide a misspelt one, and Lightning's full usage is 60 lines.
+            parser_kwargs={"allow_abbrev": False, **{name: {"usage": usage.format(name)} for name in SUBCOMMANDS}},
+            save_config_kwargs={"overwrite": True},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        own = {"generate": {"model", "datamodule"}, "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), **own}
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run and of all its parts.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--preferences", type=PreferenceSet, sub_configs=True, help="The dimensions in use.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+        # Linked when parsing, not when instantiating: so the hyper-parameters in a checkpoint are plain data.
+        for part in ("model", "data"):
+            parser.link_arguments("preferences", f"{part}.init_args.preferences")
+            parser.link_arguments("seed_everything", f"{part}.init_args.seed")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(cast("list[str] | None", args))
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning's own would put a checkpoint's hyper-parameters over the command line."""
+
+    def before_instantiate_classes(self) -> None:
+        self._dump_config()
+        for key, value in _leaves(self.config_dump):
+            if isinstance(value, str) and value.startswith("Unable to serialize instance"):
+                raise ValueError(
+                    f"the default of `{key}` cannot be written to config.yaml, so the run could not be repeated; "
+                    f"give its arguments by keyword, or use None and choose in the code ({value})"
+                )
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None and str(cause).startswith("Does not validate against any of"):
+                cause = cause.__cause__
+            if cause is error:
+                raise
+            raise cause from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        return super().instantiate_trainer(logger=_csv_first(config.logger, config.default_root_dir), **kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config["enable_checkpointing"] is False or config["fast_dev_run"]:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs["ckpt_path"] == "last":
+            kwargs["ckpt_path"] = str(newest_checkpoint(self._run_folders()))
+        if kwargs["weights_only"] is None:
+            kwargs["weights_only"] = True
+        return kwargs
+
+    def _run_folders(self) -> list[str]:
+        """Where checkpoints of this run may lie: where ModelCheckpoint writes them, for each way to configure it."""
+        csv = [str(Path(logger.log_dir).parent) for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
+        savers = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
+        chosen = [str(saver.dirpath) for saver in savers if saver.dirpath]
+        return [*csv, self.trainer.default_root_dir, *chosen]
+
+
+def _csv_first(logger: Logger | list[Logger] | bool | None, root: str) -> list[Logger] | bool:
+    """Puts a CSV logger before all others, which decides the run's folder; ``False`` stays off."""
+    if logger is False:
+        return False
+    given = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
+    if any(isinstance(one, WandbLogger) for one in given):
+        _never_prompt_for_wandb()
+    csv: list[Logger] = [one for one in given if isinstance(one, CSVLogger)]
+    return [*(csv or [CSVLogger(root, name="")]), *(one for one in given if not isinstance(one, CSVLogger))]
+
+
+def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted key and the value of every entry of nested dicts."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, config
+
+
+def _never_prompt_for_wandb() -> None:
+    """Keeps W&B offline where no key is found; it would ask for one, or stop the run. ``WANDB_MODE`` wins."""
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        hosts = {}
+    if "WANDB_API_KEY" not in os.environ and not any("wandb" in host for host in hosts):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def run(args: list[str] | None = None) -> MoslimCLI:
+    """Runs one command and returns its parts (``model``, ``datamodule``, ``trainer``).
+
+    Args:
+        args: Arguments; None for those of the process. The current folder is importable, for the user's own classes.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for noise in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
+        warnings.filterwarnings("ignore", noise)
+    return MoslimCLI(args)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``main.py`` and of the console script."""
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        print(importlib.metadata.version("moslim"))
+    else:
+        run(args)

@@ -1,0 +1,193 @@
+"""Which rows make which batch, and how an interrupted epoch goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from moslim.noise import derive_seed
+
+
+class Rows(Protocol):
+    """A data set whose rows are asked for by :class:`Draw`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draw: Draw, /) -> Any: ...
+
+
+_WINDOW = 50
+"""Batches among which rows of like length are grouped."""
+
+
+class Draw(NamedTuple):
+    """What a data set is asked for: a row, in an epoch, so that what is drawn for it can depend on both."""
+
+    epoch: int
+    row: int
+
+
+def share(batch: list[int], rank: int, ranks: int) -> list[int]:
+    """Returns a rank's part of a global batch: contiguous, and all of one size where the batch divides evenly."""
+    return batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
+
+
+def shuffled_batches(rows: int, size: int, seed: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
+    """Cuts the rows, in random order, into full batches; the rows left over are dropped.
+
+    Args:
+        rows: Number of rows.
+        size: Rows of a batch.
+        seed: Seed of the order, on which alone (with the arguments) the result depends.
+        lengths: Length of each row. If given, rows of like length share a batch: windows of the shuffled order
+            are sorted by length, and their batches are shuffled, so that there is little padding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows, generator=generator).tolist()[: rows - rows % size]
+    if lengths is None:
+        return [order[start : start + size] for start in range(0, len(order), size)]
+    batches = []
+    for start in range(0, len(order), size * _WINDOW):
+        window = sorted(order[start : start + size * _WINDOW], key=lambda row: lengths[row])
+        batches += [window[i : i + size] for i in range(0, len(window), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def ordered_batches(rows: int, size: int, ranks: int) -> list[list[int]]:
+    """Cuts the rows, in order, into batches. A last one with fewer rows than ranks joins the one before it.
+
+    Raises:
+        ValueError: There are fewer rows than ranks, so that a rank would have nothing to do.
+    """
+    if rows < ranks:
+        raise ValueError(f"{rows} rows cannot be shared out to {ranks} processes: use fewer devices")
+    batches = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
+    if len(batches) > 1 and len(batches[-1]) < ranks:
+        tail = batches.pop()
+        batches[-1] += tail
+    return batches
+
+
+class RepeatBatchSampler(Sampler[list[Draw]]):
+    """Yields each batch ``repeats`` times; every rank gets its slice of the same global batch.
+
+    The order is a function of seed and epoch only, and the slices of ``W`` ranks with batch size ``B`` are the
+    batch of one process with batch size ``W * B``, cut into contiguous parts.
+
+    Args:
+        rows: Number of rows.
+        batch_size: Rows per rank and batch.
+        seed: Seed of the order.
+        repeats: How often each batch is yielded in a row.
+        rank: This process.
+        ranks: Number of processes.
+        lengths: Length of each row, to group rows of like length.
+
+    Raises:
+        ValueError: There are too few rows for a single batch.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int = 0,
+        repeats: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        if rows < batch_size * ranks:
+            raise ValueError(
+                f"there are only {rows} training rows, too few for one batch of {batch_size} on each of {ranks} "
+                "processes: lower batch_size"
+            )
+        self.rows, self.batch_size, self.seed, self.repeats = rows, batch_size, seed, repeats
+        self.rank, self.ranks, self.lengths = rank, ranks, lengths
+        self.epoch = 0
+        self.start = 0
+        self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`, never on the batch sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows // (self.batch_size * self.ranks) * self.repeats
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        """Yields the batches of the epoch from number ``start`` on; ``start`` is then 0 again."""
+        start, self.start = self.start, 0
+        epoch = self.epoch
+        seed = derive_seed(self.seed, epoch)
+        batches = shuffled_batches(self.rows, self.batch_size * self.ranks, seed, self.lengths)
+        for number in range(start, len(self)):
+            yield [Draw(epoch, row) for row in share(batches[number // self.repeats], self.rank, self.ranks)]
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader whose position goes into checkpoints, with any number of workers.
+
+    Args:
+        dataset: Rows, indexed by :class:`Draw`.
+        sampler: Which draws make which batch.
+        collate: Makes a batch of a list of items.
+        position: Tells (epoch, batches finished in it). It is asked when a checkpoint is saved: batches that a
+            worker prepared ahead do not count.
+        workers: Number of worker processes.
+    """
+
+    batch_sampler: RepeatBatchSampler
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        sampler: RepeatBatchSampler,
+        collate: Callable[[list[Any]], Any],
+        position: Callable[[], tuple[int, int]],
+        workers: int = 0,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+        self._position = position
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the epoch and the number of batches finished in it."""
+        epoch, done = self._position()
+        return {"epoch": epoch, "done": done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration start behind the finished batches."""
+        self.batch_sampler.set_epoch(state["epoch"])  # at an epoch's end this is the next, which workers draw ahead
+        self.batch_sampler.start = state["done"]
+
+
+class OrderedBatches:
+    """All rows in order, for evaluation. Every row is in exactly one batch of one rank.
+
+    Args:
+        dataset: Rows, indexed by :class:`Draw`.
+        batch_size: Rows per rank and batch.
+        collate: Makes a batch of a list of items.
+        rank: This process.
+        ranks: Number of processes; all have the same number of batches.
+
+    Raises:
+        ValueError: There are fewer rows than processes.
+    """
+
+    def __init__(
+        self, dataset: Rows, batch_size: int, collate: Callable[[list[Any]], Any], rank: int = 0, ranks: int = 1
+    ) -> None:
+        batches = ordered_batches(len(dataset), batch_size * ranks, ranks)
+        self._dataset, self._collate = dataset, collate
+        self._batches = [share(batch, rank, ranks) for batch in batches]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            yield self._collate([self._dataset[Draw(0, row)] for row in batch])

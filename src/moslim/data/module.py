@@ -1,0 +1,232 @@
+"""The data module of every stage."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
+from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader
+from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
+from moslim.data.prompts import PairEncoder, PromptRenderer, pad_id
+from moslim.data.requests import Request, combination_requests, sweep_requests
+from moslim.data.sources.base import Source
+from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
+from moslim.instructions import PreferenceInstruction, Tags
+from moslim.noise import derive_seed
+from moslim.preferences import Preference, PreferenceSet
+from moslim.sampling import PreferenceSampler, Uniform
+
+Batch = PairBatch | PromptBatch | TextBatch
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Serves the rows of one source to whatever module is trained, so one ``data:`` block fits every config.
+
+    The module says what it wants in its attribute ``batch_view``, and gives its ``tokenizer`` and, for a policy,
+    ``batch_repeats``: how often each training batch is to be yielded in a row. The Trainer must leave the sampler
+    alone (``use_distributed_sampler: false``): batches are shared out to processes here.
+
+    | view | train | validation | test | predict |
+    |---|---|---|---|---|
+    | reward, text | pairs | pairs | pairs | pairs |
+    | policy | sampled preferences | level sweep on a few questions | sweep, default, combinations | the rows' levels |
+
+    Args:
+        preferences: The dimensions in use; the same as the module's.
+        source: Where the rows come from.
+        instruction: How a preference is written into a prompt. Default: :class:`~moslim.instructions.Tags`.
+        sampler: Which preferences are asked for in training. Default: :class:`~moslim.sampling.Uniform`.
+        batch_size: Rows of a training batch, per process.
+        eval_batch_size: Rows of a batch in validation, test and predict, per process.
+        max_length: Most tokens of a prompt (policy view) or pair (other views). The question loses its start.
+        group_by_length: Whether pairs of like length share a training batch, for less padding.
+        validation_questions: Questions of the policy's level sweep in validation; taken from the training rows if
+            the source has no validation rows.
+        test_questions: Questions of the policy's test; None for all.
+        combinations: Requests of two or more dimensions at once per test question: as many among what training
+            could ask for (``seen``) and as many among what the source holds out (``unseen``), if it does.
+        scramble: Control run: in training, a policy's reward follows the levels that another prompt of the batch
+            shows (:class:`~moslim.data.asking.CollatePrompts`). Steerability must vanish.
+        seed: Seed of the source, of the order of rows and of the preferences drawn.
+        workers: Processes that prepare training batches; 0 prepares them in the main process.
+
+    Raises:
+        ValueError: ``scramble`` with a batch of one, where there is nothing to exchange.
+    """
+
+    def __init__(
+        self,
+        preferences: PreferenceSet,
+        source: Source,
+        instruction: PreferenceInstruction | None = None,
+        sampler: PreferenceSampler | None = None,
+        batch_size: int = 16,
+        eval_batch_size: int = 64,
+        max_length: int | None = None,
+        group_by_length: bool = True,
+        validation_questions: int = 8,
+        test_questions: int | None = None,
+        combinations: int = 2,
+        scramble: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if scramble and batch_size < 2:
+            raise ValueError("scramble exchanges levels within a batch, so it needs a batch_size of two or more")
+        self.preferences = preferences
+        self.source = source
+        self.instruction = instruction or Tags()
+        self.sampler = sampler or Uniform()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_length = max_length
+        self.group_by_length = group_by_length
+        self.validation_questions = validation_questions
+        self.test_questions = test_questions
+        self.combinations = combinations
+        self.scramble = scramble
+        self.seed = seed
+        self.workers = workers
+        self._rows: dict[tuple[View, Split], list[Example]] = {}
+
+    def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
+        """Returns what writes the prompts of training and evaluation, for use elsewhere."""
+        return PromptRenderer(tokenizer, self.instruction, self.preferences, self.max_length)
+
+    def rows(self, view: View, split: Split) -> list[Example]:
+        """Returns the source's rows; they are read once."""
+        if (view, split) not in self._rows:
+            self._rows[view, split] = self.source.rows(view, split, self.preferences, self.seed)
+        return self._rows[view, split]
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled, full batches; the position goes into checkpoints.
+
+        Raises:
+            ValueError: There are too few training rows for one batch.
+        """
+        rows = self.rows(self._view, Split.TRAIN)
+        dataset: SampledPrompts | Pairs
+        lengths = None
+        if self._view is View.POLICY:
+            dataset = SampledPrompts(rows, self.preferences, self.sampler, self.source, self.seed)
+        else:
+            dataset = self._pairs(rows)
+            lengths = dataset.lengths() if self.group_by_length else None
+        repeats: int = getattr(self._module, "batch_repeats", 1)
+        rank, ranks = self._processes
+        sampler = RepeatBatchSampler(len(dataset), self.batch_size, self.seed, repeats, rank, ranks, lengths)
+        sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
+        return ResumableLoader(dataset, sampler, self._collate(self.scramble), self._position, self.workers)
+
+    def val_dataloader(self) -> OrderedBatches | list[Any]:
+        """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
+        if self._view is not View.POLICY:
+            return self._in_order(self._pairs(self.rows(self._view, Split.VALIDATION)))
+        rows = self.rows(View.POLICY, Split.VALIDATION) or self.rows(View.POLICY, Split.TRAIN)
+        chosen = spread(rows, self.validation_questions)
+        return self._in_order(requested(chosen, [sweep_requests(self.preferences)] * len(chosen)))
+
+    def test_dataloader(self) -> OrderedBatches | list[Any]:
+        """Test rows in order; for a policy, sweeps, the default and combinations. No loader if there are no rows."""
+        rows = self.rows(self._view, Split.TEST)
+        if self._view is not View.POLICY:
+            return self._in_order(self._pairs(rows))
+        chosen = spread(rows, len(rows) if self.test_questions is None else self.test_questions)
+        return self._in_order(requested(chosen, [self._test_requests(index) for index, _ in chosen]))
+
+    def predict_dataloader(self) -> OrderedBatches | list[Any]:
+        """Rows of the source's predict split in order; a policy is asked for the levels that a row has."""
+        rows = self.rows(self._view, Split.PREDICT)
+        if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
+            rows = [dataclasses.replace(row, answer="") for row in rows]
+        if self._view is not View.POLICY:
+            return self._in_order(self._pairs(rows))
+        asked = [known_levels(row, self.preferences) for row in rows]
+        return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves the tensors of a batch; Lightning's own would copy every row and question, too."""
+        if isinstance(batch, Batch):
+            return to_device(batch, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    @property
+    def _module(self) -> Any:
+        if self.trainer is None:
+            raise RuntimeError(
+                "PreferenceDataModule serves a module in a Trainer: call trainer.fit(module, datamodule)"
+            )
+        return self.trainer.lightning_module
+
+    @property
+    def _view(self) -> View:
+        return View(self._module.batch_view)
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch that Lightning gives to samplers; ``current_epoch`` is behind when an epoch's end is restored."""
+        assert self.trainer is not None
+        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+
+    def _position(self) -> tuple[int, int]:
+        """Epoch and finished batches; at its end, the start of the next epoch."""
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        done: int = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+        if done < self.trainer.num_training_batches:
+            return self._epoch, done
+        return loop.epoch_progress.current.ready, 0  # counts this epoch, whether or not its end is recorded yet
+
+    def _pairs(self, rows: list[Example]) -> Pairs:
+        return Pairs(rows, PairEncoder(self._module.tokenizer, self.max_length))
+
+    def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
+        tokenizer = self._module.tokenizer
+        if self._view is View.POLICY:
+            return CollatePrompts(self.renderer(tokenizer), scramble)
+        if self._view is View.REWARD:
+            return CollateRewards(self.preferences, pad_id(tokenizer))
+        return CollateTexts(pad_id(tokenizer))
+
+    def _in_order(self, dataset: FixedPrompts | Pairs) -> OrderedBatches | list[Any]:
+        if not len(dataset):
+            return []
+        rank, ranks = self._processes
+        return OrderedBatches(dataset, self.eval_batch_size, self._collate(), rank, ranks)
+
+    def _test_requests(self, index: int) -> list[Request]:
+        requests = [*sweep_requests(self.preferences), Request(Preference(), "default")]
+        for unseen in (False, True):
+            seed = derive_seed(self.seed, index)
+            requests += combination_requests(self.preferences, self.source, self.combinations, seed, unseen)
+        return requests
+
+
+def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:
+    """Returns ``count`` rows at equal distances, or all if there are fewer, each with its index."""
+    count = min(count, len(rows))
+    return [(i, rows[i]) for i in (k * len(rows) // count for k in range(count))]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch with its tensors on a device; the rest is shared."""
+    moved = copy.copy(batch)
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            setattr(moved, field.name, value.to(device))
+    return moved

@@ -1,0 +1,251 @@
+"""Questions, instructions and answers as token ids: the one place where prompts are made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moslim.data.neutralise import Neutraliser, special_strings
+from moslim.data.types import Message, Question
+from moslim.instructions import RESERVED, PreferenceInstruction
+from moslim.preferences import Preference, PreferenceSet
+
+_ROLES = ("system", "user", "assistant")
+
+
+def as_messages(question: Question) -> list[Message]:
+    """Returns a question as a chat.
+
+    Raises:
+        ValueError: The chat is empty, has an unknown role or lacks text, or does not end with a user turn.
+    """
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    for i, message in enumerate(messages):
+        if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
+            raise ValueError(
+                f"message {i} of a question is {message}: it needs a role of {_ROLES} and a text as content"
+            )
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError(f"a question must end with a user turn, but the roles are {[m['role'] for m in messages]}")
+    return messages
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that stands on padding; masks are explicit everywhere, so the end token will do where there is no other."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
+
+
+def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id that ends an answer: the end-of-sequence token, or an encoder's separator.
+
+    Raises:
+        ValueError: The tokenizer has neither.
+    """
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token is not None:
+            return token
+    raise ValueError("the tokenizer has no end-of-sequence token, so no answer can end: set tokenizer.eos_token")
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """Returns the ids of an answer, followed by the end token."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], end_id(tokenizer)]
+
+
+def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows system messages: some refuse them, some drop them silently."""
+    probe = [{"role": "system", "content": "probe-of-system-role"}, {"role": "user", "content": "question"}]
+    try:
+        return "probe-of-system-role" in tokenizer.apply_chat_template(probe, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def fit_roles(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Message]:
+    """Moves a leading system message into the first user turn where the template has no system role."""
+    if messages[0]["role"] != "system" or tokenizer.chat_template is None or has_system_role(tokenizer):
+        return messages
+    system, first, *rest = messages
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """Returns the ids of a chat up to the point where the answer begins.
+
+    Without a chat template, the contents stand one per line, after the beginning-of-sequence token if the
+    tokenizer uses one.
+
+    Raises:
+        ValueError: The chat template refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        text = "".join(f"{message['content']}\n" for message in messages)
+        return _beginning(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = [message["role"] for message in messages]
+        raise ValueError(f"the tokenizer's chat template refuses messages with roles {roles}: {error}") from error
+    return tokenizer(chat, add_special_tokens=False)["input_ids"]
+
+
+class PromptRenderer:
+    """Makes the prompts of training, evaluation and generation, so that they cannot drift apart.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        instruction: How a preference is written.
+        preferences: The dimensions in use.
+        max_length: Most tokens of a prompt. A longer question loses its start, never the instruction.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: PreferenceInstruction,
+        preferences: PreferenceSet,
+        max_length: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.instruction = instruction
+        self.preferences = preferences
+        self._neutraliser = Neutraliser({*special_strings(tokenizer), *RESERVED, *instruction.reserved})
+        self._cutter = _Cutter(max_length)
+
+    def question(self, question: Question) -> Question:
+        """Returns the question without special tokens and reserved delimiters, still text or messages."""
+        return self._neutraliser.question(question)
+
+    def messages(self, question: Question, preference: Preference) -> list[Message]:
+        """Returns the chat that the policy is shown, uncut."""
+        return fit_roles(self.tokenizer, self._instructed(as_messages(self.question(question)), preference))
+
+    def ids(self, question: Question, preference: Preference) -> list[int]:
+        """Returns the prompt's ids, at most ``max_length``.
+
+        Raises:
+            ValueError: The instruction and the chat template alone are longer than ``max_length``.
+        """
+        messages = as_messages(self.question(question))
+        return self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, self._instructed(cut, preference)))
+
+    def _instructed(self, messages: list[Message], preference: Preference) -> list[Message]:
+        return self.instruction.render(messages, preference, self.preferences)
+
+
+class PairEncoder:
+    """Makes the ids of question-answer pairs, as the classifier and plain language modelling see them.
+
+    No instruction is shown, and both spans are neutralised: a policy could forge an instruction in its answer.
+
+    Args:
+        tokenizer: Tokenizer of the model that reads the pairs.
+        max_length: Most tokens of a pair. The question is cut from its start; if that is not enough, so is the
+            answer, whose end is always kept.
+        reserved: Delimiters to take out, besides the special tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        reserved: tuple[str, ...] = RESERVED,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._neutraliser = Neutraliser({*special_strings(tokenizer), *reserved})
+        self._cutter = _Cutter(max_length)
+
+    def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
+        """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``."""
+        end = answer_ids(self.tokenizer, self._neutraliser.text(answer))
+        messages = as_messages(self._neutraliser.question(question))
+        if self.max_length is None:
+            return prompt_ids(self.tokenizer, messages), end
+        try:
+            ids = self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, cut) + end)
+        except ValueError:
+            bare = [{"role": message["role"], "content": ""} for message in messages]
+            ids = [*prompt_ids(self.tokenizer, bare), *end][-self.max_length :]
+        kept = min(len(end), len(ids))
+        return ids[: len(ids) - kept], ids[len(ids) - kept :]
+
+    def encode(self, question: Question, answer: str) -> list[int]:
+        """Returns the ids of one pair: prompt, answer, end token."""
+        prompt, end = self.spans(question, answer)
+        return prompt + end
+
+    def batch(self, questions: Sequence[Question], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns input ids and attention mask ``[B, T]`` of ``B`` pairs, right-padded."""
+        rows = [self.encode(q, a) for q, a in zip(questions, answers, strict=True)]
+        return pad(rows, pad_id(self.tokenizer), left=False)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, Tensor]:
+    """Returns ids and attention mask ``[B, T]`` int64, padded on one side with ``value``."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), value, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, span] = torch.tensor(row, dtype=torch.long)
+        mask[i, span] = 1
+    return ids, mask
+
+
+class _Cutter:
+    """Shortens a question from its start until its encoding fits. Counts what it cut and says so once."""
+
+    def __init__(self, max_length: int | None) -> None:
+        self.max_length = max_length
+        self.count = 0
+
+    def __call__(self, messages: list[Message], encode: Callable[[list[Message]], list[int]]) -> list[int]:
+        ids = encode(messages)
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids
+        fewest, most = 1, sum(len(m["content"]) for m in messages if m["role"] != "system")
+        shortest = encode(_without_start(messages, most))
+        if len(shortest) > self.max_length:
+            raise ValueError(
+                f"without any question the text already takes {len(shortest)} tokens, more than max_length = "
+                f"{self.max_length}: raise max_length or shorten the instruction or system message"
+            )
+        if self.count == 0:
+            warnings.warn(
+                f"a question is cut from its start to fit max_length = {self.max_length} tokens "
+                f"(it takes {len(ids)}); later ones are cut without a word",
+                stacklevel=3,
+            )
+        self.count += 1
+        ids = shortest
+        while fewest < most:  # binary search: a character more at the start never makes the encoding shorter
+            middle = (fewest + most) // 2
+            shorter = encode(_without_start(messages, middle))
+            if len(shorter) <= self.max_length:
+                most, ids = middle, shorter
+            else:
+                fewest = middle + 1
+        return ids
+
+
+def _without_start(messages: list[Message], characters: int) -> list[Message]:
+    """Drops characters from the start of the chat; turns stay, system messages stay whole."""
+    result = []
+    for message in messages:
+        cut = 0 if message["role"] == "system" else min(characters, len(message["content"]))
+        characters -= cut
+        result.append({"role": message["role"], "content": message["content"][cut:]})
+    return result
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, if this tokenizer puts one before a text."""
+    if tokenizer.bos_token_id is None:
+        return []
+    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []

@@ -1,0 +1,34 @@
+"""The interface of every data source."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from moslim.data.types import Example, Split, View
+from moslim.preferences import Preference, PreferenceSet
+
+
+class Source(ABC):
+    """Rows for all three views. Subclass it, and name the subclass under ``data.source``."""
+
+    @abstractmethod
+    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        """Returns the rows of one split, in a fixed order for a fixed seed.
+
+        Args:
+            view: What the rows are for.
+            split: Which part is asked for.
+            preferences: The dimensions in use; a label outside their levels is an error.
+            seed: Seed of everything that is drawn.
+
+        Raises:
+            ValueError: A row cannot be used; the message names file, line and field.
+        """
+
+    def reachable(self, preference: Preference) -> bool:
+        """Whether some answer can have these levels at once. Unreachable ones are not worth asking for."""
+        return True
+
+    def held_out(self, preference: Preference) -> bool:
+        """Whether this combination is kept from training, to test what was never asked for."""
+        return False

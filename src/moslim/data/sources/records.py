@@ -1,0 +1,100 @@
+"""Reads tables row by row and remembers where each row stands."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+@dataclass
+class Record:
+    """One row of a table.
+
+    Args:
+        place: Where it stands, e.g. ``ratings.csv, line 7``.
+        fields: Value by column name; every row of a table has the same columns.
+    """
+
+    place: str
+    fields: dict[str, Any]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a table file, rather than of a Hub data set or one of its splits."""
+    return Path(name.removesuffix(".gz")).suffix.lower() in SUFFIXES
+
+
+def read_file(path: str) -> list[Record]:
+    """Reads a CSV, TSV, JSON Lines or parquet file; all but parquet may be gzipped (``.gz``).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line cannot be read; the message names file and line.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"data.source: there is no file '{path}' (looked in {Path.cwd()})")
+    suffix = Path(path.removesuffix(".gz")).suffix.lower()
+    if suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return [Record(f"{path}, row {number}", fields) for number, fields in enumerate(rows, 1)]
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if suffix in (".csv", ".tsv"):
+            return list(_csv(path, file, "\t" if suffix == ".tsv" else ","))
+        return _completed(list(_json(path, file)))
+
+
+def read_hub(name: str, split: str) -> list[Record]:
+    """Reads a split of a Hub data set (or of one saved in a local folder in the Hub's layout)."""
+    from datasets import load_dataset
+
+    rows = load_dataset(name, split=split)
+    return [Record(f"{name}[{split}], row {number}", dict(fields)) for number, fields in enumerate(rows, 1)]
+
+
+def _csv(path: str, file: IO[str], delimiter: str) -> Iterator[Record]:
+    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        for fields in reader:
+            line = reader.line_num
+            if None in fields:
+                raise ValueError(
+                    f"{path}, line {line}: more fields than the {len(reader.fieldnames or ())} of the header"
+                )
+            if None in fields.values():
+                absent = [name for name, value in fields.items() if value is None]
+                raise ValueError(f"{path}, line {line}: the row ends before field '{absent[0]}'")
+            yield Record(f"{path}, line {line}", fields)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {line + 1}: {error}") from error
+
+
+def _json(path: str, file: IO[str]) -> Iterator[Record]:
+    for number, text in enumerate(file, 1):
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); write one object per line"
+            ) from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}, line {number}: {text.strip()[:40]!r} is no JSON object")
+        yield Record(f"{path}, line {number}", fields)
+
+
+def _completed(records: list[Record]) -> list[Record]:
+    """Gives every record the columns of all, since a JSON object may leave out what it lacks."""
+    columns = {column: None for record in records for column in record.fields}
+    return [Record(record.place, {**columns, **record.fields}) for record in records]

@@ -1,0 +1,135 @@
+"""The embedded world as a source: nothing is stored or downloaded, every row follows from the seed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from moslim.data.sources.base import Source
+from moslim.data.types import Example, Split, View
+from moslim.noise import derive_seed
+from moslim.preferences import Preference, PreferenceSet
+from moslim.workbench.corpus import starter_corpus
+from moslim.workbench.corruptions import corrupt
+from moslim.workbench.gold import gold_levels
+from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS, Topic
+from moslim.workbench.questions import ask, topic_of
+from moslim.workbench.writing import draw_levels, reachable, write_answer
+
+HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
+    (("verbosity", 0), ("warmth", 4)),
+    (("verbosity", 4), ("formality", 0)),
+    (("formality", 4), ("warmth", 0)),
+    (("helpfulness", 3), ("warmth", 1)),
+)
+"""Pairs of levels that training never asks for together."""
+
+TEST_FORMS = 3
+"""How many of the question forms are asked about each held-out topic."""
+_SAMPLES_HELD_BACK = 5
+"""Every how many of the starter's samples one is kept for validation."""
+
+
+class Workbench(Source):
+    """Questions, answers and exact levels from the embedded world.
+
+    Topics of one fold are in the starter's text, whose facts must be known, and otherwise in the test alone. The
+    classifier learns from equal parts of written answers, of a policy's own samples, and of corrupted answers,
+    all labelled by the gold scorer.
+
+    Args:
+        fold: Which third of the topics is held out; tune on one fold, report on another.
+        corpus_rows: Rows of the text view.
+        reward_rows: Rows of each of the three parts of the reward view.
+        policy_rows: Prompts of an epoch of the policy view.
+        samples: JSON Lines with ``question`` and ``answer``: the starter's own answers. None leaves that part out.
+    """
+
+    def __init__(
+        self,
+        fold: int = 0,
+        corpus_rows: int = 8000,
+        reward_rows: int = 4000,
+        policy_rows: int = 16384,
+        samples: str | None = None,
+    ) -> None:
+        if not 0 <= fold < FOLDS:
+            raise ValueError(f"source.fold is {fold}: give 0 to {FOLDS - 1}")
+        self.fold = fold
+        self.corpus_rows = corpus_rows
+        self.reward_rows = reward_rows
+        self.policy_rows = policy_rows
+        self.samples = samples
+
+    def topics(self, held_out: bool) -> list[Topic]:
+        """The topics of this fold's test, or all others."""
+        return [topic for topic in TOPICS if (topic.held_out_in == self.fold) == held_out]
+
+    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        preferences.columns_in(PreferenceSet(LEVELS), "embedded world")
+        rng = random.Random(derive_seed(seed, *view.encode(), *split.encode()))
+        if view is View.TEXT:
+            return self._text(split, rng)
+        if view is View.POLICY:
+            return self._prompts(split, rng)
+        return self._pairs(split, rng)
+
+    def reachable(self, preference: Preference) -> bool:
+        return reachable(preference.levels)
+
+    def held_out(self, preference: Preference) -> bool:
+        asked = set(preference.levels.items())
+        return any(asked.issuperset(pair) for pair in HELD_OUT_PAIRS)
+
+    def _text(self, split: Split, rng: random.Random) -> list[Example]:
+        if split is Split.PREDICT:  # what a policy is asked to answer, to see how it writes
+            return [self._question(rng) for _ in range(self.reward_rows)]
+        return starter_corpus(TOPICS, self.corpus_rows if split is Split.TRAIN else 256, rng)
+
+    def _question(self, rng: random.Random) -> Example:
+        return Example(ask(rng.choice(self.topics(held_out=False)), rng.randrange(len(QUESTIONS))))
+
+    def _prompts(self, split: Split, rng: random.Random) -> list[Example]:
+        if split is Split.TRAIN:
+            return [self._question(rng) for _ in range(self.policy_rows)]
+        topics = self.topics(held_out=split is Split.TEST)
+        rows = [Example(ask(topic, form)) for form in range(TEST_FORMS) for topic in topics]
+        if split is not Split.TEST:
+            rng.shuffle(rows)
+        return rows
+
+    def _pairs(self, split: Split, rng: random.Random) -> list[Example]:
+        topics = self.topics(held_out=False)
+        kept_back = split is not Split.TRAIN
+        sampled = [row for i, row in enumerate(self._sampled()) if (i % _SAMPLES_HELD_BACK == 0) == kept_back]
+        if kept_back:
+            asked = [row for row in adversarial_rows() if topic_of(row.question) in topics]
+            return [*_labelled(sampled, "samples"), *asked]
+        written, corrupted = [], []
+        for _ in range(self.reward_rows):
+            topic = rng.choice(topics)
+            question = ask(topic, rng.randrange(len(QUESTIONS)))
+            written.append(Example(question, write_answer(topic, draw_levels({}, rng), rng)))
+            corrupted.append(Example(question, corrupt(topic, topics, rng)))
+        return _labelled([*written, *sampled, *corrupted], None)
+
+    def _sampled(self) -> list[Example]:
+        if self.samples is None:
+            return []
+        path = Path(self.samples)
+        if not path.exists():
+            raise ValueError(f"data.source.samples: no file {path}; `main.py predict` with the starter writes it")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [Example(row["question"], row["answer"]) for row in rows]
+
+
+def adversarial_rows() -> list[Example]:
+    """The committed answers that a policy could try to fool a classifier with, labelled by the gold scorer."""
+    path = Path(__file__).parents[2] / "workbench" / "adversarial.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return _labelled([Example(row["question"], row["answer"]) for row in rows], "adversarial")
+
+
+def _labelled(rows: list[Example], subset: str | None) -> list[Example]:
+    return [Example(row.question, row.answer, gold_levels(row.question, row.answer or ""), subset) for row in rows]

@@ -1,0 +1,108 @@
+"""What flows from a source to a module: rows, views and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+Message = dict[str, str]
+"""One chat turn: ``{"role": ..., "content": ...}``."""
+
+Question = str | list[Message]
+"""A question as plain text or as the chat so far, which must not end with an assistant turn."""
+
+
+class View(StrEnum):
+    """What a module wants of the rows; it says so in ``LightningModule.batch_view``."""
+
+    REWARD = "reward"
+    """Question, answer and levels, for the reward classifier."""
+    POLICY = "policy"
+    """Question and preference, for the policy."""
+    TEXT = "text"
+    """Question and answer, for plain language modelling."""
+
+
+class Split(StrEnum):
+    """Which part of a source is asked for."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+    PREDICT = "predict"
+
+
+@dataclass
+class Example:
+    """One row of a source.
+
+    Args:
+        question: The question, or the chat so far.
+        answer: The answer; None where only questions are given.
+        levels: Level by dimension name; a dimension that is absent is not labelled.
+        subset: Part of the split that metrics are reported for separately, e.g. a language.
+    """
+
+    question: Question
+    answer: str | None = None
+    levels: Mapping[str, int] = field(default_factory=dict)
+    subset: str | None = None
+
+
+@dataclass
+class PairBatch:
+    """Reward view, right-padded. ``B`` pairs of ``T`` tokens, ``D`` dimensions.
+
+    Args:
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``.
+        levels: ``[B, D]`` int64, -1 = not labelled.
+        rows: The ``B`` examples.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    levels: Tensor
+    rows: list[Example]
+
+
+@dataclass
+class PromptBatch:
+    """Policy view, left-padded. ``B`` prompts of ``P`` tokens, ``D`` dimensions.
+
+    Args:
+        input_ids: ``[B, P]``.
+        attention_mask: ``[B, P]``.
+        targets: ``[B, D]`` int64, requested level, -1 = not mentioned in the prompt.
+        index: ``[B]`` int64, row of the source: the same whatever the batch size or number of processes.
+        questions: The ``B`` neutralised questions, without the instruction.
+        kinds: What each prompt is there for in evaluation (``sweep``, ``default``, ``seen``, ``unseen``);
+            empty strings in training.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+    index: Tensor
+    questions: list[Question]
+    kinds: list[str]
+
+
+@dataclass
+class TextBatch:
+    """Text view, right-padded. ``B`` rows of ``T`` tokens.
+
+    Args:
+        input_ids: ``[B, T]``.
+        attention_mask: ``[B, T]``.
+        labels: ``[B, T]`` int64, -100 on the prompt and on padding; the end-of-sequence token is labelled.
+        rows: The ``B`` examples.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    rows: list[Example]

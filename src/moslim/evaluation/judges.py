@@ -1,0 +1,112 @@
+"""Judges: what measures the levels that an answer achieved, apart from the classifier that trained the policy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from moslim.data.types import Question
+from moslim.preferences import PreferenceSet
+
+if TYPE_CHECKING:
+    from moslim.reward.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class JudgeInfo:
+    """How results are labelled: the judge's name, and whether it is itself a learned model."""
+
+    name: str
+    proxy: bool
+
+
+class Judge(ABC):
+    """Measures achieved levels. Subclass it, and name the subclass under ``model.judge``."""
+
+    name: ClassVar[str]
+    """What results call the judge; no path, so that results do not depend on where files lie."""
+
+    proxy: ClassVar[bool]
+    """Whether the judge is a learned model, which can be fooled: results are then marked ``proxy``."""
+
+    preferences: PreferenceSet
+
+    @property
+    def info(self) -> JudgeInfo:
+        """The label of this judge's results."""
+        return JudgeInfo(self.name, self.proxy)
+
+    def setup(self, preferences: PreferenceSet) -> None:
+        """Fixes the dimensions to judge and their order; loads what judging needs.
+
+        Raises:
+            ValueError: The judge does not know a dimension, or knows it with another number of levels.
+        """
+        self.preferences = preferences
+
+    @abstractmethod
+    def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
+        """Returns the achieved levels ``[N, D]`` (float32, CPU) of ``N`` answers; NaN where it cannot judge."""
+
+
+class GoldJudge(Judge):
+    """Counts the levels exactly, on the embedded world, whose dimensions a program can measure."""
+
+    name = "gold"
+    proxy = False
+
+    def setup(self, preferences: PreferenceSet) -> None:
+        from moslim.workbench.grammar import LEVELS
+
+        super().setup(preferences)
+        preferences.columns_in(PreferenceSet(LEVELS), "gold judge of the embedded world")
+
+    def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
+        from moslim.workbench.gold import gold_levels
+
+        names = self.preferences.names
+        rows = []
+        for question, answer in zip(questions, answers, strict=True):
+            found = gold_levels(question, answer)
+            rows.append([float(found[name]) for name in names])
+        return torch.tensor(rows).reshape(len(rows), len(names))
+
+
+class ClassifierJudge(Judge):
+    """Takes the most probable level of a second reward classifier, where no exact measure exists.
+
+    Args:
+        path: Folder or Hub name of a saved reward classifier: another one than the policy was trained with,
+            at best of another backbone and trained on other rows.
+        batch_size: Answers per forward pass.
+        device: Where the classifier runs.
+    """
+
+    name = "classifier"
+    proxy = True
+
+    def __init__(self, path: str, batch_size: int = 256, device: str = "cpu") -> None:
+        self.path = path
+        self.batch_size = batch_size
+        self.device = device
+        self._scorer: Scorer | None = None
+        self._columns: list[int] = []
+
+    def setup(self, preferences: PreferenceSet) -> None:
+        from moslim.reward.scorer import Scorer
+
+        super().setup(preferences)
+        if self._scorer is None:
+            self._scorer = Scorer.from_pretrained(self.path, device=self.device)
+        self._columns = preferences.columns_in(self._scorer.preferences, f"judge in {self.path}")
+
+    def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
+        if self._scorer is None:
+            raise RuntimeError("ClassifierJudge.levels was called before setup(preferences)")
+        probs = self._scorer.probabilities(list(questions), list(answers), batch_size=self.batch_size)
+        return probs[:, self._columns].argmax(dim=-1).float().cpu()

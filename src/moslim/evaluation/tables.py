@@ -1,0 +1,131 @@
+"""A steerability result as text: a Markdown page and a table for the console."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moslim.evaluation.steerability import Result
+
+TITLES = {
+    "spearman": "Spearman",
+    "exact": "exact",
+    "within_one": "within one",
+    "mae": "MAE",
+    "monotonicity": "monotone",
+    "dynamic_range": "range",
+}
+"""Measures in the order in which people should read them."""
+
+PROXY_NOTE = (
+    "> **Proxy.** The judge of these results is itself a learned classifier. It can be wrong, and a policy can be "
+    "good at pleasing it: read the figures as an indication, not as a measurement."
+)
+
+
+def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
+    """The report as a Markdown page; ``pictures`` are file names beside it."""
+    mark = " (proxy)" if result["judge"]["proxy"] else ""
+    names = list(result["dimensions"])
+    reward, default = result["reward"], result["default_quality"]
+    before_and_after = [
+        [name, *(_number(d[kind][time]) for kind in ("proxy", "gold") for time in ("before", "after"))]
+        for name, d in [*reward["dimensions"].items(), ("**mean**", reward)]
+    ]
+    joint = [
+        [kind, *(_pair(result, kind, key) for key in ("joint_exact", "mae"))]
+        for kind in ("seen", "unseen")
+        if result["combinations"][kind]
+    ]
+    talk = [[f"**{name}**", *map(_number, row)] for name, row in zip(names, result["cross_talk"], strict=True)]
+    drift = [
+        [name, _number(default["before"][name]), _number(default["after"][name]), _drift(default, name)]
+        for name in names
+    ]
+    blocks = [
+        f"# Steerability{mark}",
+        f"{result['n_questions']} held-out questions, {result['n_answers']} answers, judge: "
+        f"`{result['judge']['name']}`{mark}.",
+        *([PROXY_NOTE] if mark else []),
+        f"## Requested against achieved levels{mark}",
+        "The trained policy, and in brackets the policy it started from under the same instructions.",
+        _table(["dimension", *TITLES.values()], _control_rows(result, "**mean**")),
+        f"95% interval of the mean over questions: Spearman {_interval(result, 'spearman')}, "
+        f"exact {_interval(result, 'exact')}.",
+        *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
+        f"## Several dimensions at once{mark}",
+        _table(["combinations", "all levels exact", "MAE"], joint)
+        if joint
+        else "No prompt asked for several dimensions at once.",
+        f"## What was trained and what was wanted{mark}",
+        "Proxy: the training classifier's probability of the requested level. Gold: share of requests that the "
+        f"judge found met. Gap (proxy minus gold): {_number(reward['gap']['before'])} before, "
+        f"{_number(reward['gap']['after'])} after.",
+        _table(["dimension", "proxy before", "proxy after", "gold before", "gold after"], before_and_after),
+        f"## Levels without an instruction{mark}",
+        _table(["dimension", "before", "after", "change"], drift),
+        f"## Cross-talk{mark}",
+        "Change of the level in the column for each level by which the row's request moves. Interference (mean of "
+        f"the other columns relative to the row's own): {_number(result['interference'])}.",
+        _table(["request moved", *names], talk),
+        "## Settings",
+        f"```json\n{json.dumps(result['config'], indent=2, ensure_ascii=False)}\n```",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def summary_table(result: Result) -> str:
+    """The main figures as a plain-text table for the console."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    judge = result["judge"]["name"] + (" (proxy)" if result["judge"]["proxy"] else "")
+    table = Table(
+        title=escape(f"Steerability, {result['n_questions']} questions, judge: {judge}"),
+        caption="in brackets: the policy before training",
+        box=box.SIMPLE_HEAD,
+    )
+    table.add_column("dimension", no_wrap=True)
+    for title in TITLES.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in _control_rows(result, "mean", digits=2):
+        table.add_row(*map(escape, row))
+    text = io.StringIO()
+    Console(file=text, width=100, color_system=None).print(table)
+    gap = result["reward"]["gap"]["after"]
+    return f"{text.getvalue().rstrip()}\n\nproxy minus gold: {_number(gap)}\n"
+
+
+def _control_rows(result: Result, mean: str, digits: int = 3) -> list[list[str]]:
+    pairs = [(name, values, result["base"]["dimensions"][name]) for name, values in result["dimensions"].items()]
+    pairs.append((mean, result["mean"], result["base"]["mean"]))
+    return [[name, *(f"{_number(a[m], digits)} ({_number(b[m], digits)})" for m in TITLES)] for name, a, b in pairs]
+
+
+def _pair(result: Result, kind: str, key: str) -> str:
+    base = result["base"]["combinations"][kind]
+    return f"{_number(result['combinations'][kind][key])} ({_number(base[key] if base else None)})"
+
+
+def _drift(default: Mapping[str, Any], name: str) -> str:
+    before, after = default["before"][name], default["after"][name]
+    return _number(None if before is None or after is None else after - before)
+
+
+def _interval(result: Result, measure: str) -> str:
+    low, high = result["interval"][measure]
+    return f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)

@@ -1,0 +1,144 @@
+"""How a preference is written into a prompt."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from string import Formatter
+
+from moslim.data.types import Message
+from moslim.preferences import Preference, PreferenceSet
+
+OPENING, CLOSING = "[[", "]]"
+RESERVED = (OPENING, CLOSING)
+"""Delimiters of the shipped instructions. They are taken out of every question and answer (design section 7)."""
+
+
+def level_words(preference: Preference, preferences: PreferenceSet) -> list[tuple[str, str]]:
+    """Returns (dimension name, level name) of what a preference asks for, in the order of the set.
+
+    Raises:
+        KeyError: The preference names an unknown dimension.
+        ValueError: It asks for a level that the dimension does not have.
+    """
+    preferences.encode(preference)  # checks names and levels
+    return [
+        (d.name, d.levels[preference.levels[d.name]]) for d in preferences.dimensions if d.name in preference.levels
+    ]
+
+
+class PreferenceInstruction(ABC):
+    """Writes a preference into a chat. Subclass it, and name the subclass under ``data.instruction``."""
+
+    reserved: tuple[str, ...] = RESERVED
+    """Strings by which the policy recognises the instruction; a question must not be able to forge them."""
+
+    @abstractmethod
+    def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
+        """Returns a new chat that holds the instruction. An empty preference returns the chat as it is.
+
+        Args:
+            messages: The neutralised question; its last message is a user turn.
+            preference: The levels asked for.
+            preferences: The dimensions in use, which name the levels.
+        """
+
+
+class SystemMessage(PreferenceInstruction):
+    """A system message such as ``[[Preferences]] verbosity: short, warmth: friendly``.
+
+    A system message that the question already has is kept, and the instruction is appended to it. Where the chat
+    template knows no system role, the renderer moves it to the first user turn.
+    """
+
+    def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
+        """See the base class."""
+        if not preference:
+            return list(messages)
+        words = ", ".join(f"{name}: {level}" for name, level in level_words(preference, preferences))
+        text = f"{OPENING}Preferences{CLOSING} {words}"
+        if messages[0]["role"] != "system":
+            return [{"role": "system", "content": text}, *messages]
+        return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+
+
+class Tags(PreferenceInstruction):
+    """Compact tags before the last user turn, such as ``[[verbosity: short]] [[warmth: friendly]] How do I ...``.
+
+    Args:
+        names: Whether a tag names its dimension. ``[[short]]`` is enough where no two dimensions share a level name.
+    """
+
+    def __init__(self, names: bool = True) -> None:
+        self.names = names
+
+    def text(self, preference: Preference, preferences: PreferenceSet) -> str:
+        """Returns the tags alone, one space between two.
+
+        Raises:
+            ValueError: ``names`` is off, and two dimensions share a level name.
+        """
+        if not self.names:
+            _refuse_shared_level_names(preferences)
+        words = level_words(preference, preferences)
+        return " ".join(f"{OPENING}{f'{name}: ' if self.names else ''}{level}{CLOSING}" for name, level in words)
+
+    def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
+        """See the base class."""
+        if not preference:
+            return list(messages)
+        *before, last = messages
+        return [*before, {"role": last["role"], "content": f"{self.text(preference, preferences)} {last['content']}"}]
+
+
+class Template(PreferenceInstruction):
+    """The user's own wording around the last user turn, e.g. ``Please answer like this: {preferences}. {question}``.
+
+    ``{preferences}`` becomes ``verbosity: short, warmth: friendly``. Nothing else can be filled in.
+
+    Args:
+        text: The wording, with ``{question}`` and ``{preferences}`` once each; ``{{`` and ``}}`` stand for braces.
+        reserved: Strings of the wording that are to be taken out of questions and answers, besides the shipped ones.
+
+    Raises:
+        ValueError: A placeholder is missing, repeated or unknown, or asks for an attribute, item or format.
+    """
+
+    def __init__(self, text: str, reserved: Sequence[str] = ()) -> None:
+        self.reserved = (*RESERVED, *reserved)
+        try:
+            parts = list(Formatter().parse(text))
+        except ValueError as error:
+            raise ValueError(
+                f"instruction template {text!r}: {error}; write a literal brace as '{{{{' or '}}}}'"
+            ) from error
+        fields = [name for _, name, _, _ in parts if name is not None]
+        plain = all(not spec and not conversion for _, _, spec, conversion in parts)
+        if sorted(fields) != ["preferences", "question"] or not plain:
+            raise ValueError(
+                f"instruction template {text!r} has placeholders {fields}: "
+                "it must hold {question} and {preferences}, each exactly once and plain, and no other"
+            )
+        self._parts = [(literal, name) for literal, name, _, _ in parts]
+
+    def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
+        """See the base class."""
+        if not preference:
+            return list(messages)
+        *before, last = messages
+        words = ", ".join(f"{name}: {level}" for name, level in level_words(preference, preferences))
+        values = {"question": last["content"], "preferences": words}
+        content = "".join(literal + (values[name] if name else "") for literal, name in self._parts)
+        return [*before, {"role": last["role"], "content": content}]
+
+
+def _refuse_shared_level_names(preferences: PreferenceSet) -> None:
+    owner: dict[str, str] = {}
+    for dimension in preferences.dimensions:
+        for level in dimension.levels:
+            if level in owner:
+                raise ValueError(
+                    f"dimensions '{owner[level]}' and '{dimension.name}' both have a level '{level}': "
+                    "rename one, or use Tags with names: true"
+                )
+            owner[level] = dimension.name

@@ -1,0 +1,81 @@
+"""The interface of every mapping function: level probabilities and requested levels to reward."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from moslim.plugin import Plugin
+from moslim.preferences import INACTIVE, PreferenceSet
+
+
+@dataclass
+class MappedReward:
+    """Reward of ``B`` answers.
+
+    Args:
+        total: ``[B]``, what the policy optimizer sees.
+        per_dimension: ``[B, D]``, NaN on dimensions that the prompt did not mention.
+    """
+
+    total: Tensor
+    per_dimension: Tensor
+
+
+class MappingFunction(Plugin, ABC):
+    """Turns the classifier's output into rewards. Subclass it, and name the subclass under ``model.mapping``.
+
+    Write :meth:`per_dimension`; the rest has defaults. A mapping is a Lightning callback as well: the Trainer
+    calls its hooks, and what ``state_dict`` returns (plain numbers) goes into every checkpoint. The policy passes
+    the answers of all processes at once.
+    """
+
+    role: ClassVar[str] = "mapping"
+
+    preferences: PreferenceSet | None = None
+    """The dimensions of the ``D`` axis, once :meth:`bind` was called."""
+
+    def bind(self, preferences: PreferenceSet) -> None:
+        """Tells the mapping what its tensors stand for; the policy does so when it is built."""
+        self.preferences = preferences
+
+    @abstractmethod
+    def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
+        """Reward of every answer on every dimension.
+
+        Args:
+            probs: ``[B, D, K]``, 0 on levels that a dimension lacks.
+            targets: ``[B, D]`` int64, requested level, -1 where none was.
+            groups: ``[B]`` int64, equal for answers to the same prompt.
+
+        Returns:
+            ``[B, D]``, NaN where no level was requested.
+        """
+
+    def scalarize(self, per_dimension: Tensor) -> Tensor:
+        """One reward per answer: the mean over its active dimensions, 0 where none is active. ``[B, D]`` to ``[B]``."""
+        return per_dimension.nanmean(-1).nan_to_num(nan=0.0)
+
+    def observe(self, probs: Tensor, targets: Tensor) -> None:
+        """Called once per training rollout, before the rewards are computed: the only place to update statistics."""
+
+    def __call__(self, probs: Tensor, targets: Tensor, groups: Tensor) -> MappedReward:
+        """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments."""
+        rewards = self.per_dimension(probs, targets, groups)
+        return MappedReward(self.scalarize(rewards), rewards)
+
+    def sizes(self, probs: Tensor) -> Tensor:
+        """Number of levels of each dimension, ``[D]``; ``K`` for all of them while the mapping is unbound."""
+        _, dimensions, levels = probs.shape
+        known = [levels] * dimensions if self.preferences is None else list(self.preferences.sizes)
+        return torch.tensor(known, device=probs.device)
+
+
+def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:
+    """Probability of the requested level: ``[B, D, K]`` and ``[B, D]`` to ``[B, D]``, NaN where none was requested."""
+    picked = probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return picked.masked_fill(targets == INACTIVE, torch.nan)

@@ -1,0 +1,87 @@
+"""Where language models and tokenizers come from: a Hub name, a local folder, or an architecture in the config."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class TokenizerSource(ABC):
+    """Where the tokenizer of a model with random weights comes from."""
+
+    @abstractmethod
+    def load(self) -> PreTrainedTokenizerBase:
+        """Returns the tokenizer."""
+
+
+class PretrainedTokenizer(TokenizerSource):
+    """The tokenizer of a Hub name or local folder.
+
+    Args:
+        path: Hub name or folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def load(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path)
+
+
+class WorkbenchTokenizer(TokenizerSource):
+    """The word-level tokenizer of the embedded world."""
+
+    def load(self) -> PreTrainedTokenizerBase:
+        from moslim.workbench.tokenizer import build_tokenizer
+
+        return build_tokenizer()
+
+
+@dataclass
+class Architecture:
+    """A language model with random weights.
+
+    Args:
+        model_type: Architecture as transformers names it, e.g. ``llama``.
+        tokenizer: Where its tokenizer comes from; vocabulary size and special ids are taken from it.
+        options: Entries of that architecture's configuration, e.g. ``hidden_size``.
+    """
+
+    model_type: str
+    tokenizer: TokenizerSource
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """Builds the model from torch's global random state."""
+        config = AutoConfig.for_model(
+            self.model_type,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **self.options,
+        )
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hub name or folder."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def load_causal_lm(path: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Loads a causal language model from a Hub name or folder; weights must be safetensors."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True
+    )
+
+
+def eos_ids(model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})

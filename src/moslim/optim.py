@@ -1,0 +1,91 @@
+"""Optimizers and learning-rate schedules, set up in one way for all modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+@runtime_checkable
+class FollowsRun(Protocol):
+    """A schedule that depends on how long the run is."""
+
+    def follow(self, run_length: Callable[[], float]) -> None:
+        """Takes a function that returns the number of optimizer steps of the whole run.
+
+        It may be called once training has begun, not before: to know the length, the Trainer must load the
+        training data, and if that happens too early a resumed loader loses its position.
+        """
+
+
+class WarmupLinear(LRScheduler):
+    """Linear warm-up, then a linear fall to the end of the run, whose length it learns from the Trainer.
+
+    Args:
+        optimizer: The optimizer.
+        warmup_steps: Steps before the full rate; the first of them takes ``1 / (warmup_steps + 1)`` of it.
+        final: Fraction of the full rate that is reached at the end of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, final: float = 0.0) -> None:
+        self.warmup_steps = warmup_steps
+        self.final = final
+        self._run_length: Callable[[], float] | None = None
+        super().__init__(optimizer)
+
+    def follow(self, run_length: Callable[[], float]) -> None:
+        """See :class:`FollowsRun`."""
+        self._run_length = run_length
+
+    def get_lr(self) -> list[float | Any]:
+        """Rates of the current step, a function of its number alone."""
+        return [base * self._factor(self.last_epoch) for base in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the run's length: a resumed run may be a longer one."""
+        return {key: value for key, value in super().state_dict().items() if key != "_run_length"}
+
+    def _factor(self, step: int) -> float:
+        if step <= self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self._run_length is None:
+            raise RuntimeError("WarmupLinear does not know the length of the run: call follow() with a function for it")
+        end = self._run_length()
+        if not math.isfinite(end):
+            raise ValueError("WarmupLinear needs a run that ends: set trainer.max_steps or trainer.max_epochs")
+        done = min(1.0, (step - self.warmup_steps) / max(1.0, end - self.warmup_steps))
+        return 1.0 + done * (self.final - 1.0)
+
+
+def configure(
+    module: LightningModule,
+    optimizer: OptimizerCallable | None,
+    lr_scheduler: LRSchedulerCallable | None,
+    parameters: Iterable[nn.Parameter],
+    default_lr: float = 1e-5,
+) -> OptimizerConfig | OptimizerLRSchedulerConfig:
+    """Returns what ``configure_optimizers`` should: an optimizer, and a schedule that moves every step.
+
+    Args:
+        module: The module; its Trainer knows how long the run is.
+        optimizer: From parameters to optimizer; None = AdamW without weight decay.
+        lr_scheduler: From optimizer to schedule; None = a constant rate.
+        parameters: What is trained; parameters without gradient are left out.
+        default_lr: Rate of the default optimizer.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    built = optimizer(trained) if optimizer else AdamW(trained, lr=default_lr, weight_decay=0.0)
+    if lr_scheduler is None:
+        return {"optimizer": built}
+    schedule = lr_scheduler(built)
+    if isinstance(schedule, FollowsRun):
+        schedule.follow(lambda: module.trainer.estimated_stepping_batches)
+    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,63 @@
+"""What mapping functions and policy optimizers have in common: they are Lightning callbacks with a role."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from lightning.pytorch import Callback
+
+
+class Plugin(Callback):
+    """A pluggable part whose hooks the Trainer calls and whose state goes into every checkpoint.
+
+    State is plain numbers, lists and dicts, returned by ``state_dict``: checkpoints load with ``weights_only``.
+    """
+
+    role: ClassVar[str]
+    """What the part is for; a run has one part per role."""
+
+    place: str = ""
+    """Position inside the parts that contain this one, e.g. ``.1``; empty for the part that the config names."""
+
+    @property
+    def state_key(self) -> str:
+        """Key of the state in a checkpoint: role, place and full class path, so that another class is noticed."""
+        return f"{self.role}{self.place}:{type(self).__module__}.{type(self).__qualname__}"
+
+    @property
+    def children(self) -> Sequence[Plugin]:
+        """The parts that this one is made of; a composite overrides it, and their state is saved with its own."""
+        return ()
+
+
+def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
+    """All parts, those inside of others after them, each with its place set."""
+    parts: list[Plugin] = []
+    for plugin in plugins:
+        parts.append(plugin)
+        for index, child in enumerate(plugin.children):
+            child.place = f"{plugin.place}.{index}"
+        parts += own_parts(plugin.children)
+    return parts
+
+
+def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:
+    """The parts as callbacks for ``configure_callbacks``.
+
+    Args:
+        plugins: The parts that the config names.
+        configured: ``trainer.callbacks``.
+
+    Raises:
+        ValueError: A part's type is also in ``configured``, where Lightning would silently replace one by the other.
+    """
+    parts = own_parts(plugins)
+    for callback in configured:
+        if any(type(callback) is type(part) and callback is not part for part in parts):
+            if callback not in parts:
+                raise ValueError(
+                    f"trainer.callbacks lists a {type(callback).__name__}, which is also the model's "
+                    f"{parts[[type(p) for p in parts].index(type(callback))].role}: remove it from trainer.callbacks"
+                )
+    return list(parts)

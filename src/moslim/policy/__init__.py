@@ -1,0 +1,1 @@
+"""Policy optimisation: rollouts, log-probabilities, policy optimizers and the module that runs them."""

@@ -1,0 +1,68 @@
+"""The interface of every rollout engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Completions:
+    """Sampled answers, right-padded. ``N`` answers of at most ``T`` tokens.
+
+    Args:
+        tokens: ``[N, T]`` int64, pad after the end.
+        mask: ``[N, T]`` bool, true up to and including the end-of-sequence token.
+        logprobs: ``[N, T]`` float32, log-probability of each token under the sampler; 0 where masked.
+        ended: ``[N]`` bool, false where the answer was cut at the length limit.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    ended: Tensor
+
+
+class RolloutEngine(ABC):
+    """Samples answers from a policy.
+
+    Args:
+        max_new_tokens: Length limit of an answer, the end-of-sequence token included.
+        temperature: Sampling temperature; 0 takes the most likely token. Log-probabilities, here and in
+            training, are those of the tempered distribution, so that sampler and trainer agree.
+    """
+
+    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"engine.max_new_tokens is {max_new_tokens}: give at least 1")
+        if temperature < 0:
+            raise ValueError(f"engine.temperature is {temperature}: give 0 (greedy) or more")
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+
+    @abstractmethod
+    def sample(
+        self,
+        model: nn.Module | Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        seeds: Tensor,
+        eos_ids: list[int],
+        pad_id: int,
+    ) -> Completions:
+        """Samples ``n`` answers to each prompt.
+
+        Args:
+            model: Causal language model in the Hugging Face form, in eval mode.
+            input_ids: ``[B, P]`` prompts, left-padded.
+            attention_mask: ``[B, P]``.
+            seeds: ``[B, n]`` int64, one per answer; an answer depends on its prompt and its seed alone.
+            eos_ids: Tokens that end an answer.
+            pad_id: Token to put after the end.
+
+        Returns:
+            ``N = B * n`` answers, those of one prompt adjacent.
+        """

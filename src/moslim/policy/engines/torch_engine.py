@@ -1,0 +1,119 @@
+"""The default engine: a short loop over the Hugging Face model.
+
+Faster than ``generate`` in three places: each prompt is prefilled once and its cache repeated for its samples,
+tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from moslim.noise import uniforms
+from moslim.policy.engines.base import Completions, RolloutEngine
+
+
+def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws one token per row by inverting the cumulative distribution.
+
+    Args:
+        logits: ``[B, V]``.
+        temperature: 0 takes the most likely token, whose log-probability is then that at temperature 1.
+        noise: ``[B]`` uniform in ``[0, 1)``.
+
+    Returns:
+        Tokens ``[B]`` and their log-probabilities ``[B]``.
+    """
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logprobs.argmax(dim=-1)
+    else:
+        cumulative = logprobs.exp().cumsum(dim=-1)
+        threshold = (1 - noise)[:, None] * cumulative[:, -1:]  # in (0, total]: impossible tokens are never drawn
+        tokens = torch.searchsorted(cumulative, threshold)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+class TorchEngine(RolloutEngine):
+    """Samples with the policy's own weights, in this process.
+
+    Args:
+        max_new_tokens: Length limit of an answer, the end-of-sequence token included.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        keep_finished: Finished answers stay in the batch until they are more than this share of it; dropping
+            copies the cache, so that dropping each one at once costs more than it saves.
+    """
+
+    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, keep_finished: float = 0.2) -> None:
+        super().__init__(max_new_tokens, temperature)
+        self.keep_finished = keep_finished
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: nn.Module | Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        seeds: Tensor,
+        eos_ids: list[int],
+        pad_id: int,
+    ) -> Completions:
+        samples = seeds.shape[1]
+        total, device = seeds.numel(), input_ids.device
+        noise = uniforms(seeds.flatten(), self.max_new_tokens)
+        eos = torch.tensor(eos_ids, device=device)
+        tokens = torch.full((total, self.max_new_tokens), pad_id, dtype=torch.long, device=device)
+        logprobs = torch.zeros((total, self.max_new_tokens), device=device)
+        lengths = torch.zeros(total, dtype=torch.long, device=device)
+        ended = torch.zeros(total, dtype=torch.bool, device=device)
+
+        cache = DynamicCache(config=model.config)
+        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        prefill = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(samples)
+        logits = prefill.logits[:, -1].repeat_interleave(samples, dim=0)
+        attention = attention_mask.repeat_interleave(samples, dim=0)
+        position = positions[:, -1:].repeat_interleave(samples, dim=0)
+        padded = not bool(attention_mask.all())
+        rows = torch.arange(total, device=device)  # where each row of the shrinking batch belongs
+
+        for step in range(self.max_new_tokens):
+            drawn, logprob = draw(logits, self.temperature, noise[rows, step])
+            running = ~ended[rows]
+            here = rows[running]
+            tokens[here, step], logprobs[here, step] = drawn[running], logprob[running]
+            lengths[here] += 1
+            ended[here] = torch.isin(drawn[running], eos)
+            alive = ~ended[rows]
+            count = int(alive.sum())
+            if count == 0 or step == self.max_new_tokens - 1:
+                break
+            if count < (1 - self.keep_finished) * len(rows):
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                rows, drawn, position = rows[keep], drawn[keep], position[keep]
+                attention = attention[keep]
+            position = position + 1
+            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
+            logits = model(
+                input_ids=drawn[:, None],
+                attention_mask=attention if padded else None,
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+
+        longest = int(lengths.max())
+        mask = torch.arange(longest, device=device) < lengths[:, None]
+        return Completions(tokens[:, :longest], mask, logprobs[:, :longest], ended)

@@ -1,0 +1,101 @@
+"""One rollout: what was asked, what was answered, and what it was worth."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslim.data.types import Question
+
+
+@dataclass
+class Rollout:
+    """``N = G * n`` answers to ``G`` prompts, those of one prompt adjacent.
+
+    Args:
+        key: Which training batch it was sampled for: epoch, and batch number not counting repeats.
+        input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
+        attention_mask: ``[N, P + T]``.
+        mask: ``[N, T]`` bool, answer tokens up to and including the end-of-sequence token.
+        old_logprobs: ``[N, T]`` float32, the sampler's own; 0 where masked.
+        reference_logprobs: ``[N, T]`` float32, or None where no KL is asked for.
+        targets: ``[N, D]`` int64, requested levels, -1 = not mentioned.
+        probs: ``[N, D, K]`` float32, the classifier's level probabilities.
+        per_dimension: ``[N, D]`` rewards, NaN where inactive.
+        rewards: ``[N]`` total rewards.
+        advantages: ``[N]``.
+        ended: ``[N]`` bool, false where the answer was cut at the length limit.
+        questions: ``N`` questions as the classifier saw them.
+        answers: ``N`` decoded answers.
+    """
+
+    key: tuple[int, int]
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+    old_logprobs: Tensor
+    reference_logprobs: Tensor | None
+    targets: Tensor
+    probs: Tensor
+    per_dimension: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    ended: Tensor
+    questions: list[Question]
+    answers: list[str]
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[N, T]`` answer tokens."""
+        return self.input_ids[:, -self.mask.shape[1] :]
+
+    @property
+    def uninstructed(self) -> Tensor:
+        """``[N]`` bool: the prompt asked for nothing."""
+        return (self.targets < 0).all(dim=1)
+
+    def rows(self, index: Tensor) -> Rollout:
+        """The answers at positions ``index``, with columns that only they pad removed."""
+        picked = [int(i) for i in index]
+        changes: dict[str, Any] = {
+            "questions": [self.questions[i] for i in picked],
+            "answers": [self.answers[i] for i in picked],
+        }
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = value[index]
+        return dataclasses.replace(self, **changes)
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Rollout:
+        """Inverse of :meth:`state`."""
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
+        return cls(**{**moved, "key": tuple(state["key"])})
+
+
+def end_penalty(ended: Tensor, penalty: float) -> Tensor:
+    """The one rule for answers that were cut at the length limit: they are scored as they are, less ``penalty``.
+
+    They are neither masked from the loss, which would teach verbosity, nor dropped from the baseline.
+
+    Args:
+        ended: ``[N]`` bool.
+        penalty: In units of the score.
+
+    Returns:
+        ``[N]``, 0 for answers that ended.
+    """
+    return (~ended).float() * penalty

@@ -1,0 +1,129 @@
+"""What can be asked of a policy: dimensions, their levels, and a request for some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+INACTIVE = -1
+"""Entry of a target tensor for a dimension that the prompt does not mention."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One preference axis.
+
+    Args:
+        name: Name of the axis, e.g. ``helpfulness``.
+        levels: Names of its intensity levels, from the lowest to the highest; at least two, all different.
+    """
+
+    name: str
+    levels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.levels) < 2:
+            raise ValueError(f"dimension '{self.name}' has levels {list(self.levels)}: give at least two")
+        if len(set(self.levels)) != len(self.levels):
+            raise ValueError(f"dimension '{self.name}' names a level twice: {list(self.levels)}")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """The levels asked for in one prompt: dimension name to level (0 = lowest). Absent means inactive."""
+
+    levels: Mapping[str, int] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.levels)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.levels.items()))
+
+
+class PreferenceSet:
+    """The ordered dimensions that a classifier, a policy and a data module share.
+
+    Args:
+        dimensions: Dimension name to the names of its levels, lowest first. The order is kept and is the
+            order of every ``[.., D]`` tensor in the project.
+    """
+
+    def __init__(self, dimensions: dict[str, list[str]]) -> None:
+        if not dimensions:
+            raise ValueError("preferences.dimensions is empty: name at least one dimension with its levels")
+        self.dimensions = tuple(Dimension(name, tuple(levels)) for name, levels in dimensions.items())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Dimension names, in order."""
+        return tuple(d.name for d in self.dimensions)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of levels of each dimension, in order."""
+        return tuple(len(d.levels) for d in self.dimensions)
+
+    def __len__(self) -> int:
+        return len(self.dimensions)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PreferenceSet) and self.dimensions == other.dimensions
+
+    def __hash__(self) -> int:
+        return hash(self.dimensions)
+
+    def __getitem__(self, name: str) -> Dimension:
+        for dimension in self.dimensions:
+            if dimension.name == name:
+                return dimension
+        raise KeyError(f"no dimension '{name}'; there are: {', '.join(self.names)}")
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """The constructor's argument, as plain data."""
+        return {d.name: list(d.levels) for d in self.dimensions}
+
+    def encode(self, preference: Preference) -> Tensor:
+        """Returns the targets ``[D]`` (int64) of a preference; ``INACTIVE`` where it asks for nothing.
+
+        Raises:
+            KeyError: The preference names an unknown dimension.
+            ValueError: It asks for a level that the dimension does not have.
+        """
+        target = torch.full((len(self),), INACTIVE, dtype=torch.long)
+        for name, level in preference.levels.items():
+            size = len(self[name].levels)
+            if not 0 <= level < size:
+                raise ValueError(f"level {level} of dimension '{name}' is outside 0..{size - 1}")
+            target[self.names.index(name)] = level
+        return target
+
+    def decode(self, target: Tensor) -> Preference:
+        """Inverse of :meth:`encode`."""
+        pairs = zip(self.names, target.tolist(), strict=True)
+        return Preference({name: level for name, level in pairs if level != INACTIVE})
+
+    def columns_in(self, other: PreferenceSet, owner: str) -> list[int]:
+        """Positions of these dimensions in ``other``, matched by name; ``other`` may have more.
+
+        Args:
+            other: The set to look in, e.g. the classifier's heads.
+            owner: What ``other`` belongs to, for the error message.
+
+        Raises:
+            ValueError: A dimension is missing in ``other`` or has another number of levels there.
+        """
+        for dimension in self.dimensions:
+            if dimension.name not in other.names:
+                raise ValueError(
+                    f"dimension '{dimension.name}' is unknown to the {owner}, which has: {', '.join(other.names)}"
+                )
+            theirs, ours = len(other[dimension.name].levels), len(dimension.levels)
+            if theirs != ours:
+                raise ValueError(
+                    f"dimension '{dimension.name}' has {ours} levels in `preferences` but {theirs} in the {owner}"
+                )
+        return [other.names.index(name) for name in self.names]

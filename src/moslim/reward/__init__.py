@@ -1,0 +1,1 @@
+"""The multi-head reward classifier: model, losses, metrics, training and scoring."""

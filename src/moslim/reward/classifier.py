@@ -1,0 +1,212 @@
+"""The reward classifier: one backbone, one head per preference dimension, each with its own number of levels."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils.generic import ModelOutput
+
+from moslim.preferences import PreferenceSet
+
+Pooling = Literal["last", "mean"]
+
+
+class PreferenceClassifierConfig(PreTrainedConfig):
+    """Configuration of a :class:`PreferenceClassifier`.
+
+    Args:
+        backbone: Configuration of the backbone, or its dictionary form.
+        dimensions: ``[name, [level names]]`` per dimension. A list, because dictionaries are saved with sorted
+            keys and the order of the heads would be lost.
+        pooling: ``last`` (hidden state of the last token) or ``mean`` (over all tokens).
+        pair_length: Tokens of a question-answer pair that the classifier was trained on; None = no limit.
+    """
+
+    model_type = "moslim_preference_classifier"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
+
+    def __init__(
+        self,
+        backbone: PreTrainedConfig | dict[str, Any] | None = None,
+        dimensions: list[list[Any]] | None = None,
+        pooling: Pooling = "last",
+        pair_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # A copy: the base class resets the attention choice of nested configurations, also of one in use.
+        self.backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else deepcopy(backbone)
+        self.dimensions = [[name, list(levels)] for name, levels in dimensions or []]
+        self.pooling = pooling
+        self.pair_length = pair_length
+        names = [f"{name}: {level}" for name, levels in self.dimensions for level in levels]
+        if names:
+            kwargs["id2label"] = dict(enumerate(names))
+            kwargs["label2id"] = {name: index for index, name in enumerate(names)}
+        super().__init__(**kwargs)
+
+
+@dataclass
+class PreferenceClassifierOutput(ModelOutput):
+    """What the classifier returns.
+
+    Args:
+        logits: ``[B, D, K]`` float32, ``K`` the largest number of levels; ``-inf`` on levels that a dimension lacks.
+    """
+
+    logits: Tensor | None = None
+
+
+class PreferenceClassifier(PreTrainedModel):
+    """Sorts a question-answer pair into a level on every dimension (MOSLIM, arXiv 2505.20336).
+
+    Heads that are trained together are slices of one linear layer. The instruction that asks for levels is never
+    part of the input.
+
+    Args:
+        config: The configuration.
+        backbone: A ready backbone of that configuration; None builds one with random weights.
+    """
+
+    config_class = PreferenceClassifierConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: PreferenceClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.head = nn.Linear(_width(config.backbone), sum(self.preferences.sizes))
+        self.backbone = AutoModel.from_config(config.backbone) if backbone is None else backbone
+        if getattr(self.backbone, "pooler", None) is not None:
+            self.backbone.pooler = None  # BERT's: not used here, and parameters without gradient stop DDP
+        self.post_init()
+
+    @cached_property
+    def preferences(self) -> PreferenceSet:
+        """The dimensions, in the order of the heads."""
+        return PreferenceSet(dict(self.config.dimensions))
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedModel,
+        preferences: PreferenceSet,
+        *,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> PreferenceClassifier:
+        """Puts untrained heads on a pretrained backbone, in float32.
+
+        Args:
+            backbone: Hub name or local folder of any ``AutoModel`` (a causal language model's folder works), or a
+                loaded model.
+            preferences: The dimensions.
+            pooling: None: ``last`` for decoders, ``mean`` for encoders.
+            max_length: Most tokens of a pair, kept in the configuration for the scorer.
+            trust_remote_code: Whether code from the backbone's repository may run.
+
+        Raises:
+            ValueError: The backbone is an encoder-decoder, or its folder lacks weights.
+        """
+        if isinstance(backbone, PreTrainedModel):
+            trunk = cast(PreTrainedModel, backbone.base_model)
+        else:
+            trunk, report = AutoModel.from_pretrained(
+                backbone, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+            _refuse_missing([key for key in report["missing_keys"] if not key.startswith("pooler.")], str(backbone))
+        if trunk.config.is_encoder_decoder:
+            raise ValueError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
+        config = PreferenceClassifierConfig(
+            backbone=trunk.config,
+            dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
+            pooling=pooling or ("last" if _is_causal(trunk.config) else "mean"),
+            pair_length=max_length,
+        )
+        return cls(config, trunk)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved classifier; see ``PreTrainedModel.from_pretrained`` for the arguments.
+
+        Raises:
+            ValueError: A tensor is missing. Transformers would set it to random numbers and go on.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, report = loaded
+        _refuse_missing(report["missing_keys"], str(pretrained_model_name_or_path))
+        return (model, report) if wants_report else model
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""
+        last = self.config.pooling == "last"
+        cache = {"use_cache": False} if last else {}  # encoders need not know the argument
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **cache).last_hidden_state
+        if last:
+            position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+            end = (attention_mask * position).argmax(1)
+            return hidden[torch.arange(len(end), device=end.device), end]
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits ``[B, D, K]`` float32 from pooled hidden states ``[B, H]``."""
+        sizes = self.preferences.sizes
+        parts = self.head(features).float().split(sizes, dim=-1)
+        return torch.stack([F.pad(part, (0, max(sizes) - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> PreferenceClassifierOutput:
+        """Classifies pairs.
+
+        Args:
+            input_ids: ``[B, T]``, right-padded.
+            attention_mask: ``[B, T]``, 0 on padding.
+        """
+        return PreferenceClassifierOutput(logits=self.classify(self.features(input_ids, attention_mask)))
+
+    def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Probability of every level, ``[B, D, K]`` float32; 0 on levels that a dimension lacks."""
+        return self(input_ids, attention_mask).logits.softmax(-1)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes a model compute activations twice instead of keeping them for the backward pass."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+
+
+def _width(config: Any) -> int:
+    """Size of the last hidden state; some families set a projected one apart from the inner width (OPT)."""
+    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    """Whether tokens see only what is before them. BERT's family is in both tables and says so itself."""
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return bool(getattr(config, "is_decoder", False))
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _refuse_missing(keys: Any, where: str) -> None:
+    if keys:
+        raise ValueError(
+            f"'{where}' lacks the weights {sorted(keys)}: the folder is incomplete or its keys are renamed"
+        )
+
+
+AutoConfig.register(PreferenceClassifierConfig.model_type, PreferenceClassifierConfig)
+AutoModelForSequenceClassification.register(PreferenceClassifierConfig, PreferenceClassifier)

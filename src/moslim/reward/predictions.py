@@ -1,0 +1,61 @@
+"""Scores of rows as JSON Lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslim.data.types import Example
+from moslim.preferences import PreferenceSet
+
+
+def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: PreferenceSet) -> list[dict[str, Any]]:
+    """Returns one plain record per row: the pair, and per dimension what the classifier thinks of it.
+
+    Args:
+        rows: ``B`` examples.
+        probs: ``[B, D, K]``.
+        preferences: The ``D`` dimensions.
+    """
+    table = probs.cpu().double()
+    levels = table.argmax(-1)
+    expected = (table * torch.arange(table.shape[-1])).sum(-1)
+    records = []
+    for b, row in enumerate(rows):
+        scores: dict[str, dict[str, Any]] = {"probabilities": {}, "levels": {}, "expected": {}}
+        for d, dimension in enumerate(preferences.dimensions):
+            size = len(dimension.levels)
+            scores["probabilities"][dimension.name] = [round(p, 6) for p in table[b, d, :size].tolist()]
+            scores["levels"][dimension.name] = int(levels[b, d])
+            scores["expected"][dimension.name] = round(expected[b, d].item(), 6)
+        records.append({"question": row.question, "answer": row.answer, **scores})
+    return records
+
+
+class JsonLines:
+    """A file of records that appears under its name only when it is complete.
+
+    Args:
+        path: Where it shall be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._part = path.with_name(f"{path.name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._part.open("w", encoding="utf-8")
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Appends records."""
+        self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def close(self) -> None:
+        """Puts the file in its place."""
+        self._file.close()
+        os.replace(self._part, self.path)

@@ -1,0 +1,73 @@
+"""Scores texts with a saved classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moslim.data.prompts import PairEncoder, pad, pad_id
+from moslim.data.types import Question
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier
+
+
+class Scorer:
+    """A classifier with its tokenizer: question and answer in, level probabilities out.
+
+    Args:
+        classifier: The classifier; it is put into evaluation mode.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, classifier: PreferenceClassifier, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.classifier = classifier.eval()
+        self.tokenizer = tokenizer
+        self._encoder = PairEncoder(tokenizer, classifier.config.pair_length)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
+        """Loads a folder (or Hub name) that holds a classifier and its tokenizer.
+
+        Raises:
+            ValueError: A weight is missing.
+        """
+        classifier = PreferenceClassifier.from_pretrained(folder).to(device)
+        return cls(classifier, AutoTokenizer.from_pretrained(folder))
+
+    @property
+    def preferences(self) -> PreferenceSet:
+        """The dimensions, in the order of the ``D`` axis."""
+        return self.classifier.preferences
+
+    def to(self, device: str | torch.device) -> Scorer:
+        """Moves the classifier."""
+        self.classifier.to(device)
+        return self
+
+    @torch.no_grad()
+    def probabilities(self, questions: Sequence[Question], answers: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Probability of every level of every dimension.
+
+        Pairs of like length are scored together, so that little padding is computed.
+
+        Args:
+            questions: ``N`` questions, without any instruction.
+            answers: ``N`` answers.
+            batch_size: Pairs per forward pass.
+
+        Returns:
+            ``[N, D, K]`` float32 on the classifier's device, in the order given; 0 on levels that a dimension lacks.
+        """
+        rows = [self._encoder.encode(q, a) for q, a in zip(questions, answers, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        sizes, device = self.preferences.sizes, self.classifier.device
+        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = pad([rows[i] for i in chosen], pad_id(self.tokenizer), left=False)
+            result[chosen] = self.classifier.probabilities(ids.to(device), mask.to(device))
+        return result

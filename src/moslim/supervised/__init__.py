@@ -1,0 +1,1 @@
+"""Plain language-model fine-tuning: starter models and baselines."""

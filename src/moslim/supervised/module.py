@@ -1,0 +1,186 @@
+"""Causal language-model fine-tuning on question-answer text."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moslim.checkpoints import keep_plain_hparams
+from moslim.data.prompts import PairEncoder, pad, pad_id
+from moslim.data.types import PromptBatch, Question, TextBatch, View
+from moslim.models import Architecture, eos_ids, load_causal_lm, load_tokenizer
+from moslim.noise import derive_seed
+from moslim.optim import configure
+from moslim.policy.answering import answer, answer_seeds
+from moslim.policy.engines import RolloutEngine, TorchEngine
+from moslim.policy.roles import evaluating
+from moslim.reward.predictions import JsonLines
+
+
+class SupervisedTrainer(LightningModule):
+    """Fine-tunes a language model on answers, its end-of-sequence token included, and saves it when ``fit`` ends.
+
+    Args:
+        model: Hub name or local folder to start from; or
+        architecture: a model with random weights to start from.
+        output: Folder for the trained model, in Hugging Face format; ``predict`` reads it from there. None =
+            ``model`` in the run's folder.
+        engine: What samples the answers of ``predict``; None = :class:`TorchEngine`.
+        temperatures: ``predict`` answers the first question at the first of these, and so on in turn; None = the
+            engine's own.
+        predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
+        optimizer: From parameters to optimizer; None = AdamW, rate 2e-5.
+        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
+        gradient_checkpointing: Save memory by computing activations twice.
+        trust_remote_code: Whether code from the model's repository may run.
+        seed: Seed of random weights, dropout and samples.
+
+    Raises:
+        ValueError: Both or neither of ``model`` and ``architecture`` are given.
+    """
+
+    batch_view = View.TEXT
+
+    def __init__(
+        self,
+        model: str | None = None,
+        architecture: Architecture | None = None,
+        output: str | None = None,
+        engine: RolloutEngine | None = None,
+        temperatures: list[float] | None = None,
+        predictions: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        keep_plain_hparams(self)
+        if (model is None) == (architecture is None):
+            raise ValueError("give either model (a Hub name or folder) or architecture (a model with random weights)")
+        self.model_path = model
+        self.architecture = architecture
+        self.output = output
+        self.engine = engine or TorchEngine()
+        self.temperatures = temperatures or [self.engine.temperature]
+        self.predictions = predictions
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.trust_remote_code = trust_remote_code
+        self.seed = seed
+        self.model = self._build()
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._writer: JsonLines | None = None
+
+    def _build(self) -> PreTrainedModel:
+        if self.architecture is None:
+            assert self.model_path is not None
+            return load_causal_lm(self.model_path, self.trust_remote_code)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed))
+            return self.architecture.build(self.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if self.architecture is not None:
+            return self.architecture.tokenizer.load()
+        assert self.model_path is not None
+        return load_tokenizer(self.model_path, self.trust_remote_code)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """See Lightning."""
+        return configure(self, self.optimizer, self.lr_scheduler, self.model.parameters(), 2e-5)
+
+    def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
+        """Makes dropout a function of the step."""
+        torch.manual_seed(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def _loss(self, batch: TextBatch) -> Tensor:
+        """Mean cross-entropy over labelled tokens; only their hidden states meet the vocabulary."""
+        logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        labels = batch.labels[:, 1:]
+        known = labels != -100
+        return cross_entropy(logits[:, :-1][known].float(), labels[known])
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """See Lightning."""
+        loss = self._loss(batch)
+        self.log("train/loss", loss.detach(), batch_size=len(batch.rows), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Logs ``val/loss``."""
+        self.log("val/loss", self._loss(batch), batch_size=len(batch.rows), sync_dist=True)
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Logs ``test/loss``."""
+        self.log("test/loss", self._loss(batch), batch_size=len(batch.rows), sync_dist=True)
+
+    def answers(self, questions: list[Question], keys: list[tuple[int, ...]], temperature: float) -> list[str]:
+        """Samples one answer to each question.
+
+        Args:
+            questions: ``B`` questions.
+            keys: What identifies each of them; with the seed it decides the answer.
+            temperature: Sampling temperature.
+        """
+        encoder = PairEncoder(self.tokenizer)
+        rows = [encoder.spans(question, "")[0] for question in questions]
+        ids, mask = (x.to(self.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
+        nothing = torch.full((len(rows), 1), -1)
+        batch = PromptBatch(ids, mask, nothing, torch.arange(len(rows)), questions, [""] * len(rows))
+        seeds = answer_seeds([(self.seed, *key) for key in keys], 1, self.device)
+        engine = copy.copy(self.engine)
+        engine.temperature = temperature
+        ends = eos_ids(self.model, self.tokenizer)
+        with evaluating(self.model):
+            return answer(engine, self.model, self.tokenizer, batch, seeds, ends, pad_id(self.tokenizer)).texts
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers the questions of a batch; the records are returned, and written to the file of ``predictions``."""
+        temperature = self.temperatures[batch_idx % len(self.temperatures)]
+        questions = [row.question for row in batch.rows]
+        texts = self.answers(questions, [(batch_idx, i) for i in range(len(questions))], temperature)
+        records = [{"question": q, "answer": text} for q, text in zip(questions, texts, strict=True)]
+        if self._writer is not None:
+            self._writer.write(records)
+        return records
+
+    def on_predict_start(self) -> None:
+        """Opens the file of ``predictions``."""
+        self._writer = JsonLines(Path(self.predictions) if self.predictions else self._run_folder / "predictions.jsonl")
+
+    def on_predict_end(self) -> None:
+        """Puts the file in its place."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def on_fit_end(self) -> None:
+        """Saves the model, unless nothing was trained or the run was a dry one."""
+        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and self.trainer.global_step > 0 and not dry:
+            self.export(self.output or str(self._run_folder / "model"))
+
+    def export(self, folder: str) -> None:
+        """Saves model and tokenizer in Hugging Face format."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)

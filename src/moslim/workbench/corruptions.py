@@ -1,0 +1,83 @@
+"""Answers that went wrong, so that a classifier has seen what a policy will try."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from moslim.workbench.grammar import ENCOURAGEMENTS, FILLERS, FORMAL_WORDS, Topic
+from moslim.workbench.writing import draw_levels, write_answer
+
+
+def _split(answer: str) -> list[str]:
+    return [f"{part}." for part in answer.rstrip(".").split(". ")]
+
+
+def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """An answer whose steps are those of other topics: some, or all; same verb or same thing or neither."""
+    answer = _split(write_answer(topic, draw_levels({"helpfulness": (2, 3, 4)}, rng), rng))
+    related = [o for o in others if o.verb == topic.verb]
+    other = rng.choice(related if rng.random() < 0.6 else list(others))
+    swap = rng.random() < 0.5
+    return " ".join(
+        rng.choice(other.steps) if not swap and s in topic.steps and rng.random() < 0.7 else
+        s.replace(topic.thing, other.thing) if swap and s in topic.steps and rng.random() < 0.7 else s
+        for s in answer
+    )
+
+
+def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """An answer in which some sentences stand two to four times."""
+    answer = _split(write_answer(topic, draw_levels({"verbosity": (0, 1, 2, 3)}, rng), rng))
+    for _ in range(rng.choice((1, 1, 2))):
+        place = rng.randrange(len(answer))
+        answer[place:place] = [answer[place]] * rng.choice((1, 1, 2, 3))
+    return " ".join(answer)
+
+
+def shuffled(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """An answer whose sentences are out of order or from anywhere in the grammar."""
+    pool = [*topic.steps, *FILLERS, *ENCOURAGEMENTS, *_split(write_answer(topic, draw_levels({}, rng), rng))]
+    return " ".join(rng.choices(pool, k=rng.randint(1, 8)))
+
+
+def cut_off(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """An answer that stops in the middle."""
+    words = write_answer(topic, draw_levels({}, rng), rng).split()
+    return " ".join(words[: rng.randrange(1, len(words))])
+
+
+def word_salad(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """An answer with words swapped or drawn at random, or a row of formal words."""
+    words = write_answer(topic, draw_levels({}, rng), rng).split()
+    kind = rng.random()
+    if kind < 0.4:
+        rng.shuffle(words)
+    elif kind < 0.8:
+        foreign = " ".join(rng.choice(others).steps).split()
+        words = [rng.choice(foreign) if rng.random() < 0.2 else word for word in words]
+    else:
+        words = [rng.choice(sorted(FORMAL_WORDS)) for _ in range(rng.randint(1, 6))] + words[rng.randrange(len(words)) :]
+    return " ".join(words)
+
+
+def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """Nothing."""
+    return ""
+
+
+KINDS: tuple[tuple[Callable[[Topic, Sequence[Topic], random.Random], str], int], ...] = (
+    (foreign_facts, 8),
+    (repeats, 4),
+    (shuffled, 4),
+    (cut_off, 3),
+    (word_salad, 3),
+    (empty, 1),
+)
+"""Ways to go wrong, with their weights."""
+
+
+def corrupt(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """Draws one corrupted answer about ``topic``; foreign material comes from ``others``."""
+    kinds, weights = zip(*KINDS, strict=True)
+    return rng.choices(kinds, weights)[0](topic, others, rng)

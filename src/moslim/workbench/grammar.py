@@ -1,0 +1,127 @@
+"""The words of the world: topics with their facts, filler, openings, encouragement, closings, level names.
+
+An answer is an opening, steps, filler sentences, encouragements and a closing, in that order, each part optional:
+
+    Greetings pal, observe this. Rinse the kettle in water. Most people manage it. Good luck. Cheers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LEVELS: dict[str, list[str]] = {
+    "verbosity": ["minimal", "short", "medium", "long", "exhaustive"],
+    "formality": ["slangy", "casual", "neutral", "formal", "ceremonial"],
+    "warmth": ["icy", "reserved", "mild", "friendly", "glowing"],
+    "helpfulness": ["useless", "basic", "partial", "useful", "expert"],
+}
+"""The dimensions and their level names; as ``preferences.dimensions`` in the quickstart's configs."""
+
+COARSE: dict[str, tuple[str, str]] = {name: (levels[1], levels[3]) for name, levels in LEVELS.items()}
+"""The two loose style words of a dimension (low, high) that questions may hold."""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One thing that can be asked about.
+
+    Args:
+        verb: What is to be done, e.g. ``clean``.
+        thing: What it is done to, e.g. ``kettle``.
+        steps: The facts: sentences of a right answer, in their natural order.
+        held_out_in: The fold in which this topic is kept for testing (see ``Workbench.fold``).
+    """
+
+    verb: str
+    thing: str
+    steps: tuple[str, ...]
+    held_out_in: int
+
+
+FOLDS = 3
+"""Each fold holds out a third of the things of every verb."""
+
+_SUBJECTS: dict[str, tuple[str, str]] = {
+    "clean": (
+        "kettle lantern mirror skillet teapot vase",
+        "Rinse the {} in water. Scrub the {} with soap. Wipe the {} from above. Dry the {} with linen. "
+        "Polish the {} until bright.",
+    ),
+    "grow": (
+        "basil fern pepper rose tomato tulip",
+        "Plant the {} in soil. Water the {} at dawn. Give the {} more sunlight. Feed the {} with compost. "
+        "Prune the {} in autumn.",
+    ),
+    "repair": (
+        "bicycle chair clock fence radio zipper",
+        "Inspect the {} for damage. Loosen the {} by hand. Replace the {} parts first. Oil the {} with care. "
+        "Test the {} before use.",
+    ),
+    "cook": (
+        "lentils noodles potato rice salmon squash",
+        "Wash the {} under water. Season the {} with salt. Boil the {} over heat. Stir the {} every minute. "
+        "Serve the {} while hot.",
+    ),
+    "paint": (
+        "boat cabinet ceiling door shed wall",
+        "Sand the {} with paper. Mask the {} with tape. Prime the {} in white. Coat the {} with colour. "
+        "Seal the {} against rain.",
+    ),
+    "train": (
+        "donkey falcon kitten parrot pony puppy",
+        "Reward the {} with treats. Call the {} by name. Walk the {} every evening. Praise the {} at once. "
+        "Groom the {} each week.",
+    ),
+    "store": (
+        "camera carpet guitar jacket telescope violin",
+        "Dust the {} with cloth. Wrap the {} in paper. Label the {} with ink. Place the {} in shade. "
+        "Check the {} each month.",
+    ),
+    "build": (
+        "birdhouse bookcase bridge kite raft table",
+        "Sketch the {} on paper. Measure the {} with rulers. Cut the {} from wood. Glue the {} at joints. "
+        "Brace the {} with nails.",
+    ),
+}
+
+
+def _sentences(text: str) -> tuple[str, ...]:
+    return tuple(f"{sentence}." for sentence in text.rstrip(".").split(". "))
+
+
+TOPICS: tuple[Topic, ...] = tuple(
+    Topic(verb, thing, _sentences(steps.replace("{}", thing)), position * FOLDS // len(things.split()))
+    for verb, (things, steps) in _SUBJECTS.items()
+    for position, thing in enumerate(things.split())
+)
+
+FILLERS: tuple[str, ...] = (
+    "This takes some time.",
+    "Most people manage it.",
+    "Every home is different.",
+    "A calm pace helps.",
+    "Results tend to vary.",
+)
+"""Sentences that say nothing about the topic, in the order in which they are used."""
+
+ENCOURAGEMENTS: tuple[str, ...] = ("Good luck.", "Have fun.", "Stay brave.", "Enjoy the day.")
+"""Warm phrases, in the order in which they are used."""
+
+OPENING_SLOTS: tuple[tuple[str, str], ...] = (("Hey", "Greetings"), ("pal", "reader"), ("check", "observe"))
+"""The opening's three choices (casual, formal): ``Hey pal, check this.``"""
+
+CLOSING_SLOT: tuple[str, str] = ("Cheers", "Regards")
+"""The closing's choice (casual, formal)."""
+
+FORMAL_WORDS: frozenset[str] = frozenset(formal.casefold() for _, formal in (*OPENING_SLOTS, CLOSING_SLOT))
+"""The four words that formality counts."""
+
+QUESTIONS: tuple[str, ...] = (
+    "How do I {verb} the {thing}?",
+    "What is the best way to {verb} the {thing}?",
+    "Can you explain how to {verb} the {thing}?",
+    "I want to {verb} the {thing}. Any advice?",
+)
+
+STYLE_REQUEST = "Make it {words}."
+"""How loose style words stand in a question: after it, without the name of their dimension."""

@@ -1,0 +1,20 @@
+"""Settings of every test: one thread, no network, no noise."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+torch.set_num_threads(1)
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype_and_threads() -> None:
+    """A test that changes a global setting must not change the next test."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)

@@ -1,0 +1,66 @@
+"""A language of nine words, models small enough to train in seconds, and a task that they can learn."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from moslim.data.sources.base import Source
+from moslim.data.types import Example, Split, View
+from moslim.preferences import PreferenceSet
+
+WORDS = ["how", "why", "cake", "boat", "good", "bad", "very", "so", "."]
+
+
+class WordSource(Source):
+    """Answers whose tone is one word and whose amount is a number of words. A third lack one label each."""
+
+    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        grid = itertools.product(["how cake", "why boat"], ["bad", "good"], range(3), ["very", "so"], range(3))
+        rows = []
+        for question, tone, amount, filler, drop in grid:
+            levels = {"tone": ["bad", "good"].index(tone), "amount": amount}
+            if drop < 2 and split is Split.TRAIN:
+                levels.pop(["tone", "amount"][drop])
+            rows.append(Example(question, " ".join([tone, *[filler] * amount, "."]), levels, subset=filler))
+        return rows
+
+
+@pytest.fixture
+def preferences() -> PreferenceSet:
+    return PreferenceSet({"tone": ["bad", "good"], "amount": ["none", "some", "much"]})
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a random causal language model with dropout, and of its tokenizer."""
+    folder = tmp_path_factory.mktemp("backbone")
+    save_backbone(folder, seed=0)
+    return str(folder)
+
+
+def save_backbone(folder: Path, seed: int, dropout: float = 0.1) -> None:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=dropout,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+        initializer_range=0.1,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)

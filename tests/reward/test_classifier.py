@@ -1,0 +1,147 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    T5Config,
+    T5Model,
+)
+
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier, checkpoint_activations
+
+PREFERENCES = PreferenceSet({"zeal": ["no", "yes"], "calm": ["a", "b", "c", "d", "e", "f", "g"]})
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "gpt2": GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=32),
+    "qwen2": Qwen2Config(**SMALL, num_key_value_heads=1),
+    "bert": BertConfig(**SMALL),
+}
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+def language_model(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    auto = AutoModelForMaskedLM if kind == "bert" else AutoModelForCausalLM
+    return auto.from_config(CONFIGS[kind])
+
+
+@pytest.fixture(params=list(CONFIGS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_backbone_weights_come_from_the_folder_of_a_language_model(kind: str, tmp_path: Path) -> None:
+    model = language_model(kind)
+    model.save_pretrained(tmp_path)
+    classifier = PreferenceClassifier.from_backbone(tmp_path, PREFERENCES)
+    expected = dict(model.base_model.named_parameters())
+    for name, parameter in classifier.backbone.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+def test_saved_classifier_reloads_exactly_with_its_order_of_dimensions(kind: str, tmp_path: Path) -> None:
+    classifier = PreferenceClassifier.from_backbone(language_model(kind), PREFERENCES, max_length=77).eval()
+    classifier.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert type(again) is PreferenceClassifier
+    assert again.preferences == PREFERENCES
+    assert again.config.pair_length == 77
+    assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
+    assert torch.equal(classifier(IDS, MASK).logits, again(IDS, MASK).logits)
+
+
+def test_pooling_is_last_token_of_decoders_and_masked_mean_of_encoders(kind: str) -> None:
+    model = language_model(kind).eval()
+    hidden = model.base_model(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    expected = hidden[[0, 1], [3, 1]]
+    if kind == "bert":
+        expected = torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)])
+    classifier = PreferenceClassifier.from_backbone(model, PREFERENCES).eval()
+    torch.testing.assert_close(classifier.features(IDS, MASK), expected)
+
+
+def test_padding_changes_nothing(kind: str) -> None:
+    classifier = PreferenceClassifier.from_backbone(language_model(kind), PREFERENCES).eval()
+    alone = classifier.probabilities(IDS[1:, :2], MASK[1:, :2])
+    torch.testing.assert_close(classifier.probabilities(IDS, MASK)[1:], alone)
+
+
+def test_each_head_has_its_own_softmax_over_its_own_levels() -> None:
+    classifier = PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES).eval()
+    logits, probs = classifier(IDS, MASK).logits, classifier.probabilities(IDS, MASK)
+    flat = classifier.head(classifier.features(IDS, MASK))
+    assert logits.shape == (2, 2, 7)
+    assert torch.equal(logits[:, 0, :2], flat[:, :2]) and torch.equal(logits[:, 1], flat[:, 2:])
+    assert (logits[:, 0, 2:] == -torch.inf).all() and (probs[:, 0, 2:] == 0).all()
+    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 2))
+
+
+def test_every_parameter_gets_a_gradient_and_checkpointing_gives_the_same(kind: str) -> None:
+    def gradients(checkpointing: bool) -> dict[str, torch.Tensor | None]:
+        torch.manual_seed(1)
+        classifier = PreferenceClassifier.from_backbone(language_model(kind), PREFERENCES).train()
+        for module in classifier.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            checkpoint_activations(classifier)
+        classifier(IDS, MASK).logits[:, 1].square().sum().backward()
+        return {name: p.grad for name, p in classifier.named_parameters()}
+
+    plain, saved = gradients(False), gradients(True)
+    assert [name for name, grad in plain.items() if grad is None] == []  # one without would stop DDP
+    for name in plain:
+        torch.testing.assert_close(saved[name], plain[name])
+
+
+@pytest.mark.parametrize("change", ["dropped", "renamed"])
+def test_loading_without_a_head_tensor_names_it(change: str, tmp_path: Path) -> None:
+    PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    head = weights.pop("head.weight")
+    if change == "renamed":
+        weights["score.weight"] = head
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_backbone_folder_without_a_weight_names_it(tmp_path: Path) -> None:
+    language_model("llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"norm\.weight"):
+        PreferenceClassifier.from_backbone(tmp_path, PREFERENCES)
+
+
+def test_making_a_classifier_leaves_the_given_model_as_it_was() -> None:
+    model = language_model("llama").eval()
+    before = model(IDS).logits
+    PreferenceClassifier.from_backbone(model, PREFERENCES)
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        PreferenceClassifier.from_backbone(T5Model(config), PREFERENCES)
+
+
+def test_config_names_every_output(tmp_path: Path) -> None:
+    PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["id2label"]["1"] == "zeal: yes" and saved["id2label"]["8"] == "calm: g"

@@ -1,0 +1,192 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import load_file
+from torch.optim import SGD, AdamW
+
+from moslim.data.module import PreferenceDataModule
+from moslim.data.sources.base import Source
+from moslim.data.types import Example, Split, View
+from moslim.lora import LoraOptions
+from moslim.optim import WarmupLinear
+from moslim.preferences import PreferenceSet
+from moslim.reward.module import RewardClassifier
+from moslim.reward.scorer import Scorer
+
+from .conftest import WordSource, save_backbone
+
+LORA = LoraOptions(rank=4, alpha=8.0, dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+def make(preferences: PreferenceSet, backbone: str, **options: object) -> RewardClassifier:
+    torch.manual_seed(0)
+    return RewardClassifier(
+        preferences,
+        backbone,
+        optimizer=lambda parameters: AdamW(parameters, lr=5e-3, weight_decay=0.0),
+        lr_scheduler=lambda optimizer: WarmupLinear(optimizer, warmup_steps=2, final=0.1),
+        **options,
+    )
+
+
+def data(preferences: PreferenceSet, source: Source | None = None) -> PreferenceDataModule:
+    return PreferenceDataModule(preferences, source or WordSource(), batch_size=12, eval_batch_size=16)
+
+
+def trainer(folder: Path, **options: object) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    plain = {"enable_checkpointing": False, "num_sanity_val_steps": 1, "use_distributed_sampler": False}
+    return Trainer(default_root_dir=folder, **{**quiet, **plain, "max_epochs": -1, **options})
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
+    lora: LoraOptions | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    module = make(preferences, backbone, lora=lora, max_length=48)
+    run = trainer(tmp_path, max_steps=150, logger=CSVLogger(tmp_path), log_every_n_steps=10)
+    run.fit(module, data(preferences))
+    found = {key: float(value) for key, value in run.callback_metrics.items()}
+    assert found["val/tone/accuracy"] > 0.95 and found["val/amount/accuracy"] > 0.9
+    assert found["val/mean/kappa"] > 0.85 and found["val/amount/within_one"] > 0.95
+    assert found["val/so/amount/mae"] < 0.2 and "val/very/mean/mae" in found
+    assert found["train/tone/loss"] < 0.3 and {"train/loss", "train/amount/loss", "val/loss"} <= found.keys()
+
+    scorer = Scorer.from_pretrained(Path(run.log_dir) / "classifier")
+    assert scorer.preferences == preferences and scorer.classifier.config.pair_length == 48
+    rows = WordSource().rows(View.REWARD, Split.VALIDATION, preferences, 0)
+    probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
+    predicted = trainer(tmp_path).predict(module, data(preferences))
+    table = [record["probabilities"]["amount"] for batch in predicted for record in batch]
+    torch.testing.assert_close(probs[:, 1], torch.tensor(table), atol=1e-5, rtol=0)
+
+
+def test_frozen_weights_stay_out_of_checkpoints_which_load_strictly(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    run = trainer(tmp_path, max_steps=3, enable_checkpointing=True, limit_val_batches=0)
+    module = make(preferences, backbone, lora=LORA)
+    run.fit(module, data(preferences))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    keys = set(saved["state_dict"])
+    assert keys == {name for name, p in module.named_parameters() if p.requires_grad}
+    assert {key.split(".")[-2] for key in keys if "lora_" not in key} == {"head"}
+
+    again = RewardClassifier.load_from_checkpoint(tmp_path / "a.ckpt", preferences=preferences, lora=LORA)
+    for name, parameter in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], parameter), name
+
+    del saved["state_dict"][sorted(keys)[0]]
+    torch.save(saved, tmp_path / "b.ckpt")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trainer(tmp_path).validate(make(preferences, backbone, lora=LORA), data(preferences), tmp_path / "b.ckpt")
+
+
+def test_checkpoint_on_another_backbone_is_refused(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    run.fit(make(preferences, backbone, lora=LORA), data(preferences))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    other = tmp_path / "other"
+    save_backbone(other, seed=1)
+    with pytest.raises(ValueError, match="other frozen weights"):
+        trainer(tmp_path).validate(make(preferences, str(other), lora=LORA), data(preferences), tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_resumed_run_equals_the_uninterrupted_one(
+    lora: LoraOptions | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    whole = make(preferences, backbone, lora=lora)
+    full_run = trainer(tmp_path, max_steps=8, limit_val_batches=0)  # 6 steps an epoch: across its end
+
+    class Stop(RuntimeError):
+        pass
+
+    class Interrupted(RewardClassifier):
+        def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+            self.trainer.save_checkpoint(tmp_path / f"{self.global_step}.ckpt")
+            if self.global_step == 4:
+                raise Stop
+
+    full_run.fit(whole, data(preferences))
+    torch.manual_seed(0)
+    cut = Interrupted(preferences, backbone, lora=lora, optimizer=whole.optimizer, lr_scheduler=whole.lr_scheduler)
+    with pytest.raises(Stop):
+        trainer(tmp_path, max_steps=8, limit_val_batches=0).fit(cut, data(preferences))
+    resumed = make(preferences, backbone, lora=lora)
+    torch.manual_seed(99)
+    trainer(tmp_path, max_steps=8, limit_val_batches=0).fit(resumed, data(preferences), ckpt_path=tmp_path / "3.ckpt")
+    for name, parameter in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], parameter), name
+
+
+def test_predictions_are_written_in_order(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "scores.jsonl"
+    module = make(preferences, backbone, predictions=str(file))
+    trainer(tmp_path).predict(module, data(preferences), return_predictions=False)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = WordSource().rows(View.REWARD, Split.PREDICT, preferences, 0)
+    assert [(r["question"], r["answer"]) for r in records] == [(row.question, row.answer) for row in rows]
+    for record in records:
+        probabilities = record["probabilities"]["amount"]
+        assert len(record["probabilities"]["tone"]) == 2 and len(probabilities) == 3
+        assert record["levels"]["amount"] == probabilities.index(max(probabilities))
+        assert record["expected"]["amount"] == pytest.approx(probabilities[1] + 2 * probabilities[2], abs=1e-5)
+    assert not file.with_name("scores.jsonl.part").exists()
+
+
+def test_rows_without_any_label_are_harmless(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    class Unlabelled(Source):
+        def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+            return [Example("how cake", "good .")] * 12
+
+    module = make(preferences, backbone)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, data(preferences, Unlabelled()))
+    assert run.callback_metrics["train/loss"] == 0
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_dry_run_exports_nothing(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    trainer(tmp_path, fast_dev_run=True).fit(make(preferences, backbone, export=str(folder)), data(preferences))
+    assert not folder.exists()
+
+
+def test_training_has_dropout_though_a_backbone_is_loaded_without(preferences: PreferenceSet, backbone: str) -> None:
+    module = make(preferences, backbone, gradient_checkpointing=True)
+    assert all(part.training for part in module.modules())
+    ids = torch.tensor([[3, 5, 7, 2]])
+    assert not torch.equal(module(ids, torch.ones_like(ids)), module(ids, torch.ones_like(ids)))
+
+
+def test_scoring_has_no_dropout(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    module = make(preferences, backbone)
+    runs = [trainer(tmp_path).predict(module.train(), data(preferences)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_two_processes_train_as_one_does(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    """Each head is averaged over the labels of the whole batch, however these are spread over processes."""
+    plain = tmp_path / "without_dropout"
+    save_backbone(plain, seed=0, dropout=0.0)
+
+    def train(batch_size: int, **options: object) -> dict[str, torch.Tensor]:
+        folder = tmp_path / str(batch_size)
+        module = RewardClassifier(preferences, str(plain), optimizer=lambda p: SGD(p, lr=0.5), export=str(folder))
+        with torch.no_grad():
+            module.classifier.head.weight.fill_(0.1)
+        stage = PreferenceDataModule(preferences, WordSource(), batch_size=batch_size, eval_batch_size=5)
+        trainer(tmp_path, max_steps=3, **options).fit(module, stage)
+        return load_file(folder / "model.safetensors")
+
+    one = train(12)
+    two = train(6, devices=2, strategy="ddp_fork")
+    torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moslim.preferences import INACTIVE, Dimension, Preference, PreferenceSet
+
+PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "hot"]})
+
+
+def test_encode_marks_what_is_not_asked_for_and_decode_undoes_it():
+    target = PREFERENCES.encode(Preference({"heat": 1}))
+    assert target.tolist() == [INACTIVE, 1]
+    assert PREFERENCES.decode(target) == Preference({"heat": 1})
+    assert PREFERENCES.decode(PREFERENCES.encode(Preference())) == Preference()
+
+
+def test_order_sizes_and_plain_data():
+    assert PREFERENCES.names == ("size", "heat")
+    assert PREFERENCES.sizes == (3, 2)
+    assert PreferenceSet(PREFERENCES.to_dict()) == PREFERENCES
+    assert PreferenceSet({"heat": ["cold", "hot"], "size": ["low", "mid", "high"]}) != PREFERENCES
+
+
+def test_equal_preferences_hash_equally_whatever_their_order():
+    one, other = Preference({"size": 1, "heat": 0}), Preference({"heat": 0, "size": 1})
+    assert one == other
+    assert len({one, other}) == 1
+    assert not Preference()
+    assert Preference({"size": 0})
+
+
+@pytest.mark.parametrize(
+    ("preference", "error", "text"),
+    [
+        ({"weight": 0}, KeyError, "no dimension 'weight'; there are: size, heat"),
+        ({"size": 3}, ValueError, "level 3 of dimension 'size' is outside 0..2"),
+        ({"heat": -1}, ValueError, "level -1 of dimension 'heat' is outside 0..1"),
+    ],
+)
+def test_encode_refuses_what_does_not_exist(preference, error, text):
+    with pytest.raises(error, match=text):
+        PREFERENCES.encode(Preference(preference))
+
+
+def test_dimensions_need_two_different_levels():
+    with pytest.raises(ValueError, match="give at least two"):
+        Dimension("size", ("only",))
+    with pytest.raises(ValueError, match="names a level twice"):
+        Dimension("size", ("low", "low"))
+    with pytest.raises(ValueError, match="at least one dimension"):
+        PreferenceSet({})
+
+
+def test_dimensions_are_matched_by_name():
+    more = PreferenceSet({"heat": ["a", "b"], "smell": ["a", "b"], "size": ["a", "b", "c"]})
+    assert PREFERENCES.columns_in(more, "classifier") == [2, 0]
+    with pytest.raises(ValueError, match="dimension 'smell' is unknown to the classifier, which has: size, heat"):
+        more.columns_in(PREFERENCES, "classifier")
+    with pytest.raises(ValueError, match="'size' has 3 levels in `preferences` but 2 in the classifier"):
+        PREFERENCES.columns_in(PreferenceSet({"size": ["a", "b"], "heat": ["a", "b"]}), "classifier")
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/preferences").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_preferences_load(path):
+    preferences = PreferenceSet(**yaml.safe_load(path.read_text()))
+    for d, size in enumerate(preferences.sizes):
+        top = preferences.encode(Preference({preferences.names[d]: size - 1}))
+        assert torch.equal(top == INACTIVE, torch.arange(len(preferences)) != d)
