@@ -33,6 +33,7 @@ class MoslimCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
+        strict = {"allow_abbrev": False}
         usage = f"{Path(sys.argv[0]).name} {{}} [--config FILE] [options]"
         super().__init__(
             LightningModule,
@@ -40,7 +41,7 @@ class MoslimCLI(LightningCLI):
             trainer_class=MoslimTrainer,
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "outputs"},
             # A shortened option would hide a misspelt one, and Lightning's full usage is 60 lines.
-            parser_kwargs={"allow_abbrev": False, **{name: {"usage": usage.format(name)} for name in SUBCOMMANDS}},
+            parser_kwargs=strict | {name: strict | {"usage": usage.format(name)} for name in SUBCOMMANDS},
             save_config_kwargs={"overwrite": True},
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -54,10 +54,10 @@ def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> 
     """
     parts = own_parts(plugins)
     for callback in configured:
-        if any(type(callback) is type(part) and callback is not part for part in parts):
-            if callback not in parts:
-                raise ValueError(
-                    f"trainer.callbacks lists a {type(callback).__name__}, which is also the model's "
-                    f"{parts[[type(p) for p in parts].index(type(callback))].role}: remove it from trainer.callbacks"
-                )
+        twin = next((part for part in parts if type(part) is type(callback)), None)
+        if twin is not None and callback not in parts:  # after a first run, `configured` holds the parts themselves
+            raise ValueError(
+                f"trainer.callbacks lists a {type(callback).__name__}, which is also the model's {twin.role}: "
+                "remove it from trainer.callbacks"
+            )
     return list(parts)

@@ -37,7 +37,6 @@ def make() -> Callable[[list[Row]], Records]:
             targets=torch.tensor([row[3] for row in rows], dtype=torch.long).reshape(-1, 2),
             achieved=achieved,
             probs=probs,
-            reward=torch.arange(len(rows), dtype=torch.float32),
         )
 
     return build
@@ -64,5 +63,4 @@ def starting(trained: Records) -> Records:
         targets=trained.targets,
         achieved=torch.tensor([1.0, 0.0]).repeat(n, 1),
         probs=torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.4, 0.0]]).repeat(n, 1, 1),
-        reward=torch.zeros(n),
     )

@@ -7,7 +7,7 @@ from moslim.evaluation.records import Records
 
 
 def same(a: Records, b: Records) -> bool:
-    fields = ("question", "sample", "targets", "probs", "reward")
+    fields = ("question", "sample", "targets", "probs")
     return (
         a.kinds == b.kinds
         and all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields)
@@ -45,7 +45,9 @@ def test_canonical_order_is_question_kind_targets_sample(make):
         (0, 0, "sweep", [1, -1], [0.0, 0.0]),
         (0, 0, "sweep", [-1, 1], [0.0, 0.0]),
     ]
-    assert make(rows).canonical().reward.tolist() == [4.0, 3.0, 2.0, 1.0, 0.0]
+    ordered = make(rows).canonical()
+    assert ordered.targets.tolist() == [[-1, 1], [1, -1], [1, -1], [-1, -1], [0, -1]]
+    assert ordered.sample.tolist() == [0, 0, 1, 0, 0]
 
 
 def test_canonical_does_not_depend_on_order_and_counts_a_repeat_once(trained):

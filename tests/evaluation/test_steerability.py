@@ -20,7 +20,7 @@ def result(trained, starting, preferences):
 
 def test_keys(result):
     assert set(result) >= {
-        *("schema", "judge", "dimensions", "mean", "base", "combinations", "cross_talk", "reward"),
+        *("schema", "judge", "dimensions", "mean", "base", "combinations", "cross_talk"),
         *("default_quality", "n_questions", "config"),
     }
     assert result["schema"] == 1
@@ -96,7 +96,6 @@ def test_reward_compares_proxy_and_gold_on_the_same_answers(result):
     assert reward["proxy"] == {"before": 0.416667, "after": 0.525}  # after: (0.9 * 4/6 + 0.9 * 2/4) / 2
     assert reward["gold"] == {"before": 0.416667, "after": 0.583333}
     assert reward["gap"] == {"before": 0.0, "after": -0.058333}
-    assert reward["total"] == {"before": 0.0, "after": 4.5}
     assert reward["dimensions"]["warmth"]["proxy"] == {"before": 0.333333, "after": 0.6}
 
 
@@ -167,7 +166,6 @@ def test_ten_thousand_answers_take_less_than_a_second(preferences):
         targets=torch.tensor(prompts).repeat(questions * samples, 1),
         achieved=torch.randint(0, 2, (n, 2), generator=generator).float(),
         probs=torch.full((n, 2, 3), 0.5),
-        reward=torch.zeros(n),
     )
     start = time.process_time()
     result = steerability(records, records, preferences, GOLD, {})

@@ -156,7 +156,7 @@ def test_rows_without_any_label_are_harmless(preferences: PreferenceSet, backbon
 
 def test_a_dry_run_exports_nothing(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
-    trainer(tmp_path, fast_dev_run=True).fit(make(preferences, backbone, export=str(folder)), data(preferences))
+    trainer(tmp_path, fast_dev_run=True).fit(make(preferences, backbone, output=str(folder)), data(preferences))
     assert not folder.exists()
 
 
@@ -180,7 +180,7 @@ def test_two_processes_train_as_one_does(preferences: PreferenceSet, backbone: s
 
     def train(batch_size: int, **options: object) -> dict[str, torch.Tensor]:
         folder = tmp_path / str(batch_size)
-        module = RewardClassifier(preferences, str(plain), optimizer=lambda p: SGD(p, lr=0.5), export=str(folder))
+        module = RewardClassifier(preferences, str(plain), optimizer=lambda p: SGD(p, lr=0.5), output=str(folder))
         with torch.no_grad():
             module.classifier.head.weight.fill_(0.1)
         stage = PreferenceDataModule(preferences, WordSource(), batch_size=batch_size, eval_batch_size=5)

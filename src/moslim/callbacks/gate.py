@@ -40,7 +40,7 @@ class Gate(Callback):
             self._check(trainer)
 
     def _check(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run or trainer.interrupted:
+        if trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]  # set dynamically
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         bounds = [(name, ">=", least) for name, least in self.minimum.items()]

@@ -24,7 +24,6 @@ class Records:
         targets: ``[N, D]`` int64, requested level, -1 = not mentioned in the prompt.
         achieved: ``[N, D]`` float, the judge's level; NaN where it cannot judge.
         probs: ``[N, D, K]`` float, the training classifier's class probabilities, 0 on padded classes.
-        reward: ``[N]`` float, the training reward.
 
     Raises:
         ValueError: The fields disagree in ``N`` or ``D``, or a kind is unknown.
@@ -36,7 +35,6 @@ class Records:
     targets: Tensor
     achieved: Tensor
     probs: Tensor
-    reward: Tensor
 
     def __post_init__(self) -> None:
         n, d = self.targets.shape
@@ -46,7 +44,6 @@ class Records:
             "kinds": ((len(self.kinds),), (n,)),
             "achieved": (self.achieved.shape, (n, d)),
             "probs": (self.probs.shape[:2], (n, d)),
-            "reward": (self.reward.shape, (n,)),
         }
         for name, (actual, expected) in shapes.items():
             if tuple(actual) != expected:
@@ -73,7 +70,6 @@ class Records:
             targets=torch.cat([p.targets for p in parts]),
             achieved=torch.cat([p.achieved for p in parts]),
             probs=torch.cat([p.probs for p in parts]),
-            reward=torch.cat([p.reward for p in parts]),
         )
 
     def select(self, rows: Tensor) -> Records:
@@ -86,7 +82,6 @@ class Records:
             targets=self.targets[rows],
             achieved=self.achieved[rows],
             probs=self.probs[rows],
-            reward=self.reward[rows],
         )
 
     def of_kind(self, kind: str) -> Records:
@@ -102,7 +97,7 @@ class Records:
         kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], dtype=torch.long)
         columns = (self.question[:, None].cpu(), kinds[:, None], self.targets.cpu(), self.sample[:, None].cpu())
         identity = torch.cat(columns, dim=1)
-        values = torch.cat([self.achieved.cpu().nan_to_num(-1.0), self.reward[:, None].cpu()], dim=1)
+        values = self.achieved.cpu().nan_to_num(-1.0)
         # lexsort's last key is the first to count: the identity's columns decide, values only break ties.
         keys = [*values.T.flip(0).numpy(), *identity.T.flip(0).numpy()]
         order = torch.from_numpy(np.lexsort(keys))
@@ -119,5 +114,4 @@ class Records:
             targets=self.targets.cpu(),
             achieved=self.achieved.cpu(),
             probs=self.probs.cpu(),
-            reward=self.reward.cpu(),
         )

@@ -68,7 +68,6 @@ def steerability(
         "interference": relative[others].abs().nanmean(),
         "reward": {
             **_reward(measured_before, measured, {"before": before, "after": after}, names),
-            "total": {"before": _total(base), "after": _total(policy)},
         },
         "default_quality": {"before": _default(base, names), "after": _default(policy, names)},
         "curves": {
@@ -143,11 +142,6 @@ def _reward(before: Result, after: Result, grids: dict[str, list[Sweep]], names:
     }
     gap = {time: means["proxy"][time] - means["gold"][time] for time in grids}
     return {**means, "gap": gap, "dimensions": dimensions}
-
-
-def _total(records: Records) -> Tensor:
-    """Mean training reward over the level sweep."""
-    return records.of_kind("sweep").reward.double().nanmean()
 
 
 def _default(records: Records, names: tuple[str, ...]) -> Result:

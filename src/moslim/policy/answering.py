@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from moslim.data.prompts import pad_id
 from moslim.data.types import PromptBatch, Question
 from moslim.noise import derive_seed
 from moslim.policy.engines import Completions, RolloutEngine
+from moslim.policy.roles import evaluating
 
 
 @dataclass
@@ -40,37 +42,42 @@ def answer_seeds(keys: Sequence[Sequence[int]], samples: int, device: torch.devi
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def answer(
-    engine: RolloutEngine,
-    model: nn.Module | Any,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: PromptBatch,
-    seeds: Tensor,
-    eos_ids: list[int],
-    pad_id: int,
-) -> Answers:
-    """Samples answers to a batch of prompts and decodes them.
+class Answerer:
+    """Samples answers with a model and decodes them.
 
     Args:
         engine: What samples.
-        model: The policy or its reference, in eval mode.
         tokenizer: The policy's.
-        batch: ``B`` prompts.
-        seeds: ``[B, n]``, see :func:`answer_seeds`.
         eos_ids: Tokens that end an answer.
-        pad_id: Token to put after the end.
     """
-    samples = seeds.shape[1]
-    completions = engine.sample(model, batch.input_ids, batch.attention_mask, seeds, eos_ids, pad_id)
-    prompts = batch.input_ids.repeat_interleave(samples, dim=0)
-    prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)
-    return Answers(
-        completions,
-        torch.cat([prompts, completions.tokens], dim=1),
-        torch.cat([prompt_mask, completions.mask.to(prompt_mask.dtype)], dim=1),
-        [question for question in batch.questions for _ in range(samples)],
-        tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(completions.tokens, completions.mask, strict=True)],
-            skip_special_tokens=True,
-        ),
-    )
+
+    def __init__(self, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._pad_id = pad_id(tokenizer)
+
+    def __call__(
+        self, model: nn.Module | Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int
+    ) -> Answers:
+        """Answers a batch of prompts.
+
+        Args:
+            model: The policy or its reference.
+            batch: ``B`` prompts.
+            keys: What identifies each of them; an answer depends on its prompt, its key and its number alone.
+            samples: Answers per prompt, ``n``.
+        """
+        seeds = answer_seeds(keys, samples, batch.input_ids.device)
+        with evaluating(model):
+            found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self._eos_ids, self._pad_id)
+        prompts = batch.input_ids.repeat_interleave(samples, dim=0)
+        prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)
+        spoken = [row[keep].tolist() for row, keep in zip(found.tokens, found.mask, strict=True)]
+        return Answers(
+            found,
+            torch.cat([prompts, found.tokens], dim=1),
+            torch.cat([prompt_mask, found.mask.to(prompt_mask.dtype)], dim=1),
+            [question for question in batch.questions for _ in range(samples)],
+            self.tokenizer.batch_decode(spoken, skip_special_tokens=True),
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +65,66 @@ def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, chunk: int = 40
             parts.append(_negative_logprobs(piece, target))
     negative = torch.cat(parts) if parts else flat.new_zeros(0, dtype=torch.float32)
     return torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter(mask, -negative)
+
+
+@dataclass
+class Chunk:
+    """Some answers of a batch, without the columns that are padding in all of them.
+
+    Args:
+        index: ``[C]`` where they stand in the batch.
+        input_ids: ``[C, P' + T']``.
+        attention_mask: ``[C, P' + T']``.
+        mask: ``[C, T']`` bool, answer tokens.
+    """
+
+    index: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    mask: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """``[C, T']`` answer tokens."""
+        return self.input_ids[:, -self.mask.shape[1] :]
+
+
+def chunks_by_length(
+    input_ids: Tensor, attention_mask: Tensor, mask: Tensor, rows: int, among: Tensor | None = None
+) -> Iterator[Chunk]:
+    """Cuts a batch into chunks of like length: little padding is computed, and a chunk fits the cache.
+
+    Args:
+        input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
+        attention_mask: ``[N, P + T]``.
+        mask: ``[N, T]`` bool, answer tokens.
+        rows: Answers per chunk.
+        among: ``[M]`` positions to take; None = all.
+    """
+    positions = torch.arange(len(mask), device=mask.device) if among is None else among
+    order = positions[mask[positions].sum(dim=1).argsort(stable=True)]
+    for index in order.split(rows) if len(order) else ():
+        own = mask[index]
+        longest = int(own.sum(dim=1).max())
+        attention = attention_mask[index, : attention_mask.shape[1] - mask.shape[1] + longest]
+        first = int(attention.any(dim=0).nonzero()[0])
+        yield Chunk(index, input_ids[index, first : attention.shape[1]], attention[:, first:], own[:, :longest])
+
+
+def answer_logprobs(
+    model: nn.Module | Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, rows: int
+) -> Tensor:
+    """Log-probabilities of whole answers; see :func:`chunks_by_length` for the arguments.
+
+    Returns:
+        ``[N, T]`` float32, 0 where masked.
+    """
+    result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    for chunk in chunks_by_length(input_ids, attention_mask, mask, rows):
+        width = chunk.mask.shape[1]
+        logits = completion_logits(model, chunk.input_ids, chunk.attention_mask, width, temperature)
+        result[chunk.index, :width] = token_logprobs(logits, chunk.tokens, chunk.mask)
+    return result
 
 
 def full_kl(logits: Tensor, reference: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moslim.lora import LoraOptions, add_lora
 
@@ -21,16 +21,31 @@ class Roles:
     Args:
         model: The causal language model to start from.
         lora: Train a low-rank adapter; None trains all weights, and the reference is a copy.
+        gradient_checkpointing: Compute the policy's activations twice to save memory.
     """
 
-    def __init__(self, model: nn.Module | Any, lora: LoraOptions | None) -> None:
+    def __init__(self, model: nn.Module | Any, lora: LoraOptions | None, gradient_checkpointing: bool = False) -> None:
+        _disable_dropout(model)
         self._copy = None if lora else deepcopy(model).requires_grad_(False).eval()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # transformers recomputes activations in training mode only
         self.policy: Any = add_lora(model, lora, name="policy") if lora else model
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the policy is an adapter on a frozen base."""
+        return self._copy is None
 
     def to(self, device: torch.device) -> None:
         """Moves the reference; the policy is moved as part of the module."""
         if self._copy is not None:
             self._copy.to(device)
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The weights that are never trained: the reference, or the base under the adapter."""
+        model = self.policy if self._copy is None else self._copy
+        return {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module | Any]:
@@ -42,9 +57,18 @@ class Roles:
                 yield self.policy
 
 
+def _disable_dropout(model: nn.Module) -> None:
+    """Sampled and recomputed log-probabilities must agree, so a policy has no dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
+            module.attention_dropout = 0.0
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and back: with dropout or checkpointing on, sampled log-probabilities are wrong."""
+    """Puts a model into eval mode and back: under gradient checkpointing, sampling in training mode is wrong."""
     training = model.training
     model.eval()
     try:

@@ -37,7 +37,7 @@ class RewardClassifier(LightningModule):
         lora: Train low-rank adapters and the heads; None = train all weights.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, or 1e-4 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
-        export: Folder for the trained classifier; None = ``classifier`` in the run's folder.
+        output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         max_length: Most tokens of a pair when the saved classifier scores texts; give the data module the same.
         gradient_checkpointing: Save memory by computing activations twice.
@@ -55,7 +55,7 @@ class RewardClassifier(LightningModule):
         lora: LoraOptions | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
-        export: str | None = None,
+        output: str | None = None,
         predictions: str | None = None,
         max_length: int | None = None,
         gradient_checkpointing: bool = False,
@@ -71,7 +71,7 @@ class RewardClassifier(LightningModule):
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.export = export
+        self.output = output
         self.predictions = predictions
         self.trust_remote_code = trust_remote_code
         self.seed = seed
@@ -146,15 +146,8 @@ class RewardClassifier(LightningModule):
         return records
 
     def on_predict_start(self) -> None:
-        """Opens the file of ``predictions``.
-
-        Raises:
-            ValueError: There are several processes, which would write over one another.
-        """
-        if self.trainer.world_size > 1:
-            raise ValueError("predict writes one file in order: run it in one process, with trainer.devices = 1")
-        path = Path(self.predictions) if self.predictions else self._run_folder() / "predictions.jsonl"
-        self._writer = JsonLines(path)
+        """Opens the file of ``predictions``."""
+        self._writer = JsonLines.for_trainer(self.trainer, self.predictions)
 
     def on_predict_end(self) -> None:
         """Puts the file in its place."""
@@ -164,17 +157,17 @@ class RewardClassifier(LightningModule):
 
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
-        folder = self.export_folder
+        folder = self.output_folder
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # the Trainer sets it by name
         if self.trainer.is_global_zero and self.trainer.global_step > 0 and not dry:
-            self.save_classifier(folder)
+            self.export(folder)
 
     @property
-    def export_folder(self) -> Path:
+    def output_folder(self) -> Path:
         """Where the classifier is saved. Under several processes all must ask."""
-        return Path(self.export) if self.export else self._run_folder() / "classifier"
+        return Path(self.output) if self.output else self._run_folder() / "classifier"
 
-    def save_classifier(self, folder: str | Path) -> None:
+    def export(self, folder: str | Path) -> None:
         """Saves the classifier (adapters merged) and its tokenizer, for ``Scorer.from_pretrained(folder)``."""
         merged = deepcopy(self.classifier).merge_and_unload() if self.lora else self.classifier
         merged.save_pretrained(folder)

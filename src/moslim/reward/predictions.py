@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from moslim.data.types import Example
@@ -50,6 +51,17 @@ class JsonLines:
         self._part = path.with_name(f"{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._part.open("w", encoding="utf-8")
+
+    @classmethod
+    def for_trainer(cls, trainer: Trainer, path: str | None) -> JsonLines:
+        """The file that ``predict`` writes: ``path``, or ``predictions.jsonl`` in the run's folder.
+
+        Raises:
+            ValueError: There are several processes, which would write over one another.
+        """
+        if trainer.world_size > 1:
+            raise ValueError("predict writes one file in order: run it in one process, with trainer.devices = 1")
+        return cls(Path(path) if path else Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
         """Appends records."""

@@ -21,9 +21,8 @@ from moslim.data.types import PromptBatch, Question, TextBatch, View
 from moslim.models import Architecture, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
 from moslim.optim import configure
-from moslim.policy.answering import answer, answer_seeds
+from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
-from moslim.policy.roles import evaluating
 from moslim.reward.predictions import JsonLines
 
 
@@ -80,7 +79,7 @@ class SupervisedTrainer(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.trust_remote_code = trust_remote_code
         self.seed = seed
-        self.model = self._build()
+        self.model = self._build().train()
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._writer: JsonLines | None = None
@@ -143,12 +142,10 @@ class SupervisedTrainer(LightningModule):
         ids, mask = (x.to(self.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
         nothing = torch.full((len(rows), 1), -1)
         batch = PromptBatch(ids, mask, nothing, torch.arange(len(rows)), questions, [""] * len(rows))
-        seeds = answer_seeds([(self.seed, *key) for key in keys], 1, self.device)
         engine = copy.copy(self.engine)
         engine.temperature = temperature
-        ends = eos_ids(self.model, self.tokenizer)
-        with evaluating(self.model):
-            return answer(engine, self.model, self.tokenizer, batch, seeds, ends, pad_id(self.tokenizer)).texts
+        answerer = Answerer(engine, self.tokenizer, eos_ids(self.model, self.tokenizer))
+        return answerer(self.model, batch, [(self.seed, *key) for key in keys], 1).texts
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers the questions of a batch; the records are returned, and written to the file of ``predictions``."""
@@ -162,7 +159,7 @@ class SupervisedTrainer(LightningModule):
 
     def on_predict_start(self) -> None:
         """Opens the file of ``predictions``."""
-        self._writer = JsonLines(Path(self.predictions) if self.predictions else self._run_folder / "predictions.jsonl")
+        self._writer = JsonLines.for_trainer(self.trainer, self.predictions)
 
     def on_predict_end(self) -> None:
         """Puts the file in its place."""

@@ -19,11 +19,8 @@ def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> 
     related = [o for o in others if o.verb == topic.verb]
     other = rng.choice(related if rng.random() < 0.6 else list(others))
     swap = rng.random() < 0.5
-    return " ".join(
-        rng.choice(other.steps) if not swap and s in topic.steps and rng.random() < 0.7 else
-        s.replace(topic.thing, other.thing) if swap and s in topic.steps and rng.random() < 0.7 else s
-        for s in answer
-    )
+    foreign = (lambda step: step.replace(topic.thing, other.thing)) if swap else lambda _: rng.choice(other.steps)
+    return " ".join(foreign(s) if s in topic.steps and rng.random() < 0.7 else s for s in answer)
 
 
 def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
@@ -57,7 +54,8 @@ def word_salad(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str
         foreign = " ".join(rng.choice(others).steps).split()
         words = [rng.choice(foreign) if rng.random() < 0.2 else word for word in words]
     else:
-        words = [rng.choice(sorted(FORMAL_WORDS)) for _ in range(rng.randint(1, 6))] + words[rng.randrange(len(words)) :]
+        formal = rng.choices(sorted(FORMAL_WORDS), k=rng.randint(1, 6))
+        words = formal + words[rng.randrange(len(words)) :]
     return " ".join(words)
 
 

@@ -62,7 +62,7 @@ class GRPO(PolicyOptimizer):
     ) -> None:
         super().__init__(kl_coef, clip_low, clip_high, aggregation, std_floor)
         if kl not in ("k2", "k3"):
-            raise ValueError(f"policy_optimizer.kl is '{kl}': use 'k2' or 'k3' (k1 as a loss has zero expected gradient)")
+            raise ValueError(f"policy_optimizer.kl is '{kl}': use 'k2' or 'k3' (k1 has no gradient on average)")
         if reduction not in ("grpo", "token_mean", "constant"):
             raise ValueError(f"policy_optimizer.reduction is '{reduction}': use 'grpo', 'token_mean' or 'constant'")
         self.kl = kl

@@ -1,0 +1,57 @@
+"""What a policy's checkpoint holds beside weights: the rollout in use, and what the run must be resumed with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moslim.checkpoints import fingerprint
+from moslim.plugin import own_parts
+from moslim.policy.rollout import Rollout
+
+if TYPE_CHECKING:
+    from moslim.policy.module import PolicyTrainer
+
+_KEY = "policy_run"
+
+
+def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
+    """Adds every process's rollout, the classes of the plug-ins and fingerprints of the frozen models."""
+    own = module.rollout.state() if module.rollout else None
+    rollouts: list[Any] = [own]
+    if module.trainer.world_size > 1:
+        rollouts = [None] * module.trainer.world_size
+        torch.distributed.all_gather_object(rollouts, own)
+    checkpoint[_KEY] = {"plugins": _plugins(module), "frozen": _fingerprints(module), "rollouts": rollouts}
+
+
+def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
+    """Checks what :func:`save_run` recorded and takes up this process's rollout.
+
+    Raises:
+        ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
+    """
+    saved = checkpoint.get(_KEY)
+    if saved is None:
+        raise ValueError("this checkpoint was not written by a PolicyTrainer: name one of a policy's run")
+    if saved["plugins"] != _plugins(module) and not module.reset_state:
+        raise ValueError(
+            f"the checkpoint was trained with {', '.join(saved['plugins'])}; this run has "
+            f"{', '.join(_plugins(module))}; set model.reset_state to true to start their state anew"
+        )
+    for role, found in _fingerprints(module).items():
+        if saved["frozen"][role] != found:
+            raise ValueError(f"the {role} has other weights than the one that this checkpoint was trained with")
+    rollouts = saved["rollouts"]
+    if len(rollouts) == module.trainer.world_size and rollouts[module.global_rank] is not None:
+        module.rollout = Rollout.from_state(rollouts[module.global_rank], module.device)
+
+
+def _plugins(module: PolicyTrainer) -> list[str]:
+    return [part.state_key for part in own_parts([module.mapping, module.policy_optimizer])]
+
+
+def _fingerprints(module: PolicyTrainer) -> dict[str, str]:
+    frozen = module.roles.frozen()
+    return {"reference": fingerprint(frozen), "classifier": fingerprint(dict(module.scorer.classifier.state_dict()))}
