@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 _KEY = "frozen_fingerprint"
@@ -43,6 +43,20 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             "give the same backbone and the same set of trained parameters"
         )
     checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+
+
+def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Records an epoch that the run's last step cut short as one still running.
+
+    Lightning counts it as done, and a longer run resumed from there would go on with the rows of the next epoch.
+    """
+    if "loops" not in checkpoint:  # weights only
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = loop["epoch_loop.batch_progress"]
+    if 0 < batches["current"]["processed"] < trainer.num_training_batches and not batches["is_last_batch"]:
+        for counts in loop["epoch_progress"].values():
+            counts["processed"] = counts["completed"] = counts["ready"] - 1
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -50,11 +50,13 @@ def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> 
         configured: ``trainer.callbacks``.
 
     Raises:
-        ValueError: A part's type is also in ``configured``, where Lightning would silently replace one by the other.
+        ValueError: A part's type, or one that it is derived from, is also in ``configured``, where Lightning would
+            silently replace one by the other.
     """
     parts = own_parts(plugins)
     for callback in configured:
-        twin = next((part for part in parts if type(part) is type(callback)), None)
+        own = type(callback)
+        twin = next((part for part in parts if own is not Callback and isinstance(part, own)), None)
         if twin is not None and callback not in parts:  # after a first run, `configured` holds the parts themselves
             raise ValueError(
                 f"trainer.callbacks lists a {type(callback).__name__}, which is also the model's {twin.role}: "

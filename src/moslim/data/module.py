@@ -187,9 +187,8 @@ class PreferenceDataModule(LightningDataModule):
         assert self.trainer is not None
         loop = self.trainer.fit_loop
         done: int = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        if done < self.trainer.num_training_batches:
-            return self._epoch, done
-        return loop.epoch_progress.current.ready, 0  # counts this epoch, whether or not its end is recorded yet
+        ready: int = loop.epoch_progress.current.ready  # counts this epoch, whether or not its end is recorded yet
+        return (ready - 1, done) if done < self.trainer.num_training_batches else (ready, 0)
 
     def _pairs(self, rows: list[Example]) -> Pairs:
         return Pairs(rows, PairEncoder(self._module.tokenizer, self.max_length))

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moslim.checkpoints import drop_frozen, keep_plain_hparams, restore_frozen
+from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PromptBatch, Question, View
 from moslim.evaluation.judges import Judge
 from moslim.evaluation.report import scalars
@@ -186,6 +186,8 @@ class PolicyTrainer(LightningModule):
         """
         self.roles.to(self.device)
         self.scorer.to(self.device)
+        if stage == "fit":
+            self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
         accumulate = self.trainer.accumulate_grad_batches
         if stage == "fit" and self.batch_repeats % accumulate and accumulate % self.batch_repeats:
             raise ValueError(
@@ -227,10 +229,12 @@ class PolicyTrainer(LightningModule):
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
         if self.minibatches == 1:
             return rollout
+        if self.minibatches > len(rollout):
+            raise ValueError(f"minibatches is {self.minibatches}, but a rollout has only {len(rollout)} answers")
         epoch, part = divmod(step, self.minibatches)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, _SHUFFLE, *rollout.key, epoch))
         order = torch.randperm(len(rollout), generator=generator)
-        return rollout.rows(order.chunk(self.minibatches)[part].to(self.device))
+        return rollout.rows(order.tensor_split(self.minibatches)[part].to(self.device))
 
     @torch.no_grad()
     def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:
@@ -408,6 +412,7 @@ class PolicyTrainer(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""
+        keep_epoch_open(self.trainer, checkpoint)
         drop_frozen(self, checkpoint)
         save_run(self, checkpoint)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moslim.lora import LoraOptions, add_lora
+from moslim.reward.classifier import checkpoint_activations
 
 
 class Roles:
@@ -25,12 +26,12 @@ class Roles:
     """
 
     def __init__(self, model: nn.Module | Any, lora: LoraOptions | None, gradient_checkpointing: bool = False) -> None:
-        _disable_dropout(model)
         self._copy = None if lora else deepcopy(model).requires_grad_(False).eval()
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
             model.train()  # transformers recomputes activations in training mode only
         self.policy: Any = add_lora(model, lora, name="policy") if lora else model
+        _disable_dropout(self.policy)
 
     @property
     def adapted(self) -> bool:
@@ -57,13 +58,14 @@ class Roles:
                 yield self.policy
 
 
-def _disable_dropout(model: nn.Module) -> None:
-    """Sampled and recomputed log-probabilities must agree, so a policy has no dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout") and isinstance(module.attention_dropout, float):
-            module.attention_dropout = 0.0
+def _disable_dropout(model: nn.Module | Any) -> None:
+    """Sampled and recomputed log-probabilities must agree, so a policy has no dropout, nor its adapter."""
+    for owner in (model.config, *model.modules()):  # some layers read a rate from the configuration in every pass
+        for name, value in vars(owner).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(owner, name, 0.0)
+        if isinstance(owner, nn.Dropout):
+            owner.p = 0.0
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Rollout:
         return (self.targets < 0).all(dim=1)
 
     def rows(self, index: Tensor) -> Rollout:
-        """The answers at positions ``index``, with columns that only they pad removed."""
+        """The answers at positions ``index``."""
         picked = [int(i) for i in index]
         changes: dict[str, Any] = {
             "questions": [self.questions[i] for i in picked],

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moslim.checkpoints import fingerprint
 from moslim.plugin import own_parts
+from moslim.policy.processes import gathered, process_count
 from moslim.policy.rollout import Rollout
 
 if TYPE_CHECKING:
@@ -18,11 +17,7 @@ _KEY = "policy_run"
 
 def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     """Adds every process's rollout, the classes of the plug-ins and fingerprints of the frozen models."""
-    own = module.rollout.state() if module.rollout else None
-    rollouts: list[Any] = [own]
-    if module.trainer.world_size > 1:
-        rollouts = [None] * module.trainer.world_size
-        torch.distributed.all_gather_object(rollouts, own)
+    rollouts = gathered(module.rollout.state() if module.rollout else None)
     checkpoint[_KEY] = {"plugins": _plugins(module), "frozen": _fingerprints(module), "rollouts": rollouts}
 
 
@@ -44,7 +39,7 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         if saved["frozen"][role] != found:
             raise ValueError(f"the {role} has other weights than the one that this checkpoint was trained with")
     rollouts = saved["rollouts"]
-    if len(rollouts) == module.trainer.world_size and rollouts[module.global_rank] is not None:
+    if len(rollouts) == process_count() and rollouts[module.global_rank] is not None:
         module.rollout = Rollout.from_state(rollouts[module.global_rank], module.device)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -17,6 +16,7 @@ from moslim.evaluation.report import log_report, write_report
 from moslim.evaluation.steerability import Result
 from moslim.evaluation.tables import summary_table
 from moslim.policy.answering import Answers
+from moslim.policy.processes import gathered
 
 TRAINING_CLASSIFIER = JudgeInfo("training classifier", proxy=True)
 """The judge of last resort: the classifier that gave the rewards."""
@@ -57,11 +57,7 @@ class Sweep:
 
     def gathered(self, who: str) -> Records:
         """The records of all processes in canonical order; every process must ask."""
-        parts: list[Any] = self._records.pop(who, [])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, parts)
-            parts = [part for own in everyone for part in own]
+        parts = [part for own in gathered(self._records.pop(who, [])) for part in own]
         return Records.concat(parts).canonical()
 
 

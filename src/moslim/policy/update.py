@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moslim.policy.logprobs import chunks_by_length, completion_logits, full_kl, token_logprobs
+from moslim.policy.processes import mean_over_processes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 
@@ -20,7 +21,8 @@ class Forward:
     Args:
         logprobs: ``[N, T]`` float32 with gradient, 0 where masked.
         default_kl: Scalar with gradient: mean over the answer tokens of prompts without instruction of the exact
-            KL(policy || reference); None if there are none or it was not asked for.
+            KL(policy || reference), each process's part of it such that the mean over processes is that over all
+            tokens; None if no process has such prompts or it was not asked for.
     """
 
     logprobs: Tensor
@@ -53,4 +55,8 @@ def forward(
                 with torch.no_grad(), roles.reference() as reference:
                     wanted = completion_logits(reference, *inputs)
                 divergences.append(full_kl(logits[chunk.mask], wanted[chunk.mask]))
-    return Forward(logprobs, torch.cat(divergences).mean() if divergences else None)
+    if not default_kl:
+        return Forward(logprobs, None)
+    tokens = mean_over_processes(rows.mask[uninstructed].sum())
+    divergence = torch.cat(divergences).sum() if divergences else logprobs.new_zeros(())
+    return Forward(logprobs, divergence / tokens if tokens > 0 else None)

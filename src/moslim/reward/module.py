@@ -34,6 +34,8 @@ class RewardClassifier(LightningModule):
         preferences: The dimensions; each gets a head.
         backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer.
         loss: What is minimised; None = :class:`CrossEntropy`.
+        pooling: What the heads read: the hidden state of the ``last`` token, or the ``mean`` over tokens, which finds
+            and counts things in the text with far less training; None = last for decoders, mean for encoders.
         lora: Train low-rank adapters and the heads; None = train all weights.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, or 1e-4 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
@@ -52,6 +54,7 @@ class RewardClassifier(LightningModule):
         preferences: PreferenceSet,
         backbone: str,
         loss: LevelLoss | None = None,
+        pooling: Pooling | None = None,
         lora: LoraOptions | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -76,7 +79,7 @@ class RewardClassifier(LightningModule):
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         classifier = PreferenceClassifier.from_backbone(
-            backbone, preferences, max_length=max_length, trust_remote_code=trust_remote_code
+            backbone, preferences, pooling=pooling, max_length=max_length, trust_remote_code=trust_remote_code
         )
         classifier.train()  # a backbone is loaded in evaluation mode, without dropout
         if gradient_checkpointing:

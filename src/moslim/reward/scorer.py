@@ -49,7 +49,9 @@ class Scorer:
         return self
 
     @torch.no_grad()
-    def probabilities(self, questions: Sequence[Question], answers: Sequence[str], batch_size: int = 256) -> Tensor:
+    def probabilities(
+        self, questions: Sequence[Question], answers: Sequence[str], batch_size: int | None = None
+    ) -> Tensor:
         """Probability of every level of every dimension.
 
         Pairs of like length are scored together, so that little padding is computed.
@@ -57,7 +59,7 @@ class Scorer:
         Args:
             questions: ``N`` questions, without any instruction.
             answers: ``N`` answers.
-            batch_size: Pairs per forward pass.
+            batch_size: Pairs per forward pass; None = 16 on a CPU, where small batches stay in the cache, else 256.
 
         Returns:
             ``[N, D, K]`` float32 on the classifier's device, in the order given; 0 on levels that a dimension lacks.
@@ -66,6 +68,7 @@ class Scorer:
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sizes, device = self.preferences.sizes, self.classifier.device
         result = torch.zeros(len(rows), len(sizes), max(sizes), device=device)
+        batch_size = batch_size or (16 if device.type == "cpu" else 256)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             ids, mask = pad([rows[i] for i in chosen], pad_id(self.tokenizer), left=False)

@@ -83,6 +83,7 @@ class SupervisedTrainer(LightningModule):
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._writer: JsonLines | None = None
+        self._answered = 0  # rows of this prediction so far: an answer depends on its row, not on the batch size
 
     def _build(self) -> PreTrainedModel:
         if self.architecture is None:
@@ -109,7 +110,7 @@ class SupervisedTrainer(LightningModule):
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def _loss(self, batch: TextBatch) -> Tensor:
-        """Mean cross-entropy over labelled tokens; only their hidden states meet the vocabulary."""
+        """Mean cross-entropy over labelled tokens."""
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         labels = batch.labels[:, 1:]
         known = labels != -100
@@ -133,10 +134,12 @@ class SupervisedTrainer(LightningModule):
         """Samples one answer to each question.
 
         Args:
-            questions: ``B`` questions.
+            questions: ``B`` questions; there may be none.
             keys: What identifies each of them; with the seed it decides the answer.
             temperature: Sampling temperature.
         """
+        if not questions:
+            return []
         encoder = PairEncoder(self.tokenizer)
         rows = [encoder.spans(question, "")[0] for question in questions]
         ids, mask = (x.to(self.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
@@ -149,16 +152,21 @@ class SupervisedTrainer(LightningModule):
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers the questions of a batch; the records are returned, and written to the file of ``predictions``."""
-        temperature = self.temperatures[batch_idx % len(self.temperatures)]
-        questions = [row.question for row in batch.rows]
-        texts = self.answers(questions, [(batch_idx, i) for i in range(len(questions))], temperature)
-        records = [{"question": q, "answer": text} for q, text in zip(questions, texts, strict=True)]
+        numbers = range(self._answered, self._answered + len(batch.rows))
+        self._answered = numbers.stop
+        texts: dict[int, str] = {}
+        for turn, temperature in enumerate(self.temperatures):
+            mine = [n for n in numbers if n % len(self.temperatures) == turn]
+            questions = [batch.rows[n - numbers.start].question for n in mine]
+            texts |= zip(mine, self.answers(questions, [(n,) for n in mine], temperature), strict=True)
+        records = [{"question": row.question, "answer": texts[n]} for n, row in zip(numbers, batch.rows, strict=True)]
         if self._writer is not None:
             self._writer.write(records)
         return records
 
     def on_predict_start(self) -> None:
         """Opens the file of ``predictions``."""
+        self._answered = 0
         self._writer = JsonLines.for_trainer(self.trainer, self.predictions)
 
     def on_predict_end(self) -> None:
@@ -169,9 +177,10 @@ class SupervisedTrainer(LightningModule):
 
     def on_fit_end(self) -> None:
         """Saves the model, unless nothing was trained or the run was a dry one."""
+        folder = self.output or str(self._run_folder / "model")  # all processes must ask: the answer is broadcast
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.trainer.is_global_zero and self.trainer.global_step > 0 and not dry:
-            self.export(self.output or str(self._run_folder / "model"))
+            self.export(folder)
 
     def export(self, folder: str) -> None:
         """Saves model and tokenizer in Hugging Face format."""

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 from moslim.data.types import Example
-from moslim.workbench.grammar import COARSE, LEVELS, QUESTIONS, Topic
+from moslim.workbench.grammar import COARSE, LEVELS, QUESTIONS, TOPICS, Topic
 from moslim.workbench.questions import ask
 from moslim.workbench.writing import draw_levels, write_answer
 
@@ -18,15 +18,16 @@ STYLED_SHARE = 0.75
 """Share of questions with style words."""
 IGNORED_SHARE = 0.12
 """How often a style word is not followed."""
-ECHO_SHARE = 0.04
+ECHO_SHARE = 0.15
 """Share of rows that ask to say some words, so that every word of the vocabulary has been read and written."""
 _RANGES = ((0, 1), (3, 4))
+_LEVEL_WORDS = [word for levels in LEVELS.values() for word in levels]
+_THINGS = [topic.thing for topic in TOPICS]
+_ECHOED = ([*_LEVEL_WORDS, *_THINGS], [*LEVELS, *_THINGS])  # never a dimension's name beside a level
 
 
 def _echo(rng: random.Random) -> Example:
-    names = list(LEVELS)
-    pool = names if rng.random() < 0.25 else [word for levels in LEVELS.values() for word in levels]
-    words = ", ".join(rng.sample(pool, 2))
+    words = " ".join(rng.sample(_ECHOED[rng.random() < 0.2], rng.randint(2, 7)))
     return Example(f"Say: {words}.", f"{words}.")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from moslim.workbench.grammar import ENCOURAGEMENTS, FILLERS, FORMAL_WORDS, Topic
+from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FILLERS, OPENING_SLOTS, Topic
 from moslim.workbench.writing import draw_levels, write_answer
+
+_FORMAL = [formal for _, formal in (*OPENING_SLOTS, CLOSING_SLOT)]
 
 
 def _split(answer: str) -> list[str]:
@@ -14,13 +16,26 @@ def _split(answer: str) -> list[str]:
 
 
 def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer whose steps are those of other topics: some, or all; same verb or same thing or neither."""
-    answer = _split(write_answer(topic, draw_levels({"helpfulness": (2, 3, 4)}, rng), rng))
-    related = [o for o in others if o.verb == topic.verb]
-    other = rng.choice(related if rng.random() < 0.6 else list(others))
-    swap = rng.random() < 0.5
-    foreign = (lambda step: step.replace(topic.thing, other.thing)) if swap else lambda _: rng.choice(other.steps)
-    return " ".join(foreign(s) if s in topic.steps and rng.random() < 0.7 else s for s in answer)
+    """Steps of which about half are another topic's: its sentence, its thing in ours, or ours in its sentence.
+
+    Many are short and bare: with a single step to look at, a classifier learns soonest what makes a step right.
+    """
+    same_verb = [other for other in others if other.verb == topic.verb and other is not topic]
+    same = [same_verb or list(others), [other for other in others if other.verb != topic.verb] or list(others)]
+    steps = []
+    for step in topic.steps[: rng.choice((1, 1, 1, 2, 2, 3, 4, 5))]:
+        other = rng.choice(same[rng.random() < 0.5])
+        if rng.random() < 0.5:
+            steps.append(step)
+        elif other.verb == topic.verb:
+            steps.append(step.replace(topic.thing, other.thing))
+        else:
+            step = rng.choice(other.steps)
+            steps.append(step.replace(other.thing, topic.thing) if rng.random() < 0.5 else step)
+    if rng.random() < 0.7:
+        return " ".join(steps)
+    first, *rest = _split(write_answer(topic, draw_levels({"helpfulness": (0,), "verbosity": (0, 1, 2)}, rng), rng))
+    return " ".join([first, *steps, *rest])
 
 
 def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
@@ -54,7 +69,7 @@ def word_salad(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str
         foreign = " ".join(rng.choice(others).steps).split()
         words = [rng.choice(foreign) if rng.random() < 0.2 else word for word in words]
     else:
-        formal = rng.choices(sorted(FORMAL_WORDS), k=rng.randint(1, 6))
+        formal = rng.choices(_FORMAL, k=rng.randint(1, 6))
         words = formal + words[rng.randrange(len(words)) :]
     return " ".join(words)
 
@@ -65,11 +80,11 @@ def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
 
 
 KINDS: tuple[tuple[Callable[[Topic, Sequence[Topic], random.Random], str], int], ...] = (
-    (foreign_facts, 8),
-    (repeats, 4),
-    (shuffled, 4),
-    (cut_off, 3),
-    (word_salad, 3),
+    (foreign_facts, 40),
+    (repeats, 5),
+    (shuffled, 6),
+    (cut_off, 4),
+    (word_salad, 5),
     (empty, 1),
 )
 """Ways to go wrong, with their weights."""

@@ -3,7 +3,8 @@
 Each dimension has levels 0..4:
 
 * verbosity: sentences other than the first use of an opening, encouragement or closing; 1 or fewer is level 0,
-  5 or more is level 4. A sentence counts once for every 12 words begun, so that run-on text is not short.
+  5 or more is level 4. A sentence counts once for every 12 words begun, and a word once for every 16 letters begun,
+  so that run-on text is not short.
 * formality: how many of the four formal words occur.
 * warmth: how many different encouragements occur, as whole sentences.
 * helpfulness: how many different right steps for the question's topic occur, as whole sentences.
@@ -15,18 +16,12 @@ import re
 from functools import cache
 
 from moslim.data.types import Question
-from moslim.workbench.grammar import (
-    CLOSING_SLOT,
-    ENCOURAGEMENTS,
-    FORMAL_WORDS,
-    OPENING_SLOTS,
-    TOPICS,
-    Topic,
-)
+from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FORMAL_WORDS, OPENING_SLOTS, Topic
 from moslim.workbench.questions import topic_of
 from moslim.workbench.writing import MAX_LEVEL, opening
 
 WORDS_PER_SENTENCE = 12
+LETTERS_PER_WORD = 16
 Words = tuple[str, ...]
 
 
@@ -35,8 +30,8 @@ def _words(text: str) -> Words:
 
 
 def sentences(text: str) -> list[Words]:
-    """Splits at ``. ! ?`` and line ends into casefolded words; empty sentences are dropped."""
-    return [words for part in re.split(r"[.!?\n]", text) if (words := _words(part))]
+    """Splits at ``. ! ?``, their full-width forms and line ends into casefolded words; drops empty sentences."""
+    return [words for part in re.split(r"[.!?\u3002\uff01\uff1f\n]", text) if (words := _words(part))]
 
 
 _CHOICES = (False, True)
@@ -50,6 +45,11 @@ _OPENERS = frozenset(word.casefold() for word in OPENING_SLOTS[0])
 @cache
 def _right_steps(topic: Topic) -> frozenset[Words]:
     return frozenset(map(_words, topic.steps))
+
+
+def _sentences_worth(words: Words) -> int:
+    length = sum(-(-len(word) // LETTERS_PER_WORD) for word in words)
+    return -(-length // WORDS_PER_SENTENCE)
 
 
 def gold_levels(question: Question, answer: str) -> dict[str, int]:
@@ -72,7 +72,7 @@ def gold_levels(question: Question, answer: str) -> dict[str, int]:
         if (words in _FRAME or words in _WARM) and part not in framing:
             framing.add(part)
         else:
-            counted += -(-len(words) // WORDS_PER_SENTENCE)
+            counted += _sentences_worth(words)
     spoken = {word for words in found for word in words}
     return {
         "verbosity": min(max(counted - 1, 0), MAX_LEVEL),
@@ -80,8 +80,3 @@ def gold_levels(question: Question, answer: str) -> dict[str, int]:
         "warmth": min(len(distinct & _WARM), MAX_LEVEL),
         "helpfulness": min(len(distinct & _right_steps(topic)), MAX_LEVEL) if topic else 0,
     }
-
-
-def all_facts() -> frozenset[Words]:
-    """Every right step of every topic."""
-    return frozenset().union(*map(_right_steps, TOPICS))

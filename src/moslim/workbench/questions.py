@@ -25,9 +25,13 @@ def ask(topic: Topic, form: int, style_words: Sequence[str] = ()) -> str:
     return question
 
 
+def topics_in(text: str) -> list[Topic]:
+    """The topics that a text names, in its order; one that is named twice is there twice."""
+    return [_BY_THING[word] for word in re.findall(r"[a-z]+", text.casefold()) if word in _BY_THING]
+
+
 def topic_of(question: Question) -> Topic | None:
     """The topic that a question, or the last user turn of a chat, names; None where it names none."""
     if not isinstance(question, str):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), "")
-    named = [_BY_THING[word] for word in re.findall(r"[a-z]+", question.casefold()) if word in _BY_THING]
-    return named[0] if named else None
+    return next(iter(topics_in(question)), None)

@@ -12,11 +12,11 @@ from moslim.workbench.grammar import (
     ENCOURAGEMENTS,
     FILLERS,
     LEVELS,
-    OPENING_SLOTS,
     QUESTIONS,
     STYLE_REQUEST,
     TOPICS,
 )
+from moslim.workbench.writing import opening
 
 PAD, UNKNOWN, END = "<|pad|>", "<|unknown|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -35,17 +35,18 @@ def vocabulary() -> list[str]:
     """All words, special tokens first, in a fixed order."""
     texts = [
         *QUESTIONS,
-        STYLE_REQUEST,
-        "Say: this, that.",
+        STYLE_REQUEST.format(words="short and friendly"),
+        "Say: short, friendly.",
         *FILLERS,
         *ENCOURAGEMENTS,
-        *(word for slot in (*OPENING_SLOTS, CLOSING_SLOT) for word in slot),
+        *(opening((formal, formal, formal)) for formal in (False, True)),
+        *CLOSING_SLOT,
         *(text for topic in TOPICS for text in (topic.verb, topic.thing, *topic.steps)),
         *(word for name, levels in LEVELS.items() for word in (name, *levels)),
     ]
     words = re.findall(r"\w+|[^\w\s{}]+", " ".join(texts).replace("{verb}", "").replace("{thing}", ""))
     words += _INSTRUCTION_WORDS.split()
-    return [PAD, UNKNOWN, END, *ROLES, *sorted(set(words) - {"words"})]
+    return [PAD, UNKNOWN, END, *ROLES, *sorted(set(words))]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from moslim.workbench.corpus import starter_corpus
 from moslim.workbench.corruptions import corrupt
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS, Topic
-from moslim.workbench.questions import ask, topic_of
+from moslim.workbench.questions import ask, topics_in
 from moslim.workbench.writing import draw_levels, reachable, write_answer
 
 HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
@@ -85,7 +85,9 @@ class Workbench(Source):
     def _text(self, split: Split, rng: random.Random) -> list[Example]:
         if split is Split.PREDICT:  # what a policy is asked to answer, to see how it writes
             return [self._question(rng) for _ in range(self.reward_rows)]
-        return starter_corpus(TOPICS, self.corpus_rows if split is Split.TRAIN else 256, rng)
+        if split is Split.TRAIN:  # all topics: a policy can only tell what the starter has read
+            return starter_corpus(TOPICS, self.corpus_rows, rng)
+        return starter_corpus(self.topics(held_out=split is Split.TEST), 256, rng)
 
     def _question(self, rng: random.Random) -> Example:
         return Example(ask(rng.choice(self.topics(held_out=False)), rng.randrange(len(QUESTIONS))))
@@ -104,8 +106,9 @@ class Workbench(Source):
         kept_back = split is not Split.TRAIN
         sampled = [row for i, row in enumerate(self._sampled()) if (i % _SAMPLES_HELD_BACK == 0) == kept_back]
         if kept_back:
-            asked = [row for row in adversarial_rows() if topic_of(row.question) in topics]
-            return [*_labelled(sampled, "samples"), *asked]
+            known = set(topics)
+            tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
+            return [*_labelled(sampled, "samples"), *tricks]
         written, corrupted = [], []
         for _ in range(self.reward_rows):
             topic = rng.choice(topics)
@@ -120,15 +123,19 @@ class Workbench(Source):
         path = Path(self.samples)
         if not path.exists():
             raise ValueError(f"data.source.samples: no file {path}; `main.py predict` with the starter writes it")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return [Example(row["question"], row["answer"]) for row in rows]
+        return _read(path)
 
 
 def adversarial_rows() -> list[Example]:
     """The committed answers that a policy could try to fool a classifier with, labelled by the gold scorer."""
     path = Path(__file__).parents[2] / "workbench" / "adversarial.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return _labelled([Example(row["question"], row["answer"]) for row in rows], "adversarial")
+    return _labelled(_read(path), "adversarial")
+
+
+def _read(path: Path) -> list[Example]:
+    with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at more than line ends
+        rows = [json.loads(line) for line in file]
+    return [Example(row["question"], row["answer"]) for row in rows]
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:

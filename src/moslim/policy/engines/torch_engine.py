@@ -1,7 +1,7 @@
 """The default engine: a short loop over the Hugging Face model.
 
-Faster than ``generate`` in three places: each prompt is prefilled once and its cache repeated for its samples,
-tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave the batch.
+Faster than ``generate`` in four places: each prompt is prefilled once and its cache repeated for its samples, the cache
+grows in place, tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from moslim.noise import uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
+from moslim.policy.engines.cache import growing_cache
 
 
 def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ class TorchEngine(RolloutEngine):
         lengths = torch.zeros(total, dtype=torch.long, device=device)
         ended = torch.zeros(total, dtype=torch.bool, device=device)
 
-        cache = DynamicCache(config=model.config)
+        cache = growing_cache(model.config, self.max_new_tokens)
         positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         prefill = model(
             input_ids=input_ids,

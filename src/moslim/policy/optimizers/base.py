@@ -95,6 +95,12 @@ class PolicyOptimizer(Plugin, ABC):
             raise ValueError(f"policy_optimizer.kl_coef is {kl_coef}: give 0 or more")
         if not 0 < clip_low < 1 or clip_high <= 0:
             raise ValueError(f"policy_optimizer: clip_low {clip_low} must lie in (0, 1), clip_high {clip_high} above 0")
+        if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
+            raise ValueError(
+                f"policy_optimizer.aggregation is '{aggregation}': give 'sum_then_normalize' or 'normalize_then_sum'"
+            )
+        if std_floor < 0:
+            raise ValueError(f"policy_optimizer.std_floor is {std_floor}: give 0 or more")
         self.kl_coef = kl_coef
         self.clip_low = clip_low
         self.clip_high = clip_high

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from moslim.policy.kl import KLInLoss, kl_loss
 from moslim.policy.optimizers.base import Aggregation, GroupScores, LossParts, PolicyOptimizer
+from moslim.policy.processes import mean_over_processes
 
 Reduction = Literal["grpo", "token_mean", "constant"]
 
 
 def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: int) -> Tensor:
-    """Averages per-token values ``[N, T]`` to a scalar.
+    """Averages per-token values ``[N, T]`` to a scalar; its gradient, averaged over processes, is that of all answers.
 
     Args:
         values: ``[N, T]``.
@@ -27,7 +28,7 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: in
     if reduction == "grpo":
         return (sums / mask.sum(dim=1).clamp(min=1)).mean()
     if reduction == "token_mean":
-        return sums.sum() / mask.sum().clamp(min=1)
+        return sums.sum() / mean_over_processes(mask.sum()).clamp(min=1)
     return (sums / length).mean()
 
 

@@ -1,0 +1,93 @@
+"""Question: does `make quickstart` give a steerable policy within its time, for every seed, and is it real control?
+
+    python benchmarks/quickstart.py --seeds 0 1 2
+
+Runs the commands of `make quickstart` for every seed, the scrambled control after each (same starter and classifier,
+requested levels exchanged between prompts), and the first seed once more to see that it gives the same result.
+Last result: benchmarks/results/quickstart.json, shown in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, ROOT, circumstances, write
+
+REPORT = ROOT / "outputs/quickstart/report/steerability.json"
+CONTROL = ROOT / "outputs/quickstart/scrambled/report/steerability.json"
+LAYERS = "--config configs/quickstart/policy.yaml --config configs/quickstart/scrambled.yaml"
+
+
+def commands(seed: int) -> list[list[str]]:
+    """The quickstart's own commands, as make would run them."""
+    recipe = subprocess.run(
+        ["make", "--dry-run", "--silent", "quickstart", f"SEED={seed}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return [shlex.split(line) for line in recipe.splitlines() if "main.py" in line]
+
+
+def timed(command: list[str]) -> float:
+    """Runs a command and returns the seconds it took."""
+    print("+", shlex.join(command), flush=True)
+    start = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True)
+    return round(time.perf_counter() - start, 1)
+
+
+def name_of(command: list[str]) -> str:
+    """``reward fit`` for ``python main.py fit --config configs/quickstart/reward.yaml``."""
+    return f"{Path(command[command.index('--config') + 1]).stem} {command[2]}"
+
+
+def quickstart(seed: int) -> dict[str, Any]:
+    """One whole quickstart: the contents of its steerability.json plus the seconds of each stage."""
+    seconds = {name_of(command): timed(command) for command in commands(seed)}
+    seconds["total"] = round(sum(seconds.values()), 1)
+    return {**json.loads(REPORT.read_text()), "seconds": seconds}
+
+
+def control(seed: int) -> dict[str, Any]:
+    """The scrambled run on what the last quickstart left."""
+    python, main = commands(seed)[0][:2]
+    for stage in (f"fit {LAYERS}", f"test {LAYERS} --ckpt_path last"):
+        timed([python, main, *stage.split(), "--seed_everything", str(seed)])
+    return json.loads(CONTROL.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
+    parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of the first seed")
+    args = parser.parse_args()
+    result: dict[str, Any] = {**circumstances(), "scrambled": {}}
+    documents = {}
+    for seed in args.seeds:
+        result[str(seed)] = quickstart(seed)
+        documents[seed] = REPORT.read_bytes()
+        write(args.out, result)
+        result["scrambled"][str(seed)] = control(seed)
+        write(args.out, result)
+    if not args.no_repeat:
+        first = args.seeds[0]
+        again = quickstart(first)
+        result["repeat"] = {
+            "seed": first,
+            "identical": REPORT.read_bytes() == documents[first],
+            "seconds": again["seconds"],
+        }
+        write(args.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""What the processes of a run tell each other; with one process there is nothing to tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, in their order; every process must ask."""
+    count = process_count()
+    if count == 1:
+        return [value]
+    values: list[Any] = [None] * count
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def mean_over_processes(number: Tensor) -> Tensor:
+    """Mean of a scalar over all processes (float32, no gradient); every process must ask.
+
+    Gradients are averaged over processes. So a loss that is a sum divided by the mean count has the gradient of the
+    mean over the whole batch, though processes hold different numbers of tokens.
+    """
+    mean = number.detach().to(torch.float32, copy=True)
+    count = process_count()
+    if count > 1:
+        torch.distributed.all_reduce(mean)
+    return mean / count

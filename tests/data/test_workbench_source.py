@@ -1,0 +1,282 @@
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from moslim.data.requests import combination_requests
+from moslim.data.sources.workbench import HELD_OUT_PAIRS, Workbench, adversarial_rows
+from moslim.data.types import Split, View
+from moslim.preferences import Preference, PreferenceSet
+from moslim.sampling import Reachable, Uniform
+from moslim.workbench.gold import gold_levels, sentences
+from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS
+from moslim.workbench.questions import ask, topic_of, topics_in
+
+PREFERENCES = PreferenceSet(LEVELS)
+ALL = [(view, split) for view in View for split in Split]
+
+
+def small(**options):
+    return Workbench(**{"corpus_rows": 2000, "reward_rows": 600, "policy_rows": 1500, **options})
+
+
+def rows(source, view, split=Split.TRAIN, seed=0):
+    return source.rows(view, split, PREFERENCES, seed)
+
+
+def named(examples):
+    """All topics that a question or answer names; rows that only ask to say some words are left out."""
+    texts = [f"{row.question} {row.answer}" for row in examples if not row.question.startswith("Say:")]
+    return {topic for text in texts for topic in topics_in(text)}
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Twenty answers of a starter."""
+    path = tmp_path / "samples.jsonl"
+    topics = Workbench().topics(held_out=False)
+    records = [{"question": ask(topics[i], 0), "answer": f"Sample {i}.\u2028 Good luck."} for i in range(20)]
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+# --- held-out topics
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_a_quarter_or_more_of_forty_or_more_topics_is_held_out(fold):
+    source = Workbench(fold=fold)
+    held_out, others = source.topics(held_out=True), source.topics(held_out=False)
+    assert len(TOPICS) >= 40 and len(held_out) >= len(TOPICS) / 4
+    assert not set(held_out) & set(others) and {*held_out, *others} == set(TOPICS)
+    for other in set(range(FOLDS)) - {fold}:
+        assert not set(held_out) & set(Workbench(fold=other).topics(held_out=True))
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+@pytest.mark.parametrize(("view", "split"), ALL)
+def test_held_out_topics_are_in_the_starter_s_text_and_in_tests_and_nowhere_else(view, split, fold):
+    source = small(fold=fold)
+    found = named(rows(source, view, split))
+    held_out = set(source.topics(held_out=True))
+    if (view, split) == (View.TEXT, Split.TRAIN):
+        assert found == set(TOPICS)
+    elif view is not View.REWARD and split is Split.TEST:
+        assert found == held_out
+    else:
+        assert found and not found & held_out
+
+
+def test_a_fold_that_does_not_exist_is_an_error():
+    for fold in (-1, FOLDS):
+        with pytest.raises(ValueError, match=rf"source.fold is {fold}: give 0 to {FOLDS - 1}"):
+            Workbench(fold=fold)
+
+
+# --- held-out combinations
+
+
+def test_held_out_pairs_can_be_reached_and_concern_every_dimension():
+    assert {name for pair in HELD_OUT_PAIRS for name, _ in pair} == set(LEVELS)
+    source = Workbench()
+    for pair in HELD_OUT_PAIRS:
+        assert source.held_out(Preference(dict(pair))) and source.reachable(Preference(dict(pair)))
+        assert all(not source.held_out(Preference({name: level})) for name, level in pair)
+
+
+def test_a_combination_is_held_out_by_a_pair_inside_it():
+    source = Workbench()
+    assert source.held_out(Preference({"verbosity": 0, "formality": 2, "warmth": 4}))
+    assert not source.held_out(Preference({"verbosity": 1, "formality": 2, "warmth": 4}))
+    assert not source.held_out(Preference())
+
+
+def test_every_level_is_asked_for_in_training_and_no_held_out_combination_ever():
+    source, generator = Workbench(), random.Random(0)
+    for sampler in (Reachable([0.1, 0.2, 0.3, 0.2, 0.2]), Uniform([0.1, 0.2, 0.3, 0.2, 0.2])):
+        drawn = [sampler.draw(PREFERENCES, generator, source) for _ in range(4000)]
+        assert not any(source.held_out(preference) for preference in drawn)
+        assert {item for p in drawn for item in p.levels.items()} == {(n, i) for n in LEVELS for i in range(5)}
+        reached = [source.reachable(preference) for preference in drawn]
+        assert all(reached) == isinstance(sampler, Reachable)
+
+
+def test_tests_ask_for_unseen_combinations_that_answers_can_have():
+    source = Workbench()
+    unseen = [r.preference for r in combination_requests(PREFERENCES, source, 40, 0, unseen=True)]
+    assert len(unseen) == 40
+    assert all(source.held_out(p) and source.reachable(p) for p in unseen)
+
+
+# --- text view
+
+
+def test_the_text_view_is_unlabelled_and_as_long_as_asked():
+    assert len(rows(small(), View.TEXT)) == 2000
+    for split in Split:
+        assert all(not row.levels for row in rows(small(), View.TEXT, split))
+
+
+def test_predict_asks_plain_questions_for_the_starter_s_own_answers():
+    asked = rows(small(), View.TEXT, Split.PREDICT)
+    assert len(asked) == 600 and all(row.answer is None for row in asked)
+    plain = {ask(topic, form) for topic in Workbench().topics(held_out=False) for form in range(len(QUESTIONS))}
+    assert {row.question for row in asked} == plain
+
+
+# --- policy view
+
+
+def test_training_prompts_are_plain_questions():
+    asked = rows(small(), View.POLICY)
+    plain = {ask(topic, form) for topic in Workbench().topics(held_out=False) for form in range(len(QUESTIONS))}
+    assert len(asked) == 1500 and {row.question for row in asked} == plain
+    assert all(row.answer is None and not row.levels for row in asked)
+
+
+def test_the_test_asks_forty_different_questions_or_more_about_held_out_topics():
+    source = Workbench()
+    asked = [row.question for row in rows(source, View.POLICY, Split.TEST)]
+    assert len(set(asked)) == len(asked) >= 40
+    assert Counter(map(topic_of, asked)) == {topic: len(asked) // 16 for topic in source.topics(held_out=True)}
+    assert asked == [row.question for row in rows(source, View.POLICY, Split.TEST, seed=9)]
+
+
+def test_validation_asks_about_training_topics_in_mixed_order():
+    asked = [row.question for row in rows(Workbench(), View.POLICY, Split.VALIDATION)]
+    assert len(set(map(topic_of, asked[:8]))) >= 5
+    assert set(map(topic_of, asked)) == set(Workbench().topics(held_out=False))
+
+
+# --- reward view
+
+
+def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_the_gold_scorer():
+    pairs = rows(small(), View.REWARD)
+    written, corrupted = pairs[:600], pairs[600:]
+    assert len(corrupted) == 600
+    assert all(dict(row.levels) == gold_levels(row.question, row.answer) for row in pairs)
+    assert all(row.subset is None for row in pairs)
+    assert [row.question for row in written] == [row.question for row in corrupted]
+    assert {row.answer[:3] for row in written} <= {"Hey", "Gre"}
+    assert any(not row.answer for row in corrupted)
+    for name in LEVELS:
+        assert set(Counter(row.levels[name] for row in written)) == set(range(5))
+
+
+def test_the_starter_s_samples_are_the_third_part_and_a_fifth_of_them_is_kept_back(samples):
+    source = small(samples=samples)
+    training = [row.answer for row in rows(source, View.REWARD) if row.answer.startswith("Sample")]
+    kept = [row for row in rows(source, View.REWARD, Split.VALIDATION) if row.subset == "samples"]
+    assert [row.answer[:10].split(".")[0] for row in kept] == ["Sample 0", "Sample 5", "Sample 10", "Sample 15"]
+    assert len(training) == 16 and not set(training) & {row.answer for row in kept}
+    assert dict(kept[0].levels) == {"verbosity": 0, "formality": 0, "warmth": 1, "helpfulness": 0}
+
+
+def test_missing_samples_are_an_error_that_names_the_file():
+    with pytest.raises(ValueError, match=r"data.source.samples: no file nowhere.jsonl; `main.py predict`"):
+        rows(small(samples="nowhere.jsonl"), View.REWARD)
+
+
+# --- adversarial answers
+
+
+@pytest.fixture(scope="module")
+def stored():
+    """The committed file as it is."""
+    from moslim.workbench import grammar
+
+    path = grammar.__file__.replace("grammar.py", "adversarial.jsonl")
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_the_adversarial_file_has_all_kinds_about_all_topics_and_no_labels(stored):
+    assert all(row.keys() == {"kind", "question", "answer"} for row in stored)
+    kinds = Counter(row["kind"] for row in stored)
+    assert set(kinds) == {"foreign facts", "repeats", "cut off", "salad"} and min(kinds.values()) >= 40
+    assert {topic_of(row["question"]) for row in stored} == set(TOPICS)
+
+
+def test_adversarial_answers_are_what_they_are_called(stored):
+    steps = {sentences(step)[0]: topic for topic in TOPICS for step in topic.steps}
+    cut = [row["answer"] for row in stored if row["kind"] == "cut off"]
+    assert not any(answer.endswith(("Cheers.", "Regards.")) for answer in cut)
+    assert sum(not answer.endswith(".") for answer in cut) > len(cut) / 2
+    for row in stored:
+        found = sentences(row["answer"])
+        if row["kind"] == "repeats":
+            assert len(set(found)) < len(found)
+        elif row["kind"] == "foreign facts":
+            strange = [words for words in found if words in steps and steps[words] is not topic_of(row["question"])]
+            assert strange or named_elsewhere(row), row
+
+
+def named_elsewhere(row):
+    """Whether the answer puts this thing into another verb's sentences."""
+    return gold_levels(row["question"], row["answer"])["helpfulness"] == 0
+
+
+def test_adversarial_answers_are_labelled_at_load_by_the_gold_scorer(stored):
+    loaded = adversarial_rows()
+    assert [(row.question, row.answer) for row in loaded] == [(row["question"], row["answer"]) for row in stored]
+    assert all(dict(row.levels) == gold_levels(row.question, row.answer) for row in loaded)
+    assert {row.subset for row in loaded} == {"adversarial"}
+    worthless = [row for row in loaded if row.levels["helpfulness"] == 0 and row.levels["verbosity"] >= 2]
+    assert len(worthless) > 50
+
+
+@pytest.mark.parametrize("fold", range(FOLDS))
+def test_every_fold_validates_on_hundreds_of_adversarial_answers_of_every_kind(fold, stored):
+    kind = {(row["question"], row["answer"]): row["kind"] for row in stored}
+    used = rows(Workbench(fold=fold), View.REWARD, Split.VALIDATION)
+    assert len(used) >= 200
+    found = Counter(kind[row.question, row.answer] for row in used)
+    assert len(found) == 4 and min(found.values()) >= 25
+    assert found["foreign facts"] >= 60
+
+
+# --- determinism
+
+
+@pytest.mark.parametrize(("view", "split"), ALL)
+def test_rows_follow_from_the_seed(view, split, samples):
+    source = small(samples=samples)
+    first = rows(source, view, split, seed=1)
+    assert first == rows(small(samples=samples), view, split, seed=1)
+    drawn = split is not Split.TEST if view is View.POLICY else view is View.TEXT or split is Split.TRAIN
+    assert (first != rows(source, view, split, seed=2)) == drawn
+
+
+def test_views_and_splits_draw_apart_from_each_other():
+    source = small()
+    heads = [[row.question for row in rows(source, view, split)[:8]] for view, split in ALL]
+    apart = {tuple(head) for head in heads}
+    assert len(apart) == len(ALL) - 2  # validation, test and predict of the reward view are the same file
+
+
+def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
+    source = Workbench()
+    sizes = {view: len(rows(source, view)) for view in View}
+    assert sizes == {View.TEXT: 8000, View.REWARD: 8000, View.POLICY: 16384}
+
+
+# --- dimensions
+
+
+def test_some_dimensions_of_the_world_are_enough():
+    some = PreferenceSet({"warmth": LEVELS["warmth"], "verbosity": ["a", "b", "c", "d", "e"]})
+    assert len(small().rows(View.POLICY, Split.TRAIN, some, 0)) == 1500
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "said"),
+    [
+        ({"honesty": ["low", "high"]}, "'honesty' is unknown to the embedded world"),
+        ({"warmth": ["low", "high"]}, "'warmth' has 2 levels in `preferences` but 5"),
+    ],
+)
+def test_dimensions_that_the_world_lacks_are_an_error(dimensions, said):
+    with pytest.raises(ValueError, match=said):
+        small().rows(View.REWARD, Split.TRAIN, PreferenceSet(dimensions), 0)

@@ -1,0 +1,132 @@
+"""The default engine against `generate`, against a fresh forward pass, and against itself in other batches."""
+
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from moslim.noise import derive_seed
+from moslim.policy.engines.torch_engine import TorchEngine, draw
+from moslim.policy.logprobs import answer_logprobs
+from tests.policy.conftest import ARCHITECTURES, ENDS
+
+PAD, END = 0, 2
+EOS = [END, *ENDS]
+
+
+def seeds(rows: int, samples: int) -> torch.Tensor:
+    return torch.tensor([[derive_seed(5, row, sample) for sample in range(samples)] for row in range(rows)])
+
+
+def together(prompts, found):
+    """Prompt and answer as one batch, as the policy sees them."""
+    ids, mask = (x.repeat_interleave(len(found.tokens) // len(x), dim=0) for x in prompts)
+    return torch.cat([ids, found.tokens], dim=1), torch.cat([mask, found.mask.long()], dim=1)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_greedy_answers_are_those_of_generate(models, prompts, kind):
+    ids, mask = prompts
+    limit, samples = 12, 2
+    settings = GenerationConfig(do_sample=False, max_new_tokens=limit, eos_token_id=EOS, pad_token_id=PAD)
+    expected = models[kind].generate(ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :]
+    found = TorchEngine(limit, temperature=0).sample(models[kind], ids, mask, seeds(5, samples), EOS, PAD)
+    assert torch.equal(found.tokens, expected.repeat_interleave(samples, dim=0))
+    assert len(found.mask.sum(dim=1).unique()) > 1  # answers of several lengths
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature):
+    found = TorchEngine(12, temperature).sample(models[kind], *prompts, seeds(5, 3), EOS, PAD)
+    fresh = answer_logprobs(models[kind], *together(prompts, found), found.mask, temperature, rows=4)
+    torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
+    assert (found.logprobs[found.mask] < 0).all() and found.logprobs.dtype == torch.float32
+    lengths = found.mask.sum(dim=1)
+    assert lengths.min() < 12 and lengths.max() <= 12  # some left the batch before others
+
+
+def test_an_answer_holds_one_end_token_which_is_its_last(models, prompts):
+    found = TorchEngine(12).sample(models["qwen2"], *prompts, seeds(5, 8), EOS, PAD)
+    ends = torch.isin(found.tokens, torch.tensor(EOS)) & found.mask
+    assert set(ends.sum(dim=1).tolist()) == {0, 1} and torch.equal(ends.any(dim=1), found.ended)
+    lengths = found.mask.sum(dim=1)
+    assert torch.equal(ends.long().argmax(dim=1)[found.ended], lengths[found.ended] - 1)
+    assert (lengths[~found.ended] == 12).all()
+    assert torch.equal(found.mask, torch.arange(12) < lengths[:, None])  # a beginning without gaps
+    assert (found.tokens[~found.mask] == PAD).all() and (found.logprobs[~found.mask] == 0).all()
+    assert len(set(found.tokens[found.ended, lengths[found.ended] - 1].tolist())) > 2  # several ids end an answer
+
+
+def test_answers_that_never_end(models, prompts):
+    found = TorchEngine(6).sample(models["llama"], *prompts, seeds(5, 2), [], PAD)
+    assert found.tokens.shape == (10, 6) and found.mask.all() and not found.ended.any()
+
+
+def test_answers_that_end_at_once(models, prompts):
+    everything = list(range(models["llama"].config.vocab_size))
+    found = TorchEngine(6).sample(models["llama"], *prompts, seeds(5, 2), everything, PAD)
+    assert found.tokens.shape == (10, 1) and found.mask.all() and found.ended.all()
+
+
+def test_one_token_is_the_whole_limit(models, prompts):
+    found = TorchEngine(1).sample(models["gpt2"], *prompts, seeds(5, 2), EOS, PAD)
+    assert found.tokens.shape == (10, 1)
+    assert torch.equal(found.ended, torch.isin(found.tokens[:, 0], torch.tensor(EOS)))
+
+
+@pytest.mark.parametrize("keep_finished", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("kind", ["grouped", "gpt2"])
+def test_an_answer_depends_on_its_prompt_and_seed_alone(models, prompts, kind, keep_finished):
+    ids, mask = prompts
+    own = seeds(5, 4)
+    whole = TorchEngine(12).sample(models[kind], ids, mask, own, EOS, PAD)
+    engine = TorchEngine(12, keep_finished=keep_finished)
+    for part in (torch.tensor([4, 2, 0, 1, 3]), torch.tensor([3]), torch.tensor([4, 0]), torch.tensor([2])):
+        kept = mask[part].any(dim=0)  # another batch has another amount of padding
+        found = engine.sample(models[kind], ids[part][:, kept], mask[part][:, kept], own[part], EOS, PAD)
+        rows = (part[:, None] * 4 + torch.arange(4)).flatten()
+        width = found.tokens.shape[1]
+        assert torch.equal(found.tokens, whole.tokens[rows, :width])
+        assert torch.equal(found.mask, whole.mask[rows, :width]) and not whole.mask[rows, width:].any()
+        assert torch.equal(found.ended, whole.ended[rows])
+        torch.testing.assert_close(found.logprobs, whole.logprobs[rows, :width], atol=1e-5, rtol=0)
+    assert len({tuple(row) for row in whole.tokens.tolist()}) == 20  # the seeds of a prompt do differ
+
+
+def test_the_model_is_left_without_gradients(models, prompts):
+    found = TorchEngine(3).sample(models["llama"], *prompts, seeds(5, 1), EOS, PAD)
+    assert not found.logprobs.requires_grad and all(p.grad is None for p in models["llama"].parameters())
+
+
+@pytest.mark.parametrize(("options", "message"), [({"max_new_tokens": 0}, "at least 1"), ({"temperature": -1}, "0 (g")])
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError) as error:
+        TorchEngine(**options)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_drawn_tokens_follow_the_tempered_probabilities(temperature):
+    probabilities = torch.tensor([0.05, 0.0, 0.4, 0.25, 0.3, 0.0])
+    noise = torch.rand(20000, generator=torch.Generator().manual_seed(3))
+    tokens, logprobs = draw(probabilities.log().expand(20000, -1), temperature, noise)
+    wanted = probabilities ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
+    counts = tokens.bincount(minlength=6).double()
+    assert counts[1] == counts[5] == 0
+    possible = wanted > 0
+    chi_square = ((counts - 20000 * wanted)[possible] ** 2 / (20000 * wanted[possible])).sum()
+    assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
+    torch.testing.assert_close(logprobs, wanted.log()[tokens])
+
+
+def test_the_extremes_of_the_noise_draw_possible_tokens():
+    logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(3, -1)
+    tokens, _ = draw(logits, 1.0, torch.tensor([0.0, 0.5, 1 - 2.0**-24]))
+    assert tokens.tolist() == [3, 3, 1]
+
+
+def test_temperature_zero_takes_the_most_likely_token_with_its_logprob_at_one():
+    tokens, logprobs = draw(torch.tensor([[0.0, math.log(3.0)]]), 0, torch.tensor([0.01]))
+    assert tokens.tolist() == [1] and logprobs.item() == pytest.approx(math.log(0.75))

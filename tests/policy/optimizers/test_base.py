@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.optimizers.base import GroupScores, normalize_then_sum
+
+NAN = math.nan
+
+
+def scores(total, per_dimension=None, kl=0.0, penalty=0.0):
+    total = torch.tensor(total)
+    filled = total[..., None] if per_dimension is None else torch.tensor(per_dimension)
+    return GroupScores(total, filled, torch.zeros_like(total) + torch.tensor(kl), torch.zeros_like(total) + penalty)
+
+
+def test_normalize_then_sum_by_hand():
+    # Dimension 0 varies by 1 around 2, dimension 1 by 3 around 5; both are active: divided by sqrt(2).
+    rewards = torch.tensor([[[1.0, 8.0], [3.0, 2.0]]])
+    found = normalize_then_sum(rewards, std_floor=0.0)
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0]]))
+    found = normalize_then_sum(rewards, std_floor=4.0)  # scales sqrt(1 + 16) and sqrt(9 + 16)
+    first = (-1 / math.sqrt(17) + 3 / 5) / math.sqrt(2)
+    torch.testing.assert_close(found, torch.tensor([[first, -first]]))
+
+
+def test_inactive_dimensions_do_not_count():
+    rewards = torch.tensor([[[1.0, NAN], [3.0, NAN]], [[NAN, 6.0], [NAN, 0.0]], [[NAN, NAN], [NAN, NAN]]])
+    found = normalize_then_sum(rewards, std_floor=0.0)
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [1.0, -1.0], [0.0, 0.0]]))
+
+
+def test_a_satisfied_dimension_is_not_blown_up():
+    noise = torch.tensor([[[0.0, 0.701], [1.0, 0.699]]])
+    assert normalize_then_sum(noise, std_floor=0.0).abs().max() < 1e-3  # the noise cancels the reward
+    torch.testing.assert_close(
+        normalize_then_sum(noise, std_floor=0.1),
+        torch.tensor([[-1.0, 1.0]]) * (0.5 / math.sqrt(0.26) - 0.001 / math.sqrt(0.010001)) / math.sqrt(2),
+    )
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_equal_answers_score_nothing(floor):
+    assert normalize_then_sum(torch.full((2, 3, 2), 0.3), floor).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO])
+def test_score_is_reward_less_penalty_and_kl_in_the_reward_for_rloo_alone(kind):
+    given = scores([[1.0, 2.0]], kl=[[4.0, -2.0]], penalty=torch.tensor([[0.0, 0.5]]))
+    expected = {RLOO: [[0.0, 2.0]], GRPO: [[1.0, 1.5]]}[kind]
+    assert kind(kl_coef=0.25).scores(given).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO])
+def test_aggregation_chooses_scalar_or_dimensions(kind):
+    given = scores([[7.0, 9.0]], per_dimension=[[[1.0, 0.0], [3.0, 0.0]]])
+    assert kind().scores(given).tolist() == [[7.0, 9.0]]
+    decoupled = kind(aggregation="normalize_then_sum", std_floor=0.0).scores(given)
+    torch.testing.assert_close(decoupled, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO])
+def test_a_reference_is_needed_only_for_a_kl(kind):
+    assert kind(kl_coef=0.1).needs_reference and not kind(kl_coef=0.0).needs_reference
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO])
+def test_one_answer_per_prompt_is_refused(kind):
+    with pytest.raises(ValueError, match="samples_per_prompt to 2 or more"):
+        kind().advantages(scores([[1.0], [2.0]]))
+
+
+@pytest.mark.parametrize("kind", [RLOO, GRPO])
+@pytest.mark.parametrize(
+    "wrong",
+    ["kl_coef -0.1", "clip_low 0.0", "clip_low 1.0", "clip_high 0.0", "std_floor -0.1", "aggregation sum"],
+)
+def test_wrong_options_are_named(kind, wrong):
+    option, text = wrong.split()
+    value = text if option == "aggregation" else float(text)
+    with pytest.raises(ValueError, match=f"{option}.*{value}"):
+        kind(**{option: value})
+
+
+def test_clipping_is_pessimistic_on_both_sides():
+    ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5])
+    advantage = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
+    objective, clipped = RLOO(clip_low=0.2, clip_high=0.3).clipped(ratio.log(), advantage)
+    torch.testing.assert_close(objective, torch.tensor([1.0, 2.0, 2.6, -1.6, -2.0, -3.0]))
+    assert clipped.tolist() == [0, 0, 1, 1, 0, 0]
+
+
+def test_ratios_do_not_overflow():
+    objective, _ = RLOO().clipped(torch.tensor([900.0, -900.0]), torch.tensor([-1.0, 1.0]))
+    assert objective.isfinite().all()

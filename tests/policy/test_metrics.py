@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+from moslim.evaluation.judges import Judge
+from moslim.policy.metrics import rollout_metrics
+from moslim.policy.rollout import Rollout
+from moslim.preferences import PreferenceSet
+
+PREFERENCES = PreferenceSet({"tone": ["bad", "good"], "amount": ["none", "some", "much"]})
+NAN = math.nan
+
+
+class Fixed(Judge):
+    """Finds what it was told to find."""
+
+    name, proxy = "fixed", False
+
+    def __init__(self, found):
+        self.found = torch.tensor(found)
+
+    def levels(self, questions, answers):
+        assert len(questions) == len(answers) == len(self.found)
+        return self.found
+
+
+def rollout(targets, reference=True):
+    targets = torch.tensor(targets)
+    probs = torch.tensor([[[0.2, 0.8, 0.0], [0.5, 0.3, 0.2]], [[0.6, 0.4, 0.0], [0.1, 0.1, 0.8]]])
+    mask = torch.tensor([[True, True], [True, False]])
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+    return Rollout(
+        key=(0, 0),
+        input_ids=torch.zeros(2, 3, dtype=torch.long),
+        attention_mask=torch.ones(2, 3, dtype=torch.long),
+        mask=mask,
+        old_logprobs=logprobs,
+        reference_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0]]) if reference else None,
+        targets=targets,
+        probs=probs,
+        per_dimension=torch.zeros(2, 2),
+        rewards=torch.tensor([3.0, 5.0]),
+        advantages=torch.zeros(2),
+        ended=torch.tensor([True, False]),
+        questions=["q", "r"],
+        answers=["a", "b"],
+    )
+
+
+def metrics(*args, judge=None, **options):
+    found = rollout_metrics(rollout(*args, **options), PREFERENCES, judge)
+    return {name: value.item() for name, value in found.items()}
+
+
+def test_every_figure_by_hand():
+    found = metrics([[1, 0], [1, -1]], judge=Fixed([[1.0, 2.0], [0.0, 1.0]]))
+    k3 = [math.exp(-0.5) - 0.5, math.e - 2, math.exp(-0.5) - 0.5]
+    assert found == pytest.approx(
+        {
+            "train/reward": 4.0,
+            "train/length": 1.5,
+            "train/ended": 0.5,
+            "train/kl": (0.5 - 1.0 + 0.5) / 2,
+            "train/kl_k3": sum(k3) / 3,
+            "train/proxy": (0.8 + 0.5 + 0.4) / 3,
+            "train/proxy/tone": 0.6,
+            "train/proxy/amount": 0.5,
+            "train/gold": 1 / 3,
+            "train/gold/tone": 0.5,
+            "train/gold/amount": 0.0,
+        }
+    )
+
+
+def test_what_nothing_asked_for_is_left_out():
+    found = metrics([[1, -1], [-1, -1]], reference=False, judge=Fixed([[NAN, 0.0], [1.0, 0.0]]))
+    assert found == pytest.approx(
+        {"train/reward": 3.0, "train/length": 1.5, "train/ended": 0.5, "train/proxy": 0.8, "train/proxy/tone": 0.8}
+    )
+    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == {"train/length", "train/ended"}

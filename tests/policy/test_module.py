@@ -1,0 +1,359 @@
+"""Whole stages: fit, validate, test, predict."""
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moslim.data.prompts import prompt_ids
+from moslim.evaluation.judges import GoldJudge
+from moslim.mapping import TargetProbability
+from moslim.mapping.base import requested_probability
+from moslim.policy.engines import TorchEngine
+from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.module import PolicyTrainer
+from moslim.policy.optimizers import GRPO, RLOO
+from moslim.preferences import PreferenceSet
+from moslim.reward.scorer import Scorer
+from tests.policy.runs import BATCH, LIMIT, LORA, SAMPLES, data, make, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+
+OPTIMIZERS = {
+    "rloo": lambda: RLOO(kl_coef=0.05),
+    "rloo-token": lambda: RLOO(kl_coef=0.05, ratio="token", aggregation="normalize_then_sum", std_floor=0.3),
+    "grpo": lambda: GRPO(kl_coef=0.05),
+    "grpo-constant": lambda: GRPO(kl_coef=0.0, scale=False, reduction="constant"),
+}
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_fit_moves_the_policy_and_logs_what_happens(kind, lora, preferences, lm, classifier, tmp_path):
+    module = make(
+        preferences,
+        lm,
+        classifier,
+        policy_optimizer=OPTIMIZERS[kind](),
+        lora=lora,
+        judge=GoldJudge(),
+        default_kl_coef=0.5,
+    )
+    before = weights(module)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, data(preferences))
+    assert all(not torch.equal(value, before[name]) for name, value in weights(module).items() if "lora_A" not in name)
+    assert [(step["key"], step["new"]) for step in module.trace] == [((0, 0), True), ((0, 1), True)]
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    always = {"loss", "clip_fraction", "default_kl", "reward", "length", "ended", "proxy", "gold"}
+    assert {f"train/{name}" for name in always} <= found.keys()
+    assert {"time/sample", "time/reward", "time/reference", "time/forward"} <= found.keys()
+    assert ("train/kl" in found) == (kind != "grpo-constant") and ("train/kl_loss" in found) == (kind == "grpo")
+    assert all(math.isfinite(value) for value in found.values())
+    assert 0 < found["train/proxy"] < 1 and found["train/default_kl"] > 0 and 1 <= found["train/length"] <= LIMIT
+
+
+def test_what_a_rollout_holds(preferences, lm, classifier, tmp_path):
+    mapping, penalty, kl_coef = TargetProbability(scope="group"), 0.7, 0.1
+    module = make(
+        preferences,
+        lm,
+        classifier,
+        mapping=mapping,
+        policy_optimizer=RLOO(kl_coef=kl_coef),
+        missing_end_penalty=penalty,
+        rate=0.05,
+    )
+    module_data = data(preferences)
+    trainer(tmp_path, max_steps=3).fit(module, module_data)  # by the third the policy has left its reference
+    found = module.rollout
+    assert found.key == (0, 2) and len(found) == BATCH * SAMPLES and 0 < found.ended.float().mean() < 1
+
+    asked = module.preferences.decode(found.targets[0])
+    prompt = found.input_ids[0, : -found.mask.shape[1]][found.attention_mask[0, : -found.mask.shape[1]].bool()]
+    assert prompt.tolist() == module_data.renderer(module.tokenizer).ids(found.questions[0], asked)
+    assert any("[[" in text for text in module.tokenizer.batch_decode(found.input_ids))  # some are instructed ...
+    assert not any("[[" in question for question in found.questions)  # ... which the classifier is not shown
+
+    scorer = Scorer.from_pretrained(classifier)
+    columns = [scorer.preferences.names.index(name) for name in preferences.names]
+    assert columns != sorted(columns)
+    expected = scorer.probabilities(found.questions, found.answers)[:, columns]
+    torch.testing.assert_close(found.probs, expected)
+    groups = torch.arange(len(found)) // SAMPLES
+    per_dimension = mapping.per_dimension(expected, found.targets, groups)
+    torch.testing.assert_close(found.per_dimension, per_dimension, equal_nan=True)
+    torch.testing.assert_close(found.rewards, per_dimension.nanmean(dim=1).nan_to_num())
+    assert not requested_probability(expected, found.targets).isnan().all()
+
+    start = AutoModelForCausalLM.from_pretrained(lm)
+    with torch.no_grad():
+        reference = answer_logprobs(start, found.input_ids, found.attention_mask, found.mask, 1.0, rows=3)
+    torch.testing.assert_close(found.reference_logprobs, reference, atol=1e-5, rtol=0)
+    kl = (found.old_logprobs - reference).sum(dim=1)
+    assert kl.abs().max() > 0.01
+    score = (found.rewards - penalty * (~found.ended).float() - kl_coef * kl).reshape(BATCH, SAMPLES)
+    others = (score.sum(dim=1, keepdim=True) - score) / (SAMPLES - 1)
+    torch.testing.assert_close(found.advantages.reshape(BATCH, SAMPLES), score - others, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_first_step_is_the_policy_gradient(kind, preferences, lm, classifier, tmp_path):
+    """On policy every ratio is 1, so the step is that of advantage times log-probability."""
+    module = make(
+        preferences,
+        lm,
+        classifier,
+        policy_optimizer=OPTIMIZERS[kind](),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+    )
+    before = weights(module)
+    trainer(tmp_path, max_steps=1).fit(module, data(preferences))
+    found = module.rollout
+
+    start = AutoModelForCausalLM.from_pretrained(lm)
+    logprobs = answer_logprobs(start, found.input_ids, found.attention_mask, found.mask, 1.0, rows=100)
+    torch.testing.assert_close((logprobs - found.old_logprobs).exp(), torch.ones_like(logprobs), atol=1e-5, rtol=0)
+    per_answer = (logprobs.sum(dim=1) * found.advantages).sum()
+    scale = {"rloo": len(found), "grpo": found.mask.sum()}.get(kind, len(found) * LIMIT)
+    (-per_answer / scale).backward()  # the KL to the reference has no gradient where both are equal
+    gradients = {name: p.grad for name, p in start.named_parameters()}
+    assert max(gradient.abs().max() for gradient in gradients.values()) > 1e-3
+    for name, value in weights(module).items():
+        torch.testing.assert_close(before[name] - value, gradients[name], atol=1e-5, rtol=1e-3)
+
+
+def test_equal_scores_leave_the_policy_as_it_is(preferences, lm, classifier, tmp_path):
+    """A classifier that cannot tell answers apart teaches nothing."""
+    options = {"missing_end_penalty": 0.0, "policy_optimizer": RLOO(kl_coef=0.0)}
+    module = make(preferences, lm, classifier, optimizer=lambda p: torch.optim.SGD(p, lr=1.0), **options)
+    module.scorer.classifier.head.weight.data.zero_()
+    before = weights(module)
+    trainer(tmp_path, max_steps=2).fit(module, data(preferences))
+    assert all((value - before[name]).abs().max() < 1e-6 for name, value in weights(module).items())
+
+
+def test_inner_epochs_and_minibatches(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, inner_epochs=2, minibatches=3)
+    assert module.batch_repeats == 6
+    run = trainer(tmp_path, max_steps=12)
+    run.fit(module, data(preferences))
+    assert run.global_step == 12
+    assert [step["key"] for step in module.trace] == [(0, 0)] * 6 + [(0, 1)] * 6
+    assert [step["new"] for step in module.trace] == ([True] + [False] * 5) * 2
+    assert [len(part) for part in module.parts] == [BATCH * SAMPLES // 3] * 12
+    orders = []
+    for epoch in range(4):
+        shuffled = torch.cat([part.advantages for part in module.parts[3 * epoch : 3 * epoch + 3]])
+        whole = module.trace[3 * epoch]["advantages"]
+        assert torch.equal(shuffled.sort().values, whole.sort().values)  # every answer once per inner epoch
+        orders.append(shuffled.tolist())
+    assert orders[0] != orders[1] and orders[2] != orders[3]
+
+
+@pytest.mark.parametrize(("minibatches", "sizes"), [(5, [3, 3, 2, 2, 2]), (12, [1] * 12)])
+def test_minibatches_that_do_not_divide_the_answers(minibatches, sizes, preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, minibatches=minibatches)
+    trainer(tmp_path, max_steps=minibatches).fit(module, data(preferences))
+    assert [len(part) for part in module.parts] == sizes
+
+
+def test_more_minibatches_than_answers_are_refused(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, minibatches=13)
+    with pytest.raises(ValueError, match="minibatches is 13, but a rollout has only 12 answers"):
+        trainer(tmp_path, max_steps=1).fit(module, data(preferences))
+
+
+def test_updates_of_one_rollout_lower_its_loss(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, inner_epochs=8, rate=1e-3)
+    trainer(tmp_path, max_steps=8).fit(module, data(preferences))
+    losses = [step["loss"] for step in module.trace]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize("accumulate", [3, 5, 6])
+def test_steps_that_would_mix_policies_are_refused(accumulate, preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, inner_epochs=2, minibatches=2)
+    with pytest.raises(ValueError, match=f"accumulate_grad_batches = {accumulate} must divide .* = 4"):
+        trainer(tmp_path, max_steps=1, accumulate_grad_batches=accumulate).fit(module, data(preferences))
+
+
+@pytest.mark.parametrize(("repeats", "accumulate", "steps"), [(4, 2, 4), (1, 2, 2), (2, 4, 1)])
+def test_accumulation_within_or_over_whole_rollouts(repeats, accumulate, steps, preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, minibatches=repeats)
+    run = trainer(tmp_path, max_steps=steps, accumulate_grad_batches=accumulate)
+    run.fit(module, data(preferences))
+    assert run.global_step == steps and len(module.trace) == steps * accumulate
+
+
+def test_two_fits_of_one_module_do_not_share_a_rollout(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, inner_epochs=2)
+    for _ in range(2):
+        trainer(tmp_path, max_steps=1).fit(module, data(preferences))
+    assert [step["new"] for step in module.trace] == [True, True]
+    assert not torch.equal(module.trace[0]["advantages"], module.trace[1]["advantages"])
+
+
+def test_validation_logs_a_small_sweep(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier)
+    run = trainer(tmp_path, limit_val_batches=1.0)
+    (found,) = run.validate(module, data(preferences), verbose=False)
+    measures = {"exact", "within_one", "mae", "spearman", "monotonicity", "dynamic_range"}
+    assert found.keys() == {f"val/{prefix}{m}" for m in measures for prefix in ("", "warmth/", "verbosity/")}
+    assert found["val/mae"] > 0 and -1 <= found["val/spearman"] <= 1
+
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/spearman", mode="max")
+    options = {"enable_checkpointing": True, "callbacks": [checkpoint], "limit_val_batches": 1.0}
+    trainer(tmp_path, max_steps=2, val_check_interval=1, **options).fit(module, data(preferences))
+    assert checkpoint.best_model_score is not None and checkpoint.best_model_path
+
+
+@pytest.fixture(scope="module")
+def trained(preferences, lm, classifier, tmp_path_factory):
+    """Run folder and checkpoint of a short run."""
+    folder = tmp_path_factory.mktemp("run")
+    logger = CSVLogger(folder, name="")
+    run = trainer(folder, max_steps=3, logger=logger, log_every_n_steps=1, enable_checkpointing=True)
+    run.fit(make(preferences, lm, classifier, judge=GoldJudge()), data(preferences))
+    return run.checkpoint_callback.best_model_path
+
+
+def test_the_test_writes_its_report(preferences, lm, classifier, trained, tmp_path, capsys):
+    module = make(preferences, lm, classifier, judge=GoldJudge(), report=str(tmp_path / "copy"))
+    run = trainer(tmp_path, logger=CSVLogger(tmp_path, name=""))
+    run.test(module, data(preferences), ckpt_path=trained, weights_only=True, verbose=False)
+    for folder in (tmp_path / "version_0", tmp_path / "copy"):
+        result = json.loads((folder / "steerability.json").read_text())
+        keys = "schema judge dimensions mean base combinations cross_talk reward default_quality n_questions config"
+        assert set(keys.split()) <= result.keys()
+        assert (folder / "report.md").stat().st_size > 500
+        pictures = {path.name for path in folder.glob("*.png")}
+        assert pictures == {"requested_achieved.png", "cross_talk.png", "learning_curves.png"}
+        assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    measures = {"exact", "within_one", "mae", "spearman", "monotonicity", "dynamic_range"}
+    assert result["judge"] == {"name": "gold", "proxy": False} and result["n_questions"] == 2
+    assert result["dimensions"].keys() == set(preferences.names)
+    tables = (result["mean"], result["base"]["mean"], *result["dimensions"].values())
+    assert all(set(table) == measures for table in tables)
+    # Two questions, two samples: ten levels of a sweep, the default, and a combination of either kind.
+    assert result["n_answers"] == 2 * 2 * (10 + 1 + 1 + 1)
+    assert result["combinations"]["seen"]["n_answers"] == result["combinations"]["unseen"]["n_answers"] == 4
+    assert len(result["cross_talk"]) == 2 and set(result["default_quality"]["after"]) == set(preferences.names)
+    assert {"proxy", "gold"} <= result["reward"].keys() and result["reward"]["proxy"].keys() == {"before", "after"}
+    assert result["mean"] != result["base"]["mean"]
+    assert str(tmp_path) not in json.dumps(result) and result["config"]["seed"] == 0
+    assert "steerability.json" in capsys.readouterr().out
+
+
+def test_before_training_policy_and_base_answer_alike_and_the_classifier_judges(preferences, lm, classifier, tmp_path):
+    trainer(tmp_path).test(make(preferences, lm, classifier, lora=LORA), data(preferences), verbose=False)
+    result = json.loads((tmp_path / "steerability.json").read_text())
+    assert result["judge"]["proxy"] is True
+    assert result["mean"] == result["base"]["mean"] and result["dimensions"] == result["base"]["dimensions"]
+    assert result["default_quality"]["before"] == result["default_quality"]["after"]
+    assert not (tmp_path / "learning_curves.png").exists()
+
+
+def test_evaluation_does_not_depend_on_batches(preferences, lm, classifier, trained, tmp_path):
+    results = []
+    for size in (3, 64):
+        folder = tmp_path / str(size)
+        module = make(preferences, lm, classifier, judge=GoldJudge())
+        trainer(folder).test(module, data(preferences, eval_batch_size=size), ckpt_path=trained, verbose=False)
+        results.append(json.loads((folder / "steerability.json").read_text()))
+    (small, large), rewards = results, [result.pop("reward") for result in results]
+    assert small == large  # all that follows from the answers
+    for kind in ("proxy", "gold"):  # a mean of probabilities may be rounded either way
+        assert rewards[0][kind] == pytest.approx(rewards[1][kind], abs=2e-6)
+
+
+def test_the_same_run_twice_gives_the_same_file(preferences, lm, classifier, tmp_path):
+    results = []
+    for name in "ab":
+        module, module_data = make(preferences, lm, classifier, judge=GoldJudge()), data(preferences)
+        trainer(tmp_path / name, max_steps=2).fit(module, module_data)
+        trainer(tmp_path / name).test(module, module_data, verbose=False)
+        results.append((tmp_path / name / "steerability.json").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_another_seed_gives_other_answers(preferences, lm, classifier, tmp_path):
+    found = []
+    for seed in (0, 1):
+        module = make(preferences, lm, classifier, seed=seed)
+        trainer(tmp_path, max_steps=1).fit(module, data(preferences))
+        found.append(module.rollout.answers)
+    assert found[0] != found[1]
+
+
+def test_predict_answers_the_rows_of_a_file(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, predictions=str(tmp_path / "out" / "answers.jsonl"))
+    returned = trainer(tmp_path).predict(module, data(preferences, eval_batch_size=50))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert rows == [record for batch in returned for record in batch] and len(rows) > 50
+    assert set(rows[0]) == {"question", "levels", "answer"} and len({row["answer"] for row in rows}) > 10
+    again = make(preferences, lm, classifier)
+    other = trainer(tmp_path / "again").predict(again, data(preferences, eval_batch_size=7))
+    assert [record for batch in other for record in batch] == rows
+    assert (tmp_path / "again" / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_an_exported_policy_answers_as_it_did(lora, preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, lora=lora, engine=TorchEngine(LIMIT, temperature=0))
+    module_data = data(preferences)
+    trainer(tmp_path, max_steps=2).fit(module, module_data)
+    module.export(str(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    (answer,) = module.answer("How do I clean a kettle?", {"warmth": 4})
+    messages = module_data.renderer(tokenizer).messages("How do I clean a kettle?", module.preferences.decode(
+        torch.tensor([4, -1])
+    ))  # fmt: skip
+    ids = torch.tensor([prompt_ids(tokenizer, messages)])
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT)
+    assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == answer
+    assert module.roles.adapted == (lora is not None) and any(p.requires_grad for p in module.policy.parameters())
+
+
+def test_answers_to_one_question_are_samples(preferences, lm, classifier, tmp_path):
+    module, module_data = make(preferences, lm, classifier), data(preferences)
+    trainer(tmp_path).validate(module, module_data, verbose=False)
+    found = module.answer("How do I clean a kettle?", {}, samples=4)
+    assert len(found) == 4 and len(set(found)) > 1 and module.answer("How do I clean a kettle?", {}, 2) == found[:2]
+    with pytest.raises(KeyError, match="colour"):
+        module.answer("How do I clean a kettle?", {"colour": 1})
+
+
+@pytest.mark.parametrize("name", ["samples_per_prompt", "eval_samples", "inner_epochs", "minibatches", "chunk_rows"])
+def test_counts_below_one_are_refused(name, preferences, lm, classifier):
+    with pytest.raises(ValueError, match=f"{name}.*give 1 or more"):
+        make(preferences, lm, classifier, **{name: 0})
+
+
+def test_dimensions_are_matched_by_name(lm, classifier):
+    with pytest.raises(ValueError, match="'colour' is unknown to the classifier"):
+        make(PreferenceSet({"colour": ["red", "blue"]}), lm, classifier)
+    with pytest.raises(ValueError, match="'warmth' has 2 levels in `preferences` but 5 in the classifier"):
+        make(PreferenceSet({"warmth": ["cold", "warm"]}), lm, classifier)
+
+
+def test_the_default_optimizer_and_its_rate(preferences, lm, classifier, tmp_path):
+    for lora, rate in ((None, 1e-6), (LORA, 1e-5)):
+        module = make(preferences, lm, classifier, lora=lora, optimizer=None)
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, data(preferences))
+        assert run.optimizers[0].param_groups[0]["lr"] == rate
+
+
+def test_load_from_checkpoint(preferences, lm, classifier, trained):
+    parts = {"preferences": preferences, "mapping": TargetProbability(), "policy_optimizer": RLOO()}
+    with pytest.raises(ValueError, match="reset_state"):
+        PolicyTrainer.load_from_checkpoint(trained, weights_only=True, **parts)
+    module = PolicyTrainer.load_from_checkpoint(trained, weights_only=True, reset_state=True, **parts)
+    saved = torch.load(trained, weights_only=True)["state_dict"]
+    assert saved and all(torch.equal(module.state_dict()[name], value) for name, value in saved.items())

@@ -1,0 +1,108 @@
+"""Two processes on halves of a batch do what one does on the whole of it."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from moslim.mapping import TargetProbability
+from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.processes import gathered, mean_over_processes, process_count
+from tests.policy.runs import BATCH, data, make, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+]
+
+TWO = {"strategy": "ddp_fork", "devices": 2}
+
+
+class SaveEachStep(Callback):
+    """Saves in every process, as checkpoints must be."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def test_alone_there_is_nothing_to_tell():
+    assert process_count() == 1 and gathered({"a": 1}) == [{"a": 1}]
+    number = torch.tensor(3, requires_grad=False)
+    assert mean_over_processes(number).item() == 3 and mean_over_processes(number).dtype == torch.float32
+
+
+PARTS = {
+    # Answers of unequal length, and prompts without instruction that fall on one process more than on the other.
+    "running statistics, token mean": lambda: {
+        "mapping": TargetProbability(scope="running", min_count=6),
+        "policy_optimizer": GRPO(kl_coef=0.5, reduction="token_mean"),
+        "default_kl_coef": 2.0,
+    },
+    "batch statistics, sequence": lambda: {
+        "mapping": TargetProbability(scope="batch"),
+        "policy_optimizer": RLOO(kl_coef=0.1),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm, classifier, tmp_path):
+    found = {}
+    for name, size, options in (("one", BATCH, {}), ("two", BATCH // 2, TWO)):
+        folder = tmp_path / name
+        sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}  # a step is the gradient, neither more nor less
+        module = make(preferences, lm, classifier, **PARTS[kind](), **sgd)
+        run = trainer(folder, max_steps=2, callbacks=[SaveEachStep(folder)], **options)
+        run.fit(module, data(preferences, batch_size=size))
+        found[name] = [torch.load(folder / f"{step}.ckpt", weights_only=True) for step in (1, 2)]
+    start, unequal = make(preferences, lm, classifier).state_dict(), 0
+    for one, two in zip(found["one"], found["two"], strict=True):
+        ((whole,), halves) = (saved["policy_run"]["rollouts"] for saved in (one, two))
+        assert len(halves) == 2
+        assert whole["answers"] == halves[0]["answers"] + halves[1]["answers"]
+        for name in ("rewards", "advantages", "probs"):
+            torch.testing.assert_close(torch.cat([half[name] for half in halves]), whole[name], atol=1e-5, rtol=1e-4)
+        unequal += abs(len(halves[0]["mask"].nonzero()) - len(halves[1]["mask"].nonzero()))
+        for name, value in one["state_dict"].items():
+            moved = (value - start[name]).abs().max()
+            assert moved > 0 and (two["state_dict"][name] - value).abs().max() < 1e-4 * moved, name
+        assert one["callbacks"].keys() == two["callbacks"].keys()
+        for key, state in one["callbacks"].items():
+            for level, statistics in state["running"].items():
+                assert two["callbacks"][key]["running"][level] == pytest.approx(statistics, abs=1e-6), level
+    assert unequal > 0
+
+
+def test_resuming_two_processes_gives_each_its_own_rollout(preferences, lm, classifier, tmp_path):
+    options = {"inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+    for name, resumed in (("whole", None), ("resumed", tmp_path / "whole" / "1.ckpt")):
+        folder = tmp_path / name
+        run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], **TWO)
+        module_data = data(preferences, batch_size=BATCH // 2)
+        run.fit(make(preferences, lm, classifier, **options), module_data, ckpt_path=resumed, weights_only=True)
+    assert not (tmp_path / "resumed" / "1.ckpt").exists()
+    for step in (2, 3):
+        files = (tmp_path / name / f"{step}.ckpt" for name in ("whole", "resumed"))
+        whole, again = (torch.load(file, weights_only=True) for file in files)
+        for name, value in whole["state_dict"].items():
+            assert torch.equal(again["state_dict"][name], value), (step, name)
+        for mine, theirs in zip(again["policy_run"]["rollouts"], whole["policy_run"]["rollouts"], strict=True):
+            assert mine["answers"] == theirs["answers"] and mine["key"] == theirs["key"]
+            assert torch.equal(mine["advantages"], theirs["advantages"])
+        assert again["callbacks"] == whole["callbacks"]
+
+
+def test_two_processes_write_the_report_that_one_writes(preferences, lm, classifier, tmp_path):
+    results = []
+    for name, options in (("one", {}), ("two", TWO)):
+        folder = tmp_path / name
+        module = make(preferences, lm, classifier)
+        trainer(folder, **options).test(module, data(preferences, eval_batch_size=7), verbose=False)
+        results.append(json.loads((folder / "steerability.json").read_text()))
+    rewards = [result.pop("reward") for result in results]
+    assert results[0] == results[1] and rewards[0]["gold"] == rewards[1]["gold"]
+    assert rewards[0]["proxy"] == pytest.approx(rewards[1]["proxy"], abs=2e-6)

@@ -1,0 +1,190 @@
+"""A run that was cut and resumed equals the uninterrupted one, bit by bit."""
+
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from moslim.data.asking import CollatePrompts, Prompt
+from moslim.mapping import TargetProbability
+from moslim.policy.optimizers import GRPO, RLOO
+from moslim.preferences import Preference
+from tests.policy.runs import LORA, SAMPLES, data, make, trainer, weights
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+class SaveWhenStopped(Callback):
+    """Saves where an exception stops the run, as on Ctrl-C."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_exception(self, trainer, pl_module, exception):
+        trainer.save_checkpoint(self.path)
+
+
+class SaveEachStep(Callback):
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+@pytest.fixture
+def world(preferences, lm, classifier):
+    """Builds the same policy again and again; its mapping has statistics, its optimizer momentum."""
+
+    def build(**options):
+        defaults = {"mapping": TargetProbability(scope="running", min_count=6), "default_kl_coef": 0.1}
+        return make(preferences, lm, classifier, **{**defaults, **options})
+
+    return build
+
+
+def assert_same_from(step, resumed, whole):
+    assert len(resumed.trace) == len(whole.trace) - step
+    for mine, theirs in zip(resumed.trace, whole.trace[step:], strict=True):
+        assert mine["key"] == theirs["key"] and mine["loss"] == theirs["loss"]
+        assert torch.equal(mine["tokens"], theirs["tokens"])
+        assert torch.equal(mine["advantages"], theirs["advantages"])
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+    assert resumed.mapping.state_dict() == whole.mapping.state_dict()
+
+
+KINDS = {
+    "one step each": {},
+    "inner epochs": {"inner_epochs": 2},
+    "minibatches": {"inner_epochs": 2, "minibatches": 2, "policy_optimizer": GRPO(kl_coef=0.1)},
+    "lora": {"lora": LORA, "inner_epochs": 3, "policy_optimizer": RLOO(kl_coef=0.1, ratio="token")},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumed_from_any_of_its_steps(kind, world, preferences, tmp_path):
+    steps, options = 7, {"max_steps": 7, "limit_train_batches": 5}  # the sixth step is in a second epoch
+    if kind == "lora":
+        options["gradient_clip_val"] = 0.5
+    whole = world(**KINDS[kind])
+    trainer(tmp_path, **options, callbacks=[SaveEachStep(tmp_path)]).fit(whole, data(preferences))
+    assert len(whole.trace) == steps and whole.trace[-1]["key"][0] == 1
+    for step in (3, 5) if kind == "one step each" else (1, 3, 6):
+        resumed = world(**KINDS[kind])
+        path = tmp_path / f"{step}.ckpt"
+        trainer(tmp_path, **options).fit(resumed, data(preferences), ckpt_path=path, weights_only=True)
+        assert resumed.trace[0]["new"] == whole.trace[step]["new"]  # a rollout in use is taken up, not made again
+        assert_same_from(step, resumed, whole)
+
+
+LAST = {"save_last": True, "every_n_train_steps": 99}
+
+
+@pytest.mark.parametrize(("cut", "options"), [(3, {}), (3, LAST), (3, None), (5, {})])
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, world, preferences, tmp_path):
+    """In the middle of an epoch, which Lightning counts as done: saved at its end, at the run's end, or after it."""
+    limits = {"limit_train_batches": 4}
+    whole = world(inner_epochs=2)
+    trainer(tmp_path, max_steps=cut + 4, **limits).fit(whole, data(preferences))
+    first = world(inner_epochs=2)
+    callbacks = [] if options is None else [ModelCheckpoint(tmp_path, **options)]
+    run = trainer(tmp_path, max_steps=cut, **limits, callbacks=callbacks, enable_checkpointing=bool(callbacks))
+    run.fit(first, data(preferences))
+    if not callbacks:
+        run.save_checkpoint(tmp_path / "after.ckpt")
+    (path,) = tmp_path.glob("*.ckpt")
+    resumed = world(inner_epochs=2)
+    trainer(tmp_path, max_steps=cut + 4, **limits).fit(resumed, data(preferences), ckpt_path=path, weights_only=True)
+    assert [step["new"] for step in resumed.trace] == [False, True, False, True]
+    assert_same_from(cut, resumed, whole)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["ctrl-c", "error"])
+@pytest.mark.parametrize("at", [3, 4], ids=["middle of a rollout", "start of a rollout"])
+def test_a_run_stopped_in_a_step(at, stop, world, preferences, tmp_path):
+    whole = world(inner_epochs=2)
+    trainer(tmp_path, max_steps=6).fit(whole, data(preferences))
+    first = world(inner_epochs=2)
+    first.stop_at, first.stop = (0, at), stop
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((SystemExit, RuntimeError)):
+            save = SaveWhenStopped(tmp_path / "stopped.ckpt")
+            trainer(tmp_path, max_steps=6, callbacks=[save]).fit(first, data(preferences))
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)  # Lightning leaves it ignored
+    assert len(first.trace) == at
+    resumed = world(inner_epochs=2)
+    trainer(tmp_path, max_steps=6).fit(
+        resumed, data(preferences), ckpt_path=tmp_path / "stopped.ckpt", weights_only=True
+    )
+    assert resumed.trace[0]["new"] == (at % 2 == 0)
+    assert_same_from(at, resumed, whole)
+
+
+def test_validation_in_between_changes_nothing(world, preferences, tmp_path):
+    plain, validated = world(inner_epochs=2), world(inner_epochs=2)
+    trainer(tmp_path, max_steps=4).fit(plain, data(preferences))
+    options = {"limit_val_batches": 1, "val_check_interval": 1}
+    trainer(tmp_path, max_steps=4, **options).fit(validated, data(preferences))
+    assert_same_from(0, validated, plain)
+
+
+def test_the_rollout_in_use_comes_back(world, preferences, tmp_path):
+    first = world(inner_epochs=2)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(first, data(preferences))
+    run.save_checkpoint(tmp_path / "half.ckpt")
+    (kept,) = torch.load(tmp_path / "half.ckpt", weights_only=True)["policy_run"]["rollouts"]
+    resumed = world(inner_epochs=2)
+    resumed.stop_at, resumed.stop = (0, 1), RuntimeError("stop before the first step")
+    with pytest.raises(RuntimeError, match="stop before"):
+        trainer(tmp_path, max_steps=2).fit(
+            resumed, data(preferences), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+        )
+    found = resumed.rollout.state()
+    assert found.keys() == kept.keys() == first.rollout.state().keys()
+    for name, value in first.rollout.state().items():
+        same = torch.equal if isinstance(value, torch.Tensor) and not value.isnan().any() else None
+        if same:
+            assert same(found[name], value) and same(kept[name], value), name
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(found[name].nan_to_num(-9), value.nan_to_num(-9)), name
+        else:
+            assert found[name] == value == kept[name], name
+
+
+def test_checkpoints_hold_trained_weights_and_plain_data(world, preferences, tmp_path):
+    module = world(lora=LORA)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, data(preferences))
+    run.save_checkpoint(tmp_path / "lora.ckpt")
+    checkpoint = torch.load(tmp_path / "lora.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == {f"policy.{name}" for name in weights(module)}
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert checkpoint["hyper_parameters"]["samples_per_prompt"] == 3
+    assert "mapping" not in checkpoint["hyper_parameters"]  # an object: it would stop weights-only loading
+
+
+def test_an_answer_does_not_depend_on_its_place_among_the_prompts(world, preferences, tmp_path):
+    """The same prompts in another order or company, as other batches or processes would have them."""
+    collate = CollatePrompts(data(preferences).renderer(world().tokenizer))
+    asked = [Preference({"warmth": 4}), Preference(), Preference({"warmth": 0, "verbosity": 1}), Preference()]
+    questions = ["How do I clean a kettle?", "Why?", "Tell me how to bake bread.", "How do I clean a kettle?"]
+    prompts = [Prompt(question, asked[i], 10 + i) for i, question in enumerate(questions)]
+    found = {}
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2], [1, 3]):
+        module = world()
+        batch = collate([prompts[i] for i in order])
+        trainer(tmp_path, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+        for i, row in enumerate(order):
+            answers = module.rollout.answers[SAMPLES * i : SAMPLES * (i + 1)]
+            assert found.setdefault(row, answers) == answers
+    assert len({tuple(answers) for answers in found.values()}) == 4

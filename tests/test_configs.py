@@ -1,0 +1,369 @@
+"""Every YAML under ``configs`` is run by the commands in its own first lines, on models small enough for a test.
+
+The configs are taken as they are: in a folder of its own, ``Qwen/Qwen2.5-0.5B-Instruct`` and ``nvidia/HelpSteer2`` are
+local folders of the same architecture, chat template and schema. Only sizes are overridden.
+"""
+
+import contextlib
+import gzip
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+
+from moslim.callbacks.gate import GateError
+from moslim.cli import MoslimCLI, run
+from moslim.data.types import Split, View
+from moslim.models import Architecture, WorkbenchTokenizer
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.scorer import Scorer
+from moslim.workbench.grammar import LEVELS
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
+PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
+RUNNABLE = [path for path in CONFIGS if path not in PREFERENCES]
+
+EVERYWHERE = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_check_interval 2
+    --trainer.check_val_every_n_epoch null --trainer.limit_val_batches 1 --trainer.limit_test_batches 1
+    --trainer.limit_predict_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false"""
+POLICY = """--model.engine.max_new_tokens 6 --model.samples_per_prompt 2 --model.eval_samples 1 --model.chunk_rows 4
+    --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 2"""
+SMALL = {  # by the config that a command names first
+    "configs/quickstart/starter.yaml": """--model.architecture.options.hidden_size 16
+        --model.architecture.options.intermediate_size 16 --model.engine.max_new_tokens 6
+        --data.source.corpus_rows 64 --data.source.reward_rows 8 --data.eval_batch_size 8""",
+    "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.batch_size 8",
+    "configs/quickstart/policy.yaml": f"{POLICY} --data.source.policy_rows 64",
+    "configs/reward/helpsteer2.yaml": "--trainer.accumulate_grad_batches 1 --data.batch_size 4",
+    "configs/policy/helpsteer2_rloo.yaml": POLICY,
+}
+NEEDS = {"configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml"}
+
+HELPSTEER = ["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
+QWEN_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Qwen. You are a helpful assistant.<|im_end|>\n"
+    "{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def commands(path: str) -> list[list[str]]:
+    """The commands in the comment that a config opens with; remarks in brackets behind them are left out."""
+    lines = (ROOT / path).read_text().splitlines()
+    opening = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    found = [line.removeprefix("# python main.py ").split("  (")[0] for line in opening if "python main.py" in line]
+    return [shlex.split(command) for command in found]
+
+
+# --- small stand-ins
+
+
+def save_world(folder: Path) -> None:
+    """What the quickstart's later stages need of the earlier ones, untrained."""
+    tokenizer = WorkbenchTokenizer().load()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    starter = Architecture("llama", WorkbenchTokenizer(), sizes).build(tokenizer)
+    classifier = PreferenceClassifier.from_backbone(starter, PreferenceSet(LEVELS))
+    for model, place in ((starter, "starter/model"), (classifier, "reward/classifier")):
+        model.save_pretrained(folder / place)
+        tokenizer.save_pretrained(folder / place)
+    rows = [{"question": "How do I grow the rose?", "answer": "Hey pal, check this. Cheers."}] * 10
+    (folder / "starter/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def ratings(count: int) -> list[dict]:
+    """Rows in HelpSteer2's schema: two answers to each prompt; every third prompt is a chat in its notation."""
+    rows = []
+    for i in range(count):
+        number = i // 2
+        prompt = f"What is {number} plus {number}?"
+        if number % 3 == 2:
+            prompt += f"\n<extra_id_1>Assistant\nIt is {2 * number}.\n<extra_id_1>User\nWhy?"
+        levels = {name: (i + d) % 5 for d, name in enumerate(HELPSTEER)}
+        rows.append({"prompt": prompt, "response": "Because it is so. " * (1 + i % 3), **levels})
+    return rows
+
+
+def save_ratings(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for split, count in (("train", 48), ("validation", 8)):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in ratings(count))
+
+
+def save_qwen(folder: Path) -> None:
+    """A tiny Qwen2 with byte-level pair encoding and two tokens that end an answer, as the Instruct models have."""
+    bytes_and_pairs = Tokenizer(models.BPE())
+    bytes_and_pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_and_pairs.decoder = decoders.ByteLevel()
+    texts = [f"{QWEN_TEMPLATE} {row['prompt']} {row['response']}" for row in ratings(8)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bytes_and_pairs.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    trained = json.loads(bytes_and_pairs.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = QWEN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer) + 9,  # padded, as the real one is
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+class Workplace:
+    """A folder in which every config finds what it names. Each config is run once, after those that it needs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._done: dict[str, list[MoslimCLI | None]] = {}
+
+    def run(self, command: list[str], *options: str) -> MoslimCLI | None:
+        """Runs one command; None where a gate stopped it, which it must do for want of quality alone."""
+        small = SMALL[command[command.index("--config") + 1]]
+        # Only `fit` takes a limit of steps that is below what a checkpoint has seen.
+        with contextlib.chdir(self.folder):
+            try:
+                return run([*command, *shlex.split(EVERYWHERE), *shlex.split(small), *options])
+            except GateError as closed:
+                assert ", wanted " in str(closed)
+                assert "no such metric" not in str(closed) and "nothing was logged" not in str(closed)
+                return None
+
+    def launched(self, path: str) -> list[MoslimCLI | None]:
+        """Runs a config's own commands, if that was not done yet."""
+        if path not in self._done:
+            if path in NEEDS:
+                self.launched(NEEDS[path])
+            self._done[path] = [self.run(command) for command in commands(path)]
+        return self._done[path]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    save_world(folder / "outputs/quickstart")
+    save_ratings(folder / "nvidia/HelpSteer2")
+    save_qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        patch.setattr(sys, "path", sys.path.copy())
+        patch.setattr(sys, "argv", ["main.py"])
+        yield Workplace(folder)
+    import wandb
+
+    wandb.finish()
+
+
+# --- every config
+
+
+@pytest.mark.parametrize("path", RUNNABLE)
+def test_a_config_opens_with_commands_that_name_it(path: str) -> None:
+    first = (ROOT / path).read_text().splitlines()[0]
+    assert first.startswith("# python main.py fit --config ")
+    found = commands(path)
+    assert all(path in command for command in found)
+    assert all(command[command.index("--config") + 1] in SMALL for command in found), f"give {path} sizes in SMALL"
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_classes_are_named_by_full_path(path: str) -> None:
+    """Short names depend on what happens to be imported."""
+
+    def named(node: object) -> Iterator[str]:
+        if isinstance(node, dict):
+            yield from ([node["class_path"]] if "class_path" in node else [])
+            for value in node.values():
+                yield from named(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from named(value)
+
+    for name in named(yaml.safe_load((ROOT / path).read_text())):
+        module, _, cls = name.rpartition(".")
+        assert hasattr(__import__(module, fromlist=[cls]), cls)
+
+
+@pytest.mark.parametrize("path", RUNNABLE)
+def test_a_config_runs_by_its_own_commands(path: str, workplace: Workplace) -> None:
+    results = workplace.launched(path)
+    assert len(results) == len(commands(path)) > 0
+    for command, cli in zip(commands(path), results, strict=True):
+        if cli is not None and command[0] == "fit":
+            assert cli.trainer.global_step == 2
+        assert cli is not None or "quickstart" in path  # only the quickstart has gates
+
+
+@pytest.mark.parametrize("path", PREFERENCES)
+def test_preferences_train_a_classifier(path: str, workplace: Workplace, tmp_path: Path) -> None:
+    dimensions = yaml.safe_load((ROOT / path).read_text())["dimensions"]
+    rows = [
+        {"question": "q", "answer": "a b", **{name: i % len(levels) for name, levels in dimensions.items()}}
+        for i in range(10)
+    ]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with contextlib.chdir(workplace.folder):
+        cli = run(
+            shlex.split(
+                f"fit --model moslim.reward.module.RewardClassifier --model.backbone outputs/quickstart/starter/model "
+                f"--data moslim.data.module.PreferenceDataModule --data.source moslim.data.sources.table.Table "
+                f"--data.source.path {table} --data.source.test rows.jsonl --data.batch_size 4 --preferences {path} "
+                "--trainer.fast_dev_run true --trainer.accelerator cpu --trainer.logger false"
+            )
+        )
+    assert cli.model.preferences.to_dict() == dimensions
+    assert cli.model.classifier.preferences.names == tuple(dimensions)
+
+
+def test_loggers_are_layered_over_any_config(workplace: Workplace) -> None:
+    (plain,) = workplace.launched("configs/logger/csv.yaml")
+    (both,) = workplace.launched("configs/logger/wandb.yaml")
+    assert [type(logger) for logger in plain.trainer.loggers] == [CSVLogger]
+    assert [type(logger) for logger in both.trainer.loggers] == [CSVLogger, WandbLogger]
+    assert list((workplace.folder / "outputs/wandb").glob("offline-run-*"))
+
+
+def test_the_quickstart_s_gates_ask_for_metrics_that_are_there(workplace: Workplace) -> None:
+    """Untrained models do not pass; that the gate closes for want of quality alone is checked where it closes."""
+    assert workplace.launched("configs/quickstart/starter.yaml")[0] is None
+    assert workplace.launched("configs/quickstart/reward.yaml")[0] is None
+
+
+def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(workplace: Workplace) -> None:
+    policy = workplace.launched("configs/quickstart/policy.yaml")[0].config_dump
+    control = workplace.launched("configs/quickstart/scrambled.yaml")[0].config_dump
+    assert control["data"]["init_args"].pop("scramble") is True
+    assert policy["data"]["init_args"].pop("scramble") is False
+    for config in (policy, control):
+        del config["trainer"]["default_root_dir"], config["model"]["init_args"]["report"]
+    assert control == policy
+
+
+def test_tests_write_their_report_where_the_config_says(workplace: Workplace) -> None:
+    for path in RUNNABLE:
+        for command, cli in zip(commands(path), workplace.launched(path), strict=True):
+            if command[0] == "test" and is_overridden("test_step", cli.model) and hasattr(cli.model, "report"):
+                assert (workplace.folder / cli.model.report / "steerability.json").exists(), path
+
+
+# --- a real model's and data set's code path
+
+
+def test_helpsteer2_trains_five_heads_on_ratings(workplace: Workplace) -> None:
+    fitted, tested = workplace.launched("configs/reward/helpsteer2.yaml")
+    table, preferences = fitted.datamodule.source, fitted.datamodule.preferences
+    with contextlib.chdir(workplace.folder):
+        splits = {split: table.rows(View.REWARD, split, preferences, 0) for split in Split}
+    expected = ratings(48)
+    assert len(splits[Split.TRAIN]) + len(splits[Split.VALIDATION]) == 48 and len(splits[Split.TEST]) == 8
+    assert {row.question for row in splits[Split.TRAIN]} <= {row["prompt"] for row in expected}
+    assert splits[Split.TEST][0].levels == {name: expected[0][name] for name in HELPSTEER}
+    assert {f"test/{name}/kappa" for name in HELPSTEER} <= tested.trainer.callback_metrics.keys()
+
+    folder = workplace.folder / "outputs/helpsteer2/reward/classifier"
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert classifier.config.backbone.model_type == "qwen2" and classifier.config.pair_length == 1024
+    assert classifier.preferences.names == tuple(HELPSTEER) and set(classifier.preferences.sizes) == {5}
+    before = AutoModelForCausalLM.from_pretrained(workplace.folder / "Qwen/Qwen2.5-0.5B-Instruct", dtype=torch.float32)
+    start, end = before.model.embed_tokens.weight, classifier.backbone.embed_tokens.weight
+    assert end.dtype == torch.float32 and not torch.equal(start, end)
+    probs = Scorer.from_pretrained(folder).probabilities(["What is 1 plus 1?"], ["Two."])
+    assert probs.shape == (1, 5, 5) and torch.allclose(probs.sum(-1), torch.ones(1, 5))
+
+
+def test_helpsteer2_trains_a_policy_on_instructions_in_the_system_message(workplace: Workplace) -> None:
+    fitted = workplace.launched("configs/policy/helpsteer2_rloo.yaml")[0]
+    model, rollout = fitted.model, fitted.model.rollout
+    assert [logger for logger in fitted.trainer.loggers if isinstance(logger, CSVLogger)]
+    prompts = [
+        model.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(rollout.input_ids, rollout.attention_mask, strict=True)
+    ]
+    for prompt, nothing_asked in zip(prompts, rollout.uninstructed, strict=True):
+        system = "You are Qwen. You are a helpful assistant." if nothing_asked else "[[Preferences]] "
+        assert prompt.startswith(f"<|im_start|>system\n{system}")
+        assert "<|im_start|>assistant\n" in prompt
+    asked = [fitted.datamodule.preferences.decode(target) for target in rollout.targets]
+    assert all(fitted.datamodule.source.reachable(preference) for preference in asked if preference)
+    assert not any("[[" in str(question) for question in rollout.questions)
+    assert model.answerer._eos_ids == sorted(
+        [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
+    )  # both that the model's generation config names
+
+    trained = {name for name, p in model.policy.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert {name.split(".lora_")[0].split(".")[-1] for name in trained} == set(
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    )
+    frozen = next(p for name, p in model.policy.named_parameters() if name not in trained)
+    assert frozen.dtype == torch.bfloat16
+
+
+def test_helpsteer2_s_policy_is_tested_by_proxy_generates_and_is_exported(workplace: Workplace) -> None:
+    workplace.launched("configs/policy/helpsteer2_rloo.yaml")
+    result = json.loads((workplace.folder / "outputs/helpsteer2/report/steerability.json").read_text())
+    assert list(result["dimensions"]) == HELPSTEER and result["n_questions"] == 2
+    assert "proxy" in json.dumps(result["judge"])
+    report = (workplace.folder / "outputs/helpsteer2/report/report.md").read_text()
+    assert "proxy" in report
+
+    folder = workplace.folder / "outputs/helpsteer2/model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "system", "content": "[[Preferences]] verbosity: terse"}, {"role": "user", "content": "Why?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert model.generate(**prompt, max_new_tokens=3, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+
+
+def test_helpsteer2_s_variants_in_the_comments_work(workplace: Workplace) -> None:
+    lora = ["--model.lora.rank", "4", "--model.optimizer.lr", "1.0e-4", "--trainer.precision", "32-true"]
+    reward = workplace.run(
+        ["fit", "--config", "configs/reward/helpsteer2.yaml"], *lora, "--model.output", "outputs/other"
+    )
+    assert reward.model.lora.rank == 4 and reward.trainer.optimizers[0].defaults["lr"] == 1e-4
+    policy = workplace.run(
+        ["test", "--config", "configs/policy/helpsteer2_rloo.yaml"],
+        *["--model.dtype", "float32", "--model.judge", "moslim.evaluation.judges.ClassifierJudge"],
+        *["--model.judge.path", "outputs/other", "--model.report", "outputs/judged", "--data.test_questions", "1"],
+    )
+    assert policy.model.dtype == torch.float32
+    judged = json.loads((workplace.folder / "outputs/judged/steerability.json").read_text())
+    assert "classifier" in json.dumps(judged["judge"])

@@ -1,0 +1,26 @@
+import time
+
+import torch
+
+from moslim.timing import Stopwatch
+
+
+def test_laps_add_up_by_name():
+    before = time.perf_counter()
+    clock = Stopwatch()
+    for name, seconds in (("a", 0.02), ("b", 0.01), ("a", 0.02)):
+        time.sleep(seconds)
+        clock.lap(name)
+    assert clock.laps.keys() == {"a", "b"}
+    assert clock.laps["a"] >= 0.04 and clock.laps["b"] >= 0.01
+    assert sum(clock.laps.values()) <= time.perf_counter() - before
+
+
+def test_a_lap_begins_where_the_last_one_ended():
+    clock = Stopwatch(torch.device("cpu"))
+    time.sleep(0.02)
+    between = time.perf_counter()
+    clock.lap("first")
+    clock.lap("second")
+    assert clock.laps["first"] >= 0.02
+    assert 0 <= clock.laps["second"] <= time.perf_counter() - between
