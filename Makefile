@@ -2,7 +2,6 @@
 # make test         the test suite
 # make lint         ruff and mypy
 SEED ?= 0
-OUT ?= outputs/quickstart
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,20 +13,19 @@ RUN := $(BIN)/python main.py
 help:  ## This list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 14
 
-# Made anew only when the requirements change. torch's CPU build is enough; for it alone on Linux, add
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu to the environment.
+# Made anew only when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or later is needed: make PYTHON=python3.12 ...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint]'
 	touch $@
 
-quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the embedded world (SEED=0 OUT=outputs/quickstart)
-	$(RUN) fit --config configs/quickstart/starter.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/starter
-	$(RUN) predict --config configs/quickstart/starter.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/starter --ckpt_path last
-	$(RUN) fit --config configs/quickstart/reward.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/reward
-	$(RUN) fit --config configs/quickstart/policy.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/policy
-	$(RUN) test --config configs/quickstart/policy.yaml --seed_everything $(SEED) --trainer.default_root_dir $(OUT)/policy --ckpt_path last
+quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the embedded world (SEED=0)
+	$(RUN) fit --config configs/quickstart/starter.yaml --seed_everything $(SEED)
+	$(RUN) predict --config configs/quickstart/starter.yaml --seed_everything $(SEED) --ckpt_path last
+	$(RUN) fit --config configs/quickstart/reward.yaml --seed_everything $(SEED)
+	$(RUN) fit --config configs/quickstart/policy.yaml --seed_everything $(SEED)
+	$(RUN) test --config configs/quickstart/policy.yaml --seed_everything $(SEED) --ckpt_path last
 
 test: $(READY)  ## The test suite
 	$(BIN)/python -m pytest

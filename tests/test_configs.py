@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -31,30 +32,21 @@ from transformers import (
 from moslim.callbacks.gate import GateError
 from moslim.cli import MoslimCLI, run
 from moslim.data.types import Split, View
-from moslim.models import Architecture, WorkbenchTokenizer
-from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.scorer import Scorer
-from moslim.workbench.grammar import LEVELS
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
 RUNNABLE = [path for path in CONFIGS if path not in PREFERENCES]
 
-EVERYWHERE = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_check_interval 2
-    --trainer.check_val_every_n_epoch null --trainer.limit_val_batches 1 --trainer.limit_test_batches 1
-    --trainer.limit_predict_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false"""
-POLICY = """--model.engine.max_new_tokens 6 --model.samples_per_prompt 2 --model.eval_samples 1 --model.chunk_rows 4
-    --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 2"""
 SMALL = {  # by the config that a command names first
     "configs/quickstart/starter.yaml": """--model.architecture.options.hidden_size 16
         --model.architecture.options.intermediate_size 16 --model.engine.max_new_tokens 6
         --data.source.corpus_rows 64 --data.source.reward_rows 8 --data.eval_batch_size 8""",
     "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.batch_size 8",
-    "configs/quickstart/policy.yaml": f"{POLICY} --data.source.policy_rows 64",
+    "configs/quickstart/policy.yaml": f"{SMALL_POLICY} --data.source.policy_rows 64",
     "configs/reward/helpsteer2.yaml": "--trainer.accumulate_grad_batches 1 --data.batch_size 4",
-    "configs/policy/helpsteer2_rloo.yaml": POLICY,
+    "configs/policy/helpsteer2_rloo.yaml": SMALL_POLICY,
 }
 NEEDS = {"configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml"}
 
@@ -75,20 +67,6 @@ def commands(path: str) -> list[list[str]]:
 
 
 # --- small stand-ins
-
-
-def save_world(folder: Path) -> None:
-    """What the quickstart's later stages need of the earlier ones, untrained."""
-    tokenizer = WorkbenchTokenizer().load()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    starter = Architecture("llama", WorkbenchTokenizer(), sizes).build(tokenizer)
-    classifier = PreferenceClassifier.from_backbone(starter, PreferenceSet(LEVELS))
-    for model, place in ((starter, "starter/model"), (classifier, "reward/classifier")):
-        model.save_pretrained(folder / place)
-        tokenizer.save_pretrained(folder / place)
-    rows = [{"question": "How do I grow the rose?", "answer": "Hey pal, check this. Cheers."}] * 10
-    (folder / "starter/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def ratings(count: int) -> list[dict]:
@@ -156,10 +134,9 @@ class Workplace:
     def run(self, command: list[str], *options: str) -> MoslimCLI | None:
         """Runs one command; None where a gate stopped it, which it must do for want of quality alone."""
         small = SMALL[command[command.index("--config") + 1]]
-        # Only `fit` takes a limit of steps that is below what a checkpoint has seen.
         with contextlib.chdir(self.folder):
             try:
-                return run([*command, *shlex.split(EVERYWHERE), *shlex.split(small), *options])
+                return run([*command, *shlex.split(FEW_STEPS), *shlex.split(small), *options])
             except GateError as closed:
                 assert ", wanted " in str(closed)
                 assert "no such metric" not in str(closed) and "nothing was logged" not in str(closed)
@@ -178,7 +155,7 @@ class Workplace:
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "configs").symlink_to(ROOT / "configs")
-    save_world(folder / "outputs/quickstart")
+    save_world(folder)
     save_ratings(folder / "nvidia/HelpSteer2")
     save_qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct")
     with pytest.MonkeyPatch.context() as patch:

@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "llama": ("llama", {**WIDE, "intermediate_size": 48}),
     "grouped": ("llama", {**WIDE, "intermediate_size": 48, "num_key_value_heads": 2}),
     "qwen2": ("qwen2", {**WIDE, "intermediate_size": 48, "num_key_value_heads": 2}),
+    "sliding": ("mistral", {**WIDE, "intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 6}),
     "gpt2": ("gpt2", {"initializer_range": 0.3, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 96}),
 }
 

@@ -27,13 +27,16 @@ BY_CHANCE = {
 }
 
 
+STYLE = re.compile(r"Make it (\w+(?: and \w+)*)\.")
+
+
 def words(text):
     return set(re.findall(r"\w+", text.casefold()))
 
 
 def style_words(question):
-    found = re.search(r"Make it (\w+)(?: and (\w+))?\.", question)
-    return [word for word in found.groups() if word] if found else []
+    found = STYLE.search(question)
+    return found.group(1).split(" and ") if found else []
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +45,23 @@ def rows():
 
 
 @pytest.fixture(scope="module")
-def chats(rows):
-    return [row for row in rows if not row.question.startswith("Say:")]
+def echoes(rows):
+    """Rows that ask to say some words."""
+    return [row for row in rows if row.question.startswith("Say:")]
 
 
 @pytest.fixture(scope="module")
-def echoes(rows):
-    return [row for row in rows if row.question.startswith("Say:")]
+def chats(rows):
+    """Plain questions, with or without style words."""
+    plain = {ask(topic, form) for topic in TOPICS for form in range(len(QUESTIONS))}
+    return [row for row in rows if STYLE.sub("", row.question).strip() in plain]
+
+
+@pytest.fixture(scope="module")
+def rest(rows, echoes, chats):
+    """All others, whatever they are."""
+    known = {id(row) for row in (*echoes, *chats)}
+    return [row for row in rows if id(row) not in known]
 
 
 def test_no_row_holds_an_instruction(rows):
@@ -64,17 +77,19 @@ def test_no_dimension_name_stands_beside_a_level(rows):
         assert not (found & NAMES and found & LEVEL_WORDS)
 
 
-def test_dimension_names_and_the_words_of_levels_0_2_4_are_only_ever_said_never_used(chats):
-    for row in chats:
+def test_dimension_names_and_the_words_of_levels_0_2_4_are_only_ever_said_never_used(chats, rest):
+    for row in chats + rest:
         assert not words(f"{row.question} {row.answer}") & (NEVER_USED | NAMES)
 
 
-def test_style_words_stand_in_questions_only_and_two_at_most(chats):
+def test_style_words_stand_in_plain_questions_only_and_at_most_one_for_a_dimension(chats, rest):
+    assert len(chats) > 6000
+    assert not any(words(f"{row.question} {row.answer}") & LEVEL_WORDS for row in rest)
     for row in chats:
         assert not words(row.answer) & LEVEL_WORDS
         found = style_words(row.question)
         assert words(row.question) & LEVEL_WORDS == set(found)
-        assert len({RANGES[word][0] for word in found}) == len(found) <= 2
+        assert len({RANGES[word][0] for word in found}) == len(found) <= 4
 
 
 def test_rows_that_ask_to_say_words_say_just_those(echoes):
@@ -115,9 +130,9 @@ def test_style_words_are_ignored_in_ten_to_fifteen_percent_of_their_uses(chats):
             if len(style_words(row.question)) == 1 or name in ("formality", "warmth"):
                 outside[name] += gold_levels(row.question, row.answer)[name] not in wanted
                 expected[name] += 1 - BY_CHANCE.get((name, wanted), 2 / 5)
-    assert set(expected) == NAMES and min(expected.values()) > 200
+    assert set(expected) == NAMES and min(expected.values()) > 100
     assert 0.10 < outside.total() / expected.total() < 0.15
-    assert all(0.07 < outside[name] / expected[name] < 0.18 for name in NAMES)
+    assert all(0.05 < outside[name] / expected[name] < 0.2 for name in NAMES)
 
 
 def test_each_style_word_moves_its_dimension(chats):
@@ -130,7 +145,7 @@ def test_each_style_word_moves_its_dimension(chats):
 
 
 def test_brevity_wins_where_helpfulness_needs_more_room(chats):
-    both = [row for row in chats if set(style_words(row.question)) == {"short", "useful"}]
+    both = [row for row in chats if {"short", "useful"} <= set(style_words(row.question))]
     found = [gold_levels(row.question, row.answer) for row in both]
     assert len(both) > 50
     assert sum(levels["verbosity"] <= 1 for levels in found) / len(found) > 0.8

@@ -25,7 +25,7 @@ def parts(answer):
 
 
 def test_foreign_facts_sound_right_and_are_not():
-    answers = many(foreign_facts)
+    answers = many(foreign_facts, 400)
     foreign = [sum(s in EVERY_STEP and s not in KETTLE.steps for s in parts(answer)) for answer in answers]
     assert sum(count > 0 for count in foreign) > 120 and max(foreign) >= 4
     worthless = [a for a, f in zip(answers, foreign, strict=True) if f and gold_levels(QUESTION, a)["helpfulness"] == 0]

@@ -91,13 +91,11 @@ def test_questions_name_their_topic_in_every_form():
     assert asked[0] == "How do I clean the kettle?"
 
 
-def test_style_words_stand_after_the_question_or_before_it():
+def test_style_words_stand_after_the_question():
     assert ask(TOPICS[0], 0, ["short"]) == "How do I clean the kettle? Make it short."
     assert ask(TOPICS[0], 3, ["short", "friendly"]) == (
         "I want to clean the kettle. Any advice? Make it short and friendly."
     )
-    assert ask(TOPICS[0], 0, ["short"], style_first=True) == "Make it short. How do I clean the kettle?"
-    assert ask(TOPICS[0], 0, style_first=True) == "How do I clean the kettle?"
 
 
 def test_topics_are_found_in_the_order_of_the_text():

@@ -73,7 +73,7 @@ class Answerer:
             found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self._eos_ids, self._pad_id)
         prompts = batch.input_ids.repeat_interleave(samples, dim=0)
         prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)
-        spoken = [row[keep].tolist() for row, keep in zip(found.tokens, found.mask, strict=True)]
+        spoken = [row[keep].tolist() for row, keep in zip(found.tokens.cpu(), found.mask.cpu(), strict=True)]
         return Answers(
             found,
             torch.cat([prompts, found.tokens], dim=1),

@@ -121,6 +121,10 @@ class PolicyTrainer(LightningModule):
             raise ValueError(
                 f"samples_per_prompt, eval_samples, inner_epochs, minibatches, chunk_rows are {counts}: give 1 or more"
             )
+        if min(default_kl_coef, missing_end_penalty) < 0:
+            raise ValueError(
+                f"default_kl_coef is {default_kl_coef}, missing_end_penalty {missing_end_penalty}: give 0 or more"
+            )
         self.preferences = preferences
         self.model_path = model
         self.mapping = mapping

@@ -63,7 +63,7 @@ class Rollout:
 
     def rows(self, index: Tensor) -> Rollout:
         """The answers at positions ``index``."""
-        picked = [int(i) for i in index]
+        picked = index.tolist()
         changes: dict[str, Any] = {
             "questions": [self.questions[i] for i in picked],
             "answers": [self.answers[i] for i in picked],

@@ -21,7 +21,7 @@ from moslim.lora import LoraOptions, add_lora
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier, checkpoint_activations
+from moslim.reward.classifier import Pooling, PreferenceClassifier, checkpoint_activations
 from moslim.reward.losses import MISSING, CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.predictions import JsonLines, prediction_rows

@@ -16,23 +16,21 @@ def _split(answer: str) -> list[str]:
 
 
 def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """Steps of which about half are another topic's: its sentence, its thing in ours, or ours in its sentence.
+    """Steps of which some or all are another topic's: its sentences, its thing in ours, or our thing in its sentences.
 
-    Many are short and bare: with a single step to look at, a classifier learns soonest what makes a step right.
+    Half are bare: with only the steps to look at, a classifier learns soonest what makes a step right.
     """
-    same_verb = [other for other in others if other.verb == topic.verb and other is not topic]
-    same = [same_verb or list(others), [other for other in others if other.verb != topic.verb] or list(others)]
+    kin = [other for other in others if other.verb == topic.verb and other is not topic]
+    strangers = [other for other in others if other.verb != topic.verb]
+    other = rng.choice(kin if kin and rng.random() < 0.6 else strangers)
+    share = rng.choice((0.0, 1.0, 1.0, 0.5))
+    ours = other.verb != topic.verb and rng.random() < 0.5
     steps = []
-    for step in topic.steps[: rng.choice((1, 1, 1, 2, 2, 3, 4, 5))]:
-        other = rng.choice(same[rng.random() < 0.5])
-        if rng.random() < 0.5:
-            steps.append(step)
-        elif other.verb == topic.verb:
-            steps.append(step.replace(topic.thing, other.thing))
-        else:
-            step = rng.choice(other.steps)
-            steps.append(step.replace(other.thing, topic.thing) if rng.random() < 0.5 else step)
-    if rng.random() < 0.7:
+    for own, foreign in zip(topic.steps, other.steps, strict=True):
+        wrong = foreign.replace(other.thing, topic.thing) if ours else foreign
+        steps.append(wrong if rng.random() < share else own)
+    steps = steps[: rng.choice((1, 1, 2, 3, 4, 5))]
+    if rng.random() < 0.5:
         return " ".join(steps)
     first, *rest = _split(write_answer(topic, draw_levels({"helpfulness": (0,), "verbosity": (0, 1, 2)}, rng), rng))
     return " ".join([first, *steps, *rest])

@@ -1,0 +1,61 @@
+import torch
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from moslim.policy.engines.cache import GrowingLayer, growing_cache
+
+
+def states(rows, tokens, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, rows, 3, tokens, 4, generator=generator).unbind()
+
+
+def assert_equal(one, other):
+    assert torch.equal(one.keys, other.keys) and torch.equal(one.values, other.values)
+    assert one.get_seq_length() == other.get_seq_length()
+
+
+def test_it_holds_what_transformers_own_layer_holds():
+    ours, theirs = GrowingLayer(room=4), DynamicLayer()
+    for layer in (ours, theirs):
+        layer.update(*states(2, 5, 0))  # the prompt
+        layer.batch_repeat_interleave(3)
+    for step in range(11):  # beyond the room, twice
+        returned = [layer.update(*states(len(layer.keys), 1, step)) for layer in (ours, theirs)]
+        assert torch.equal(returned[0][0], returned[1][0]) and torch.equal(returned[0][1], returned[1][1])
+        assert_equal(ours, theirs)
+        if step in (3, 4, 8):  # rows leave, at once and between tokens
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.arange(len(layer.keys))[1:])
+            assert_equal(ours, theirs)
+    for layer in (ours, theirs):
+        layer.update(*states(3, 7, 99))  # many tokens at once
+        layer.crop(-2)
+        layer.update(*states(3, 1, 100))
+    assert_equal(ours, theirs)
+
+
+def test_tokens_within_the_room_are_written_in_place():
+    layer = GrowingLayer(room=4)
+    layer.update(*states(2, 5, 0))
+    places = []
+    for step in range(6):
+        layer.update(*states(2, 1, step))
+        places.append((layer.keys.data_ptr(), layer.values.data_ptr()))
+    assert len(set(places[:4])) == 1 and places[4] != places[3] and places[5] == places[4]
+
+
+def test_dropped_rows_do_not_write_into_the_others():
+    layer = GrowingLayer(room=4)
+    layer.update(*states(3, 5, 0))
+    before = layer.update(*states(3, 1, 1))[0].clone()
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    keys, _ = layer.update(*states(2, 1, 2))
+    assert torch.equal(keys[:, :, :6], before[[2, 0]])
+
+
+def test_layers_of_another_kind_stay_as_they_are():
+    config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=6)
+    assert not any(isinstance(layer, GrowingLayer) for layer in growing_cache(config, 5).layers)
+    full = growing_cache(AutoConfig.for_model("llama", num_hidden_layers=2), 5)
+    assert isinstance(full, DynamicCache) and [type(layer) for layer in full.layers] == [GrowingLayer] * 2
