@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 from moslim.data.types import Example
-from moslim.workbench.grammar import COARSE, LEVELS, NO, PROOFREAD, QUESTIONS, TOPICS, YES, Topic
+from moslim.workbench.grammar import COARSE, LEVELS, QUESTIONS, TOPICS, Topic
 from moslim.workbench.questions import ask
 from moslim.workbench.writing import draw_levels, write_answer
 
@@ -20,8 +20,6 @@ IGNORED_SHARE = 0.12
 """How often a style word is not followed."""
 ECHO_SHARE = 0.1
 """Share of rows that ask to say some words, so that every word of the vocabulary has been read and written."""
-PROOFREAD_SHARE = 0.15
-"""Share of rows that ask to read steps again and to say of each whether it fits the question."""
 _RANGES = ((0, 1), (3, 4))
 _LEVEL_WORDS = [word for levels in LEVELS.values() for word in levels]
 _THINGS = [topic.thing for topic in TOPICS]
@@ -31,20 +29,6 @@ _ECHOED = ([*_LEVEL_WORDS, *_THINGS], [*LEVELS, *_THINGS])  # never a dimension'
 def _echo(rng: random.Random) -> Example:
     words = " ".join(rng.sample(_ECHOED[rng.random() < 0.2], rng.randint(2, 7)))
     return Example(f"Say: {words}.", f"{words}.")
-
-
-def _proofreading(topic: Topic, topics: Sequence[Topic], rng: random.Random) -> Example:
-    kin = [other for other in topics if other.verb == topic.verb]
-    steps, verdicts = [], []
-    for step in topic.steps[: rng.randint(1, 3)]:
-        other = rng.choice(kin if rng.random() < 0.6 else topics)
-        if rng.random() < 0.5:
-            swapped = rng.random() < 0.5
-            step = step.replace(topic.thing, other.thing) if swapped else rng.choice(other.steps)
-        steps.append(step)
-        verdicts.append(f"{step} {YES if step in topic.steps else NO}")
-    question = ask(topic, rng.randrange(len(QUESTIONS)))
-    return Example(f"{PROOFREAD} {question} {' '.join(steps)}", " ".join(verdicts))
 
 
 def _chat(topic: Topic, rng: random.Random) -> Example:
@@ -63,13 +47,4 @@ def _chat(topic: Topic, rng: random.Random) -> Example:
 
 def starter_corpus(topics: Sequence[Topic], count: int, rng: random.Random) -> list[Example]:
     """Draws ``count`` rows of question and answer about ``topics``, without levels."""
-    rows = []
-    for _ in range(count):
-        kind, topic = rng.random(), rng.choice(topics)
-        if kind < ECHO_SHARE:
-            rows.append(_echo(rng))
-        elif kind < ECHO_SHARE + PROOFREAD_SHARE:
-            rows.append(_proofreading(topic, topics, rng))
-        else:
-            rows.append(_chat(topic, rng))
-    return rows
+    return [_echo(rng) if rng.random() < ECHO_SHARE else _chat(rng.choice(topics), rng) for _ in range(count)]

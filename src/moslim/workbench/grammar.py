@@ -125,6 +125,3 @@ QUESTIONS: tuple[str, ...] = (
 
 STYLE_REQUEST = "Make it {words}."
 """How loose style words stand in a question: after it, without the name of their dimension."""
-
-PROOFREAD, YES, NO = "Does each step fit?", "Yes.", "No."
-"""How a chat asks to read steps again, and the verdict after each."""

@@ -12,12 +12,9 @@ from moslim.workbench.grammar import (
     ENCOURAGEMENTS,
     FILLERS,
     LEVELS,
-    NO,
-    PROOFREAD,
     QUESTIONS,
     STYLE_REQUEST,
     TOPICS,
-    YES,
 )
 from moslim.workbench.writing import opening
 
@@ -40,9 +37,6 @@ def vocabulary() -> list[str]:
         *QUESTIONS,
         STYLE_REQUEST.format(words="short and friendly"),
         "Say: short, friendly.",
-        PROOFREAD,
-        YES,
-        NO,
         *FILLERS,
         *ENCOURAGEMENTS,
         *(opening((formal, formal, formal)) for formal in (False, True)),
