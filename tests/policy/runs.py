@@ -53,6 +53,7 @@ class Traced(PolicyTrainer):
                 "loss": loss.item(),
                 "tokens": self.rollout.tokens.clone(),
                 "advantages": self.rollout.advantages.clone(),
+                "active": int((self.rollout.targets >= 0).sum()),
             }
         )
         return loss
