@@ -10,6 +10,7 @@ Last result: benchmarks/results/quickstart.json, shown in docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import shlex
 import subprocess
@@ -53,7 +54,22 @@ def quickstart(seed: int) -> dict[str, Any]:
     """One whole quickstart: the contents of its steerability.json plus the seconds of each stage."""
     seconds = {name_of(command): timed(command) for command in commands(seed)}
     seconds["total"] = round(sum(seconds.values()), 1)
-    return {**json.loads(REPORT.read_text()), "seconds": seconds}
+    return {**json.loads(REPORT.read_text()), "classifier": classifier(), "seconds": seconds}
+
+
+def classifier() -> dict[str, Any]:
+    """What the newest reward classifier reached in validation: subset to dimension to measure."""
+    newest = max(
+        (ROOT / "outputs/quickstart/reward").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime
+    )
+    with newest.open(encoding="utf-8", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    found: dict[str, Any] = {}
+    for key, value in last.items():
+        parts = key.split("/")
+        if len(parts) == 4 and parts[2] != "mean" and value:
+            found.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = round(float(value), 4)
+    return found
 
 
 def control(seed: int) -> dict[str, Any]:

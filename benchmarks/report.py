@@ -76,7 +76,9 @@ def quickstart(result: dict[str, Any]) -> str:
     columns = {seed: figures(result[seed]) for seed in seeds}
     rows = [[name, wanted, *(met(columns[s][name], wanted) for s in seeds)] for name, wanted in WANTED.items()]
     control = "scrambled control, mean Spearman"
-    rows.append([control, "<= 0.15", *(met(result["scrambled"][s]["mean"]["spearman"], "<= 0.15") for s in seeds)])
+    controls = [result["scrambled"].get(s) for s in seeds]
+    shown = [met(c["mean"]["spearman"], "<= 0.15") if c else "not run" for c in controls]
+    rows.append([control, "<= 0.15", *shown])
     text = f"""
 ## Quickstart
 
@@ -110,6 +112,18 @@ Held-out questions, judged by the gold scorer, 4 answers per request at temperat
         "\nRequests of two to four dimensions at once, combinations that training asked for and ones it never did:\n\n"
     )
     text += table(["combinations", "joint exact", "before", "MAE per dimension", "before"], rows)
+    text += "\nThe reward classifier, on fresh answers of the starter (`samples`) and on the adversarial file:\n\n"
+    rows = [
+        [
+            f"{subset}, {name}, {measure}",
+            f">= {least}",
+            *(met(result[s]["classifier"][subset][name][measure], f">= {least}") for s in seeds),
+        ]
+        for subset, bounds in GATES.items()
+        for name in names
+        for measure, least in bounds.items()
+    ]
+    text += table(["answers, head, measure", "asked for", *(f"seed {s}" for s in seeds)], rows)
     stages = result[seeds[0]]["seconds"]
     rows = [[stage, *(f"{result[s]['seconds'][stage]:.0f}" for s in seeds)] for stage in stages]
     text += "\nSeconds, each stage with the start of Python:\n\n" + table(
@@ -118,6 +132,7 @@ Held-out questions, judged by the gold scorer, 4 answers per request at temperat
     return text
 
 
+GATES = {"samples": {"accuracy": 0.8, "within_one": 0.95}, "adversarial": {"accuracy": 0.6, "within_one": 0.85}}
 MEASURES = ("exact", "within_one", "mae", "spearman", "monotonicity", "dynamic_range")
 
 

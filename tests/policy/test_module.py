@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moslim.data.prompts import prompt_ids
 from moslim.evaluation.judges import GoldJudge
+from moslim.instructions import PreferenceInstruction
 from moslim.mapping import TargetProbability
 from moslim.mapping.base import requested_probability
 from moslim.policy.engines import TorchEngine
@@ -270,6 +271,34 @@ def test_the_same_run_gives_the_same_figures_whatever_the_batches_of_its_test(pr
     assert small == large  # all that follows from the answers
     assert rewards[0]["gold"] == rewards[1]["gold"]
     assert rewards[0]["proxy"] == pytest.approx(rewards[1]["proxy"], abs=2e-6)  # may be rounded either way
+
+
+class Silent(PreferenceInstruction):
+    """Writes nothing, so that all requests for one question are the same prompt."""
+
+    def render(self, messages, preference, preferences):
+        return messages
+
+
+class Listening(GoldJudge):
+    """Remembers what it judged, batch by batch."""
+
+    def setup(self, preferences):
+        super().setup(preferences)
+        self.heard = []
+
+    def levels(self, questions, answers):
+        self.heard.append(answers)
+        return super().levels(questions, answers)
+
+
+def test_every_request_has_noise_of_its_own_which_policy_and_base_share(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, judge=Listening())
+    module_data = data(preferences, instruction=Silent(), test_questions=1)
+    trainer(tmp_path).test(module, module_data, verbose=False)
+    policy, base = module.judge.heard
+    assert policy == base and len(policy) == 2 * (10 + 1 + 1 + 1)
+    assert len(set(policy)) > len(policy) / 2
 
 
 def test_another_seed_gives_other_answers(preferences, lm, classifier, tmp_path):

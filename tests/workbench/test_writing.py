@@ -17,12 +17,11 @@ GRID = [dict(zip(LEVELS, point, strict=True)) for point in itertools.product(ran
 def test_an_answer_has_exactly_the_levels_asked_for(topic):
     rng = random.Random(0)
     question = ask(topic, 0)
-    tried = 0
-    for levels in GRID:
-        if reachable(levels):
-            assert gold_levels(question, write_answer(topic, levels, rng)) == levels
-            tried += 1
-    assert tried == 475  # 19 of 25 pairs of verbosity and helpfulness, times 5 times 5
+    combinations = [levels for levels in GRID if reachable(levels)]
+    assert len(combinations) == 475  # 19 of 25 pairs of verbosity and helpfulness, times 5 times 5
+    first_of_its_verb = topic is next(other for other in TOPICS if other.verb == topic.verb)
+    for levels in combinations if first_of_its_verb else combinations[::6]:
+        assert gold_levels(question, write_answer(topic, levels, rng)) == levels
 
 
 def test_what_is_unreachable_is_refused():
@@ -64,7 +63,7 @@ def test_answers_fit_into_sixty_tokens_with_their_end():
     rng = random.Random(0)
     longest = 0
     for topic in TOPICS:
-        for levels in GRID[::7] + [{**GRID[-1], "formality": f} for f in range(5)]:
+        for levels in GRID[::29] + [{**GRID[-1], "formality": f} for f in range(5)]:
             if reachable(levels):
                 answer = write_answer(topic, levels, rng)
                 longest = max(longest, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
@@ -73,13 +72,13 @@ def test_answers_fit_into_sixty_tokens_with_their_end():
 
 def test_levels_are_drawn_uniformly_from_what_is_reachable():
     rng = random.Random(0)
-    drawn = [draw_levels({}, rng) for _ in range(20_000)]
+    drawn = [draw_levels({}, rng) for _ in range(10_000)]
     assert all(map(reachable, drawn))
     for name in ("formality", "warmth"):
-        assert all(abs(count / 20_000 - 1 / 5) < 0.015 for count in Counter(d[name] for d in drawn).values())
+        assert all(abs(count / 10_000 - 1 / 5) < 0.02 for count in Counter(d[name] for d in drawn).values())
     pairs = Counter((d["verbosity"], d["helpfulness"]) for d in drawn)
     assert len(pairs) == 19
-    assert all(abs(count / 20_000 - 1 / 19) < 0.01 for count in pairs.values())
+    assert all(abs(count / 10_000 - 1 / 19) < 0.01 for count in pairs.values())
 
 
 def test_wanted_levels_are_kept():
