@@ -76,8 +76,8 @@ def make(preferences: PreferenceSet, lm: str, classifier: str, **options: Any) -
 
 
 def data(preferences: PreferenceSet, **options: Any) -> PreferenceDataModule:
-    """Six batches an epoch; one question in validation, two in the test."""
-    defaults: dict[str, Any] = {"batch_size": BATCH, "validation_questions": 1, "test_questions": 2, "combinations": 1}
+    """Six batches an epoch; one question in validation and in the test."""
+    defaults: dict[str, Any] = {"batch_size": BATCH, "validation_questions": 1, "test_questions": 1, "combinations": 1}
     source = Workbench(policy_rows=6 * BATCH)
     sampler = Reachable([0.25, 0.5, 0.25])
     return PreferenceDataModule(preferences, source, sampler=sampler, **{**defaults, **options})

@@ -226,7 +226,7 @@ def trained(preferences, lm, classifier, tmp_path_factory):
 def test_the_test_writes_its_report(preferences, lm, classifier, trained, tmp_path, capsys):
     module = make(preferences, lm, classifier, judge=GoldJudge(), report=str(tmp_path / "copy"))
     run = trainer(tmp_path, logger=CSVLogger(tmp_path, name=""))
-    run.test(module, data(preferences), ckpt_path=trained, weights_only=True, verbose=False)
+    run.test(module, data(preferences, test_questions=2), ckpt_path=trained, weights_only=True, verbose=False)
     for folder in (tmp_path / "version_0", tmp_path / "copy"):
         result = json.loads((folder / "steerability.json").read_text())
         keys = "schema judge dimensions mean base combinations cross_talk reward default_quality n_questions config"
@@ -265,7 +265,7 @@ def test_the_same_run_gives_the_same_figures_whatever_the_batches_of_its_test(pr
         folder = tmp_path / str(size)
         module = make(preferences, lm, classifier, judge=GoldJudge())
         trainer(folder, max_steps=2).fit(module, data(preferences))
-        trainer(folder).test(module, data(preferences, eval_batch_size=size), verbose=False)
+        trainer(folder).test(module, data(preferences, eval_batch_size=size, test_questions=2), verbose=False)
         results.append(json.loads((folder / "steerability.json").read_text()))
     (small, large), rewards = results, [result.pop("reward") for result in results]
     assert small == large  # all that follows from the answers
@@ -294,7 +294,7 @@ class Listening(GoldJudge):
 
 def test_every_request_has_noise_of_its_own_which_policy_and_base_share(preferences, lm, classifier, tmp_path):
     module = make(preferences, lm, classifier, judge=Listening())
-    module_data = data(preferences, instruction=Silent(), test_questions=1)
+    module_data = data(preferences, instruction=Silent())
     trainer(tmp_path).test(module, module_data, verbose=False)
     policy, base = module.judge.heard
     assert policy == base and len(policy) == 2 * (10 + 1 + 1 + 1)

@@ -167,7 +167,7 @@ def test_hooks_of_a_users_mapping_run_and_its_state_comes_back_in_every_stage(wo
 
     module = world(mapping=Annealed())
     trainer(tmp_path, limit_val_batches=1).validate(module, data(preferences), verbose=False, **resumed)
-    trainer(tmp_path, limit_test_batches=1).test(module, data(preferences, test_questions=1), verbose=False, **resumed)
+    trainer(tmp_path, limit_test_batches=1).test(module, data(preferences), verbose=False, **resumed)
     assert module.mapping.stages == ["validate 0.5", "test 0.5"]
 
 
@@ -237,7 +237,8 @@ def test_parts_inside_of_parts_keep_their_own_state(world, preferences, tmp_path
     assert found[f"mapping.0:{name}"] != found[f"mapping.1.0:{name}"]
 
     again = world(mapping=mixture())
-    trainer(tmp_path).test(again, data(preferences), ckpt_path=path, weights_only=True, verbose=False)
+    options = {"ckpt_path": path, "weights_only": True, "verbose": False}
+    trainer(tmp_path, limit_val_batches=1).validate(again, data(preferences), **options)
     first, second = again.mapping.parts[0], again.mapping.parts[1].parts[0]
     assert first.state_dict() == module.mapping.parts[0].state_dict() == found[f"mapping.0:{name}"]
     assert second.state_dict() == module.mapping.parts[1].parts[0].state_dict() != first.state_dict()
@@ -260,9 +261,9 @@ def test_a_twin_among_the_trainers_callbacks_is_refused(mapping, twin, world, pr
 
 def test_one_trainer_runs_several_stages(world, preferences, tmp_path):
     module = world(mapping=mixture())
-    run = trainer(tmp_path, max_steps=1)
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=1)
     run.fit(module, data(preferences))
-    run.test(module, data(preferences), verbose=False)
+    run.validate(module, data(preferences), verbose=False)
     assert len([part for part in run.callbacks if isinstance(part, MappingFunction)]) == 4
 
 

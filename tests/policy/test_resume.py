@@ -87,8 +87,8 @@ def test_a_run_resumed_from_any_of_its_steps(kind, world, preferences, tmp_path)
 LAST = {"save_last": True, "every_n_train_steps": 99}
 
 
-@pytest.mark.parametrize(("cut", "options"), [(3, {}), (3, LAST), (3, None), (5, {})])
-def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, world, preferences, tmp_path):
+@pytest.mark.parametrize(("cut", "options", "workers"), [(3, {}, 0), (3, LAST, 0), (3, None, 1), (5, {}, 0)])
+def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, workers, world, preferences, tmp_path):
     """In the middle of an epoch, which Lightning counts as done: saved at its end, at the run's end, or after it."""
     limits = {"limit_train_batches": 4}
     whole = world(inner_epochs=2)
@@ -101,7 +101,8 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, world, pre
         run.save_checkpoint(tmp_path / "after.ckpt")
     (path,) = tmp_path.glob("*.ckpt")
     resumed = world(inner_epochs=2)
-    trainer(tmp_path, max_steps=cut + 4, **limits).fit(resumed, data(preferences), ckpt_path=path, weights_only=True)
+    rest = data(preferences, workers=workers)  # a worker draws ahead, before Lightning tells it the epoch
+    trainer(tmp_path, max_steps=cut + 4, **limits).fit(resumed, rest, ckpt_path=path, weights_only=True)
     assert [step["new"] for step in resumed.trace] == [False, True, False, True]
     assert_same_from(cut, resumed, whole)
 
