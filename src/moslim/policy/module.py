@@ -188,9 +188,8 @@ class PolicyTrainer(RunModule):
         """
         self.roles.to(self.device)
         self.scorer.to(self.device)
-        instruction = getattr(getattr(self.trainer, "datamodule", None), "instruction", None)
-        if instruction is not None:
-            self.scorer.reserve(instruction.reserved)
+        data = getattr(self.trainer, "datamodule", None)
+        self.scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
         accumulate = self.trainer.accumulate_grad_batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -16,10 +17,10 @@ from moslim.evaluation.report import log_report, write_report
 from moslim.evaluation.steerability import Result
 from moslim.evaluation.tables import summary_table
 from moslim.policy.answering import Answers
+from moslim.policy.processes import gathered
 
 if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer
-from moslim.policy.processes import gathered
 
 TRAINING_CLASSIFIER = JudgeInfo("training classifier", proxy=True)
 """The judge of last resort: the classifier that gave the rewards."""
