@@ -63,7 +63,7 @@ def classifier() -> dict[str, Any]:
         (ROOT / "outputs/quickstart/reward").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime
     )
     with newest.open(encoding="utf-8", newline="") as file:
-        last = list(csv.DictReader(file))[-1]
+        last = [row for row in csv.DictReader(file) if row.get("val/loss")][-1]
     found: dict[str, Any] = {}
     for key, value in last.items():
         parts = key.split("/")

@@ -66,7 +66,7 @@ def met(value: float, wanted: str) -> str:
     if wanted == "reported":
         return shown
     sign, bound = wanted.split()
-    good = value <= float(bound) if sign == "<=" else value >= float(bound)
+    good = abs(value) <= float(bound) if sign == "<=" else value >= float(bound)
     return shown if good else f"**{shown} (missed)**"
 
 
@@ -79,12 +79,14 @@ def quickstart(result: dict[str, Any]) -> str:
     controls = [result["scrambled"].get(s) for s in seeds]
     shown = [met(c["mean"]["spearman"], "<= 0.15") if c else "not run" for c in controls]
     rows.append([control, "<= 0.15", *shown])
+    config = result[seeds[0]]["config"]
     text = f"""
 ## Quickstart
 
 `{result["command"]}` on {result["machine"]["processor"]}, {result["machine"]["cores"]} cores, no GPU;
 torch {result["versions"]["torch"]}, transformers {result["versions"]["transformers"]}.
-Held-out questions, judged by the gold scorer, 4 answers per request at temperature 1.
+Held-out questions, judged by the gold scorer, {config["eval_samples"]} answers per request at temperature
+{config["temperature"]:g}.
 
 """
     text += table(["figure", "asked for", *(f"seed {s}" for s in seeds)], rows)

@@ -124,7 +124,7 @@ def save_qwen(folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-class Workplace:
+class RunFolder:
     """A folder in which every config finds what it names. Each config is run once, after those that it needs."""
 
     def __init__(self, folder: Path) -> None:
@@ -152,8 +152,8 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    folder = tmp_path_factory.mktemp("workplace")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+    folder = tmp_path_factory.mktemp("run_folder")
     (folder / "configs").symlink_to(ROOT / "configs")
     save_world(folder)
     save_ratings(folder / "nvidia/HelpSteer2")
@@ -162,7 +162,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         patch.setattr(sys, "path", sys.path.copy())
         patch.setattr(sys, "argv", ["main.py"])
-        yield Workplace(folder)
+        yield RunFolder(folder)
     import wandb
 
     wandb.finish()
@@ -199,8 +199,8 @@ def test_classes_are_named_by_full_path(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", RUNNABLE)
-def test_a_config_runs_by_its_own_commands(path: str, workplace: Workplace) -> None:
-    results = workplace.launched(path)
+def test_a_config_runs_by_its_own_commands(path: str, run_folder: RunFolder) -> None:
+    results = run_folder.launched(path)
     assert len(results) == len(commands(path)) > 0
     for command, cli in zip(commands(path), results, strict=True):
         if cli is not None and command[0] == "fit":
@@ -209,7 +209,7 @@ def test_a_config_runs_by_its_own_commands(path: str, workplace: Workplace) -> N
 
 
 @pytest.mark.parametrize("path", PREFERENCES)
-def test_preferences_train_a_classifier(path: str, workplace: Workplace, tmp_path: Path) -> None:
+def test_preferences_train_a_classifier(path: str, run_folder: RunFolder, tmp_path: Path) -> None:
     dimensions = yaml.safe_load((ROOT / path).read_text())["dimensions"]
     rows = [
         {"question": "q", "answer": "a b", **{name: i % len(levels) for name, levels in dimensions.items()}}
@@ -217,7 +217,7 @@ def test_preferences_train_a_classifier(path: str, workplace: Workplace, tmp_pat
     ]
     table = tmp_path / "rows.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with contextlib.chdir(workplace.folder):
+    with contextlib.chdir(run_folder.folder):
         cli = run(
             shlex.split(
                 f"fit --model moslim.reward.module.RewardClassifier --model.backbone outputs/quickstart/starter/model "
@@ -230,23 +230,23 @@ def test_preferences_train_a_classifier(path: str, workplace: Workplace, tmp_pat
     assert cli.model.classifier.preferences.names == tuple(dimensions)
 
 
-def test_loggers_are_layered_over_any_config(workplace: Workplace) -> None:
-    (plain,) = workplace.launched("configs/logger/csv.yaml")
-    (both,) = workplace.launched("configs/logger/wandb.yaml")
+def test_loggers_are_layered_over_any_config(run_folder: RunFolder) -> None:
+    (plain,) = run_folder.launched("configs/logger/csv.yaml")
+    (both,) = run_folder.launched("configs/logger/wandb.yaml")
     assert [type(logger) for logger in plain.trainer.loggers] == [CSVLogger]
     assert [type(logger) for logger in both.trainer.loggers] == [CSVLogger, WandbLogger]
-    assert list((workplace.folder / "outputs/wandb").glob("offline-run-*"))
+    assert list((run_folder.folder / "outputs/wandb").glob("offline-run-*"))
 
 
-def test_the_quickstart_s_gates_ask_for_metrics_that_are_there(workplace: Workplace) -> None:
+def test_the_quickstart_s_gates_ask_for_metrics_that_are_there(run_folder: RunFolder) -> None:
     """Untrained models do not pass; that the gate closes for want of quality alone is checked where it closes."""
-    assert workplace.launched("configs/quickstart/starter.yaml")[0] is None
-    assert workplace.launched("configs/quickstart/reward.yaml")[0] is None
+    assert run_folder.launched("configs/quickstart/starter.yaml")[0] is None
+    assert run_folder.launched("configs/quickstart/reward.yaml")[0] is None
 
 
-def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(workplace: Workplace) -> None:
-    policy = workplace.launched("configs/quickstart/policy.yaml")[0].config_dump
-    control = workplace.launched("configs/quickstart/scrambled.yaml")[0].config_dump
+def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(run_folder: RunFolder) -> None:
+    policy = run_folder.launched("configs/quickstart/policy.yaml")[0].config_dump
+    control = run_folder.launched("configs/quickstart/scrambled.yaml")[0].config_dump
     assert control["data"]["init_args"].pop("scramble") is True
     assert policy["data"]["init_args"].pop("scramble") is False
     for config in (policy, control):
@@ -254,20 +254,20 @@ def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(wor
     assert control == policy
 
 
-def test_tests_write_their_report_where_the_config_says(workplace: Workplace) -> None:
+def test_tests_write_their_report_where_the_config_says(run_folder: RunFolder) -> None:
     for path in RUNNABLE:
-        for command, cli in zip(commands(path), workplace.launched(path), strict=True):
+        for command, cli in zip(commands(path), run_folder.launched(path), strict=True):
             if command[0] == "test" and is_overridden("test_step", cli.model) and hasattr(cli.model, "report"):
-                assert (workplace.folder / cli.model.report / "steerability.json").exists(), path
+                assert (run_folder.folder / cli.model.report / "steerability.json").exists(), path
 
 
 # --- a real model's and data set's code path
 
 
-def test_helpsteer2_trains_five_heads_on_ratings(workplace: Workplace) -> None:
-    fitted, tested = workplace.launched("configs/reward/helpsteer2.yaml")
+def test_helpsteer2_trains_five_heads_on_ratings(run_folder: RunFolder) -> None:
+    fitted, tested = run_folder.launched("configs/reward/helpsteer2.yaml")
     table, preferences = fitted.datamodule.source, fitted.datamodule.preferences
-    with contextlib.chdir(workplace.folder):
+    with contextlib.chdir(run_folder.folder):
         splits = {split: table.rows(View.REWARD, split, preferences, 0) for split in Split}
     expected = ratings(48)
     assert len(splits[Split.TRAIN]) + len(splits[Split.VALIDATION]) == 48 and len(splits[Split.TEST]) == 8
@@ -275,19 +275,19 @@ def test_helpsteer2_trains_five_heads_on_ratings(workplace: Workplace) -> None:
     assert splits[Split.TEST][0].levels == {name: expected[0][name] for name in HELPSTEER}
     assert {f"test/{name}/kappa" for name in HELPSTEER} <= tested.trainer.callback_metrics.keys()
 
-    folder = workplace.folder / "outputs/helpsteer2/reward/classifier"
+    folder = run_folder.folder / "outputs/helpsteer2/reward/classifier"
     classifier = AutoModelForSequenceClassification.from_pretrained(folder)
     assert classifier.config.backbone.model_type == "qwen2" and classifier.config.pair_length == 1024
     assert classifier.preferences.names == tuple(HELPSTEER) and set(classifier.preferences.sizes) == {5}
-    before = AutoModelForCausalLM.from_pretrained(workplace.folder / "Qwen/Qwen2.5-0.5B-Instruct", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(run_folder.folder / "Qwen/Qwen2.5-0.5B-Instruct", dtype=torch.float32)
     start, end = before.model.embed_tokens.weight, classifier.backbone.embed_tokens.weight
     assert end.dtype == torch.float32 and not torch.equal(start, end)
     probs = Scorer.from_pretrained(folder).probabilities(["What is 1 plus 1?"], ["Two."])
     assert probs.shape == (1, 5, 5) and torch.allclose(probs.sum(-1), torch.ones(1, 5))
 
 
-def test_helpsteer2_trains_a_policy_on_instructions_in_the_system_message(workplace: Workplace) -> None:
-    fitted = workplace.launched("configs/policy/helpsteer2_rloo.yaml")[0]
+def test_helpsteer2_trains_a_policy_on_instructions_in_the_system_message(run_folder: RunFolder) -> None:
+    fitted = run_folder.launched("configs/policy/helpsteer2_rloo.yaml")[0]
     model, rollout = fitted.model, fitted.model.rollout
     assert [logger for logger in fitted.trainer.loggers if isinstance(logger, CSVLogger)]
     prompts = [
@@ -314,15 +314,15 @@ def test_helpsteer2_trains_a_policy_on_instructions_in_the_system_message(workpl
     assert frozen.dtype == torch.bfloat16
 
 
-def test_helpsteer2_s_policy_is_tested_by_proxy_generates_and_is_exported(workplace: Workplace) -> None:
-    workplace.launched("configs/policy/helpsteer2_rloo.yaml")
-    result = json.loads((workplace.folder / "outputs/helpsteer2/report/steerability.json").read_text())
+def test_helpsteer2_s_policy_is_tested_by_proxy_generates_and_is_exported(run_folder: RunFolder) -> None:
+    run_folder.launched("configs/policy/helpsteer2_rloo.yaml")
+    result = json.loads((run_folder.folder / "outputs/helpsteer2/report/steerability.json").read_text())
     assert list(result["dimensions"]) == HELPSTEER and result["n_questions"] == 2
     assert "proxy" in json.dumps(result["judge"])
-    report = (workplace.folder / "outputs/helpsteer2/report/report.md").read_text()
+    report = (run_folder.folder / "outputs/helpsteer2/report/report.md").read_text()
     assert "proxy" in report
 
-    folder = workplace.folder / "outputs/helpsteer2/model"
+    folder = run_folder.folder / "outputs/helpsteer2/model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "system", "content": "[[Preferences]] verbosity: terse"}, {"role": "user", "content": "Why?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -330,17 +330,17 @@ def test_helpsteer2_s_policy_is_tested_by_proxy_generates_and_is_exported(workpl
     assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
 
-def test_helpsteer2_s_variants_in_the_comments_work(workplace: Workplace) -> None:
+def test_helpsteer2_s_variants_in_the_comments_work(run_folder: RunFolder) -> None:
     lora = ["--model.lora.rank", "4", "--model.optimizer.lr", "1.0e-4", "--trainer.precision", "32-true"]
-    reward = workplace.run(
+    reward = run_folder.run(
         ["fit", "--config", "configs/reward/helpsteer2.yaml"], *lora, "--model.output", "outputs/other"
     )
     assert reward.model.lora.rank == 4 and reward.trainer.optimizers[0].defaults["lr"] == 1e-4
-    policy = workplace.run(
+    policy = run_folder.run(
         ["test", "--config", "configs/policy/helpsteer2_rloo.yaml"],
         *["--model.dtype", "float32", "--model.judge", "moslim.evaluation.judges.ClassifierJudge"],
         *["--model.judge.path", "outputs/other", "--model.report", "outputs/judged", "--data.test_questions", "1"],
     )
     assert policy.model.dtype == torch.float32
-    judged = json.loads((workplace.folder / "outputs/judged/steerability.json").read_text())
+    judged = json.loads((run_folder.folder / "outputs/judged/steerability.json").read_text())
     assert "classifier" in json.dumps(judged["judge"])

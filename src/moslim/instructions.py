@@ -11,7 +11,7 @@ from moslim.preferences import Preference, PreferenceSet
 
 OPENING, CLOSING = "[[", "]]"
 RESERVED = (OPENING, CLOSING)
-"""Delimiters of the shipped instructions. They are taken out of every question and answer (design section 7)."""
+"""Delimiters of the shipped instructions. They are taken out of every question and answer."""
 
 
 def level_words(preference: Preference, preferences: PreferenceSet) -> list[tuple[str, str]]:

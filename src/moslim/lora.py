@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,11 @@ def add_lora(
         # Not peft's `modules_to_save`: it would keep a frozen random copy of an untrained head beside it.
         model.get_submodule(part).requires_grad_(True)
     return adapted
+
+
+def merged(model: Any) -> Any:
+    """Returns a copy with its adapter merged into the weights, or the model itself where it has none."""
+    return deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model
 
 
 def _recommended(config: Any) -> list[str] | str:

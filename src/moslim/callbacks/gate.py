@@ -47,7 +47,8 @@ class Gate(Callback):
         bounds += [(name, "<=", most) for name, most in self.maximum.items()]
         faults = [fault for name, sign, bound in bounds if (fault := _fault(metrics, name, sign, bound))]
         if faults:
-            raise GateError("the gate is closed:\n  " + "\n  ".join(faults))
+            reasons = "\n  ".join(faults)
+            raise GateError(f"the gate is closed; what an earlier run saved is still in its place:\n  {reasons}")
         _print(metrics, bounds)
 
 

@@ -107,7 +107,7 @@ class CollatePrompts:
 
     Args:
         renderer: Writes question and preference as ids.
-        scramble: Control run (method.md 5.4): each prompt shows its own preference, but the targets that reward it
+        scramble: Control run: each prompt shows its own preference, but the targets that reward it
             are those of the next prompt with an instruction. So the levels shown tell nothing, and a measure of
             steerability that still finds control measures something else. Active dimensions go with the targets.
     """

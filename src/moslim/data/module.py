@@ -18,7 +18,7 @@ from moslim.data.prompts import PairEncoder, PromptRenderer, pad_id
 from moslim.data.requests import Request, combination_requests, sweep_requests
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
-from moslim.instructions import PreferenceInstruction, Tags
+from moslim.instructions import RESERVED, PreferenceInstruction, Tags
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import PreferenceSampler, Uniform
@@ -191,7 +191,9 @@ class PreferenceDataModule(LightningDataModule):
         return (ready - 1, done) if done < self.trainer.num_training_batches else (ready, 0)
 
     def _pairs(self, rows: list[Example]) -> Pairs:
-        return Pairs(rows, PairEncoder(self._module.tokenizer, self.max_length))
+        return Pairs(
+            rows, PairEncoder(self._module.tokenizer, self.max_length, (*RESERVED, *self.instruction.reserved))
+        )
 
     def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
         tokenizer = self._module.tokenizer

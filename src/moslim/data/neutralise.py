@@ -1,4 +1,4 @@
-"""Takes out of a text whatever could be read as a special token or as an instruction (design section 7)."""
+"""Takes out of a text whatever could be read as a special token or as an instruction."""
 
 from __future__ import annotations
 

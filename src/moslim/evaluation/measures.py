@@ -90,7 +90,7 @@ def rank_correlation(requested: Tensor, achieved: Tensor) -> Tensor:
 
 
 def control(achieved: Tensor) -> dict[str, Tensor]:
-    """The six measures of one dimension's sweep, question by question (design note, Evaluation of control).
+    """The six measures of one dimension's sweep, question by question.
 
     A level between two integers counts as the nearer one in ``exact`` and ``within_one``.
 

@@ -66,9 +66,7 @@ def steerability(
         "cross_talk": talk,
         "cross_talk_normalised": relative,
         "interference": relative[others].abs().nanmean(),
-        "reward": {
-            **_reward(measured_before, measured, {"before": before, "after": after}, names),
-        },
+        "reward": _reward(measured_before, measured, {"before": before, "after": after}, names),
         "default_quality": {"before": _default(base, names), "after": _default(policy, names)},
         "curves": {
             name: {

@@ -16,6 +16,8 @@ Scope = Literal["class", "batch", "group", "running"]
 class TargetProbability(MappingFunction):
     """``(p_target - mean) / std`` per active dimension, then the mean over them (MOSLIM, arXiv 2505.20336, Eq. 11).
 
+    The paper writes a sum; the mean keeps the scale the same however many dimensions a prompt names.
+
     What the mean and the standard deviation run over can not be read from the paper, so it is an argument. All
     standard deviations are population ones, and all statistics ignore inactive dimensions.
 
@@ -44,6 +46,10 @@ class TargetProbability(MappingFunction):
     ) -> None:
         if std_floor <= 0:
             raise ValueError(f"std_floor is {std_floor}: it must be positive, groups of equal answers have no spread")
+        if scope not in ("class", "batch", "group", "running"):
+            raise ValueError(f"scope is '{scope}': give class, batch, group or running")
+        if not 0 < decay < 1 or clip <= 0:
+            raise ValueError(f"decay is {decay}, clip {clip}: decay must lie between 0 and 1, clip above 0")
         self.scope = scope
         self.std_floor = std_floor
         self.clip = clip

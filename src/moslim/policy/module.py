@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moslim.base import RunModule
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PromptBatch, Question, View
 from moslim.evaluation.judges import Judge
 from moslim.evaluation.report import scalars
 from moslim.evaluation.steerability import measures, steerability
-from moslim.lora import LoraOptions
+from moslim.lora import LoraOptions, merged
 from moslim.mapping.base import MappedReward, MappingFunction
 from moslim.models import eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
@@ -34,18 +34,17 @@ from moslim.policy.optimizers import GroupScores, PolicyOptimizer
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout, end_penalty
 from moslim.policy.state import load_run, save_run
-from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
+from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish, settings
 from moslim.policy.update import forward
 from moslim.preferences import Preference, PreferenceSet
-from moslim.reward.predictions import JsonLines
 from moslim.reward.scorer import Scorer
 from moslim.timing import Stopwatch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_TRAIN, _EVALUATE, _PREDICT, _SHUFFLE, _DROPOUT = range(5)  # what a seed is for
+_TRAIN, _EVALUATE, _PREDICT, _SHUFFLE = range(4)  # what a seed is for
 
 
-class PolicyTrainer(LightningModule):
+class PolicyTrainer(RunModule):
     """Trains a policy whose prompts say which levels are wanted (MOSLIM, arXiv 2505.20336).
 
     A training batch of prompts is answered once and then used for ``batch_repeats`` training steps: the data module
@@ -157,7 +156,6 @@ class PolicyTrainer(LightningModule):
             judge.setup(preferences)
         self.rollout: Rollout | None = None
         self._sweep = Sweep()
-        self._writer: JsonLines | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -190,6 +188,8 @@ class PolicyTrainer(LightningModule):
         """
         self.roles.to(self.device)
         self.scorer.to(self.device)
+        data = getattr(self.trainer, "datamodule", None)
+        self.scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
         accumulate = self.trainer.accumulate_grad_batches
@@ -200,10 +200,6 @@ class PolicyTrainer(LightningModule):
             )
 
     # Training ---------------------------------------------------------------------------------------------------
-
-    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Makes dropout a function of the step."""
-        torch.manual_seed(derive_seed(self.seed, _DROPOUT, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
@@ -351,46 +347,22 @@ class PolicyTrainer(LightningModule):
         """Writes the steerability report into the run's folder, and a copy of it where ``report`` says."""
         policy, base = self._sweep.gathered("policy"), self._sweep.gathered("base")
         judge = self.judge.info if self.judge else TRAINING_CLASSIFIER
-        result = steerability(policy, base, self.preferences, judge, self._settings())
+        result = steerability(policy, base, self.preferences, judge, settings(self))
         self.log_dict({k: v for k, v in scalars(result).items() if "/mean/" in k}, logger=False)
-        folders = [self._run_folder, *([Path(self.report)] if self.report else [])]
+        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
         if self.trainer.is_global_zero:
             publish(self.trainer, result, folders)
-
-    def _settings(self) -> dict[str, Any]:
-        """What a result is to be compared by: no path, time or version."""
-        return {
-            "mapping": type(self.mapping).__name__,
-            "policy_optimizer": type(self.policy_optimizer).__name__,
-            "samples_per_prompt": self.samples_per_prompt,
-            "eval_samples": self.eval_samples,
-            "temperature": self.engine.temperature,
-            "max_new_tokens": self.engine.max_new_tokens,
-            "seed": self.seed,
-        }
 
     # Use --------------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers the rows of a file; the records are returned, and written to the file of ``predictions``."""
+        """Answers the rows of a file; the records are written to the file of ``predictions``."""
         answers = self.answerer(self.policy, batch, [(self.seed, _PREDICT, i) for i in batch.index.tolist()], 1)
         records = [
             {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
             for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
         ]
-        if self._writer is not None:
-            self._writer.write(records)
         return records
-
-    def on_predict_start(self) -> None:
-        """Opens the file of ``predictions``."""
-        self._writer = JsonLines.for_trainer(self.trainer, self.predictions)
-
-    def on_predict_end(self) -> None:
-        """Puts the file in its place."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
     def answer(self, question: Question, levels: dict[str, int], samples: int = 1) -> list[str]:
         """Answers one question at the levels asked for; the data module says how they are written.
@@ -410,8 +382,7 @@ class PolicyTrainer(LightningModule):
 
     def export(self, folder: str) -> None:
         """Saves the policy (adapter merged) and its tokenizer in Hugging Face format."""
-        merged = deepcopy(self.policy).merge_and_unload() if self.roles.adapted else self.policy
-        merged.save_pretrained(folder)
+        merged(self.policy).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -428,7 +399,3 @@ class PolicyTrainer(LightningModule):
         """
         restore_frozen(self, checkpoint)
         load_run(self, checkpoint)
-
-    @property
-    def _run_folder(self) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)

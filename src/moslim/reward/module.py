@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moslim.checkpoints import drop_frozen, keep_plain_hparams, restore_frozen
+from moslim.base import RunModule
+from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PairBatch, View
-from moslim.lora import LoraOptions, add_lora
+from moslim.lora import LoraOptions, add_lora, merged
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import Pooling, PreferenceClassifier, checkpoint_activations
 from moslim.reward.losses import MISSING, CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
-from moslim.reward.predictions import JsonLines, prediction_rows
+from moslim.reward.predictions import prediction_rows
 
 
-class RewardClassifier(LightningModule):
+class RewardClassifier(RunModule):
     """Trains a :class:`PreferenceClassifier`, and saves it in Hugging Face format when ``fit`` ends.
 
     Args:
@@ -86,7 +85,6 @@ class RewardClassifier(LightningModule):
             checkpoint_activations(classifier)
         self.classifier: Any = add_lora(classifier, lora, trained_whole=["head"]) if lora else classifier
         self._metrics = SubsetMetrics(preferences)
-        self._writer: JsonLines | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -141,44 +139,31 @@ class RewardClassifier(LightningModule):
         self._report("test")
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Scores a batch; the records are returned, and written to the file of ``predictions``."""
+        """Scores a batch; the records are written to the file of ``predictions``."""
         probs = self(batch.input_ids, batch.attention_mask).softmax(-1)
         records = prediction_rows(batch.rows, probs, self.preferences)
-        if self._writer is not None:
-            self._writer.write(records)
         return records
-
-    def on_predict_start(self) -> None:
-        """Opens the file of ``predictions``."""
-        self._writer = JsonLines.for_trainer(self.trainer, self.predictions)
-
-    def on_predict_end(self) -> None:
-        """Puts the file in its place."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
         folder = self.output_folder
-        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # the Trainer sets it by name
-        if self.trainer.is_global_zero and self.trainer.global_step > 0 and not dry:
+        if self.trainer.is_global_zero and self.was_trained:
             self.export(folder)
 
     @property
     def output_folder(self) -> Path:
         """Where the classifier is saved. Under several processes all must ask."""
-        return Path(self.output) if self.output else self._run_folder() / "classifier"
+        return Path(self.output) if self.output else self.run_folder / "classifier"
 
     def export(self, folder: str | Path) -> None:
         """Saves the classifier (adapters merged) and its tokenizer, for ``Scorer.from_pretrained(folder)``."""
-        merged = deepcopy(self.classifier).merge_and_unload() if self.lora else self.classifier
-        merged.save_pretrained(folder)
+        merged(self.classifier).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights only."""
         drop_frozen(self, checkpoint)
+        keep_epoch_open(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the weights from the backbone."""
@@ -202,6 +187,3 @@ class RewardClassifier(LightningModule):
         labelled = labelled.clone()
         dist.all_reduce(labelled)
         return labelled.clamp(min=1) / ranks
-
-    def _run_folder(self) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)

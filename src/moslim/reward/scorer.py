@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
+from moslim.instructions import RESERVED
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 
@@ -37,6 +38,10 @@ class Scorer:
         """
         classifier = PreferenceClassifier.from_pretrained(folder).to(device)
         return cls(classifier, AutoTokenizer.from_pretrained(folder))
+
+    def reserve(self, delimiters: tuple[str, ...]) -> None:
+        """Takes more strings out of questions and answers, which a policy could forge an instruction with."""
+        self._encoder = PairEncoder(self.tokenizer, self.classifier.config.pair_length, (*RESERVED, *delimiters))
 
     @property
     def preferences(self) -> PreferenceSet:

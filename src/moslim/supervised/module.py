@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moslim.checkpoints import keep_plain_hparams
+from moslim.base import RunModule
+from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import PromptBatch, Question, TextBatch, View
 from moslim.models import Architecture, eos_ids, load_causal_lm, load_tokenizer
@@ -23,10 +22,9 @@ from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
-from moslim.reward.predictions import JsonLines
 
 
-class SupervisedTrainer(LightningModule):
+class SupervisedTrainer(RunModule):
     """Fine-tunes a language model on answers, its end-of-sequence token included, and saves it when ``fit`` ends.
 
     Args:
@@ -82,7 +80,6 @@ class SupervisedTrainer(LightningModule):
         self.model = self._build().train()
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._writer: JsonLines | None = None
         self._answered = 0  # rows of this prediction so far: an answer depends on its row, not on the batch size
 
     def _build(self) -> PreTrainedModel:
@@ -151,7 +148,7 @@ class SupervisedTrainer(LightningModule):
         return answerer(self.model, batch, [(self.seed, *key) for key in keys], 1).texts
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers the questions of a batch; the records are returned, and written to the file of ``predictions``."""
+        """Answers the questions of a batch; the records are written to the file of ``predictions``."""
         numbers = range(self._answered, self._answered + len(batch.rows))
         self._answered = numbers.stop
         texts: dict[int, str] = {}
@@ -160,33 +157,19 @@ class SupervisedTrainer(LightningModule):
             questions = [batch.rows[n - numbers.start].question for n in mine]
             texts |= zip(mine, self.answers(questions, [(n,) for n in mine], temperature), strict=True)
         records = [{"question": row.question, "answer": texts[n]} for n, row in zip(numbers, batch.rows, strict=True)]
-        if self._writer is not None:
-            self._writer.write(records)
         return records
-
-    def on_predict_start(self) -> None:
-        """Opens the file of ``predictions``."""
-        self._answered = 0
-        self._writer = JsonLines.for_trainer(self.trainer, self.predictions)
-
-    def on_predict_end(self) -> None:
-        """Puts the file in its place."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
     def on_fit_end(self) -> None:
         """Saves the model, unless nothing was trained or the run was a dry one."""
-        folder = self.output or str(self._run_folder / "model")  # all processes must ask: the answer is broadcast
-        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        if self.trainer.is_global_zero and self.trainer.global_step > 0 and not dry:
+        folder = self.output or str(self.run_folder / "model")  # all processes must ask: the answer is broadcast
+        if self.trainer.is_global_zero and self.was_trained:
             self.export(folder)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets a run that stopped inside an epoch go on there."""
+        keep_epoch_open(self.trainer, checkpoint)
 
     def export(self, folder: str) -> None:
         """Saves model and tokenizer in Hugging Face format."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    @property
-    def _run_folder(self) -> Path:
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)

@@ -103,12 +103,14 @@ class Workbench(Source):
 
     def _pairs(self, split: Split, rng: random.Random) -> list[Example]:
         topics = self.topics(held_out=False)
-        kept_back = split is not Split.TRAIN
-        sampled = [row for i, row in enumerate(self._sampled()) if (i % _SAMPLES_HELD_BACK == 0) == kept_back]
-        if kept_back:
+        every = self._sampled()
+        sampled = [row for i, row in enumerate(every) if i % _SAMPLES_HELD_BACK]
+        if split is not Split.TRAIN:
+            trained = {(row.question, row.answer) for row in sampled}
+            fresh = [row for row in every[::_SAMPLES_HELD_BACK] if (row.question, row.answer) not in trained]
             known = set(topics)
             tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
-            return [*_labelled(sampled, "samples"), *tricks]
+            return [*_labelled(fresh, "samples"), *tricks]
         written, corrupted = [], []
         for _ in range(self.reward_rows):
             topic = rng.choice(topics)

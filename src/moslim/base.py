@@ -1,0 +1,74 @@
+"""What the three modules have in common: a run's folder, the file that ``predict`` writes, when to save."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+
+class JsonLines:
+    """A file of records that appears under its name only when it is complete.
+
+    Args:
+        path: Where it shall be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._part = path.with_name(f"{path.name}.part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._part.open("w", encoding="utf-8")
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Appends records."""
+        self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def close(self) -> None:
+        """Puts the file in its place."""
+        self._file.close()
+        os.replace(self._part, self.path)
+
+
+class RunModule(LightningModule):
+    """Base of the modules. ``predict_step`` returns records, which are written in order to one file."""
+
+    predictions: str | None = None
+    """File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder."""
+
+    _writer: JsonLines | None = None
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of this run. Under several processes all must ask."""
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    @property
+    def was_trained(self) -> bool:
+        """Whether ``fit`` took a step and was no dry run, so that there is something to save."""
+        return self.trainer.global_step > 0 and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def on_predict_start(self) -> None:
+        """Opens the file of ``predictions``.
+
+        Raises:
+            ValueError: There are several processes, which would write over one another.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError("predict writes one file in order: run it in one process, with trainer.devices = 1")
+        self._writer = JsonLines(Path(self.predictions) if self.predictions else self.run_folder / "predictions.jsonl")
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Writes what ``predict_step`` returned."""
+        if self._writer is not None:
+            self._writer.write(outputs)
+
+    def on_predict_end(self) -> None:
+        """Puts the file in its place."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
