@@ -93,6 +93,8 @@ Held-out questions, judged by the gold scorer, {config["eval_samples"]} answers 
     if "repeat" in result:
         outcome = "identical" if result["repeat"]["identical"] else "**different**"
         text += f"\nSeed {result['repeat']['seed']} run twice: `steerability.json` {outcome}.\n"
+    if "note" in result:
+        text += f"\n{result['note']}\n"
     names = list(result[seeds[0]]["dimensions"])
     rows = [
         [
