@@ -82,8 +82,9 @@ class Rollout:
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Rollout:
         """Inverse of :meth:`state`."""
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        return cls(**{**moved, "key": tuple(state["key"])})
+        moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()}
+        moved["key"] = tuple(state["key"])
+        return cls(**moved)
 
 
 def end_penalty(ended: Tensor, penalty: float) -> Tensor:
