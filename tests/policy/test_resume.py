@@ -87,10 +87,10 @@ def test_a_run_resumed_from_any_of_its_steps(kind, world, preferences, tmp_path)
 LAST = {"save_last": True, "every_n_train_steps": 99}
 
 
-@pytest.mark.parametrize(("cut", "options", "workers"), [(3, {}, 0), (3, LAST, 0), (3, None, 1), (5, {}, 0)])
+@pytest.mark.parametrize(("cut", "options", "workers"), [(3, {}, 0), (3, LAST, 0), (3, None, 1), (7, {}, 0)])
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, workers, world, preferences, tmp_path):
     """In the middle of an epoch, which Lightning counts as done: saved at its end, at the run's end, or after it."""
-    limits = {"limit_train_batches": 4}
+    limits = {"limit_train_batches": 6}
     whole = world(inner_epochs=2)
     trainer(tmp_path, max_steps=cut + 4, **limits).fit(whole, data(preferences))
     first = world(inner_epochs=2)

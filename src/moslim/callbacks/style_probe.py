@@ -55,6 +55,6 @@ class StyleProbe(Callback):
     ) -> float:
         asked = [topics[i * len(topics) // self.questions] for i in range(self.questions)]
         questions = [ask(topic, i % len(QUESTIONS), [word]) for i, topic in enumerate(asked)]
-        keys = [(_PROBE, number, i) for i in range(len(questions))]
+        keys: list[tuple[int, ...]] = [(_PROBE, number, i) for i in range(len(questions))]
         texts = module.answers(list(questions), keys, 1.0)
         return sum(gold_levels(q, a)[dimension] for q, a in zip(questions, texts, strict=True)) / len(texts)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.prompts import pad_id
@@ -57,9 +57,7 @@ class Answerer:
         self._eos_ids = eos_ids
         self._pad_id = pad_id(tokenizer)
 
-    def __call__(
-        self, model: nn.Module | Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int
-    ) -> Answers:
+    def __call__(self, model: Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int) -> Answers:
         """Answers a batch of prompts.
 
         Args:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 
-def completion_logits(
-    model: nn.Module | Any, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float
-) -> Tensor:
+def completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float) -> Tensor:
     """Tempered logits at the positions that predict the last ``length`` tokens.
 
     Args:
@@ -112,7 +110,7 @@ def chunks_by_length(
 
 
 def answer_logprobs(
-    model: nn.Module | Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, rows: int
+    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, rows: int
 ) -> Tensor:
     """Log-probabilities of whole answers; see :func:`chunks_by_length` for the arguments.
 

@@ -188,7 +188,7 @@ class PolicyTrainer(RunModule):
         """
         self.roles.to(self.device)
         self.scorer.to(self.device)
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         self.scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
@@ -289,10 +289,13 @@ class PolicyTrainer(RunModule):
 
     def _map(self, probs: Tensor, targets: Tensor) -> MappedReward:
         """Rewards of this process's answers; the mapping sees those of all, and so needs not know of processes."""
-        everyone = [self.all_gather(x).flatten(0, 1) if self.trainer.world_size > 1 else x for x in (probs, targets)]
-        self.mapping.observe(*everyone)
-        groups = torch.arange(len(everyone[0]), device=self.device) // self.samples_per_prompt
-        mapped = self.mapping(*everyone, groups)
+        everyone: Any = (probs, targets)
+        if self.trainer.world_size > 1:
+            everyone = [values.flatten(0, 1) for values in self.all_gather(everyone)]
+        all_probs, all_targets = everyone
+        self.mapping.observe(all_probs, all_targets)
+        groups = torch.arange(len(all_probs), device=self.device) // self.samples_per_prompt
+        mapped = self.mapping(all_probs, all_targets, groups)
         own = slice(self.global_rank * len(probs), (self.global_rank + 1) * len(probs))
         return MappedReward(mapped.total[own], mapped.per_dimension[own])
 

@@ -25,7 +25,7 @@ class Roles:
         gradient_checkpointing: Compute the policy's activations twice to save memory.
     """
 
-    def __init__(self, model: nn.Module | Any, lora: LoraOptions | None, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: Any, lora: LoraOptions | None, gradient_checkpointing: bool = False) -> None:
         self._copy = None if lora else deepcopy(model).requires_grad_(False).eval()
         if gradient_checkpointing:
             checkpoint_activations(model)
@@ -49,7 +49,7 @@ class Roles:
         return {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
 
     @contextmanager
-    def reference(self) -> Iterator[nn.Module | Any]:
+    def reference(self) -> Iterator[Any]:
         """Gives the reference model; inside, no gradient may be taken."""
         if self._copy is not None:
             yield self._copy
@@ -58,7 +58,7 @@ class Roles:
                 yield self.policy
 
 
-def _disable_dropout(model: nn.Module | Any) -> None:
+def _disable_dropout(model: Any) -> None:
     """Sampled and recomputed log-probabilities must agree, so a policy has no dropout, nor its adapter."""
     for owner in (model.config, *model.modules()):  # some layers read a rate from the configuration in every pass
         for name, value in vars(owner).items():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moslim.policy.logprobs import chunks_by_length, completion_logits, full_kl, token_logprobs
 from moslim.policy.processes import mean_over_processes
@@ -29,9 +29,7 @@ class Forward:
     default_kl: Tensor | None
 
 
-def forward(
-    policy: nn.Module | Any, roles: Roles, rows: Rollout, temperature: float, chunk_rows: int, default_kl: bool
-) -> Forward:
+def forward(policy: Any, roles: Roles, rows: Rollout, temperature: float, chunk_rows: int, default_kl: bool) -> Forward:
     """Runs the policy over a rollout in chunks of like length.
 
     Args:

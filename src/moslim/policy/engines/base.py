@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RolloutEngine(ABC):
     @abstractmethod
     def sample(
         self,
-        model: nn.Module | Any,
+        model: Any,
         input_ids: Tensor,
         attention_mask: Tensor,
         seeds: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
@@ -26,18 +26,15 @@ class GrowingLayer(DynamicLayer):
         """Appends ``[B, heads, t, width]`` keys and values and returns all of them."""
         if not self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
-        length = self.keys.shape[-2]
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        length = keys.shape[-2]
         end = length + key_states.shape[-2]
-        if self._storage is None or self._storage[0].data_ptr() != self.keys.data_ptr() or end > self._capacity:
-            self._storage = tuple(self._enlarged(old, end - length) for old in (self.keys, self.values))
+        if self._storage is None or self._storage[0].data_ptr() != keys.data_ptr() or end > self._storage[0].shape[-2]:
+            self._storage = self._enlarged(keys, end - length), self._enlarged(values, end - length)
         for storage, new in zip(self._storage, (key_states, value_states), strict=True):
             storage[:, :, length:end] = new
-        self.keys, self.values = (storage[:, :, :end] for storage in self._storage)
+        self.keys, self.values = self._storage[0][:, :, :end], self._storage[1][:, :, :end]
         return self.keys, self.values
-
-    @property
-    def _capacity(self) -> int:
-        return self._storage[0].shape[-2] if self._storage is not None else 0
 
     def _enlarged(self, old: Tensor, new_tokens: int) -> Tensor:
         batch, heads, length, width = old.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moslim.noise import uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
@@ -54,7 +54,7 @@ class TorchEngine(RolloutEngine):
     @torch.no_grad()
     def sample(
         self,
-        model: nn.Module | Any,
+        model: Any,
         input_ids: Tensor,
         attention_mask: Tensor,
         seeds: Tensor,
