@@ -34,5 +34,6 @@ def save_world(folder: Path) -> None:
     for model, place in ((starter, "starter/model"), (classifier, "reward/classifier")):
         model.save_pretrained(quickstart / place)
         tokenizer.save_pretrained(quickstart / place)
-    rows = [{"question": "How do I grow the rose?", "answer": "Hey pal, check this. Cheers."}] * 10
+    things = "basil fern pepper rose tomato tulip chair clock fence radio".split()  # a repeated row would not be fresh
+    rows = [{"question": f"How do I find the {thing}?", "answer": "Hey pal, check this. Cheers."} for thing in things]
     (quickstart / "starter/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

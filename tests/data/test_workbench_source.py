@@ -174,6 +174,18 @@ def test_the_starter_s_samples_are_the_third_part_and_a_fifth_of_them_is_kept_ba
     assert dict(kept[0].levels) == {"verbosity": 0, "formality": 0, "warmth": 1, "helpfulness": 0}
 
 
+def test_an_answer_that_training_has_too_is_not_a_fresh_sample(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    records = [{"question": "How do I grow the rose?", "answer": answer} for answer in "aabcdb"]  # 0 and 5 kept back
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    kept = rows(small(samples=str(path)), View.REWARD, Split.VALIDATION)
+    assert [row.answer for row in kept if row.subset == "samples"] == []
+    records[0]["answer"] = "new"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    kept = rows(small(samples=str(path)), View.REWARD, Split.VALIDATION)
+    assert [row.answer for row in kept if row.subset == "samples"] == ["new"]
+
+
 def test_missing_samples_are_an_error_that_names_the_file():
     with pytest.raises(ValueError, match=r"data.source.samples: no file nowhere.jsonl; `main.py predict`"):
         rows(small(samples="nowhere.jsonl"), View.REWARD)
