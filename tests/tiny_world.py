@@ -18,7 +18,7 @@ FEW_STEPS = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_che
 """Options that make any command short."""
 SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.samples_per_prompt 2 --model.eval_samples 1
     --model.chunk_rows 4
-    --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 2"""
+    --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 1"""
 """Options that make rollouts and sweeps small."""
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
