@@ -321,12 +321,10 @@ class PolicyTrainer(RunModule):
         self._sweep.add(who, batch, answers, self._probabilities(answers), judge)
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets what an interrupted validation collected."""
+        """Forgets what an interrupted evaluation collected."""
         self._sweep.clear()
 
-    def on_test_epoch_start(self) -> None:
-        """As before validation."""
-        self._sweep.clear()
+    on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Answers a small level sweep, judged by the training classifier, for the choice of checkpoints."""
