@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,10 +77,14 @@ def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
     checkpoint = trainer.ckpt_path
     metrics = Path(checkpoint).parent.parent / "metrics.csv" if checkpoint else None
     history = metrics if metrics is not None and metrics.exists() else None
-    paths = [write_report(result, folder, history) for folder in folders]
-    log_report(trainer.loggers, paths[0], result, trainer.global_step)
+    first, *copies = folders
+    paths = write_report(result, first, history)
+    log_report(trainer.loggers, paths, result, trainer.global_step)
+    for folder in copies:  # drawing takes longer than copying
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = {name: Path(shutil.copyfile(path, folder / path.name)) for name, path in paths.items()}
     print(summary_table(result))
-    print("\n".join(f"{name}: {path}" for name, path in paths[-1].items()))
+    print("\n".join(f"{name}: {path}" for name, path in paths.items()))
 
 
 def settings(module: PolicyTrainer) -> dict[str, Any]:

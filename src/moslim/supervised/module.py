@@ -22,6 +22,7 @@ from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
+from moslim.reward.classifier import checkpoint_activations
 
 
 class SupervisedTrainer(RunModule):
@@ -79,7 +80,7 @@ class SupervisedTrainer(RunModule):
         self.seed = seed
         self.model = self._build().train()
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(self.model)
         self._answered = 0  # rows of this prediction so far: an answer depends on its row, not on the batch size
 
     def _build(self) -> PreTrainedModel:
