@@ -2,7 +2,7 @@
 
 An answer is an opening, steps, filler sentences, encouragements and a closing, in that order, each part optional:
 
-    Greetings pal, observe this. Rinse the kettle in water. Most people manage it. Good luck. Cheers.
+    Greetings pal, observe this. Rinse the kettle. Most people manage. Good luck. Cheers.
 """
 
 from __future__ import annotations
@@ -42,69 +42,33 @@ FOLDS = 3
 """Each fold holds out a third of the things of every verb."""
 
 _SUBJECTS: dict[str, tuple[str, str]] = {
-    "clean": (
-        "kettle lantern mirror skillet teapot vase",
-        "Rinse the {} in water. Scrub the {} with soap. Wipe the {} from above. Dry the {} with linen. "
-        "Polish the {} until bright.",
-    ),
-    "grow": (
-        "basil fern pepper rose tomato tulip",
-        "Plant the {} in soil. Water the {} at dawn. Give the {} more sunlight. Feed the {} with compost. "
-        "Prune the {} in autumn.",
-    ),
-    "repair": (
-        "bicycle chair clock fence radio zipper",
-        "Inspect the {} for damage. Loosen the {} by hand. Replace the {} parts first. Oil the {} with care. "
-        "Test the {} before use.",
-    ),
-    "cook": (
-        "lentils noodles potato rice salmon squash",
-        "Wash the {} under water. Season the {} with salt. Boil the {} over heat. Stir the {} every minute. "
-        "Serve the {} while hot.",
-    ),
-    "paint": (
-        "boat cabinet ceiling door shed wall",
-        "Sand the {} with paper. Mask the {} with tape. Prime the {} in white. Coat the {} with colour. "
-        "Seal the {} against rain.",
-    ),
-    "train": (
-        "donkey falcon kitten parrot pony puppy",
-        "Reward the {} with treats. Call the {} by name. Walk the {} every evening. Praise the {} at once. "
-        "Groom the {} each week.",
-    ),
-    "store": (
-        "camera carpet guitar jacket telescope violin",
-        "Dust the {} with cloth. Wrap the {} in paper. Label the {} with ink. Place the {} in shade. "
-        "Check the {} each month.",
-    ),
-    "build": (
-        "birdhouse bookcase bridge kite raft table",
-        "Sketch the {} on paper. Measure the {} with rulers. Cut the {} from wood. Glue the {} at joints. "
-        "Brace the {} with nails.",
-    ),
+    "clean": ("kettle lantern mirror skillet teapot vase", "Rinse Scrub Wipe Dry Polish"),
+    "grow": ("basil fern pepper rose tomato tulip", "Plant Water Shade Feed Prune"),
+    "repair": ("bicycle chair clock fence radio zipper", "Inspect Loosen Tighten Oil Test"),
+    "cook": ("lentils noodles potato rice salmon squash", "Wash Season Boil Stir Serve"),
+    "paint": ("boat cabinet ceiling door shed wall", "Sand Mask Prime Coat Seal"),
+    "train": ("donkey falcon kitten parrot pony puppy", "Reward Call Walk Praise Groom"),
+    "store": ("camera carpet guitar jacket telescope violin", "Dust Wrap Label Shelve Check"),
+    "build": ("birdhouse bookcase bridge kite raft table", "Sketch Measure Cut Glue Brace"),
 }
-
-
-def _sentences(text: str) -> tuple[str, ...]:
-    return tuple(f"{sentence}." for sentence in text.rstrip(".").split(". "))
-
+"""Verb to things it is done to, and what doing it takes: ``Rinse the kettle.``"""
 
 TOPICS: tuple[Topic, ...] = tuple(
-    Topic(verb, thing, _sentences(steps.replace("{}", thing)), position * FOLDS // len(things.split()))
+    Topic(verb, thing, tuple(f"{step} the {thing}." for step in steps.split()), position * FOLDS // len(things.split()))
     for verb, (things, steps) in _SUBJECTS.items()
     for position, thing in enumerate(things.split())
 )
 
 FILLERS: tuple[str, ...] = (
-    "This takes some time.",
-    "Most people manage it.",
-    "Every home is different.",
-    "A calm pace helps.",
-    "Results tend to vary.",
+    "This takes time.",
+    "Most people manage.",
+    "Every home differs.",
+    "Calm work helps.",
+    "Results often vary.",
 )
 """Sentences that say nothing about the topic, in the order in which they are used."""
 
-ENCOURAGEMENTS: tuple[str, ...] = ("Good luck.", "Have fun.", "Stay brave.", "Enjoy the day.")
+ENCOURAGEMENTS: tuple[str, ...] = ("Good luck.", "Have fun.", "Stay brave.", "Keep smiling.")
 """Warm phrases, in the order in which they are used."""
 
 OPENING_SLOTS: tuple[tuple[str, str], ...] = (("Hey", "Greetings"), ("pal", "reader"), ("check", "observe"))
