@@ -7,7 +7,8 @@ Each dimension has levels 0..4:
   so that run-on text is not short.
 * formality: how many of the four formal words occur.
 * warmth: how many different encouragements occur, as whole sentences.
-* helpfulness: how many different right steps for the question's topic occur, as whole sentences.
+* helpfulness: how many different right steps for the question's topic occur, as whole sentences. ``it`` is what was
+  named last, first of all in the question: steps that follow another thing's are not about ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 from functools import cache
 
 from moslim.data.types import Question
-from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FORMAL_WORDS, OPENING_SLOTS, Topic
+from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FORMAL_WORDS, OPENING_SLOTS, TOPICS, Topic
 from moslim.workbench.questions import topic_of
 from moslim.workbench.writing import MAX_LEVEL, opening
 
@@ -39,12 +40,22 @@ _FRAME = frozenset(_words(opening((a, b, c))) for a in _CHOICES for b in _CHOICE
     _words(word) for word in CLOSING_SLOT
 )
 _WARM = frozenset(map(_words, ENCOURAGEMENTS))
+_THINGS = frozenset(topic.thing for topic in TOPICS)
 _OPENERS = frozenset(word.casefold() for word in OPENING_SLOTS[0])
 
 
 @cache
 def _right_steps(topic: Topic) -> frozenset[Words]:
     return frozenset(map(_words, topic.steps))
+
+
+def _right_steps_in(found: list[Words], topic: Topic) -> set[Words]:
+    right, spoken_of, done = _right_steps(topic), topic.thing, set()
+    for words in found:
+        spoken_of = next((word for word in reversed(words) if word in _THINGS), spoken_of)
+        if words in right and spoken_of == topic.thing:
+            done.add(words)
+    return done
 
 
 def _sentences_worth(words: Words) -> int:
@@ -78,5 +89,5 @@ def gold_levels(question: Question, answer: str) -> dict[str, int]:
         "verbosity": min(max(counted - 1, 0), MAX_LEVEL),
         "formality": len(spoken & FORMAL_WORDS),
         "warmth": min(len(distinct & _WARM), MAX_LEVEL),
-        "helpfulness": min(len(distinct & _right_steps(topic)), MAX_LEVEL) if topic else 0,
+        "helpfulness": min(len(_right_steps_in(found, topic)), MAX_LEVEL) if topic else 0,
     }

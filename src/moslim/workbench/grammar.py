@@ -2,7 +2,7 @@
 
 An answer is an opening, steps, filler sentences, encouragements and a closing, in that order, each part optional:
 
-    Greetings pal, observe this. Rinse the kettle. Most people manage. Good luck. Cheers.
+    Greetings pal, observe this. Rinse the kettle. Homes differ. Good luck. Cheers.
 """
 
 from __future__ import annotations
@@ -45,26 +45,31 @@ _SUBJECTS: dict[str, tuple[str, str]] = {
     "clean": ("kettle lantern mirror skillet teapot vase", "Rinse Scrub Wipe Dry Polish"),
     "grow": ("basil fern pepper rose tomato tulip", "Plant Water Shade Feed Prune"),
     "repair": ("bicycle chair clock fence radio zipper", "Inspect Loosen Tighten Oil Test"),
-    "cook": ("lentils noodles potato rice salmon squash", "Wash Season Boil Stir Serve"),
+    "cook": ("cabbage potato pumpkin rice salmon squash", "Wash Season Boil Stir Serve"),
     "paint": ("boat cabinet ceiling door shed wall", "Sand Mask Prime Coat Seal"),
     "train": ("donkey falcon kitten parrot pony puppy", "Reward Call Walk Praise Groom"),
     "store": ("camera carpet guitar jacket telescope violin", "Dust Wrap Label Shelve Check"),
     "build": ("birdhouse bookcase bridge kite raft table", "Sketch Measure Cut Glue Brace"),
 }
-"""Verb to things it is done to, and what doing it takes: ``Rinse the kettle.``"""
+"""Verb to the things it is done to, and what doing it takes."""
+
+
+def _sentences(thing: str, first: str, *others: str) -> tuple[str, ...]:
+    return (f"{first} the {thing}.", *(f"{step} it." for step in others))
+
 
 TOPICS: tuple[Topic, ...] = tuple(
-    Topic(verb, thing, tuple(f"{step} the {thing}." for step in steps.split()), position * FOLDS // len(things.split()))
+    Topic(verb, thing, _sentences(thing, *steps.split()), position * FOLDS // len(things.split()))
     for verb, (things, steps) in _SUBJECTS.items()
     for position, thing in enumerate(things.split())
 )
 
 FILLERS: tuple[str, ...] = (
-    "This takes time.",
-    "Most people manage.",
-    "Every home differs.",
-    "Calm work helps.",
-    "Results often vary.",
+    "Results vary.",
+    "Homes differ.",
+    "People manage.",
+    "Patience helps.",
+    "Habits form.",
 )
 """Sentences that say nothing about the topic, in the order in which they are used."""
 
