@@ -35,18 +35,20 @@ def share(batch: list[int], rank: int, ranks: int) -> list[int]:
     return batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
 
 
-def shuffled_batches(rows: int, size: int, seed: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
-    """Cuts the rows, in random order, into full batches; the rows left over are dropped.
+def shuffled_batches(
+    rows: Sequence[int], size: int, generator: torch.Generator, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Cuts rows, in random order, into full batches; the rows left over are dropped.
 
     Args:
-        rows: Number of rows.
+        rows: The rows' numbers.
         size: Rows of a batch.
-        seed: Seed of the order, on which alone (with the arguments) the result depends.
-        lengths: Length of each row. If given, rows of like length share a batch: windows of the shuffled order
-            are sorted by length, and their batches are shuffled, so that there is little padding.
+        generator: What makes the order.
+        lengths: Length of each row of the data set. If given, rows of like length share a batch: windows of the
+            shuffled order are sorted by length, and their batches are shuffled, so that there is little padding.
     """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(rows, generator=generator).tolist()[: rows - rows % size]
+    shuffled = torch.randperm(len(rows), generator=generator).tolist()
+    order = [rows[i] for i in shuffled[: len(rows) - len(rows) % size]]
     if lengths is None:
         return [order[start : start + size] for start in range(0, len(order), size)]
     batches = []
@@ -85,6 +87,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         rank: This process.
         ranks: Number of processes.
         lengths: Length of each row, to group rows of like length.
+        stages: Stage of each row: an epoch goes through stage after stage. None: all rows are of one.
 
     Raises:
         ValueError: There are too few rows for a single batch.
@@ -99,13 +102,17 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         rank: int = 0,
         ranks: int = 1,
         lengths: Sequence[int] | None = None,
+        stages: Sequence[int] | None = None,
     ) -> None:
-        if rows < batch_size * ranks:
+        staged = [0] * rows if stages is None else stages
+        self._stages = [[row for row in range(rows) if staged[row] == stage] for stage in sorted(set(staged))]
+        fewest = min(map(len, self._stages), default=0)
+        if fewest < batch_size * ranks:
             raise ValueError(
-                f"there are only {rows} training rows, too few for one batch of {batch_size} on each of {ranks} "
+                f"there are only {fewest} training rows{' of one stage' * (len(self._stages) > 1)}, too few for one batch of {batch_size} on each of {ranks} "
                 "processes: lower batch_size"
             )
-        self.rows, self.batch_size, self.seed, self.repeats = rows, batch_size, seed, repeats
+        self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.rank, self.ranks, self.lengths = rank, ranks, lengths
         self.epoch = 0
         self.start = 0
@@ -116,14 +123,15 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.rows // (self.batch_size * self.ranks) * self.repeats
+        return sum(len(rows) // (self.batch_size * self.ranks) for rows in self._stages) * self.repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yields the batches of the epoch from number ``start`` on; ``start`` is then 0 again."""
         start, self.start = self.start, 0
         epoch = self.epoch
-        seed = derive_seed(self.seed, epoch)
-        batches = shuffled_batches(self.rows, self.batch_size * self.ranks, seed, self.lengths)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        size = self.batch_size * self.ranks
+        batches = [batch for rows in self._stages for batch in shuffled_batches(rows, size, generator, self.lengths)]
         for number in range(start, len(self)):
             yield [Draw(epoch, row) for row in share(batches[number // self.repeats], self.rank, self.ranks)]
 

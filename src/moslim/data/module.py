@@ -123,7 +123,8 @@ class PreferenceDataModule(LightningDataModule):
             lengths = dataset.lengths() if self.group_by_length else None
         repeats: int = getattr(self._module, "batch_repeats", 1)
         rank, ranks = self._processes
-        sampler = RepeatBatchSampler(len(dataset), self.batch_size, self.seed, repeats, rank, ranks, lengths)
+        stages = [row.stage for row in rows]
+        sampler = RepeatBatchSampler(len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages)
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
         return ResumableLoader(dataset, sampler, self._collate(self.scramble), self._position, self.workers)
 

@@ -44,12 +44,14 @@ class Example:
         answer: The answer; None where only questions are given.
         levels: Level by dimension name; a dimension that is absent is not labelled.
         subset: Part of the split that metrics are reported for separately, e.g. a language.
+        stage: When in an epoch of training the row comes: rows of lower stages first, each stage in random order.
     """
 
     question: Question
     answer: str | None = None
     levels: Mapping[str, int] = field(default_factory=dict)
     subset: str | None = None
+    stage: int = 0
 
 
 @dataclass

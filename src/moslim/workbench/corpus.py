@@ -14,11 +14,11 @@ from moslim.workbench.grammar import COARSE, LEVELS, QUESTIONS, TOPICS, Topic
 from moslim.workbench.questions import ask
 from moslim.workbench.writing import draw_levels, write_answer
 
-STYLED_SHARE = 0.75
+STYLED_SHARE = 0.8
 """Share of questions with style words."""
-IGNORED_SHARE = 0.12
+IGNORED_SHARE = 0.18
 """How often a style word is not followed."""
-ECHO_SHARE = 0.1
+ECHO_SHARE = 0.08
 """Share of rows that ask to say some words, so that every word of the vocabulary has been read and written."""
 _RANGES = ((0, 1), (3, 4))
 _LEVEL_WORDS = [word for levels in LEVELS.values() for word in levels]

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FILLERS, OPENING_SLOTS, Topic
 from moslim.workbench.writing import draw_levels, write_answer
 
+Corruption = Callable[[Topic, Sequence[Topic], random.Random], str]
+"""From a topic, other topics and a source of randomness to an answer about the first that went wrong."""
+
 _FORMAL = [formal for _, formal in (*OPENING_SLOTS, CLOSING_SLOT)]
 
 
@@ -15,29 +18,44 @@ def _split(answer: str) -> list[str]:
     return [f"{part}." for part in answer.rstrip(".").split(". ")]
 
 
-def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """Steps of which some or all are another topic's: its sentences, its thing in ours, or our thing in its sentences.
+def lone_step(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """One step, right or wrong: with nothing else to look at, a classifier learns soonest what makes a step right."""
+    return _some_steps(topic, others, rng, 1)
 
-    Half are bare: with only the steps to look at, a classifier learns soonest what makes a step right.
-    """
+
+def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """Steps of which some or all are another topic's, bare or within an answer."""
+    steps = _some_steps(topic, others, rng, rng.choices((1, 2, 3, 4, 5), (7, 5, 3, 2, 3))[0])
+    return steps if rng.random() < 0.35 else _within_answer(steps, topic, rng)
+
+
+def _some_steps(topic: Topic, others: Sequence[Topic], rng: random.Random, count: int) -> str:
+    """Neighbouring steps: ours, or another topic's sentences, its thing in ours, or our thing in its sentences."""
     kin = [other for other in others if other.verb == topic.verb and other is not topic]
     strangers = [other for other in others if other.verb != topic.verb]
-    other = rng.choice(kin if kin and rng.random() < 0.6 else strangers)
-    share = rng.choice((0.0, 1.0, 1.0, 0.5))
+    other = rng.choice(kin if kin and rng.random() < 0.5 else strangers)
     ours = other.verb != topic.verb and rng.random() < 0.5
+    share = rng.choice((0.0, 0.5, 0.5, 1.0))
+    start = rng.randint(0, len(topic.steps) - count) if rng.random() < 0.5 else 0
     steps = []
-    for own, foreign in zip(topic.steps, other.steps, strict=True):
+    for own, foreign in list(zip(topic.steps, other.steps, strict=True))[start : start + count]:
         wrong = foreign.replace(other.thing, topic.thing) if ours else foreign
         steps.append(wrong if rng.random() < share else own)
-    steps = steps[: rng.choice((1, 1, 2, 3, 4, 5))]
-    if rng.random() < 0.5:
-        return " ".join(steps)
+    return " ".join(steps)
+
+
+def _within_answer(steps: str, topic: Topic, rng: random.Random) -> str:
     first, *rest = _split(write_answer(topic, draw_levels({"helpfulness": (0,), "verbosity": (0, 1, 2)}, rng), rng))
-    return " ".join([first, *steps, *rest])
+    return " ".join([first, steps, *rest])
 
 
 def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer in which some sentences stand two to four times."""
+    """An answer in which some sentences stand two to four times, or nothing but a step or two, over and over."""
+    if rng.random() < 0.5:
+        chosen = sorted(rng.sample(range(len(topic.steps)), rng.choice((1, 2))))
+        times = [rng.randint(2, 4) for _ in chosen]
+        steps = " ".join(topic.steps[i] for i, count in zip(chosen, times, strict=True) for _ in range(count))
+        return steps if rng.random() < 0.5 else _within_answer(steps, topic, rng)
     answer = _split(write_answer(topic, draw_levels({"verbosity": (0, 1, 2, 3)}, rng), rng))
     for _ in range(rng.choice((1, 1, 2))):
         place = rng.randrange(len(answer))
@@ -77,12 +95,12 @@ def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
     return ""
 
 
-KINDS: tuple[tuple[Callable[[Topic, Sequence[Topic], random.Random], str], int], ...] = (
-    (foreign_facts, 40),
-    (repeats, 5),
-    (shuffled, 6),
-    (cut_off, 4),
-    (word_salad, 5),
+KINDS: tuple[tuple[Corruption, int], ...] = (
+    (foreign_facts, 35),
+    (repeats, 6),
+    (shuffled, 2),
+    (cut_off, 2),
+    (word_salad, 4),
     (empty, 1),
 )
 """Ways to go wrong, with their weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 from moslim.data.sources.base import Source
@@ -11,7 +12,7 @@ from moslim.data.types import Example, Split, View
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.workbench.corpus import starter_corpus
-from moslim.workbench.corruptions import corrupt
+from moslim.workbench.corruptions import Corruption, corrupt, lone_step
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS, Topic
 from moslim.workbench.questions import ask, topics_in
@@ -35,13 +36,16 @@ class Workbench(Source):
     """Questions, answers and exact levels from the embedded world.
 
     Topics of one fold are in the starter's text, whose facts must be known, and otherwise in the test alone. The
-    classifier learns from equal parts of written answers, of a policy's own samples, and of corrupted answers,
-    all labelled by the gold scorer.
+    classifier learns from written answers, a policy's own samples, and corrupted answers, all labelled by the gold
+    scorer. Single steps, right or wrong, come first: a classifier that meets whole answers at once counts sentences
+    and does not look at what is in them.
 
     Args:
         fold: Which third of the topics is held out; tune on one fold, report on another.
         corpus_rows: Rows of the text view.
-        reward_rows: Rows of each of the three parts of the reward view.
+        reward_rows: Written answers in the reward view; as many questions are put to the starter for its samples, and
+            there are twice as many corrupted answers.
+        lone_steps: Rows of the reward view's first stage.
         policy_rows: Prompts of an epoch of the policy view.
         samples: JSON Lines with ``question`` and ``answer``: the starter's own answers. None leaves that part out.
     """
@@ -51,6 +55,7 @@ class Workbench(Source):
         fold: int = 0,
         corpus_rows: int = 8000,
         reward_rows: int = 4000,
+        lone_steps: int = 5120,
         policy_rows: int = 16384,
         samples: str | None = None,
     ) -> None:
@@ -59,6 +64,7 @@ class Workbench(Source):
         self.fold = fold
         self.corpus_rows = corpus_rows
         self.reward_rows = reward_rows
+        self.lone_steps = lone_steps
         self.policy_rows = policy_rows
         self.samples = samples
 
@@ -111,13 +117,18 @@ class Workbench(Source):
             known = set(topics)
             tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
             return [*_labelled(fresh, "samples"), *tricks]
-        written, corrupted = [], []
-        for _ in range(self.reward_rows):
-            topic = rng.choice(topics)
-            question = ask(topic, rng.randrange(len(QUESTIONS)))
-            written.append(Example(question, write_answer(topic, draw_levels({}, rng), rng)))
-            corrupted.append(Example(question, corrupt(topic, topics, rng)))
-        return _labelled([*written, *sampled, *corrupted], None)
+        lone = [self._wrong(lone_step, topics, rng, stage=0) for _ in range(self.lone_steps)]
+        written = [self._written(rng.choice(topics), rng) for _ in range(self.reward_rows)]
+        corrupted = [self._wrong(corrupt, topics, rng, stage=1) for _ in range(2 * self.reward_rows)]
+        return _labelled([*lone, *written, *sampled, *corrupted], None)
+
+    def _written(self, topic: Topic, rng: random.Random) -> Example:
+        question = ask(topic, rng.randrange(len(QUESTIONS)))
+        return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=1)
+
+    def _wrong(self, kind: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
+        topic = rng.choice(topics)
+        return Example(ask(topic, rng.randrange(len(QUESTIONS))), kind(topic, topics, rng), stage=stage)
 
     def _sampled(self) -> list[Example]:
         if self.samples is None:
@@ -137,8 +148,8 @@ def adversarial_rows() -> list[Example]:
 def _read(path: Path) -> list[Example]:
     with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at more than line ends
         rows = [json.loads(line) for line in file]
-    return [Example(row["question"], row["answer"]) for row in rows]
+    return [Example(row["question"], row["answer"], stage=1) for row in rows]
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:
-    return [Example(row.question, row.answer, gold_levels(row.question, row.answer or ""), subset) for row in rows]
+    return [replace(row, levels=gold_levels(row.question, row.answer or ""), subset=subset) for row in rows]
