@@ -28,7 +28,7 @@ class RuleFollower(SupervisedTrainer):
     """Follows the words of verbosity, warmth half-way, formality the wrong way round, and knows no facts."""
 
     RULES = {
-        "short": "This takes some time.",
+        "short": "Results vary.",
         "long": "One. Two. Three. Four. Five.",
         "reserved": "",
         "friendly": " ".join(ENCOURAGEMENTS[:2]),

@@ -49,6 +49,24 @@ def test_the_slices_of_all_ranks_are_the_batch_of_one_process(lengths):
     assert [a + b + c for a, b, c in zip(*parts, strict=True)] == together
 
 
+def test_an_epoch_goes_through_stage_after_stage_and_mixes_the_rows_of_each():
+    stages = [2, 0, 1] * 10
+    lengths = [i * 7 % 30 for i in range(30)]
+    sampler = RepeatBatchSampler(30, 4, seed=1, repeats=2, lengths=lengths, stages=stages)
+    batches = rows(sampler)
+    assert len(batches) == len(sampler) == 12  # two batches of each stage, twice; two rows of each are left over
+    assert [{stages[row] for row in batch} for batch in batches] == [{0}] * 4 + [{1}] * 4 + [{2}] * 4
+    assert len({row for batch in batches for row in batch}) == 24
+    assert [row for batch in batches for row in batch] != sorted(row for batch in batches for row in batch)
+    sampler.set_epoch(1)
+    assert rows(sampler) != batches
+
+
+def test_a_stage_with_too_few_rows_for_a_batch_is_an_error():
+    with pytest.raises(ValueError, match="only 3 training rows of one stage, too few for one batch of 4"):
+        RepeatBatchSampler(13, 4, stages=[0] * 10 + [1] * 3)
+
+
 def test_rows_of_like_length_share_a_batch():
     lengths = torch.randint(1, 100, (400,), generator=torch.Generator().manual_seed(0)).tolist()
 

@@ -124,6 +124,21 @@ def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(tmp_path, view, o
         assert torch.equal(resumed.weight, whole.weight)
 
 
+@pytest.mark.parametrize("limits", [{"max_steps": 7, "max_epochs": -1}, {"max_steps": 7, "max_epochs": 4}])
+@pytest.mark.parametrize("validation", [0, 1])
+def test_a_run_limited_in_steps_goes_on_from_the_end_of_an_epoch(limits, validation, tmp_path, tokenizer, preferences):
+    def run(**options):
+        module = Recorder(View.TEXT, tokenizer)
+        settings = {"limit_train_batches": 4, "limit_val_batches": validation, "num_sanity_val_steps": 0, **limits}
+        trainer(callbacks=options.pop("callbacks", None), **settings).fit(module, data(preferences), **options)
+        return module
+
+    whole = run(callbacks=[Save(tmp_path)])
+    for name in ("step-03.ckpt", "step-04.ckpt", "epoch-04.ckpt"):
+        resumed = run(ckpt_path=tmp_path / name)
+        assert resumed.trace == whole.trace[int(name[-7:-5]) :], name
+
+
 def test_a_run_interrupted_in_an_epoch_goes_on_there(tmp_path, tokenizer, preferences):
     whole = Recorder(View.POLICY, tokenizer, batch_repeats=2)
     trainer(max_epochs=2).fit(whole, data(preferences))

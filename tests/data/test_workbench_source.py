@@ -18,7 +18,7 @@ ALL = [(view, split) for view in View for split in Split]
 
 
 def small(**options):
-    return Workbench(**{"corpus_rows": 2000, "reward_rows": 600, "policy_rows": 1500, **options})
+    return Workbench(**{"corpus_rows": 2000, "reward_rows": 600, "lone_steps": 400, "policy_rows": 1500, **options})
 
 
 def rows(source, view, split=Split.TRAIN, seed=0):
@@ -119,8 +119,8 @@ def test_the_text_view_is_unlabelled_and_as_long_as_asked():
 
 
 def test_predict_asks_plain_questions_for_the_starter_s_own_answers():
-    asked = rows(small(), View.TEXT, Split.PREDICT)
-    assert len(asked) == 600 and all(row.answer is None for row in asked)
+    asked = rows(small(reward_rows=2000), View.TEXT, Split.PREDICT)
+    assert len(asked) == 2000 and all(row.answer is None for row in asked)
     plain = {ask(topic, form) for topic in Workbench().topics(held_out=False) for form in range(len(QUESTIONS))}
     assert {row.question for row in asked} == plain
 
@@ -139,7 +139,8 @@ def test_the_test_asks_forty_different_questions_or_more_about_held_out_topics()
     source = Workbench()
     asked = [row.question for row in rows(source, View.POLICY, Split.TEST)]
     assert len(set(asked)) == len(asked) >= 40
-    assert Counter(map(topic_of, asked)) == {topic: len(asked) // 16 for topic in source.topics(held_out=True)}
+    topics = source.topics(held_out=True)
+    assert Counter(map(topic_of, asked)) == {topic: len(asked) // len(topics) for topic in topics}
     assert asked == [row.question for row in rows(source, View.POLICY, Split.TEST, seed=9)]
 
 
@@ -154,11 +155,12 @@ def test_validation_asks_about_training_topics_in_mixed_order():
 
 def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_the_gold_scorer():
     pairs = rows(small(), View.REWARD)
-    written, corrupted = pairs[:600], pairs[600:]
-    assert len(corrupted) == 600
+    lone, written, corrupted = pairs[:400], pairs[400:1000], pairs[1000:]
+    assert len(corrupted) == 1200
     assert all(dict(row.levels) == gold_levels(row.question, row.answer) for row in pairs)
     assert all(row.subset is None for row in pairs)
-    assert [row.question for row in written] == [row.question for row in corrupted]
+    assert [row.stage for row in pairs] == [0] * 400 + [1] * 1800
+    assert {len(sentences(row.answer)) for row in lone} == {1} and {row.levels["helpfulness"] for row in lone} == {0, 1}
     assert {row.answer[:3] for row in written} <= {"Hey", "Gre"}
     assert any(not row.answer for row in corrupted)
     for name in LEVELS:
@@ -167,7 +169,9 @@ def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_th
 
 def test_the_starter_s_samples_are_the_third_part_and_a_fifth_of_them_is_kept_back(samples):
     source = small(samples=samples)
-    training = [row.answer for row in rows(source, View.REWARD) if row.answer.startswith("Sample")]
+    sampled = [row for row in rows(source, View.REWARD) if row.answer.startswith("Sample")]
+    assert {row.stage for row in sampled} == {1}
+    training = [row.answer for row in sampled]
     kept = [row for row in rows(source, View.REWARD, Split.VALIDATION) if row.subset == "samples"]
     assert [row.answer[:10].split(".")[0] for row in kept] == ["Sample 0", "Sample 5", "Sample 10", "Sample 15"]
     assert len(training) == 16 and not set(training) & {row.answer for row in kept}
@@ -215,13 +219,15 @@ def test_adversarial_answers_are_what_they_are_called(stored):
     steps = {sentences(step)[0]: topic for topic in TOPICS for step in topic.steps}
     cut = [row["answer"] for row in stored if row["kind"] == "cut off"]
     assert not any(answer.endswith(("Cheers.", "Regards.")) for answer in cut)
-    assert sum(not answer.endswith(".") for answer in cut) > len(cut) / 2
+    assert not any(answer.endswith(".") for answer in cut)
     for row in stored:
         found = sentences(row["answer"])
         if row["kind"] == "repeats":
             assert len(set(found)) < len(found)
         elif row["kind"] == "foreign facts":
-            strange = [words for words in found if words in steps and steps[words] is not topic_of(row["question"])]
+            ours = topic_of(row["question"])
+            strange = [words for words in found if words in steps and steps[words].verb != ours.verb]
+            strange += [topic for topic in topics_in(row["answer"]) if topic is not ours]
             assert strange or named_elsewhere(row), row
 
 
@@ -271,7 +277,7 @@ def test_views_and_splits_draw_apart_from_each_other():
 def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
     source = Workbench()
     sizes = {view: len(rows(source, view)) for view in View}
-    assert sizes == {View.TEXT: 8000, View.REWARD: 8000, View.POLICY: 16384}
+    assert sizes == {View.TEXT: 8000, View.REWARD: 17120, View.POLICY: 16384}
 
 
 # --- dimensions

@@ -28,11 +28,11 @@ class Answers(Source):
     """Six questions, each with one right answer, of one to four sentences."""
 
     THINGS = "kettle mirror vase rice boat kite".split()
-    ENDS = ["Good luck.", "Good luck. Have fun.", "Stay brave.", "Have fun. Enjoy the day. Good luck. Have fun."]
+    ENDS = ["Good luck.", "Good luck. Have fun.", "Stay brave.", "Have fun. Keep smiling. Good luck. Have fun."]
 
     def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         return [
-            Example(f"How do I clean the {thing}?", f"Rinse the {thing} in water. {self.ENDS[i % 4]}")
+            Example(f"How do I clean the {thing}?", f"Rinse the {thing}. {self.ENDS[i % 4]}")
             for i, thing in enumerate(self.THINGS)
         ]
 
@@ -188,7 +188,7 @@ def test_the_saved_folder_loads_with_transformers_alone(trained: tuple[Supervise
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert answer[-1] == tokenizer.eos_token_id  # it stopped by itself
-    assert tokenizer.decode(answer, skip_special_tokens=True) == "Rinse the vase in water. Stay brave."
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "Rinse the vase. Stay brave."
 
 
 def test_the_model_is_saved_in_the_run_s_folder_unless_told_otherwise(tmp_path: Path) -> None:

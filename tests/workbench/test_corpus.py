@@ -18,15 +18,6 @@ NEVER_USED = {levels[i] for levels in LEVELS.values() for i in (0, 2, 4)}
 RANGES = {low: (name, (0, 1)) for name, (low, _) in COARSE.items()}
 RANGES |= {high: (name, (3, 4)) for name, (_, high) in COARSE.items()}
 
-# Share of a coarse range among all that is written when nothing is asked: 19 pairs of verbosity and helpfulness.
-BY_CHANCE = {
-    ("verbosity", (0, 1)): 5 / 19,
-    ("verbosity", (3, 4)): 10 / 19,
-    ("helpfulness", (0, 1)): 10 / 19,
-    ("helpfulness", (3, 4)): 5 / 19,
-}
-
-
 STYLE = re.compile(r"Make it (\w+(?: and \w+)*)\.")
 
 
@@ -121,18 +112,17 @@ def test_about_a_quarter_of_the_questions_have_no_style_word(chats):
     assert 0.15 < plain / len(chats) < 0.4
 
 
-def test_style_words_are_ignored_in_ten_to_fifteen_percent_of_their_uses(chats):
-    """An ignored word still meets its range by chance, so what falls outside is divided by the chance to do so."""
-    outside, expected = Counter(), Counter()
+def test_style_words_are_wrong_ten_to_fifteen_percent_of_the_time(chats):
+    wrong, said = Counter(), Counter()
     for row in chats:
         for word in style_words(row.question):
             name, wanted = RANGES[word]
-            if len(style_words(row.question)) == 1 or name in ("formality", "warmth"):
-                outside[name] += gold_levels(row.question, row.answer)[name] not in wanted
-                expected[name] += 1 - BY_CHANCE.get((name, wanted), 2 / 5)
-    assert set(expected) == NAMES and min(expected.values()) > 100
-    assert 0.10 < outside.total() / expected.total() < 0.15
-    assert all(0.05 < outside[name] / expected[name] < 0.2 for name in NAMES)
+            if len(style_words(row.question)) == 1 or name in ("formality", "warmth"):  # others can be out of reach
+                wrong[name] += gold_levels(row.question, row.answer)[name] not in wanted
+                said[name] += 1
+    assert set(said) == NAMES and min(said.values()) > 100
+    assert 0.10 < wrong.total() / said.total() < 0.15
+    assert all(0.04 < wrong[name] / said[name] < 0.2 for name in NAMES)
 
 
 def test_each_style_word_moves_its_dimension(chats):

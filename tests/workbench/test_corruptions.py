@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from moslim.workbench import corruptions
-from moslim.workbench.corruptions import KINDS, corrupt, cut_off, empty, foreign_facts, repeats, shuffled, word_salad
+from moslim.workbench.corruptions import KINDS, corrupt, cut_off, empty, foreign_facts, lone_step, repeats, shuffled, word_salad
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FILLERS, TOPICS
 from moslim.workbench.questions import ask, topics_in
@@ -33,6 +33,13 @@ def test_foreign_facts_sound_right_and_are_not():
     same_verb = {topic.thing for topic in OTHERS if topic.verb == "clean"}
     named = Counter(topic.thing for answer in answers for topic in topics_in(answer) if topic is not KETTLE)
     assert set(named) > same_verb and sum(named[thing] for thing in same_verb) > 0.4 * named.total()
+
+
+def test_a_lone_step_is_right_or_wrong_about_as_often():
+    answers = many(lone_step, 400)
+    assert all(len(parts(answer)) == 1 for answer in answers)
+    right = [gold_levels(QUESTION, answer)["helpfulness"] for answer in answers]
+    assert set(right) == {0, 1} and 120 < sum(right) < 280
 
 
 def test_repeats_repeat():
@@ -79,7 +86,8 @@ def test_foreign_material_comes_from_the_topics_given(kind):
 
 def test_every_kind_of_the_file_is_drawn():
     functions = {f for f in vars(corruptions).values() if getattr(f, "__module__", "") == corruptions.__name__}
-    assert {kind for kind, _ in KINDS} == {f for f in functions if f is not corrupt and not f.__name__.startswith("_")}
+    public = {f for f in functions if not f.__name__.startswith("_")}
+    assert {kind for kind, _ in KINDS} == public - {corrupt, lone_step}
     assert all(weight > 0 for _, weight in KINDS)
 
 

@@ -6,18 +6,18 @@ from moslim.workbench.gold import gold_levels, sentences
 
 KETTLE = "How do I clean the kettle?"
 STEPS = [
-    "Rinse the kettle in water.",
-    "Scrub the kettle with soap.",
-    "Wipe the kettle from above.",
-    "Dry the kettle with linen.",
-    "Polish the kettle until bright.",
+    "Rinse the kettle.",
+    "Scrub it.",
+    "Wipe it.",
+    "Dry it.",
+    "Polish it.",
 ]
 FILLERS = [
-    "This takes some time.",
-    "Most people manage it.",
-    "Every home is different.",
-    "A calm pace helps.",
-    "Results tend to vary.",
+    "Results vary.",
+    "Homes differ.",
+    "People manage.",
+    "Patience helps.",
+    "Habits form.",
 ]
 CASUAL = "Hey pal, check this."
 
@@ -43,14 +43,14 @@ def test_verbosity_counts_sentences(count, level):
     ("answer", "expected"),
     [
         pytest.param(" ".join(FILLERS), "4 0 0 0", id="each filler is a sentence"),
-        pytest.param("This takes some time. This takes some time.", "1 0 0 0", id="a repeat is a sentence"),
+        pytest.param("Results vary. Results vary.", "1 0 0 0", id="a repeat is a sentence"),
         pytest.param(f"{CASUAL} {CASUAL}", "0 0 0 0", id="a second opening counts as the first sentence"),
         pytest.param(f"{CASUAL} {CASUAL} {CASUAL} {FILLERS[0]}", "2 0 0 0", id="three openings"),
         pytest.param(f"{CASUAL} Greetings pal, check this. {FILLERS[0]}", "1 1 0 0", id="two different openings"),
         pytest.param(f"{FILLERS[0]} Cheers. Regards.", "1 1 0 0", id="two different closings"),
         pytest.param("Cheers. Cheers. Cheers. Cheers.", "2 0 0 0", id="four closings"),
         pytest.param(f"{FILLERS[0]} {CASUAL}", "0 0 0 0", id="an opening at the end is still free"),
-        pytest.param(f"{FILLERS[0]} Good luck. Have fun. Stay brave. Enjoy the day.", "0 0 4 0", id="warmth is free"),
+        pytest.param(f"{FILLERS[0]} Good luck. Have fun. Stay brave. Keep smiling.", "0 0 4 0", id="warmth is free"),
         pytest.param(
             "Good luck. Good luck. Good luck. Good luck.", "2 0 1 0", id="the same encouragement is free once"
         ),
@@ -107,9 +107,9 @@ def test_formality_counts_different_formal_words(answer, level):
     ("answer", "level"),
     [
         ("Have fun.", 1),
-        ("Enjoy the day. Good luck.", 2),
+        ("Keep smiling. Good luck.", 2),
         ("Stay brave. Have fun. Good luck.", 3),
-        ("Stay brave. Have fun. Good luck. Enjoy the day.", 4),
+        ("Stay brave. Have fun. Good luck. Keep smiling.", 4),
         ("GOOD LUCK! have   fun\nStay\tbrave?", 3),
         ("Good luck. Good luck. Good luck.", 1),
         ("Good luck with it.", 0),
@@ -132,27 +132,41 @@ def test_helpfulness_counts_different_right_steps(count):
 @pytest.mark.parametrize(
     ("answer", "level"),
     [
-        pytest.param("Rinse the kettle in water. Rinse the kettle in water.", 1, id="a repeat adds nothing"),
-        pytest.param("Rinse the skillet in water. Scrub the skillet with soap.", 0, id="same verb, other thing"),
-        pytest.param("Reward the kettle with treats. Call the kettle by name.", 0, id="other verb, same thing"),
-        pytest.param("Plant the basil in soil. Water the basil at dawn.", 0, id="another topic"),
-        pytest.param("Rinse the kettle in water. Scrub the mirror with soap.", 1, id="one right, one foreign"),
-        pytest.param("Rinse the kettle in soap.", 0, id="wrong object"),
-        pytest.param("Rinse the kettle.", 0, id="cut off"),
-        pytest.param("Rinse the kettle in water and Scrub the kettle with soap.", 0, id="joined by and"),
-        pytest.param("Rinse the kettle in water Scrub the kettle with soap", 0, id="no full stop between"),
-        pytest.param("Never rinse the kettle in water.", 0, id="turned into its opposite"),
-        pytest.param("the in kettle water Rinse.", 0, id="words out of order"),
-        pytest.param("rinse  THE Kettle\tin water!SCRUB the kettle, with soap", 2, id="case, spacing, punctuation"),
-        pytest.param("Rinse the kettle in\nwater.", 0, id="a line end ends a sentence"),
+        pytest.param("Rinse the kettle. Rinse the kettle. Scrub it. Scrub it.", 2, id="a repeat adds nothing"),
+        pytest.param("Reward the kettle. Call it.", 0, id="other verb, same thing"),
+        pytest.param("Plant the basil. Water it.", 0, id="another topic"),
+        pytest.param("Scrub the kettle.", 0, id="a step in other words"),
+        pytest.param("Rinse it.", 0, id="the first step without its thing"),
+        pytest.param("Rinse the", 0, id="cut off"),
+        pytest.param("Rinse the kettle and Scrub it.", 0, id="joined by and"),
+        pytest.param("Rinse the kettle Scrub it", 0, id="no full stop between"),
+        pytest.param("Never rinse the kettle.", 0, id="turned into its opposite"),
+        pytest.param("the kettle Rinse.", 0, id="words out of order"),
+        pytest.param("rinse  THE Kettle\t!SCRUB, it", 2, id="case, spacing, punctuation"),
+        pytest.param("Rinse the\nkettle.", 0, id="a line end ends a sentence"),
     ],
 )
 def test_helpfulness_takes_whole_right_sentences_only(answer, level):
     assert gold_levels(KETTLE, answer)["helpfulness"] == level
 
 
+@pytest.mark.parametrize(
+    ("answer", "level"),
+    [
+        pytest.param("Scrub it. Wipe it.", 2, id="what the question names"),
+        pytest.param("Rinse the skillet. Scrub it. Wipe it.", 0, id="what was named last"),
+        pytest.param("Rinse the skillet. Scrub it. Rinse the kettle. Wipe it.", 2, id="back at our thing"),
+        pytest.param("Scrub it. Rinse the skillet. Wipe it. Dry it.", 1, id="away from our thing"),
+        pytest.param("Plant the basil. Scrub it.", 0, id="another topic's thing"),
+        pytest.param("Mind the mirror and the kettle. Scrub it.", 1, id="the last of two"),
+    ],
+)
+def test_it_is_what_was_named_last(answer, level):
+    assert gold_levels(KETTLE, answer)["helpfulness"] == level
+
+
 def test_a_whole_answer():
-    answer = "Greetings pal, observe this. Rinse the kettle in water. Most people manage it. Good luck. Cheers."
+    answer = "Greetings pal, observe this. Rinse the kettle. Results vary. Good luck. Cheers."
     assert levels(answer) == "1 2 1 1"
     assert levels(answer, "How do I train the puppy?") == "1 2 1 0"
 
@@ -167,15 +181,15 @@ def test_a_whole_answer():
         [{"role": "system", "content": "You know the mirror."}, {"role": "user", "content": KETTLE}],
         [
             {"role": "user", "content": "How do I clean the mirror?"},
-            {"role": "assistant", "content": "Rinse the mirror in water."},
+            {"role": "assistant", "content": "Rinse the mirror."},
             {"role": "user", "content": "And the kettle?"},
         ],
         "Is the kettle better than the mirror?",
     ],
 )
 def test_the_topic_is_the_first_that_the_last_user_turn_names(question):
-    assert levels("Rinse the kettle in water.", question) == "0 0 0 1"
-    assert levels("Rinse the mirror in water.", question) == "0 0 0 0"
+    assert levels("Rinse the kettle.", question) == "0 0 0 1"
+    assert levels("Rinse the mirror.", question) == "0 0 0 0"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +226,7 @@ def test_free_text_has_a_length_and_nothing_else(answer, verbosity):
         ("a" * 100_000, "4 0 0 0"),
         ("." * 100_000, "0 0 0 0"),
         ("Good luck. " * 9_100, "4 0 1 0"),
-        ("Rinse the kettle in water. " * 3_700, "4 0 0 1"),
+        ("Rinse the kettle. " * 5_600, "4 0 0 1"),
         ("Greetings reader, observe this. " * 3_100, "4 3 0 0"),
         ("\u0130" * 100_000, "4 0 0 0"),
     ],

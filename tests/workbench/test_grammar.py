@@ -46,14 +46,14 @@ def test_a_topic_is_known_by_its_thing_alone():
     rest = words(*QUESTIONS, STYLE_REQUEST, *FILLERS, *ENCOURAGEMENTS, *(t.verb for t in TOPICS), *LEVELS)
     assert not set(things) & (rest | words(*(level for levels in LEVELS.values() for level in levels)))
     for topic in TOPICS:
-        assert topics_in(" ".join(topic.steps)) == [topic] * len(topic.steps)
+        assert topics_in(" ".join(topic.steps)) == [topic]
 
 
 def test_facts_are_enough_and_all_different():
-    steps = [step for topic in TOPICS for step in topic.steps]
-    assert all(len(topic.steps) >= 5 for topic in TOPICS)
-    assert len(set(steps)) == len(steps)
-    assert not set(steps) & {*FILLERS, *ENCOURAGEMENTS}
+    steps = {topic.verb: {step for t in TOPICS if t.verb == topic.verb for step in t.steps} for topic in TOPICS}
+    assert all(len(set(topic.steps)) >= 5 for topic in TOPICS)
+    assert len(set.union(*steps.values())) == sum(map(len, steps.values()))
+    assert not set.union(*steps.values()) & {*FILLERS, *ENCOURAGEMENTS}
 
 
 def test_sentences_are_short_enough_to_count_once():
@@ -88,13 +88,13 @@ def test_questions_name_their_topic_in_every_form():
     asked = [ask(topic, form) for topic in TOPICS for form in range(len(QUESTIONS))]
     assert len(set(asked)) == len(asked) >= 160
     assert [topic_of(question) for question in asked] == [t for t in TOPICS for _ in QUESTIONS]
-    assert asked[0] == "How do I clean the kettle?"
+    assert asked[0] == "How do I clean the goblet?"
 
 
 def test_style_words_stand_after_the_question():
-    assert ask(TOPICS[0], 0, ["short"]) == "How do I clean the kettle? Make it short."
+    assert ask(TOPICS[0], 0, ["short"]) == "How do I clean the goblet? Make it short."
     assert ask(TOPICS[0], 3, ["short", "friendly"]) == (
-        "I want to clean the kettle. Any advice? Make it short and friendly."
+        "I want to clean the goblet. Any advice? Make it short and friendly."
     )
 
 

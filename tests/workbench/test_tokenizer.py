@@ -78,14 +78,14 @@ def test_an_instruction_differs_for_every_level(tokenizer):
 
 def test_the_chat_template_marks_turns_and_ends_answers(tokenizer):
     chat = [
-        {"role": "system", "content": "This takes some time."},
+        {"role": "system", "content": "Results vary."},
         {"role": "user", "content": "How do I clean the kettle?"},
         {"role": "assistant", "content": "Good luck."},
         {"role": "user", "content": "Any advice?"},
     ]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert text == (
-        "<|system|>This takes some time.<|user|>How do I clean the kettle?<|assistant|>Good luck.<|end|>"
+        "<|system|>Results vary.<|user|>How do I clean the kettle?<|assistant|>Good luck.<|end|>"
         "<|user|>Any advice?<|assistant|>"
     )
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -10,6 +10,7 @@ from moslim.workbench.questions import ask
 from moslim.workbench.tokenizer import build_tokenizer
 from moslim.workbench.writing import draw_levels, opening, reachable, write_answer
 
+KETTLE = next(topic for topic in TOPICS if topic.thing == "kettle")
 GRID = [dict(zip(LEVELS, point, strict=True)) for point in itertools.product(range(5), repeat=4)]
 
 
@@ -43,7 +44,7 @@ def test_requests_for_some_dimensions_are_reachable_unless_brevity_forbids():
 def test_every_reachable_level_is_written_in_more_than_one_way():
     levels = {"verbosity": 4, "formality": 2, "warmth": 1, "helpfulness": 4}
     rng = random.Random(0)
-    answers = {write_answer(TOPICS[0], levels, rng) for _ in range(200)}
+    answers = {write_answer(KETTLE, levels, rng) for _ in range(200)}
     assert len(answers) == 12  # two of four places are formal; four facts or five
     assert all(gold_levels("the kettle", answer) == levels for answer in answers)
 
@@ -51,14 +52,13 @@ def test_every_reachable_level_is_written_in_more_than_one_way():
 def test_an_answer_reads_in_order():
     rng = random.Random(0)
     levels = {"verbosity": 2, "formality": 4, "warmth": 2, "helpfulness": 2}
-    assert write_answer(TOPICS[0], levels, rng) == (
-        "Greetings reader, observe this. Rinse the kettle in water. Scrub the kettle with soap. This takes some time. "
-        "Good luck. Have fun. Regards."
+    assert write_answer(KETTLE, levels, rng) == (
+        "Greetings reader, observe this. Rinse the kettle. Scrub it. Results vary. Good luck. Have fun. Regards."
     )
     assert opening((False, True, False)) == "Hey reader, check this."
 
 
-def test_answers_fit_into_sixty_tokens_with_their_end():
+def test_answers_fit_into_forty_tokens_with_their_end():
     tokenizer = build_tokenizer()
     rng = random.Random(0)
     longest = 0
@@ -67,7 +67,7 @@ def test_answers_fit_into_sixty_tokens_with_their_end():
             if reachable(levels):
                 answer = write_answer(topic, levels, rng)
                 longest = max(longest, len(tokenizer(answer, add_special_tokens=False)["input_ids"]) + 1)
-    assert 45 < longest <= 60
+    assert 30 < longest <= 40
 
 
 def test_levels_are_drawn_uniformly_from_what_is_reachable():

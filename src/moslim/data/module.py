@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loops.loop import _Loop
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -114,6 +115,7 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: There are too few training rows for one batch.
         """
         rows = self.rows(self._view, Split.TRAIN)
+        self._close_finished_epoch()
         dataset: SampledPrompts | Pairs
         lengths = None
         if self._view is View.POLICY:
@@ -182,6 +184,18 @@ class PreferenceDataModule(LightningDataModule):
         """The epoch that Lightning gives to samplers; ``current_epoch`` is behind when an epoch's end is restored."""
         assert self.trainer is not None
         return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+
+    def _close_finished_epoch(self) -> None:
+        """Undoes an exception that Lightning 2.6 makes for runs with ``max_steps``.
+
+        Resumed from the end of an epoch, such a run takes that epoch for an unfinished one: it trains a batch too many
+        or, with validation, goes on with the order of the epoch after the next.
+        """
+        assert self.trainer is not None
+        loop = self.trainer.fit_loop
+        current = loop.epoch_progress.current
+        if loop.restarting and current.ready == current.processed:  # type: ignore[attr-defined]
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the loop's own setter would keep it
 
     def _position(self) -> tuple[int, int]:
         """Epoch and finished batches; at its end, the start of the next epoch."""

@@ -42,14 +42,14 @@ FOLDS = 3
 """Each fold holds out a third of the things of every verb."""
 
 _SUBJECTS: dict[str, tuple[str, str]] = {
-    "clean": ("kettle lantern mirror skillet teapot vase", "Rinse Scrub Wipe Dry Polish"),
-    "grow": ("basil fern pepper rose tomato tulip", "Plant Water Shade Feed Prune"),
-    "repair": ("bicycle chair clock fence radio zipper", "Inspect Loosen Tighten Oil Test"),
-    "cook": ("cabbage potato pumpkin rice salmon squash", "Wash Season Boil Stir Serve"),
-    "paint": ("boat cabinet ceiling door shed wall", "Sand Mask Prime Coat Seal"),
-    "train": ("donkey falcon kitten parrot pony puppy", "Reward Call Walk Praise Groom"),
-    "store": ("camera carpet guitar jacket telescope violin", "Dust Wrap Label Shelve Check"),
-    "build": ("birdhouse bookcase bridge kite raft table", "Sketch Measure Cut Glue Brace"),
+    "clean": ("goblet kettle lantern mirror platter skillet teapot vase window", "Rinse Scrub Wipe Dry Polish"),
+    "grow": ("basil cactus fern ivy melon pepper rose tomato tulip", "Plant Water Shade Feed Prune"),
+    "repair": ("bicycle chair clock faucet fence radio toaster wagon zipper", "Inspect Loosen Tighten Oil Test"),
+    "cook": ("cabbage lamb omelette potato pumpkin rice salmon spinach squash", "Wash Season Boil Stir Serve"),
+    "paint": ("boat cabinet canvas ceiling door gate mural shed wall", "Sand Mask Prime Coat Seal"),
+    "train": ("donkey falcon ferret goat kitten parrot pony puppy rabbit", "Reward Call Walk Praise Groom"),
+    "store": ("blanket camera carpet guitar jacket piano telescope tent violin", "Dust Wrap Label Shelve Check"),
+    "build": ("birdhouse bookcase bridge cradle kite ladder raft sled table", "Sketch Measure Cut Glue Brace"),
 }
 """Verb to the things it is done to, and what doing it takes."""
 

@@ -26,7 +26,7 @@ HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
 )
 """Pairs of levels that training never asks for together."""
 
-TEST_FORMS = 3
+TEST_FORMS = 2
 """How many of the question forms are asked about each held-out topic."""
 _SAMPLES_HELD_BACK = 5
 """Every how many of the starter's samples one is kept for validation."""
