@@ -5,7 +5,17 @@ from collections import Counter
 import pytest
 
 from moslim.workbench import corruptions
-from moslim.workbench.corruptions import KINDS, corrupt, cut_off, empty, foreign_facts, lone_step, repeats, shuffled, word_salad
+from moslim.workbench.corruptions import (
+    KINDS,
+    corrupt,
+    cut_off,
+    empty,
+    foreign_facts,
+    lone_step,
+    repeats,
+    shuffled,
+    word_salad,
+)
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FILLERS, TOPICS
 from moslim.workbench.questions import ask, topics_in
