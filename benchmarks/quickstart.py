@@ -37,11 +37,16 @@ def commands(seed: int) -> list[list[str]]:
     return [shlex.split(line) for line in recipe.splitlines() if "main.py" in line]
 
 
+class StageFailed(Exception):
+    """A command ended with an error: most often a gate that was not passed."""
+
+
 def timed(command: list[str]) -> float:
     """Runs a command and returns the seconds it took."""
     print("+", shlex.join(command), flush=True)
     start = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, check=True)
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise StageFailed(name_of(command))
     return round(time.perf_counter() - start, 1)
 
 
@@ -89,13 +94,15 @@ def main() -> None:
     result: dict[str, Any] = {**circumstances(), "scrambled": {}}
     documents = {}
     for seed in args.seeds:
-        result[str(seed)] = quickstart(seed)
-        documents[seed] = REPORT.read_bytes()
+        try:
+            result[str(seed)] = quickstart(seed)
+            documents[seed] = REPORT.read_bytes()
+            result["scrambled"][str(seed)] = control(seed)
+        except StageFailed as stage:
+            result.setdefault("failed", {})[str(seed)] = {"stage": str(stage), "classifier": classifier()}
         write(args.out, result)
-        result["scrambled"][str(seed)] = control(seed)
-        write(args.out, result)
-    if not args.no_repeat:
-        first = args.seeds[0]
+    if documents and not args.no_repeat:
+        first = next(iter(documents))
         again = quickstart(first)
         result["repeat"] = {
             "seed": first,

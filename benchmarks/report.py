@@ -66,7 +66,7 @@ def met(value: float, wanted: str) -> str:
     if wanted == "reported":
         return shown
     sign, bound = wanted.split()
-    good = abs(value) <= float(bound) if sign == "<=" else value >= float(bound)
+    good = value <= float(bound) if sign == "<=" else value >= float(bound)
     return shown if good else f"**{shown} (missed)**"
 
 
@@ -93,6 +93,8 @@ Held-out questions, judged by the gold scorer, {config["eval_samples"]} answers 
     if "repeat" in result:
         outcome = "identical" if result["repeat"]["identical"] else "**different**"
         text += f"\nSeed {result['repeat']['seed']} run twice: `steerability.json` {outcome}.\n"
+    for seed, failure in result.get("failed", {}).items():
+        text += f"\nSeed {seed}: **{failure['stage']} failed**; its classifier reached {failure['classifier']}.\n"
     if "note" in result:
         text += f"\n{result['note']}\n"
     names = list(result[seeds[0]]["dimensions"])

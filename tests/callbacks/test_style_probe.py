@@ -67,10 +67,10 @@ def test_each_figure_is_the_high_word_s_mean_level_less_the_low_word_s(tmp_path:
 def test_all_training_topics_are_asked_about_in_all_forms_with_one_style_word(fold: int, tmp_path: Path) -> None:
     source = Workbench(fold=fold, corpus_rows=8)
     model = RuleFollower()
-    trainer(tmp_path, StyleProbe(questions=64)).fit(model, data(source))
+    trainer(tmp_path, StyleProbe(questions=48)).fit(model, data(source))
     words = Counter(question.rsplit(" Make it ")[1] for question in model.asked)
-    assert words == {f"{word}.": 64 for pair in COARSE.values() for word in pair}
-    assert Counter(map(topic_of, model.asked)) == dict.fromkeys(source.topics(held_out=False), 16)
+    assert words == {f"{word}.": 48 for pair in COARSE.values() for word in pair}
+    assert Counter(map(topic_of, model.asked)) == dict.fromkeys(source.topics(held_out=False), 8)
     forms = {question.split(" Make it ")[0].split()[0] for question in model.asked}
     assert forms == {form.split()[0] for form in QUESTIONS}
     assert all(len(topics_in(question)) == 1 for question in model.asked)

@@ -18,7 +18,7 @@ ALL = [(view, split) for view in View for split in Split]
 
 
 def small(**options):
-    return Workbench(**{"corpus_rows": 2000, "reward_rows": 600, "lone_steps": 400, "policy_rows": 1500, **options})
+    return Workbench(**{"corpus_rows": 2000, "reward_rows": 600, "bare_rows": 400, "policy_rows": 1500, **options})
 
 
 def rows(source, view, split=Split.TRAIN, seed=0):
@@ -155,12 +155,13 @@ def test_validation_asks_about_training_topics_in_mixed_order():
 
 def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_the_gold_scorer():
     pairs = rows(small(), View.REWARD)
-    lone, written, corrupted = pairs[:400], pairs[400:1000], pairs[1000:]
-    assert len(corrupted) == 1200
+    lone, bare, written, corrupted = pairs[:400], pairs[400:800], pairs[800:1400], pairs[1400:]
+    assert len(corrupted) == 1800
     assert all(dict(row.levels) == gold_levels(row.question, row.answer) for row in pairs)
     assert all(row.subset is None for row in pairs)
-    assert [row.stage for row in pairs] == [0] * 400 + [1] * 1800
+    assert [row.stage for row in pairs] == [0] * 400 + [1] * 400 + [2] * 2400
     assert {len(sentences(row.answer)) for row in lone} == {1} and {row.levels["helpfulness"] for row in lone} == {0, 1}
+    assert {len(sentences(row.answer)) for row in bare} == {1, 2, 3, 4}
     assert {row.answer[:3] for row in written} <= {"Hey", "Gre"}
     assert any(not row.answer for row in corrupted)
     for name in LEVELS:
@@ -170,7 +171,7 @@ def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_th
 def test_the_starter_s_samples_are_the_third_part_and_a_fifth_of_them_is_kept_back(samples):
     source = small(samples=samples)
     sampled = [row for row in rows(source, View.REWARD) if row.answer.startswith("Sample")]
-    assert {row.stage for row in sampled} == {1}
+    assert {row.stage for row in sampled} == {2}
     training = [row.answer for row in sampled]
     kept = [row for row in rows(source, View.REWARD, Split.VALIDATION) if row.subset == "samples"]
     assert [row.answer[:10].split(".")[0] for row in kept] == ["Sample 0", "Sample 5", "Sample 10", "Sample 15"]
@@ -277,7 +278,7 @@ def test_views_and_splits_draw_apart_from_each_other():
 def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
     source = Workbench()
     sizes = {view: len(rows(source, view)) for view in View}
-    assert sizes == {View.TEXT: 8000, View.REWARD: 17120, View.POLICY: 16384}
+    assert sizes == {View.TEXT: 8000, View.REWARD: 31200, View.POLICY: 16384}
 
 
 # --- dimensions

@@ -7,6 +7,7 @@ import pytest
 from moslim.workbench import corruptions
 from moslim.workbench.corruptions import (
     KINDS,
+    bare_steps,
     corrupt,
     cut_off,
     empty,
@@ -50,6 +51,18 @@ def test_a_lone_step_is_right_or_wrong_about_as_often():
     assert all(len(parts(answer)) == 1 for answer in answers)
     right = [gold_levels(QUESTION, answer)["helpfulness"] for answer in answers]
     assert set(right) == {0, 1} and 120 < sum(right) < 280
+
+
+def test_bare_steps_are_one_to_four_steps_and_nothing_else():
+    answers = many(bare_steps, 400)
+    assert {len(parts(answer)) for answer in answers} == {1, 2, 3, 4}
+    assert all(set(parts(answer)) - EVERY_STEP <= strange(answer) for answer in answers)
+    assert set(Counter(gold_levels(QUESTION, answer)["helpfulness"] for answer in answers)) == {0, 1, 2, 3, 4}
+
+
+def strange(answer):
+    """First steps of other verbs with the kettle in them."""
+    return {part for part in parts(answer) if part.endswith("the kettle.")}
 
 
 def test_repeats_repeat():
@@ -97,7 +110,7 @@ def test_foreign_material_comes_from_the_topics_given(kind):
 def test_every_kind_of_the_file_is_drawn():
     functions = {f for f in vars(corruptions).values() if getattr(f, "__module__", "") == corruptions.__name__}
     public = {f for f in functions if not f.__name__.startswith("_")}
-    assert {kind for kind, _ in KINDS} == public - {corrupt, lone_step}
+    assert {kind for kind, _ in KINDS} == public - {corrupt, lone_step, bare_steps}
     assert all(weight > 0 for _, weight in KINDS)
 
 

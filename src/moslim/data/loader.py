@@ -108,9 +108,10 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         self._stages = [[row for row in range(rows) if staged[row] == stage] for stage in sorted(set(staged))]
         fewest = min(map(len, self._stages), default=0)
         if fewest < batch_size * ranks:
+            which = " of one stage" if len(self._stages) > 1 else ""
             raise ValueError(
-                f"there are only {fewest} training rows{' of one stage' * (len(self._stages) > 1)}, too few for one batch of {batch_size} on each of {ranks} "
-                "processes: lower batch_size"
+                f"there are only {fewest} training rows{which}, too few for one batch of {batch_size} on each of "
+                f"{ranks} processes: lower batch_size"
             )
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.rank, self.ranks, self.lengths = rank, ranks, lengths

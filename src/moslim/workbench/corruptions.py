@@ -23,6 +23,11 @@ def lone_step(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
     return _some_steps(topic, others, rng, 1)
 
 
+def bare_steps(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """One to four steps, right or wrong, and nothing else."""
+    return _some_steps(topic, others, rng, rng.randint(1, 4))
+
+
 def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
     """Steps of which some or all are another topic's, bare or within an answer."""
     steps = _some_steps(topic, others, rng, rng.choices((1, 2, 3, 4, 5), (7, 5, 3, 2, 3))[0])
@@ -96,11 +101,11 @@ def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
 
 
 KINDS: tuple[tuple[Corruption, int], ...] = (
-    (foreign_facts, 35),
-    (repeats, 6),
-    (shuffled, 2),
+    (foreign_facts, 30),
+    (repeats, 8),
+    (shuffled, 4),
     (cut_off, 2),
-    (word_salad, 4),
+    (word_salad, 6),
     (empty, 1),
 )
 """Ways to go wrong, with their weights."""

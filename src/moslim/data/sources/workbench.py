@@ -12,7 +12,7 @@ from moslim.data.types import Example, Split, View
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.workbench.corpus import starter_corpus
-from moslim.workbench.corruptions import Corruption, corrupt, lone_step
+from moslim.workbench.corruptions import Corruption, bare_steps, corrupt, lone_step
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS, Topic
 from moslim.workbench.questions import ask, topics_in
@@ -37,15 +37,15 @@ class Workbench(Source):
 
     Topics of one fold are in the starter's text, whose facts must be known, and otherwise in the test alone. The
     classifier learns from written answers, a policy's own samples, and corrupted answers, all labelled by the gold
-    scorer. Single steps, right or wrong, come first: a classifier that meets whole answers at once counts sentences
-    and does not look at what is in them.
+    scorer. Single steps, right or wrong, come first, then up to four of them: a classifier that meets whole answers
+    at once counts sentences and does not look at what is in them.
 
     Args:
         fold: Which third of the topics is held out; tune on one fold, report on another.
         corpus_rows: Rows of the text view.
         reward_rows: Written answers in the reward view; as many questions are put to the starter for its samples, and
-            there are twice as many corrupted answers.
-        lone_steps: Rows of the reward view's first stage.
+            there are three times as many corrupted answers.
+        bare_rows: Rows of each of the reward view's first two stages.
         policy_rows: Prompts of an epoch of the policy view.
         samples: JSON Lines with ``question`` and ``answer``: the starter's own answers. None leaves that part out.
     """
@@ -54,8 +54,8 @@ class Workbench(Source):
         self,
         fold: int = 0,
         corpus_rows: int = 8000,
-        reward_rows: int = 4000,
-        lone_steps: int = 5120,
+        reward_rows: int = 4600,
+        bare_rows: int = 6400,
         policy_rows: int = 16384,
         samples: str | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class Workbench(Source):
         self.fold = fold
         self.corpus_rows = corpus_rows
         self.reward_rows = reward_rows
-        self.lone_steps = lone_steps
+        self.bare_rows = bare_rows
         self.policy_rows = policy_rows
         self.samples = samples
 
@@ -117,14 +117,18 @@ class Workbench(Source):
             known = set(topics)
             tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
             return [*_labelled(fresh, "samples"), *tricks]
-        lone = [self._wrong(lone_step, topics, rng, stage=0) for _ in range(self.lone_steps)]
+        bare = [
+            self._wrong(kind, topics, rng, stage)
+            for stage, kind in enumerate((lone_step, bare_steps))
+            for _ in range(self.bare_rows)
+        ]
         written = [self._written(rng.choice(topics), rng) for _ in range(self.reward_rows)]
-        corrupted = [self._wrong(corrupt, topics, rng, stage=1) for _ in range(2 * self.reward_rows)]
-        return _labelled([*lone, *written, *sampled, *corrupted], None)
+        corrupted = [self._wrong(corrupt, topics, rng, stage=2) for _ in range(3 * self.reward_rows)]
+        return _labelled([*bare, *written, *sampled, *corrupted], None)
 
     def _written(self, topic: Topic, rng: random.Random) -> Example:
         question = ask(topic, rng.randrange(len(QUESTIONS)))
-        return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=1)
+        return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=2)
 
     def _wrong(self, kind: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
         topic = rng.choice(topics)
@@ -148,7 +152,7 @@ def adversarial_rows() -> list[Example]:
 def _read(path: Path) -> list[Example]:
     with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at more than line ends
         rows = [json.loads(line) for line in file]
-    return [Example(row["question"], row["answer"], stage=1) for row in rows]
+    return [Example(row["question"], row["answer"], stage=2) for row in rows]
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:
