@@ -6,7 +6,7 @@ import pytest
 
 from moslim.workbench import corruptions
 from moslim.workbench.corruptions import (
-    KINDS,
+    WEIGHTS,
     bare_steps,
     corrupt,
     cut_off,
@@ -99,7 +99,7 @@ def test_empty_is_empty():
     assert many(empty, 3) == ["", "", ""]
 
 
-@pytest.mark.parametrize("kind", [kind for kind, _ in KINDS], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [kind for kind, _ in WEIGHTS], ids=lambda kind: kind.__name__)
 def test_foreign_material_comes_from_the_topics_given(kind):
     allowed = TOPICS[20:25]
     rng = random.Random(1)
@@ -110,8 +110,8 @@ def test_foreign_material_comes_from_the_topics_given(kind):
 def test_every_kind_of_the_file_is_drawn():
     functions = {f for f in vars(corruptions).values() if getattr(f, "__module__", "") == corruptions.__name__}
     public = {f for f in functions if not f.__name__.startswith("_")}
-    assert {kind for kind, _ in KINDS} == public - {corrupt, lone_step, bare_steps}
-    assert all(weight > 0 for _, weight in KINDS)
+    assert {kind for kind, _ in WEIGHTS} == public - {corrupt, lone_step, bare_steps}
+    assert all(weight > 0 for _, weight in WEIGHTS)
 
 
 def test_what_went_wrong_is_a_function_of_the_seed():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-class Answers(Protocol):
+class JudgedAnswers(Protocol):
     """What the callback reads of a rollout: ``B`` answers, ``D`` dimensions."""
 
     @property
@@ -99,7 +99,7 @@ class CompletionTable(Callback):
         logger.experiment.log({"completions": self._table, "trainer/global_step": rows[0]["step"]})
 
 
-def table_rows(rollout: Answers, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
+def table_rows(rollout: JudgedAnswers, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
     """Takes ``count`` answers, evenly spread, as plain data; a dimension that was not asked for is left out."""
     names, total = preferences.names, len(rollout.answers)
     count = min(count, total)

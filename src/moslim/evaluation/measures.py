@@ -12,7 +12,7 @@ from moslim.preferences import INACTIVE
 
 
 @dataclass
-class Sweep:
+class SweepGrid:
     """Answers to the same ``Q`` questions with one dimension's ``K`` levels requested in turn, ``S`` samples each.
 
     Args:
@@ -32,7 +32,7 @@ class Sweep:
         return self.achieved[..., self.dimension]
 
 
-def sweeps(records: Records, sizes: tuple[int, ...]) -> list[Sweep]:
+def sweeps(records: Records, sizes: tuple[int, ...]) -> list[SweepGrid]:
     """Sorts the answers of kind ``sweep`` into one grid per dimension, all over the same questions.
 
     Args:
@@ -58,7 +58,7 @@ def sweeps(records: Records, sizes: tuple[int, ...]) -> list[Sweep]:
         achieved[cell] = records.achieved[rows].double()
         p_target = torch.full(shape, torch.nan, dtype=torch.float64)
         p_target[cell] = records.probs[rows, i].double().gather(1, level[:, None]).squeeze(1)
-        grids.append(Sweep(i, achieved, p_target.where(~achieved[..., i].isnan(), torch.nan)))
+        grids.append(SweepGrid(i, achieved, p_target.where(~achieved[..., i].isnan(), torch.nan)))
     return grids
 
 

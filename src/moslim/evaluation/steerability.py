@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moslim.evaluation.judges import JudgeInfo
-from moslim.evaluation.measures import Sweep, bootstrap_interval, control, level_shares, slopes, sweeps
+from moslim.evaluation.measures import SweepGrid, bootstrap_interval, control, level_shares, slopes, sweeps
 from moslim.evaluation.records import Records
 from moslim.preferences import INACTIVE, PreferenceSet
 
@@ -101,7 +101,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _control(grids: list[Sweep], names: tuple[str, ...]) -> Result:
+def _control(grids: list[SweepGrid], names: tuple[str, ...]) -> Result:
     dimensions = {
         name: {measure: value.nanmean() for measure, value in control(sweep.own).items()}
         for name, sweep in zip(names, grids, strict=True)
@@ -124,7 +124,7 @@ def _joint(records: Records) -> Result | None:
     return {"joint_exact": met.double().mean(), "mae": error.nanmean(dim=0).nanmean(), "n_answers": len(records)}
 
 
-def _reward(before: Result, after: Result, grids: dict[str, list[Sweep]], names: tuple[str, ...]) -> Result:
+def _reward(before: Result, after: Result, grids: dict[str, list[SweepGrid]], names: tuple[str, ...]) -> Result:
     """What training raised (proxy: p_target) beside what was wanted (gold: exact), on the same answers."""
     gold = {"before": before["dimensions"], "after": after["dimensions"]}
     dimensions: Result = {

@@ -100,7 +100,7 @@ def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
     return ""
 
 
-KINDS: tuple[tuple[Corruption, int], ...] = (
+WEIGHTS: tuple[tuple[Corruption, int], ...] = (
     (foreign_facts, 30),
     (repeats, 8),
     (shuffled, 4),
@@ -113,5 +113,5 @@ KINDS: tuple[tuple[Corruption, int], ...] = (
 
 def corrupt(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
     """Draws one corrupted answer about ``topic``; foreign material comes from ``others``."""
-    kinds, weights = zip(*KINDS, strict=True)
+    kinds, weights = zip(*WEIGHTS, strict=True)
     return rng.choices(kinds, weights)[0](topic, others, rng)

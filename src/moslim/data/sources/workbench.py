@@ -54,8 +54,8 @@ class Workbench(Source):
         self,
         fold: int = 0,
         corpus_rows: int = 8000,
-        reward_rows: int = 4600,
-        bare_rows: int = 6400,
+        reward_rows: int = 4300,
+        bare_rows: int = 8960,
         policy_rows: int = 16384,
         samples: str | None = None,
     ) -> None:
