@@ -85,3 +85,9 @@ def eos_ids(model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase) ->
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Makes a model compute activations twice instead of keeping them for the backward pass."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})

@@ -12,7 +12,7 @@ def test_sweep_is_every_level_of_every_dimension(preferences):
         {"heat": 0},
         {"heat": 1},
     ]
-    assert [r.dimension for r in requests] == ["size"] * 3 + ["heat"] * 2
+    assert [name for r in requests for name in r.preference.levels] == ["size"] * 3 + ["heat"] * 2
     assert {r.kind for r in requests} == {"sweep"}
 
 

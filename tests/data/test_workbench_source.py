@@ -278,7 +278,7 @@ def test_views_and_splits_draw_apart_from_each_other():
 def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
     source = Workbench()
     sizes = {view: len(rows(source, view)) for view in View}
-    assert sizes == {View.TEXT: 8000, View.REWARD: 39420, View.POLICY: 16384}
+    assert sizes == {View.TEXT: 8000, View.REWARD: 35120, View.POLICY: 16384}
 
 
 # --- dimensions

@@ -17,8 +17,9 @@ from transformers import (
     T5Model,
 )
 
+from moslim.models import checkpoint_activations
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier, checkpoint_activations
+from moslim.reward.classifier import PreferenceClassifier
 
 PREFERENCES = PreferenceSet({"zeal": ["no", "yes"], "calm": ["a", "b", "c", "d", "e", "f", "g"]})
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -19,18 +19,16 @@ class Request:
         preference: The levels asked for.
         kind: ``sweep`` (one active dimension), ``default`` (no instruction), ``seen`` or ``unseen`` (a combination
             of dimensions that training could ask for, or that was held out from it).
-        dimension: The dimension that a sweep moves; None for the other kinds.
     """
 
     preference: Preference
     kind: str
-    dimension: str | None = None
 
 
 def sweep_requests(preferences: PreferenceSet) -> list[Request]:
     """Returns every level of every dimension, one dimension at a time, lowest first."""
     return [
-        Request(Preference({dimension.name: level}), "sweep", dimension.name)
+        Request(Preference({dimension.name: level}), "sweep")
         for dimension in preferences.dimensions
         for level in range(len(dimension.levels))
     ]

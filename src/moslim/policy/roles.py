@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moslim.lora import LoraOptions, add_lora
-from moslim.reward.classifier import checkpoint_activations
+from moslim.models import checkpoint_activations
 
 
 class Roles:

@@ -183,12 +183,6 @@ class PreferenceClassifier(PreTrainedModel):
         return self(input_ids, attention_mask).logits.softmax(-1)
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Makes a model compute activations twice instead of keeping them for the backward pass."""
-    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
-    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-
-
 def _width(config: Any) -> int:
     """Size of the last hidden state; some families set a projected one apart from the inner width (OPT)."""
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size

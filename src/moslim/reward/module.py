@@ -17,10 +17,11 @@ from moslim.base import RunModule
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PairBatch, View
 from moslim.lora import LoraOptions, add_lora, merged
+from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import Pooling, PreferenceClassifier, checkpoint_activations
+from moslim.reward.classifier import Pooling, PreferenceClassifier
 from moslim.reward.losses import MISSING, CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.predictions import prediction_rows

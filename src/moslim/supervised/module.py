@@ -17,12 +17,11 @@ from moslim.base import RunModule
 from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import PromptBatch, Question, TextBatch, View
-from moslim.models import Architecture, eos_ids, load_causal_lm, load_tokenizer
+from moslim.models import Architecture, checkpoint_activations, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
-from moslim.reward.classifier import checkpoint_activations
 
 
 class SupervisedTrainer(RunModule):
