@@ -3,7 +3,8 @@
     python benchmarks/quickstart.py --seeds 0 1 2
 
 Runs the commands of `make quickstart` for every seed, the scrambled control after each (same starter and classifier,
-requested levels exchanged between prompts), and the first seed once more to see that it gives the same result.
+requested levels exchanged between prompts), and the first seed that went through once more, to see that it gives the
+same result. A seed whose stage fails is recorded under `failed`, and the next one is run.
 Last result: benchmarks/results/quickstart.json, shown in docs/benchmarks.md.
 """
 
@@ -52,25 +53,28 @@ def timed(command: list[str]) -> float:
 
 def name_of(command: list[str]) -> str:
     """``reward fit`` for ``python main.py fit --config configs/quickstart/reward.yaml``."""
-    return f"{Path(command[command.index('--config') + 1]).stem} {command[2]}"
+    configs = [command[i + 1] for i, word in enumerate(command) if word == "--config"]
+    return f"{Path(configs[-1]).stem} {command[2]}"
 
 
 def quickstart(seed: int) -> dict[str, Any]:
     """One whole quickstart: the contents of its steerability.json plus the seconds of each stage."""
+    start = time.time()
     seconds = {name_of(command): timed(command) for command in commands(seed)}
     seconds["total"] = round(sum(seconds.values()), 1)
-    return {**json.loads(REPORT.read_text()), "classifier": classifier(), "seconds": seconds}
+    return {**json.loads(REPORT.read_text()), "classifier": classifier(start), "seconds": seconds}
 
 
-def classifier() -> dict[str, Any]:
-    """What the newest reward classifier reached in validation: subset to dimension to measure."""
-    newest = max(
-        (ROOT / "outputs/quickstart/reward").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime
-    )
-    with newest.open(encoding="utf-8", newline="") as file:
-        last = [row for row in csv.DictReader(file) if row.get("val/loss")][-1]
+def classifier(since: float) -> dict[str, Any]:
+    """What the newest classifier since a moment reached in validation: subset to dimension to measure; may be empty."""
+    files = (ROOT / "outputs/quickstart/reward").glob("version_*/metrics.csv")
+    runs = [path for path in files if path.stat().st_mtime >= since]
+    if not runs:
+        return {}
+    with max(runs, key=lambda path: path.stat().st_mtime).open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/loss")]
     found: dict[str, Any] = {}
-    for key, value in last.items():
+    for key, value in (rows[-1] if rows else {}).items():
         parts = key.split("/")
         if len(parts) == 4 and parts[2] != "mean" and value:
             found.setdefault(parts[1], {}).setdefault(parts[2], {})[parts[3]] = round(float(value), 4)
@@ -89,17 +93,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
-    parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of the first seed")
+    parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of a seed")
     args = parser.parse_args()
     result: dict[str, Any] = {**circumstances(), "scrambled": {}}
     documents = {}
     for seed in args.seeds:
+        start = time.time()
         try:
             result[str(seed)] = quickstart(seed)
             documents[seed] = REPORT.read_bytes()
             result["scrambled"][str(seed)] = control(seed)
         except StageFailed as stage:
-            result.setdefault("failed", {})[str(seed)] = {"stage": str(stage), "classifier": classifier()}
+            result.setdefault("failed", {})[str(seed)] = {"stage": str(stage), "classifier": classifier(start)}
         write(args.out, result)
     if documents and not args.no_repeat:
         first = next(iter(documents))

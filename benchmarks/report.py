@@ -94,7 +94,9 @@ Held-out questions, judged by the gold scorer, {config["eval_samples"]} answers 
         outcome = "identical" if result["repeat"]["identical"] else "**different**"
         text += f"\nSeed {result['repeat']['seed']} run twice: `steerability.json` {outcome}.\n"
     for seed, failure in result.get("failed", {}).items():
-        text += f"\nSeed {seed}: **{failure['stage']} failed**; its classifier reached {failure['classifier']}.\n"
+        heads = [(s, d, m) for s, own in failure["classifier"].items() for d, m in own.items()]
+        reached = "; ".join(f"{s} {d} {m['accuracy']:.3f}, {m['within_one']:.3f}" for s, d, m in heads)
+        text += f"\nSeed {seed}: **{failure['stage']} failed**. Its classifier's accuracy, within one: {reached}.\n"
     if "note" in result:
         text += f"\n{result['note']}\n"
     names = list(result[seeds[0]]["dimensions"])

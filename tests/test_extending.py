@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"^```(\w+)\n# (my_lab\.\w+)\n(.*?)^```$", PAGE, re.MULTILIN
 COMMANDS = re.findall(r"^    python main\.py (.+?)$", re.sub(r" \\\n +", " ", PAGE), re.MULTILINE)
 SMALL = {
     "configs/quickstart/policy.yaml": SMALL_POLICY,
-    "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.batch_size 8",
+    "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.source.bare_rows 16 --data.batch_size 8",
 }
 NO_GATE = ["--trainer.callbacks", "null"]  # nothing here is trained enough to pass one
 

@@ -168,7 +168,7 @@ def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_th
         assert set(Counter(row.levels[name] for row in written)) == set(range(5))
 
 
-def test_the_starter_s_samples_are_the_third_part_and_a_fifth_of_them_is_kept_back(samples):
+def test_the_starter_s_samples_come_in_the_last_stage_and_a_fifth_of_them_is_kept_back(samples):
     source = small(samples=samples)
     sampled = [row for row in rows(source, View.REWARD) if row.answer.startswith("Sample")]
     assert {row.stage for row in sampled} == {2}
@@ -219,7 +219,6 @@ def test_the_adversarial_file_has_all_kinds_about_all_topics_and_no_labels(store
 def test_adversarial_answers_are_what_they_are_called(stored):
     steps = {sentences(step)[0]: topic for topic in TOPICS for step in topic.steps}
     cut = [row["answer"] for row in stored if row["kind"] == "cut off"]
-    assert not any(answer.endswith(("Cheers.", "Regards.")) for answer in cut)
     assert not any(answer.endswith(".") for answer in cut)
     for row in stored:
         found = sentences(row["answer"])
@@ -229,12 +228,7 @@ def test_adversarial_answers_are_what_they_are_called(stored):
             ours = topic_of(row["question"])
             strange = [words for words in found if words in steps and steps[words].verb != ours.verb]
             strange += [topic for topic in topics_in(row["answer"]) if topic is not ours]
-            assert strange or named_elsewhere(row), row
-
-
-def named_elsewhere(row):
-    """Whether the answer puts this thing into another verb's sentences."""
-    return gold_levels(row["question"], row["answer"])["helpfulness"] == 0
+            assert strange, row
 
 
 def test_adversarial_answers_are_labelled_at_load_by_the_gold_scorer(stored):

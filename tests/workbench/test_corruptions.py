@@ -21,7 +21,8 @@ from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FILLERS, TOPICS
 from moslim.workbench.questions import ask, topics_in
 
-KETTLE, *OTHERS = TOPICS
+KETTLE = next(topic for topic in TOPICS if topic.thing == "kettle")
+OTHERS = [topic for topic in TOPICS if topic is not KETTLE]
 QUESTION = ask(KETTLE, 0)
 EVERY_STEP = {step for topic in TOPICS for step in topic.steps}
 

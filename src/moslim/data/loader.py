@@ -90,7 +90,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         stages: Stage of each row: an epoch goes through stage after stage. None: all rows are of one.
 
     Raises:
-        ValueError: There are too few rows for a single batch.
+        ValueError: A stage has too few rows for a single batch, or there is not one stage per row.
     """
 
     def __init__(
@@ -105,6 +105,8 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         stages: Sequence[int] | None = None,
     ) -> None:
         staged = [0] * rows if stages is None else stages
+        if len(staged) != rows:
+            raise ValueError(f"stages has {len(staged)} entries for {rows} rows")
         self._stages = [[row for row in range(rows) if staged[row] == stage] for stage in sorted(set(staged))]
         fewest = min(map(len, self._stages), default=0)
         if fewest < batch_size * ranks:

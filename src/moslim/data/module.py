@@ -1,4 +1,4 @@
-"""The data module of every stage."""
+"""The data module of every trainer module."""
 
 from __future__ import annotations
 
@@ -109,10 +109,10 @@ class PreferenceDataModule(LightningDataModule):
         return self._rows[view, split]
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, full batches; the position goes into checkpoints.
+        """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
 
         Raises:
-            ValueError: There are too few training rows for one batch.
+            ValueError: A stage has too few training rows for one batch.
         """
         rows = self.rows(self._view, Split.TRAIN)
         self._close_finished_epoch()
@@ -186,7 +186,7 @@ class PreferenceDataModule(LightningDataModule):
         return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
 
     def _close_finished_epoch(self) -> None:
-        """Undoes an exception that Lightning 2.6 makes for runs with ``max_steps``.
+        """Undoes a special case of Lightning 2.6 for runs with ``max_steps``.
 
         Resumed from the end of an epoch, such a run takes that epoch for an unfinished one: it trains a batch too many
         or, with validation, goes on with the order of the epoch after the next.

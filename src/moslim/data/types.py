@@ -44,7 +44,8 @@ class Example:
         answer: The answer; None where only questions are given.
         levels: Level by dimension name; a dimension that is absent is not labelled.
         subset: Part of the split that metrics are reported for separately, e.g. a language.
-        stage: When in an epoch of training the row comes: rows of lower stages first, each stage in random order.
+        stage: When in an epoch of training the row comes: rows of lower stages first, each stage in random order. Every
+            epoch begins anew; one that is cut short does not reach the last stages.
     """
 
     question: Question

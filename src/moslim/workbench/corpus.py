@@ -17,7 +17,7 @@ from moslim.workbench.writing import draw_levels, write_answer
 STYLED_SHARE = 0.8
 """Share of questions with style words."""
 IGNORED_SHARE = 0.18
-"""How often a style word is not followed."""
+"""How often a style word is ignored; by chance, two in five such answers follow it all the same."""
 ECHO_SHARE = 0.08
 """Share of rows that ask to say some words, so that every word of the vocabulary has been read and written."""
 _RANGES = ((0, 1), (3, 4))

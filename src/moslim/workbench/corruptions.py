@@ -9,7 +9,7 @@ from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FILLERS, OPEN
 from moslim.workbench.writing import draw_levels, write_answer
 
 Corruption = Callable[[Topic, Sequence[Topic], random.Random], str]
-"""From a topic, other topics and a source of randomness to an answer about the first that went wrong."""
+"""From a topic, other topics and a source of randomness to an answer about the first that may have gone wrong."""
 
 _FORMAL = [formal for _, formal in (*OPENING_SLOTS, CLOSING_SLOT)]
 
@@ -55,7 +55,7 @@ def _within_answer(steps: str, topic: Topic, rng: random.Random) -> str:
 
 
 def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer in which some sentences stand two to four times, or nothing but a step or two, over and over."""
+    """An answer in which some sentences stand two to four times; or a step or two over and over, bare or in an answer."""
     if rng.random() < 0.5:
         chosen = sorted(rng.sample(range(len(topic.steps)), rng.choice((1, 2))))
         times = [rng.randint(2, 4) for _ in chosen]

@@ -7,8 +7,9 @@ Each dimension has levels 0..4:
   so that run-on text is not short.
 * formality: how many of the four formal words occur.
 * warmth: how many different encouragements occur, as whole sentences.
-* helpfulness: how many different right steps for the question's topic occur, as whole sentences. ``it`` is what was
-  named last, first of all in the question: steps that follow another thing's are not about ours.
+* helpfulness: how many different right steps for the question's topic occur, as whole sentences. ``it`` is the
+  thing of this world that the answer named last, and the question's until it names one: steps that follow another
+  thing's are not about ours.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import re
 from functools import cache
 
 from moslim.data.types import Question
-from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FORMAL_WORDS, OPENING_SLOTS, TOPICS, Topic
-from moslim.workbench.questions import topic_of
+from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FORMAL_WORDS, OPENING_SLOTS, Topic
+from moslim.workbench.questions import topic_of, topics_in
 from moslim.workbench.writing import MAX_LEVEL, opening
 
 WORDS_PER_SENTENCE = 12
@@ -40,7 +41,6 @@ _FRAME = frozenset(_words(opening((a, b, c))) for a in _CHOICES for b in _CHOICE
     _words(word) for word in CLOSING_SLOT
 )
 _WARM = frozenset(map(_words, ENCOURAGEMENTS))
-_THINGS = frozenset(topic.thing for topic in TOPICS)
 _OPENERS = frozenset(word.casefold() for word in OPENING_SLOTS[0])
 
 
@@ -50,10 +50,10 @@ def _right_steps(topic: Topic) -> frozenset[Words]:
 
 
 def _right_steps_in(found: list[Words], topic: Topic) -> set[Words]:
-    right, spoken_of, done = _right_steps(topic), topic.thing, set()
+    right, spoken_of, done = _right_steps(topic), topic, set()
     for words in found:
-        spoken_of = next((word for word in reversed(words) if word in _THINGS), spoken_of)
-        if words in right and spoken_of == topic.thing:
+        spoken_of = next(reversed(topics_in(" ".join(words))), spoken_of)
+        if words in right and spoken_of is topic:
             done.add(words)
     return done
 

@@ -2,7 +2,7 @@
 
 An answer is an opening, steps, filler sentences, encouragements and a closing, in that order, each part optional:
 
-    Greetings pal, observe this. Rinse the kettle. Homes differ. Good luck. Cheers.
+    Greetings pal, observe this. Rinse the kettle. Results vary. Good luck. Cheers.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ class Workbench(Source):
     """Questions, answers and exact levels from the embedded world.
 
     Topics of one fold are in the starter's text, whose facts must be known, and otherwise in the test alone. The
-    classifier learns from written answers, a policy's own samples, and corrupted answers, all labelled by the gold
-    scorer. Single steps, right or wrong, come first, then up to four of them: a classifier that meets whole answers
-    at once counts sentences and does not look at what is in them.
+    classifier learns from written answers, the starter's own samples and corrupted answers, all labelled by the gold
+    scorer. These come last: first single steps, right or wrong, then up to four of them, because a classifier that
+    meets whole answers at once counts sentences and does not look at what is in them.
 
     Args:
         fold: Which third of the topics is held out; tune on one fold, report on another.
@@ -118,19 +118,19 @@ class Workbench(Source):
             tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
             return [*_labelled(fresh, "samples"), *tricks]
         bare = [
-            self._wrong(kind, topics, rng, stage)
+            self._drawn(kind, topics, rng, stage)
             for stage, kind in enumerate((lone_step, bare_steps))
             for _ in range(self.bare_rows)
         ]
         written = [self._written(rng.choice(topics), rng) for _ in range(self.reward_rows)]
-        corrupted = [self._wrong(corrupt, topics, rng, stage=2) for _ in range(3 * self.reward_rows)]
+        corrupted = [self._drawn(corrupt, topics, rng, stage=2) for _ in range(3 * self.reward_rows)]
         return _labelled([*bare, *written, *sampled, *corrupted], None)
 
     def _written(self, topic: Topic, rng: random.Random) -> Example:
         question = ask(topic, rng.randrange(len(QUESTIONS)))
         return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=2)
 
-    def _wrong(self, kind: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
+    def _drawn(self, kind: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
         topic = rng.choice(topics)
         return Example(ask(topic, rng.randrange(len(QUESTIONS))), kind(topic, topics, rng), stage=stage)
 
