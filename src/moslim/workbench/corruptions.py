@@ -55,7 +55,7 @@ def _within_answer(steps: str, topic: Topic, rng: random.Random) -> str:
 
 
 def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer in which some sentences stand two to four times; or a step or two over and over, bare or in an answer."""
+    """An answer in which sentences stand two to four times; or a step or two over and over, bare or in an answer."""
     if rng.random() < 0.5:
         chosen = sorted(rng.sample(range(len(topic.steps)), rng.choice((1, 2))))
         times = [rng.randint(2, 4) for _ in chosen]
