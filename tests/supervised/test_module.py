@@ -286,6 +286,7 @@ def test_answers_follow_from_seed_and_row_whatever_the_batch_size(tmp_path: Path
     changed.seed = 1
     changed.model.load_state_dict(module(seed=1).model.state_dict())
     assert predict(changed, tmp_path) == first
+    assert predict(changed, tmp_path) == first  # rows are counted anew each time
     changed.seed = 2
     assert predict(changed, tmp_path) != first
 

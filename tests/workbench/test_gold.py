@@ -144,24 +144,15 @@ def test_helpfulness_counts_different_right_steps(count):
         pytest.param("the kettle Rinse.", 0, id="words out of order"),
         pytest.param("rinse  THE Kettle\t!SCRUB, it", 2, id="case, spacing, punctuation"),
         pytest.param("Rinse the\nkettle.", 0, id="a line end ends a sentence"),
-    ],
-)
-def test_helpfulness_takes_whole_right_sentences_only(answer, level):
-    assert gold_levels(KETTLE, answer)["helpfulness"] == level
-
-
-@pytest.mark.parametrize(
-    ("answer", "level"),
-    [
-        pytest.param("Scrub it. Wipe it.", 2, id="what the question names"),
-        pytest.param("Rinse the skillet. Scrub it. Wipe it.", 0, id="what was named last"),
+        pytest.param("Scrub it. Wipe it.", 2, id="it is what the question names"),
+        pytest.param("Rinse the skillet. Scrub it. Wipe it.", 0, id="it is what was named last"),
         pytest.param("Rinse the skillet. Scrub it. Rinse the kettle. Wipe it.", 2, id="back at our thing"),
         pytest.param("Scrub it. Rinse the skillet. Wipe it. Dry it.", 1, id="away from our thing"),
         pytest.param("Plant the basil. Scrub it.", 0, id="another topic's thing"),
         pytest.param("Mind the mirror and the kettle. Scrub it.", 1, id="the last of two"),
     ],
 )
-def test_it_is_what_was_named_last(answer, level):
+def test_helpfulness_takes_whole_right_sentences_about_our_thing_only(answer, level):
     assert gold_levels(KETTLE, answer)["helpfulness"] == level
 
 

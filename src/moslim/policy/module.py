@@ -359,11 +359,10 @@ class PolicyTrainer(RunModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers the rows of a file; the records are written to the file of ``predictions``."""
         answers = self.answerer(self.policy, batch, [(self.seed, _PREDICT, i) for i in batch.index.tolist()], 1)
-        records = [
+        return [
             {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
             for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
         ]
-        return records
 
     def answer(self, question: Question, levels: dict[str, int], samples: int = 1) -> list[str]:
         """Answers one question at the levels asked for; the data module says how they are written.

@@ -142,8 +142,7 @@ class RewardClassifier(RunModule):
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch; the records are written to the file of ``predictions``."""
         probs = self(batch.input_ids, batch.attention_mask).softmax(-1)
-        records = prediction_rows(batch.rows, probs, self.preferences)
-        return records
+        return prediction_rows(batch.rows, probs, self.preferences)
 
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""

@@ -156,8 +156,12 @@ class SupervisedTrainer(RunModule):
             mine = [n for n in numbers if n % len(self.temperatures) == turn]
             questions = [batch.rows[n - numbers.start].question for n in mine]
             texts |= zip(mine, self.answers(questions, [(n,) for n in mine], temperature), strict=True)
-        records = [{"question": row.question, "answer": texts[n]} for n, row in zip(numbers, batch.rows, strict=True)]
-        return records
+        return [{"question": row.question, "answer": texts[n]} for n, row in zip(numbers, batch.rows, strict=True)]
+
+    def on_predict_start(self) -> None:
+        """Opens the file of ``predictions`` and counts its rows from the start."""
+        super().on_predict_start()
+        self._answered = 0
 
     def on_fit_end(self) -> None:
         """Saves the model, unless nothing was trained or the run was a dry one."""

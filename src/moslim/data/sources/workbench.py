@@ -28,6 +28,8 @@ HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
 
 TEST_FORMS = 2
 """How many of the question forms are asked about each held-out topic."""
+_WHOLE_ANSWERS = 2
+"""Stage of the reward view in which whole answers come, after lone steps and bare steps."""
 _SAMPLES_HELD_BACK = 5
 """Every how many of the starter's samples one is kept for validation."""
 
@@ -123,12 +125,12 @@ class Workbench(Source):
             for _ in range(self.bare_rows)
         ]
         written = [self._written(rng.choice(topics), rng) for _ in range(self.reward_rows)]
-        corrupted = [self._drawn(corrupt, topics, rng, stage=2) for _ in range(3 * self.reward_rows)]
+        corrupted = [self._drawn(corrupt, topics, rng, stage=_WHOLE_ANSWERS) for _ in range(3 * self.reward_rows)]
         return _labelled([*bare, *written, *sampled, *corrupted], None)
 
     def _written(self, topic: Topic, rng: random.Random) -> Example:
         question = ask(topic, rng.randrange(len(QUESTIONS)))
-        return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=2)
+        return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=_WHOLE_ANSWERS)
 
     def _drawn(self, kind: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
         topic = rng.choice(topics)
@@ -152,7 +154,7 @@ def adversarial_rows() -> list[Example]:
 def _read(path: Path) -> list[Example]:
     with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at more than line ends
         rows = [json.loads(line) for line in file]
-    return [Example(row["question"], row["answer"], stage=2) for row in rows]
+    return [Example(row["question"], row["answer"], stage=_WHOLE_ANSWERS) for row in rows]
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:
