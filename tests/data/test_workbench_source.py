@@ -1,6 +1,7 @@
 import json
 import random
 from collections import Counter
+from itertools import product
 
 import pytest
 
@@ -10,8 +11,9 @@ from moslim.data.types import Split, View
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import Reachable, Uniform
 from moslim.workbench.gold import gold_levels, sentences
-from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS
+from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FILLERS, FOLDS, LEVELS, QUESTIONS, TOPICS
 from moslim.workbench.questions import ask, topic_of, topics_in
+from moslim.workbench.writing import opening
 
 PREFERENCES = PreferenceSet(LEVELS)
 ALL = [(view, split) for view in View for split in Split]
@@ -216,14 +218,30 @@ def test_the_adversarial_file_has_all_kinds_about_all_topics_and_no_labels(store
     assert {topic_of(row["question"]) for row in stored} == set(TOPICS)
 
 
+OPENINGS = [opening(formal) for formal in product((False, True), repeat=3)]
+
+
+def _words_of(sentence):
+    (words,) = sentences(sentence)
+    return words
+
+
 def test_adversarial_answers_are_what_they_are_called(stored):
     steps = {sentences(step)[0]: topic for topic in TOPICS for step in topic.steps}
-    cut = [row["answer"] for row in stored if row["kind"] == "cut off"]
-    assert not any(answer.endswith(".") for answer in cut)
+    frames = [_words_of(text) for text in (*OPENINGS, *CLOSING_SLOT)]
+    vocabulary = {word for part in [*steps, *map(_words_of, (*FILLERS, *ENCOURAGEMENTS)), *frames] for word in part}
     for row in stored:
         found = sentences(row["answer"])
         if row["kind"] == "repeats":
-            assert len(set(found)) < len(found)
+            again = {words for words in found if found.count(words) > 1}
+            assert again & {_words_of(text) for text in (*topic_of(row["question"]).steps, *FILLERS)}, row
+        elif row["kind"] == "salad":
+            assert vocabulary.issuperset(word for words in found for word in words), row
+        elif row["kind"] == "cut off":
+            whole = [*topic_of(row["question"]).steps, *FILLERS, *ENCOURAGEMENTS, *OPENINGS, *CLOSING_SLOT]
+            last = row["answer"].split(". ")[-1]
+            assert any(text.startswith(f"{last} ") for text in whole), row
+            assert set(found[:-1]) <= set(map(_words_of, whole)), row
         elif row["kind"] == "foreign facts":
             ours = topic_of(row["question"])
             strange = [words for words in found if words in steps and steps[words].verb != ours.verb]
