@@ -46,6 +46,11 @@ class Example:
         subset: Part of the split that metrics are reported for separately, e.g. a language.
         stage: When in an epoch of training the row comes: rows of lower stages first, each stage in random order. Every
             epoch begins anew; one that is cut short does not reach the last stages.
+        votes: Level that each rater gave, by dimension name, where there were several; ``levels`` then holds what they
+            come to.
+        rejected: Another answer to the question, which people liked less than ``answer``.
+        compared: Dimensions that this comparison speaks about; empty = all.
+        margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
     """
 
     question: Question
@@ -53,6 +58,10 @@ class Example:
     levels: Mapping[str, int] = field(default_factory=dict)
     subset: str | None = None
     stage: int = 0
+    votes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    rejected: str | None = None
+    compared: tuple[str, ...] = ()
+    margin: float = 0.0
 
 
 @dataclass
