@@ -84,5 +84,5 @@ def test_wrong_arguments_are_named() -> None:
             bound(at_least=level)
     with pytest.raises(KeyError, match="no dimension 'six'"):
         bound(hold="six")
-    with pytest.raises(ValueError, match="share is 1.5"):
+    with pytest.raises(ValueError, match=r"share is 1\.5"):
         bound(share=1.5)

@@ -40,7 +40,7 @@ class PreferenceSampler(ABC):
             source: Says what is reachable, and what is held out: a held-out preference must not be returned.
         """
 
-    def start_epoch(self, epoch: int, preferences: PreferenceSet) -> None:
+    def start_epoch(self, epoch: int, preferences: PreferenceSet) -> None:  # noqa: B027 (optional)
         """The only place where what :meth:`draw` depends on may change.
 
         Called in every process before an epoch's first draw and before workers, which copy the sampler, are started;
@@ -48,7 +48,7 @@ class PreferenceSampler(ABC):
         may change then.
         """
 
-    def observe(self, preferences: PreferenceSet, probs: Tensor, targets: Tensor) -> None:
+    def observe(self, preferences: PreferenceSet, probs: Tensor, targets: Tensor) -> None:  # noqa: B027 (optional)
         """Takes in the answers of a training rollout, those of all processes, for the next :meth:`start_epoch`.
 
         Args:
@@ -65,5 +65,5 @@ class PreferenceSampler(ABC):
         """What a checkpoint has to hold, as plain data; empty for nothing."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional)
         """Inverse of :meth:`state_dict`."""
