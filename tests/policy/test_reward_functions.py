@@ -111,7 +111,7 @@ def test_without_functions_nothing_changes():
 def test_normalised_columns_are_weighted_afterwards():
     rewards = torch.tensor([[[0.0, 10.0], [2.0, 30.0]]])
     # both normalise to -1 and 1
-    found = normalize_then_sum(rewards, 0.0, torch.tensor([1.0, 0.5]))
+    found = normalize_then_sum(rewards, 0.0, torch.tensor([1.0, 0.5]).expand(1, 2, 2))
     torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0]]) * 1.5 / 1.25**0.5)
 
 
@@ -151,7 +151,9 @@ def test_a_run_rewards_what_the_functions_say(optimizer, preferences, lm, classi
     torch.testing.assert_close(found.rewards, total)
     if optimizer.aggregation == "normalize_then_sum":
         grouped = found.per_dimension.reshape(BATCH, SAMPLES, 4)
-        total = normalize_then_sum(grouped, optimizer.std_floor, torch.tensor([1, 1, 0.5, 1])).flatten()
+        total = normalize_then_sum(
+            grouped, optimizer.std_floor, torch.tensor([1, 1, 0.5, 1]).expand_as(grouped)
+        ).flatten()
     better = total.reshape(BATCH, SAMPLES) > total.reshape(BATCH, SAMPLES).mean(dim=1, keepdim=True)
     assert torch.equal(found.advantages.reshape(BATCH, SAMPLES) > 0, better)
     assert module.trainer.callback_metrics["train/reward/length"].item() == pytest.approx(words.mean().item())

@@ -330,7 +330,7 @@ class PolicyTrainer(RunModule):
             mapped.per_dimension.reshape(*shape, mapped.per_dimension.shape[1]),
             kl.sum(dim=1).reshape(shape),
             end_penalty(found.ended, self.missing_end_penalty).reshape(shape),
-            column_weights=self.reward_functions.weights(mapped.total),
+            weights=self.reward_functions.weights(mapped.per_dimension).reshape(*shape, mapped.per_dimension.shape[1]),
         )
         return self.policy_optimizer.advantages(scores).flatten()
 

@@ -92,8 +92,9 @@ class RewardFunctions:
         return [str(function.name) for function in self.functions]
 
     def weights(self, like: Tensor) -> Tensor:
-        """Weight of each of the ``D + F`` columns, 1 for dimensions."""
-        return like.new_tensor([1.0] * len(self.preferences) + [function.weight for function in self.functions])
+        """Weight of every reward in a matrix ``[N, D + F]``: 1 for dimensions, and those of the functions."""
+        row = [1.0] * len(self.preferences) + [function.weight for function in self.functions]
+        return like.new_tensor(row).expand(len(like), -1)
 
     def __call__(self, answers: Answers, targets: Tensor) -> Tensor:
         """Rewards of ``N`` answers, ``[N, F]`` float32 on the device of ``targets``, NaN where one does not apply."""
@@ -118,11 +119,11 @@ class RewardFunctions:
         if not self.functions:
             return mapped
         everything = torch.cat([mapped.per_dimension, values], dim=1)
-        columns, weights = everything, self.weights(values)
+        columns, weights = everything, self.weights(everything)
         if not is_mean:
             nothing = mapped.per_dimension.isnan().all(dim=1)
             columns = torch.cat([mapped.total.masked_fill(nothing, torch.nan)[:, None], values], dim=1)
-            weights = weights[len(self.preferences) - 1 :]
+            weights = weights[:, len(self.preferences) - 1 :]
         weights = weights * ~columns.isnan()
         total = (columns.nan_to_num() * weights).sum(1) / weights.sum(1).clamp(min=1e-12)
         return MappedReward(total, everything)

@@ -23,14 +23,14 @@ class GroupScores:
         per_dimension: ``[G, n, D]`` its reward per dimension, NaN where inactive.
         sequence_kl: ``[G, n]`` sum of the k1 estimates over the answer's tokens; 0 without a reference.
         penalty: ``[G, n]`` what an answer loses for breaking a rule, e.g. for not ending.
-        column_weights: ``[D]`` how much each dimension counts where they are normalised; None = all the same.
+        weights: ``[G, n, D]`` how much each dimension counts in normalise-then-sum; None = equally.
     """
 
     total: Tensor
     per_dimension: Tensor
     sequence_kl: Tensor
     penalty: Tensor
-    column_weights: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -56,7 +56,7 @@ def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor 
     Args:
         per_dimension: ``[G, n, D]``, NaN where inactive; mean and variance are taken over the rest of the group.
         std_floor: In units of the reward.
-        weights: ``[D]``, not negative; None = 1 for all.
+        weights: ``[G, n, D]``, 0 or more; None = equal ones.
 
     Returns:
         ``[G, n]``; 0 where no dimension is active.
@@ -119,7 +119,7 @@ class PolicyOptimizer(Plugin, ABC):
     def scores(self, rewards: GroupScores) -> Tensor:
         """One score per answer ``[G, n]``: the aggregated reward, less the penalty, less the KL if it stands here."""
         if self.aggregation == "normalize_then_sum":
-            reward = normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.column_weights)
+            reward = normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights)
         else:
             reward = rewards.total
         score = reward - rewards.penalty
