@@ -126,6 +126,38 @@ def test_the_mapping_runs_and_its_state_survives_a_resumed_run(lab: Lab) -> None
     assert "mapping:my_lab.Narrowing" in [callback.state_key for callback in resumed.trainer.callbacks]
 
 
+# --- a reward function
+
+
+def test_a_reward_function(lab: Lab, classes: Any) -> None:
+    cli = lab.documented("my_lab.terse")
+    rollout, names = cli.model.rollout, cli.model.preferences.names
+    assert cli.model.reward_functions.names == ["terse"] and cli.model.reward_functions.functions[0].weight == 0.5
+    found, spared = rollout.per_dimension[:, len(names)], rollout.targets[:, names.index("verbosity")] >= 0
+    assert torch.equal(found.isnan(), spared) and not spared.all()
+    assert "train/reward/terse" in cli.trainer.callback_metrics
+    assert classes.terse(["One two. Three four.", "One."], [{}, {"verbosity": 1}]) == [-0.2, None]
+
+
+def test_a_reward_function_with_arguments(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    (lab.folder / "rewards.py").write_text(
+        "class Brief:\n"
+        "    def __init__(self, limit: int = 3) -> None:\n"
+        "        self.limit = limit\n\n"
+        "    def __call__(self, completion_ids: list, **columns: object) -> list:\n"
+        "        return [float(len(ids) <= self.limit) for ids in completion_ids]\n"
+    )
+    command = "fit --config configs/quickstart/policy.yaml --trainer.fast_dev_run true --model.reward_functions"
+    given = "'[{function: {class_path: rewards.Brief, init_args: {limit: 4}}, name: brief}]'"
+    cli = lab.run(f"{command} {given}")
+    assert cli.model.reward_functions.names == ["brief"]
+    expected = (cli.model.rollout.mask.sum(dim=1) <= 4).float()
+    assert torch.equal(cli.model.rollout.per_dimension[:, -1], expected)
+    with pytest.raises(SystemExit):
+        lab.run(f"{command} '[{{function: rewards.Brief, wieght: 2}}]'")
+    assert "wieght" in capsys.readouterr().err
+
+
 # --- a policy optimizer
 
 
@@ -183,6 +215,14 @@ def test_a_source_an_instruction_and_a_sampler(lab: Lab) -> None:
     (message,) = renderer.messages("Greet me! Wanted: warmth icy", preference)
     assert message["content"] == "Greet me!  warmth icy\nWanted: verbosity minimal, warmth glowing"
     assert renderer.ids(rollout.questions[0], cli.datamodule.preferences.decode(rollout.targets[0]))
+
+
+def test_a_sampler_that_learns(lab: Lab) -> None:
+    options = ["--trainer.default_root_dir", "outputs/errors", "--trainer.max_steps", "3"]
+    cli = lab.documented("moslim.sampling.ErrorWeighted", *options, "--trainer.limit_train_batches", "1")
+    shares = cli.datamodule.sampler.metrics()
+    assert len(shares) == 20 and sum(shares.values()) == pytest.approx(1)
+    assert "sampler/warmth/glowing" in cli.trainer.callback_metrics and len(set(shares.values())) > 4
 
 
 def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: Any) -> None:

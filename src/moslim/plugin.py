@@ -32,13 +32,28 @@ class Plugin(Callback):
 
 
 def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
-    """All parts, those inside of others after them, each with its place set."""
+    """All parts, those inside of others after them, each with its place set.
+
+    Raises:
+        ValueError: One and the same part stands in two places, where its state could not be told apart.
+    """
+    parts = _placed(plugins)
+    for i, part in enumerate(parts):
+        if any(part is earlier for earlier in parts[:i]):
+            raise ValueError(
+                f"the same {type(part).__name__} stands in two places of the model's {part.role}: its hooks would run "
+                "twice and its state would be saved once; make two of them"
+            )
+    return parts
+
+
+def _placed(plugins: Iterable[Plugin]) -> list[Plugin]:
     parts: list[Plugin] = []
     for plugin in plugins:
         parts.append(plugin)
         for index, child in enumerate(plugin.children):
             child.place = f"{plugin.place}.{index}"
-        parts += own_parts(plugin.children)
+        parts += _placed(plugin.children)
     return parts
 
 

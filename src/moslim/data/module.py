@@ -117,9 +117,10 @@ class PreferenceDataModule(LightningDataModule):
         rows = self.rows(self._view, Split.TRAIN)
         self._close_finished_epoch()
         dataset: SampledPrompts | Pairs
-        lengths = None
+        lengths = start_epoch = None
         if self._view is View.POLICY:
             dataset = SampledPrompts(rows, self.preferences, self.sampler, self.source, self.seed)
+            start_epoch = dataset.start_epoch
         else:
             dataset = self._pairs(rows)
             lengths = dataset.lengths() if self.group_by_length else None
@@ -128,7 +129,8 @@ class PreferenceDataModule(LightningDataModule):
         stages = [row.stage for row in rows]
         sampler = RepeatBatchSampler(len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages)
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
-        return ResumableLoader(dataset, sampler, self._collate(self.scramble), self._position, self.workers)
+        collate = self._collate(self.scramble)
+        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
@@ -157,6 +159,16 @@ class PreferenceDataModule(LightningDataModule):
             return self._in_order(self._pairs(rows))
         asked = [known_levels(row, self.preferences) for row in rows]
         return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the sampler, with its class; empty where it has none."""
+        state = self.sampler.state_dict()
+        return {"class": _class_path(self.sampler), "sampler": state} if state else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; another sampler than the checkpoint's starts anew."""
+        if state_dict.get("class") == _class_path(self.sampler):
+            self.sampler.load_state_dict(state_dict["sampler"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves the tensors of a batch; Lightning's own would copy every row and question, too."""
@@ -232,6 +244,10 @@ class PreferenceDataModule(LightningDataModule):
             seed = derive_seed(self.seed, index)
             requests += combination_requests(self.preferences, self.source, self.combinations, seed, unseen)
         return requests
+
+
+def _class_path(part: object) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:

@@ -31,6 +31,7 @@ from moslim.policy.kl import k1
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.metrics import rollout_metrics
 from moslim.policy.optimizers import GroupScores, PolicyOptimizer
+from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout, end_penalty
 from moslim.policy.state import load_run, save_run
@@ -38,6 +39,7 @@ from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish, settings
 from moslim.policy.update import forward
 from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.scorer import Scorer
+from moslim.sampling import PreferenceSampler
 from moslim.timing import Stopwatch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -60,6 +62,7 @@ class PolicyTrainer(RunModule):
         engine: What samples answers; None = :class:`TorchEngine`.
         judge: What measures achieved levels in the test; None = the training classifier, marked ``proxy``. One that
             is not itself a model also judges training rollouts, beside the classifier.
+        reward_functions: Plain Python functions that reward answers beside the classifier.
         samples_per_prompt: Answers to each training prompt, ``n``.
         eval_samples: Answers to each prompt in validation and test.
         inner_epochs: Passes over a rollout.
@@ -80,7 +83,8 @@ class PolicyTrainer(RunModule):
         seed: Seed of all that is drawn.
 
     Raises:
-        ValueError: An option is out of range, or a dimension is unknown to the classifier.
+        ValueError: An option is out of range, a dimension is unknown to the classifier, or the policy optimizer would
+            not use the mapping's scalar.
     """
 
     batch_view = View.POLICY
@@ -94,6 +98,7 @@ class PolicyTrainer(RunModule):
         policy_optimizer: PolicyOptimizer,
         engine: RolloutEngine | None = None,
         judge: Judge | None = None,
+        reward_functions: list[RewardFunction] | None = None,
         samples_per_prompt: int = 8,
         eval_samples: int = 4,
         inner_epochs: int = 1,
@@ -124,12 +129,18 @@ class PolicyTrainer(RunModule):
             raise ValueError(
                 f"default_kl_coef is {default_kl_coef}, missing_end_penalty {missing_end_penalty}: give 0 or more"
             )
+        if policy_optimizer.aggregation == "normalize_then_sum" and not mapping.is_mean:
+            raise ValueError(
+                f"policy_optimizer.aggregation is normalize_then_sum, which adds up dimensions by itself, but "
+                f"{type(mapping).__name__} makes a scalar of its own: set it to sum_then_normalize"
+            )
         self.preferences = preferences
         self.model_path = model
         self.mapping = mapping
         self.policy_optimizer = policy_optimizer
         self.engine = engine or TorchEngine()
         self.judge = judge
+        self.reward_functions = RewardFunctions(reward_functions or [], preferences)
         self.samples_per_prompt = samples_per_prompt
         self.eval_samples = eval_samples
         self.inner_epochs = inner_epochs
@@ -248,6 +259,7 @@ class PolicyTrainer(RunModule):
         clock.lap("time/reference")
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
         mapped = self._map(probs, targets)
+        mapped = self.reward_functions.join(mapped, self.reward_functions(answers, targets), self.mapping.is_mean)
         found = answers.completions
         rollout = Rollout(
             key=key,
@@ -267,7 +279,9 @@ class PolicyTrainer(RunModule):
         )
         counted = self.judge if self.judge is not None and not self.judge.proxy else None
         metrics = rollout_metrics(rollout, self.preferences, counted)
-        self.log_dict({**metrics, **clock.laps}, batch_size=len(rollout))
+        metrics |= self.reward_functions.metrics(rollout.per_dimension)
+        asked = self._sampler.metrics() if self._sampler else {}
+        self.log_dict({**metrics, **asked, **clock.laps}, batch_size=len(rollout))
         return rollout
 
     def _probabilities(self, answers: Answers) -> Tensor:
@@ -294,10 +308,18 @@ class PolicyTrainer(RunModule):
             everyone = [values.flatten(0, 1) for values in self.all_gather(everyone)]
         all_probs, all_targets = everyone
         self.mapping.observe(all_probs, all_targets)
+        if self._sampler:
+            self._sampler.observe(self.preferences, all_probs, all_targets)
         groups = torch.arange(len(all_probs), device=self.device) // self.samples_per_prompt
         mapped = self.mapping(all_probs, all_targets, groups)
         own = slice(self.global_rank * len(probs), (self.global_rank + 1) * len(probs))
         return MappedReward(mapped.total[own], mapped.per_dimension[own])
+
+    @property
+    def _sampler(self) -> PreferenceSampler | None:
+        """What draws the requests of the training prompts, where a data module does."""
+        sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
+        return sampler if isinstance(sampler, PreferenceSampler) else None
 
     def _advantages(self, mapped: MappedReward, answers: Answers, reference: Tensor | None) -> Tensor:
         """``[N]`` advantages of this process's answers."""
@@ -305,9 +327,10 @@ class PolicyTrainer(RunModule):
         kl = torch.zeros_like(found.logprobs) if reference is None else k1(found.logprobs, reference) * found.mask
         scores = GroupScores(
             mapped.total.reshape(shape),
-            mapped.per_dimension.reshape(*shape, len(self.preferences)),
+            mapped.per_dimension.reshape(*shape, mapped.per_dimension.shape[1]),
             kl.sum(dim=1).reshape(shape),
             end_penalty(found.ended, self.missing_end_penalty).reshape(shape),
+            weights=self.reward_functions.weights(mapped.per_dimension).reshape(*shape, mapped.per_dimension.shape[1]),
         )
         return self.policy_optimizer.advantages(scores).flatten()
 

@@ -25,7 +25,7 @@ class Rollout:
         reference_logprobs: ``[N, T]`` float32, or None where no KL is asked for.
         targets: ``[N, D]`` int64, requested levels, -1 = not mentioned.
         probs: ``[N, D, K]`` float32, the classifier's level probabilities.
-        per_dimension: ``[N, D]`` rewards, NaN where inactive.
+        per_dimension: ``[N, D + F]`` rewards of the dimensions, then of the reward functions, NaN where inactive.
         rewards: ``[N]`` total rewards.
         advantages: ``[N]``.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.

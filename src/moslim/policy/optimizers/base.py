@@ -23,12 +23,14 @@ class GroupScores:
         per_dimension: ``[G, n, D]`` its reward per dimension, NaN where inactive.
         sequence_kl: ``[G, n]`` sum of the k1 estimates over the answer's tokens; 0 without a reference.
         penalty: ``[G, n]`` what an answer loses for breaking a rule, e.g. for not ending.
+        weights: ``[G, n, D]`` how much each dimension counts in normalise-then-sum; None = equally.
     """
 
     total: Tensor
     per_dimension: Tensor
     sequence_kl: Tensor
     penalty: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -44,26 +46,28 @@ class LossParts:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-def normalize_then_sum(per_dimension: Tensor, std_floor: float) -> Tensor:
+def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor | None = None) -> Tensor:
     """Normalises every dimension within its group, then adds up (GDPO, arXiv 2601.05242, with a softened std).
 
-    ``sum_d (r_d - mean_G r_d) / sqrt(var_G r_d + std_floor^2) / sqrt(active)`` over the active dimensions. The floor
-    keeps a dimension that is already satisfied from being noise blown up to unit variance; the root keeps prompts
+    ``sum_d w_d (r_d - mean_G r_d) / sqrt(var_G r_d + std_floor^2) / sqrt(sum_d w_d^2)`` over the active dimensions. The
+    floor keeps a dimension that is already satisfied from being noise blown up to unit variance; the root keeps prompts
     that name many dimensions from counting more.
 
     Args:
-        per_dimension: ``[G, n, D]``, NaN where inactive.
+        per_dimension: ``[G, n, D]``, NaN where inactive; mean and variance are taken over the rest of the group.
         std_floor: In units of the reward.
+        weights: ``[G, n, D]``, 0 or more; None = equal ones.
 
     Returns:
         ``[G, n]``; 0 where no dimension is active.
     """
-    active = ~per_dimension.isnan().any(dim=1, keepdim=True)  # [G, 1, D]: a group shares its preference
+    active = ~per_dimension.isnan()
     values = per_dimension.nan_to_num()
-    centred = values - values.mean(dim=1, keepdim=True)
-    scale = (centred.square().mean(dim=1, keepdim=True) + std_floor**2).sqrt().clamp(min=1e-8)
-    count = active.sum(dim=-1).clamp(min=1)  # [G, 1]
-    return (centred / scale * active).sum(dim=-1) / count.sqrt()
+    answers = active.sum(dim=1, keepdim=True).clamp(min=1)
+    centred = (values - values.sum(dim=1, keepdim=True) / answers) * active
+    scale = (centred.square().sum(dim=1, keepdim=True) / answers + std_floor**2).sqrt().clamp(min=1e-8)
+    weight = active.to(values.dtype) if weights is None else active * weights
+    return (centred / scale * weight).sum(dim=-1) / weight.square().sum(dim=-1).sqrt().clamp(min=1e-8)
 
 
 class PolicyOptimizer(Plugin, ABC):
@@ -115,7 +119,7 @@ class PolicyOptimizer(Plugin, ABC):
     def scores(self, rewards: GroupScores) -> Tensor:
         """One score per answer ``[G, n]``: the aggregated reward, less the penalty, less the KL if it stands here."""
         if self.aggregation == "normalize_then_sum":
-            reward = normalize_then_sum(rewards.per_dimension, self.std_floor)
+            reward = normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights)
         else:
             reward = rewards.total
         score = reward - rewards.penalty
