@@ -168,6 +168,11 @@ def openassistant_hub() -> list[Row]:
     ]
 
 
+def openassistant_pairs() -> list[Row]:
+    context = [{"role": "prompter", "text": "Name a river."}]
+    return [{"context": context, "chosen": "The Danube.", "rejected": "No.", "ranks": [0, 1]}]
+
+
 def truthfulqa() -> list[Row]:
     row = {"question": "Is the earth flat?", "truthful": 1, "informative": 1}
     return [

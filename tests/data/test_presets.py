@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
+from tiny_world import save_world
 
 from moslim.cli import run
 from moslim.data.module import PreferenceDataModule
@@ -80,6 +82,26 @@ def test_a_preset_opens_with_its_command_and_its_licence(name: str) -> None:
     assert "Licence: " in opening.replace("\n# ", " ")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_classifier_is_trained_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_world(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 20 * published.openassistant()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    cli = run(
+        [
+            *command("openassistant"),
+            *"--data.source.path rows.jsonl --data.batch_size 4".split(),
+            *"--model.backbone outputs/quickstart/starter/model".split(),
+            *"--trainer.fast_dev_run true --trainer.accelerator cpu --trainer.precision 32-true".split(),
+            *"--trainer.logger false --trainer.enable_model_summary false --trainer.enable_progress_bar false".split(),
+        ]
+    )
+    assert cli.trainer.global_step == 1
+    assert cli.model.preferences.names == ("quality", "helpfulness", "creativity", "humor", "toxicity", "fails_task")
+
+
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "helpsteer2"])
 def test_a_preset_takes_the_place_of_another_source_whole(name: str) -> None:
     """Arguments of a Table that a preset left out would stay what the config before it says."""
@@ -104,6 +126,7 @@ def test_the_configs_share_a_preset_and_options_win_over_it() -> None:
         assert source["chat"] == alone["chat"]
 
 
+@pytest.mark.filterwarnings("ignore:.*training labels")
 def test_helpsteer(read: Callable[..., list[Example]]) -> None:
     with pytest.warns(UserWarning, match=r"1 of 2 rows: the answer is empty \(first: .*rows.jsonl, line 2\)"):
         first, second = read("helpsteer", published.helpsteer())
@@ -173,6 +196,12 @@ def test_openassistant_s_ratings_and_votes(read: Callable[..., list[Example]]) -
     assert read("openassistant_hub", published.openassistant_hub()) == rows
 
 
+def test_openassistant_s_pairs(read: Callable[..., list[Example]]) -> None:
+    (row,) = read("openassistant_pairs", published.openassistant_pairs())
+    assert row == Example(CHAT[:1], "The Danube.", rejected="No.", compared=("quality",))
+
+
+@pytest.mark.filterwarnings("ignore:.*training labels")
 def test_truthfulqa_s_votes(read: Callable[..., list[Example]]) -> None:
     with pytest.warns(UserWarning, match="answer is empty"):
         disputed, sole = read("truthfulqa", published.truthfulqa())

@@ -68,7 +68,7 @@ class Labels:
         for name in names:
             levels = [row.levels[name] for row in rows if name in row.levels]
             field = " and ".join(f"'{path}'" for path in self.paths(name))
-            if not levels:
+            if rows and not levels:
                 warnings.warn(
                     f"{table}: no training row has a label for dimension '{name}' (field {field})", stacklevel=3
                 )
