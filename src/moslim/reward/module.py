@@ -28,6 +28,7 @@ from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import Pooling, PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
 from moslim.reward.evaluation.best_of import BestOf
+from moslim.reward.evaluation.choices import Choice
 from moslim.reward.evaluation.pairs import complete_weights
 from moslim.reward.evaluation.report import publish, scalars
 from moslim.reward.evaluation.result import evaluate
@@ -130,6 +131,7 @@ class RewardClassifier(RunModule):
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
         self._tested = Scores(preferences)
+        self._choices: list[Choice] = []
         self._calibrated_at = 0
 
     @cached_property
@@ -185,8 +187,14 @@ class RewardClassifier(RunModule):
         self._held_out.reset()
 
     def on_test_epoch_start(self) -> None:
-        """Forgets what an interrupted test collected."""
+        """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line of it cannot be used.
+        """
         self._tested.clear()
+        self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
@@ -219,7 +227,8 @@ class RewardClassifier(RunModule):
     def on_test_epoch_end(self) -> None:
         """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
         rows, pairs = self._tested.gathered()
-        best_of = self.best_of(self._scorer().probabilities, self.preferences) if self.best_of else None
+        score = self._scorer().probabilities
+        best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
         result = evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)
         self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
         folders = [self.run_folder, *([Path(self.report)] if self.report else [])]

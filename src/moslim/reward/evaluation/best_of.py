@@ -40,21 +40,21 @@ class BestOf:
     path: str
     mapping: MappingFunction | None = None
 
-    def __call__(self, score: Score, preferences: PreferenceSet) -> Result:
+    def choices(self, preferences: PreferenceSet) -> list[Choice]:
+        """Reads the file; see :func:`~moslim.reward.evaluation.choices.read_choices`."""
+        return read_choices(self.path, preferences)
+
+    def __call__(self, choices: Sequence[Choice], score: Score, preferences: PreferenceSet) -> Result:
         """Scores the answers, each process its share, and measures; every process must call it.
 
         Args:
+            choices: What :meth:`choices` read.
             score: The classifier.
             preferences: Its ``D`` dimensions.
 
         Returns:
             See :func:`best_of_n`; besides, ``mapping``, the mapping's name.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: A line of the file cannot be used.
         """
-        choices = read_choices(self.path, preferences)
         mapping = self.mapping or ExpectedDistance(normalize=True)
         mapping.bind(preferences)
         own = [choices[i] for i in share(list(range(len(choices))), process_rank(), process_count())]

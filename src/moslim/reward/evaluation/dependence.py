@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moslim.reporting import Result
-from moslim.reward.evaluation.rows import ScoredRows, expected_levels
+from moslim.reward.evaluation.rows import ScoredRows
+from moslim.reward.links import expected_levels
 from moslim.reward.losses import MISSING
 from moslim.statistics import rank_correlation
 

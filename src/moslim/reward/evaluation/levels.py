@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moslim.reward.evaluation.rows import ScoredRows, expected_levels
+from moslim.reward.evaluation.rows import ScoredRows
+from moslim.reward.links import expected_levels
 from moslim.reward.losses import MISSING
 from moslim.reward.metrics import measures
 from moslim.statistics import bootstrap_interval, rank_correlation

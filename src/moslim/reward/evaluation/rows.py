@@ -13,6 +13,10 @@ from moslim.data.types import PairBatch
 from moslim.preferences import PreferenceSet
 from moslim.processes import gathered
 from moslim.reward.held_out import question_key
+from moslim.reward.links import expected_levels
+
+_ROUNDING = 1e-5
+"""Gaps up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
 
 
 @dataclass
@@ -104,14 +108,11 @@ class Scores:
         rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, question, length, subsets)
         self._rows.append(rows.select(targets.any(-1).any(-1)))
         expected, better, worse = expected_levels(probs), batch.better.cpu(), batch.worse.cpu()
-        self._pairs.append(ScoredPairs(expected[better] - expected[worse], batch.compared.cpu(), question[better]))
+        gaps = expected[better] - expected[worse]
+        gaps = gaps.where(gaps.abs() > _ROUNDING, 0.0)
+        self._pairs.append(ScoredPairs(gaps, batch.compared.cpu(), question[better]))
 
     def gathered(self) -> tuple[ScoredRows, ScoredPairs]:
         """The rows and pairs of all processes; every process must ask."""
         parts = gathered((ScoredRows.concat(self._rows), ScoredPairs.concat(self._pairs)))
         return ScoredRows.concat([rows for rows, _ in parts]), ScoredPairs.concat([pairs for _, pairs in parts])
-
-
-def expected_levels(probs: Tensor) -> Tensor:
-    """Mean of the levels under probabilities ``[..., K]``; ``[...]``."""
-    return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
