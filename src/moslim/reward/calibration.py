@@ -89,7 +89,7 @@ def level_reliability(probs: Tensor, targets: Tensor, level: int, bins: int = BI
         level: The level.
         bins: Number of bins.
     """
-    return reliability(probs[:, level], targets[:, level], bins)
+    return reliability(probs[:, level].contiguous(), targets[:, level], bins)
 
 
 def brier_score(probs: Tensor, targets: Tensor) -> Tensor:

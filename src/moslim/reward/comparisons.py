@@ -14,7 +14,7 @@ from moslim.preferences import PreferenceSet
 
 @dataclass
 class BradleyTerry:
-    """``weight * -log sigmoid(scale * (E[level] of the better answer - E[level] of the worse - margin))``.
+    """``-log sigmoid(scale * (E[level] of the better answer - E[level] of the worse - margin))``.
 
     Averaged over the dimensions that a comparison speaks about. A preference term beside the one on attributes is the
     idea of SMORM (arXiv 2507.07375), a margin from the raters' disagreement that of "Beyond the Binary" (arXiv
@@ -29,7 +29,7 @@ class BradleyTerry:
     scale: float = 1.0
 
     def __call__(self, gaps: Tensor, compared: Tensor, margins: Tensor, count: Tensor | None = None) -> Tensor:
-        """Returns the weighted mean over the comparisons; 0 where there are none.
+        """Returns the mean over the comparisons, without the weight; 0 where there are none.
 
         Args:
             gaps: ``[P, D]``, expected level of the better answer less that of the worse.
@@ -40,7 +40,7 @@ class BradleyTerry:
         cells = -F.logsigmoid(self.scale * (gaps - margins[:, None].to(gaps.dtype)))
         each = (cells * compared).sum(1) / compared.sum(1).clamp(min=1)
         count = comparisons(compared) if count is None else count
-        return self.weight * each.sum() / count.where(count > 0, 1)
+        return each.sum() / count.where(count > 0, 1)
 
 
 def comparisons(compared: Tensor) -> Tensor:

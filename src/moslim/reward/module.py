@@ -164,7 +164,7 @@ class RewardClassifier(RunModule):
             gaps = self._gaps(scores, batch)
             loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
             parts |= {"train/pairs/loss": loss.detach(), "train/pairs/accuracy": pair_accuracy(gaps, batch.compared)}
-            total = total + loss
+            total = total + self.pairs.weight * loss
         self.log_dict({"train/loss": total.detach(), **parts}, batch_size=len(batch.rows))
         return total
 
@@ -211,6 +211,7 @@ class RewardClassifier(RunModule):
         if not self._calibrates or self._calibrated_at == self.global_step:
             return
         if not self.trainer.val_dataloaders:
+            self.classifier.config.temperatures = None  # those of a checkpoint were for other weights
             rank_zero_warn("the classifier is saved without calibration: there was no validation to fit it on")
             return
         self._held_out.reset()
@@ -287,7 +288,7 @@ class RewardClassifier(RunModule):
         """Logs the loss of a batch, and returns its gaps ``[P, D]``."""
         total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
         gaps = self._gaps(scores, batch)
-        total = total + self.pairs(gaps, batch.compared, batch.margins)
+        total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
         self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
         return gaps
 
