@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moslim.policy.logprobs import chunks_by_length, completion_logits, full_kl, token_logprobs
-from moslim.policy.processes import mean_over_processes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
+from moslim.processes import mean_over_processes
 
 
 @dataclass

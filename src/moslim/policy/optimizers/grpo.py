@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moslim.policy.kl import KLInLoss, kl_loss
 from moslim.policy.optimizers.base import Aggregation, GroupScores, LossParts, PolicyOptimizer
-from moslim.policy.processes import mean_over_processes
+from moslim.processes import mean_over_processes
 
 Reduction = Literal["grpo", "token_mean", "constant"]
 
