@@ -69,7 +69,7 @@ def score(question, answer):
     \"\"\"Probability of every level, by dimension.\"\"\"
     prompt = {prompt}
     ids = {beginning} + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids += tokenizer(answer, add_special_tokens=False)["input_ids"] + [{end_id(tokenizer)}]  # the token that ends an answer
+    ids += tokenizer(answer, add_special_tokens=False)["input_ids"] + [{end_id(tokenizer)}]  # the answer's end
     hidden = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
     features = {_POOLED[config.pooling]}
 {outputs}    result = {{}}

@@ -1,7 +1,7 @@
 """A classifier as a folder that others can load, with moslim or without it.
 
-Merged form: the backbone is a plain ``AutoModel`` folder, and an index joins it to the heads, so that no weight is stored
-twice and both ``AutoModelForSequenceClassification`` (after ``import moslim``) and a plain ``AutoModel`` can load it::
+Merged form: the backbone is a plain ``AutoModel`` folder, and an index joins it to the heads. So no weight is stored
+twice, and both ``AutoModelForSequenceClassification`` (after ``import moslim``) and a plain ``AutoModel`` can load it::
 
     config.json  model.safetensors.index.json  heads.safetensors  backbone/
 
@@ -55,7 +55,7 @@ def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
     heads = _heads(classifier)
     save_file(heads, folder / HEADS, metadata={"format": "pt"})
     classifier.backbone.save_pretrained(folder / BACKBONE)
-    places = {name: HEADS for name in heads}
+    places = dict.fromkeys(heads, HEADS)
     for file in sorted((folder / BACKBONE).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
@@ -155,8 +155,8 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
         return AutoModel.from_pretrained(name, dtype="float32")
     except OSError as error:
         raise FileNotFoundError(
-            f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say where "
-            "it is now with Scorer.from_pretrained(folder, base=...), or export the merged form, which needs no base"
+            f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
+            "where it is now with Scorer.from_pretrained(folder, base=...), or export the merged form, which needs no base"
         ) from error
 
 
@@ -181,8 +181,8 @@ def _refuse_difference(found: Iterable[str], wanted: Iterable[str], file: Path) 
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
         raise ValueError(
-            f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its keys "
-            "are renamed"
+            f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its "
+            "keys are renamed"
         )
 
 
