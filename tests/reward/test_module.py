@@ -185,7 +185,7 @@ def test_two_processes_train_as_one_does(preferences: PreferenceSet, backbone: s
             module.classifier.head.weight.fill_(0.1)
         stage = PreferenceDataModule(preferences, WordSource(), batch_size=batch_size, eval_batch_size=5)
         trainer(tmp_path, max_steps=3, **options).fit(module, stage)
-        return load_file(folder / "model.safetensors")
+        return load_file(folder / "heads.safetensors") | load_file(folder / "backbone" / "model.safetensors")
 
     one = train(12)
     two = train(6, devices=2, strategy="ddp_fork")

@@ -151,8 +151,9 @@ class ModelCard:
         needed = "torch, safetensors and transformers" + (" and peft" if self.form == "adapter" else "")
         code = plain_use(self.config, self.tokenizer, self.form)
         return (
-            f"With {needed}. The probabilities are the same. What is left out: long pairs are not cut, and special tokens "
-            f"in a text, which could mislead the classifier, are not taken out of it.\n\n```python\n{code}\n```"
+            f"With {needed}. The probabilities are the same. What is left out: long pairs are not cut, and special "
+            "tokens in a text, which could mislead the classifier, are not taken out of it."
+            f"\n\n```python\n{code}\n```"
         )
 
     def _limits(self) -> str:

@@ -156,7 +156,7 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
     except OSError as error:
         raise FileNotFoundError(
             f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
-            "where it is now with Scorer.from_pretrained(folder, base=...), or export the merged form, which needs no base"
+            "where it is now with Scorer.from_pretrained(folder, base=...), or use the merged form, which needs none"
         ) from error
 
 
