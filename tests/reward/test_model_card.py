@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
 from moslim.lora import LoraOptions, add_lora, unwrapped
@@ -37,10 +38,9 @@ print(json.dumps(found))
 
 def trained(model: PreferenceClassifier) -> PreferenceClassifier:
     """Gives a classifier weights that make probabilities differ, as training would."""
-    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "head" in name or "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
 
 
@@ -60,11 +60,13 @@ def export(
 def test_code_of_the_card_gives_our_probabilities_without_moslim(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
+    torch.manual_seed(0)
     plain = AutoTokenizer.from_pretrained(backbone)
     chatty = AutoTokenizer.from_pretrained(backbone)
     chatty.chat_template = TEMPLATE
     beginning = AutoTokenizer.from_pretrained(backbone)
-    beginning.add_special_tokens({"bos_token": "<pad>"})
+    beginning.bos_token = "<pad>"
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     bert = AutoModel.from_config(BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     build = PreferenceClassifier.from_backbone
     corn = build(backbone, preferences, link="corn", head_hidden=5, pooling="mean")
@@ -80,8 +82,9 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     for name, (model, tokenizer) in models.items():
         export(tmp_path / name, trained(model), tokenizer, backbone)
         probs = Scorer.from_pretrained(tmp_path / name).probabilities(*zip(*PAIRS, strict=True))
-        assert probs.std(0).amax(-1).min() > 1e-3  # else any code would do
+        assert probs.std(0).amax(-1).min() > 3e-4, name  # else any code would do
         expected.append(probs)
+    assert "ids = [0] + tokenizer(prompt" in (tmp_path / "bert" / "README.md").read_text()
     folders = [str(tmp_path / name) for name in models]
     command = [sys.executable, "-c", RUN, json.dumps(PAIRS), *folders]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -124,7 +127,7 @@ def test_card_says_what_was_learned_from_and_how_well(card: ModelCard) -> None:
     assert "10 question-answer pairs, 12 optimizer steps" in text and "path = `mine.csv`" in text
     assert "| tone | - | - | - | 0.500 |" in text
     assert "| amount | 0.812 | - | - | - |" in text and "| mean | - | - | 0.250 | - |" in text
-    assert "Not calibrated" in text and "64 tokens" in text
+    assert "Not calibrated" in text and "It reads 64 tokens" in text
 
 
 def test_card_of_a_calibrated_classifier(card: ModelCard) -> None:

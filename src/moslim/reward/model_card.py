@@ -148,7 +148,7 @@ class ModelCard:
         return "\n\n".join([*parts, "Score a file of questions and answers:", f"```shell\n{command}\n```"])
 
     def _plain_use(self) -> str:
-        needed = "torch, safetensors and transformers" + (" and peft" if self.form == "adapter" else "")
+        needed = "torch, safetensors, transformers" + (" and peft" if self.form == "adapter" else "")
         code = plain_use(self.config, self.tokenizer, self.form)
         return (
             f"With {needed}. The probabilities are the same. What is left out: long pairs are not cut, and special "
@@ -157,15 +157,17 @@ class ModelCard:
         )
 
     def _limits(self) -> str:
-        length = self.config.pair_length
-        cut = f"{length} tokens; of longer ones, the question loses its start first" if length else "no set length"
         lines = [
             "It knows questions and answers like those above, in their languages; elsewhere it says little.",
             "Whoever trains a policy with it should expect answers that please it without being better: judge the "
             "result by something else.",
             "Levels say how strong a trait is, not whether an answer is true, safe or lawful.",
-            f"It was trained on pairs of {cut}.",
         ]
+        if self.config.pair_length is not None:
+            lines.append(
+                f"It reads {self.config.pair_length} tokens: of longer pairs the question loses its start, then "
+                "the answer."
+            )
         return "\n".join(f"- {line}" for line in lines)
 
 

@@ -20,7 +20,7 @@ _MLP = """        weights = [heads[f"head.{name}.{part}"] for part in ("0.weight
         raw = F.linear(F.gelu(F.linear(features, *weights[:2])), *weights[2:])"""
 _LINKS = {
     "softmax": ("len(levels)", "raw"),
-    "corn": ("len(levels) - 1", "F.pad(F.logsigmoid(raw).cumsum(0), (1, 0)) + F.pad(F.logsigmoid(-raw), (0, 1))"),
+    "corn": ("len(levels) - 1", "(F.pad(F.logsigmoid(raw).cumsum(0), (1, 0)) + F.pad(F.logsigmoid(-raw), (0, 1)))"),
     "regression": (
         "1",
         "(1 - ((raw + (len(levels) - 1) / 2).clamp(0, len(levels) - 1) - torch.arange(len(levels))).abs())"
@@ -44,18 +44,20 @@ def plain_use(config: PreferenceClassifierConfig, tokenizer: PreTrainedTokenizer
     if tokenizer.chat_template is not None:
         chat = '[{"role": "user", "content": question}]'
         prompt = f"tokenizer.apply_chat_template(\n        {chat}, tokenize=False, add_generation_prompt=True\n    )"
-    beginning = [] if tokenizer.chat_template is not None else begins_with(tokenizer)
+    first = [] if tokenizer.chat_template is not None else begins_with(tokenizer)
+    beginning = f"{first} + " if first else ""
     width, logits = _LINKS[config.link]
     linear = config.head_hidden is None
     outputs = '    outputs = F.linear(features, heads["head.weight"], heads["head.bias"])\n' if linear else ""
-    temperature = "" if config.temperatures is None else '\n        logits /= config["temperatures"][number]'
+    temperature = "" if config.temperatures is None else ' / config["temperatures"][number]'
+    peft = "from peft import PeftModel\n" if form == "adapter" else ""
     return f"""import json
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+{peft}from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
-{"from peft import PeftModel" if form == "adapter" else ""}
+
 folder = "."  # where this file lies; from the Hub: huggingface_hub.snapshot_download("owner/name")
 with open(f"{{folder}}/config.json", encoding="utf-8") as file:
     config = json.load(file)
@@ -68,7 +70,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def score(question, answer):
     \"\"\"Probability of every level, by dimension.\"\"\"
     prompt = {prompt}
-    ids = {beginning} + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = {beginning}tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids += tokenizer(answer, add_special_tokens=False)["input_ids"] + [{end_id(tokenizer)}]  # the answer's end
     hidden = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
     features = {_POOLED[config.pooling]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any
 
@@ -44,9 +45,11 @@ def training_record(trainer: Trainer, preferences: PreferenceSet) -> dict[str, A
 def _described(source: Source) -> list[dict[str, Any]]:
     if isinstance(source, Several):
         return [described for one in source.sources for described in _described(one)]
+    chosen = inspect.signature(type(source)).parameters.values()
+    values = {one.name: getattr(source, one.name, None) for one in chosen}
     options = {
-        name: value
-        for name, value in vars(source).items()
-        if not name.startswith("_") and isinstance(value, (str, int, float)) and value not in ("", False)
+        one.name: values[one.name]
+        for one in chosen
+        if isinstance(values[one.name], (str, int, float)) and values[one.name] != one.default
     }
     return [{"class": f"{type(source).__module__}.{type(source).__qualname__}", "options": options}]
