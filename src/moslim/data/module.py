@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,6 +100,7 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = seed
         self.workers = workers
         self._rows: dict[tuple[View, Split], list[Example]] = {}
+        self._encoders: list[PairEncoder] = []
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
         """Returns what writes the prompts of training and evaluation, for use elsewhere."""
@@ -211,11 +213,20 @@ class PreferenceDataModule(LightningDataModule):
         ready: int = loop.epoch_progress.current.ready  # counts this epoch, whether or not its end is recorded yet
         return (ready - 1, done) if done < self.trainer.num_training_batches else (ready, 0)
 
+    def teardown(self, stage: str) -> None:
+        """Says what was cut to fit ``max_length``; what worker processes cut is not known here."""
+        for encoder in self._encoders:
+            if encoder.truncation.questions:
+                warnings.warn(f"max_length = {encoder.max_length}: {encoder.truncation}", stacklevel=2)
+        self._encoders.clear()
+
     def _pairs(self, rows: list[Example]) -> Pairs:
         return Pairs(rows, self._encoder(self.max_length))
 
     def _encoder(self, max_length: int | None) -> PairEncoder:
-        return PairEncoder(self._module.tokenizer, max_length, (*RESERVED, *self.instruction.reserved))
+        reserved = (*RESERVED, *self.instruction.reserved)
+        self._encoders.append(PairEncoder(self._module.tokenizer, max_length, reserved))
+        return self._encoders[-1]
 
     def _streamed(self) -> StreamedPairs:
         """The rows to score. The module may know how long a pair can be, and which rows were scored already."""

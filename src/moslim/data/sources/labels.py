@@ -68,8 +68,10 @@ class Labels:
         for name in names:
             levels = [row.levels[name] for row in rows if name in row.levels]
             field = " and ".join(f"'{path}'" for path in self.paths(name))
-            if not levels:
-                warnings.warn(f"{table}: no training row has a label for dimension '{name}' (field {field})", stacklevel=3)
+            if rows and not levels:
+                warnings.warn(
+                    f"{table}: no training row has a label for dimension '{name}' (field {field})", stacklevel=3
+                )
             elif len(levels) > 1 and len(set(levels)) == 1:
                 warnings.warn(
                     f"{table}: all {len(levels)} training labels of dimension '{name}' (field {field}) are level "

@@ -64,7 +64,8 @@ class Table(Source):
             name the columns that it makes.
         where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out.
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
-        group: Column whose equal values stay on one side of a split; by default the question.
+        group: Column whose equal values stay on one side of a split, by default the question; ``context.0.text``, the
+            first turn, keeps together what was said in one conversation.
         id: Column that tells rows apart, carried into predictions; the table need not have it.
         shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
             ``drop`` the held-out rows, or ``error``.
@@ -211,7 +212,7 @@ class Table(Source):
     def _key(self, record: Record) -> str:
         """What decides on which side of a split a row is."""
         if self.group is not None:
-            return str(require(record, self.group, "group"))
+            return question_key(str(require(record, self.group, "group")))
         return question_key(self._question(record))
 
     def _side(self, record: Record) -> Split:
