@@ -16,6 +16,7 @@ from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
 from moslim import PolicyTrainer, RewardClassifier
 from moslim.cli import MoslimCLI, run
+from moslim.data.pairs import one_hot
 from moslim.policy.optimizers import GroupScores
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
@@ -203,15 +204,14 @@ def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: An
 def test_a_loss(lab: Lab, classes: Any) -> None:
     cli = lab.documented("my_lab.Focal", "--trainer.fast_dev_run", "true")
     assert type(cli.model.loss).__name__ == "Focal" and cli.model.loss.gamma == 1.0
-    logits, levels = torch.randn(4, 2, 3), torch.tensor([[0, 1], [2, -1], [1, 1], [-1, 0]])
+    logits, targets = torch.randn(4, 2, 3), one_hot(torch.tensor([[0, 1], [1, -1], [1, 1], [-1, 0]]), 3)
     logits[:, 0, 2] = -torch.inf
-    levels[1, 0] = 1
-    plain, _ = CrossEntropy()(logits, levels, (2, 3))
-    unfocused, _ = classes.Focal(gamma=0.0)(logits, levels, (2, 3))
-    focused, _ = classes.Focal(gamma=2.0)(logits, levels, (2, 3))
+    plain, _ = CrossEntropy()(logits, targets, (2, 3))
+    unfocused, _ = classes.Focal(gamma=0.0)(logits, targets, (2, 3))
+    focused, _ = classes.Focal(gamma=2.0)(logits, targets, (2, 3))
     assert unfocused.item() == pytest.approx(plain.item(), rel=1e-6)
     assert 0 < focused < plain
-    one = classes.Focal().cells(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[1]]), (2,))
+    one = classes.Focal().cells(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), (2,))
     assert one.item() == pytest.approx(0.25 * 0.6931472)
 
 

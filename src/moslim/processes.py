@@ -14,6 +14,11 @@ def process_count() -> int:
     return torch.distributed.get_world_size() if several else 1
 
 
+def process_rank() -> int:
+    """Which of them this process is, from 0."""
+    return torch.distributed.get_rank() if process_count() > 1 else 0
+
+
 def gathered(value: Any) -> list[Any]:
     """The value of every process, in their order; every process must ask."""
     count = process_count()

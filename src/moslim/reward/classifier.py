@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import ModelOutput
 
 from moslim.preferences import PreferenceSet
-from moslim.reward.heads import MlpHeads
+from moslim.reward.heads import HeadLinear, MlpHeads
 from moslim.reward.links import LINKS, LinkName
 
 Pooling = Literal["last", "mean"]
@@ -188,6 +188,12 @@ class PreferenceClassifier(PreTrainedModel):
         model, report = loaded
         _refuse_missing(report["missing_keys"], str(pretrained_model_name_or_path))
         return (model, report) if wants_report else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HeadLinear):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""

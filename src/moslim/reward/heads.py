@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 
+class HeadLinear(nn.Linear):
+    """A layer whose weights are drawn by its width, as in torch; transformers' 0.02 is too little for a narrow one."""
+
+
 class MlpHeads(nn.ModuleDict):
     """One network with a hidden layer per dimension, under the dimension's name.
 
@@ -24,7 +28,7 @@ class MlpHeads(nn.ModuleDict):
     def __init__(self, inputs: int, hidden: int, outputs: Mapping[str, int], dropout: float = 0.0) -> None:
         super().__init__()
         for name, width in outputs.items():
-            layers = nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+            layers = HeadLinear(inputs, hidden), nn.GELU(), nn.Dropout(dropout), HeadLinear(hidden, width)
             try:
                 self[name] = nn.Sequential(*layers)
             except KeyError as error:

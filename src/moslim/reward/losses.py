@@ -136,8 +136,8 @@ class CrossEntropy(LevelLoss):
 class SoftOrdinal(LevelLoss):
     """Cross-entropy with targets that know the order of levels (SORD, Diaz & Marathe, CVPR 2019, eq. 1).
 
-    The target of a label ``y`` is ``exp(-alpha * |k - y|)`` over the levels ``k``, normalised; several raters' is the mean
-    of theirs.
+    The target of a label ``y`` is ``exp(-alpha * |k - y|)`` over the levels ``k``, normalised; that of several
+    raters is the mean of theirs.
 
     Args:
         weights: One per head, in the order of the dimensions; None = all 1.

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from moslim.data.types import Example
 from moslim.jsonlines import unfinished
 from moslim.preferences import PreferenceSet
+from moslim.reward.links import expected_levels
 
 
 def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: PreferenceSet) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: Prefere
     """
     table = probs.cpu().double()
     levels = table.argmax(-1)
-    expected = (table * torch.arange(table.shape[-1])).sum(-1)
+    expected = expected_levels(table)
     records = []
     for b, row in enumerate(rows):
         scores: dict[str, dict[str, Any]] = {"probabilities": {}, "levels": {}, "expected": {}}

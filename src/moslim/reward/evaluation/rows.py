@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -10,10 +9,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from moslim.data.types import PairBatch, Question
+from moslim.data.types import PairBatch
 from moslim.preferences import PreferenceSet
 from moslim.processes import gathered
-from moslim.reward.losses import MISSING
+from moslim.reward.held_out import question_key
+from moslim.reward.links import expected_levels
+
+_ROUNDING = 1e-5
+"""Gaps up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
 
 
 @dataclass
@@ -39,14 +42,18 @@ class ScoredRows(_Stacked):
 
     Args:
         probs: ``[N, D, K]`` float64, 0 on levels that a dimension lacks.
+        raw: ``[N, D, K]`` float64, the same without the temperatures that calibrate the heads.
         levels: ``[N, D]`` int64, -1 = not labelled.
+        targets: ``[N, D, K]`` float64, share of the raters that gave each level; all 0 where not labelled.
         question: ``[N]`` int64, equal for answers to the same question.
         length: ``[N]`` int64, characters of the answer.
         subsets: Named part of the data that each row belongs to.
     """
 
     probs: Tensor
+    raw: Tensor
     levels: Tensor
+    targets: Tensor
     question: Tensor
     length: Tensor
     subsets: list[str | None]
@@ -84,7 +91,7 @@ class Scores:
         dimensions, width = len(preferences), max(preferences.sizes)
         number, level = torch.empty(0, dtype=torch.long), torch.empty(0, dimensions, dtype=torch.long)
         probs = torch.empty(0, dimensions, width, dtype=torch.float64)
-        self._no_rows = ScoredRows(probs, level, number, number, [])
+        self._no_rows = ScoredRows(probs, probs, level, probs, number, number, [])
         self._no_pairs = ScoredPairs(level.double(), level.bool(), number)
         self.clear()
 
@@ -92,28 +99,20 @@ class Scores:
         """Forgets what an interrupted test collected."""
         self._rows, self._pairs = [self._no_rows], [self._no_pairs]
 
-    def add(self, batch: PairBatch, probs: Tensor) -> None:
-        """Takes a batch and its level probabilities ``[B, D, K]``; an answer without label counts in pairs only."""
-        probs = probs.detach().double().cpu()
+    def add(self, batch: PairBatch, probs: Tensor, raw: Tensor) -> None:
+        """Takes a batch and its probabilities ``[B, D, K]``, calibrated and not. Unlabelled answers count in pairs."""
+        probs, raw, targets = (values.detach().double().cpu() for values in (probs, raw, batch.targets))
         question = torch.tensor([question_key(row.question) for row in batch.rows], dtype=torch.long)
         length = torch.tensor([len(row.answer or "") for row in batch.rows], dtype=torch.long)
-        rows = ScoredRows(probs, batch.levels.cpu(), question, length, [row.subset for row in batch.rows])
+        subsets = [row.subset for row in batch.rows]
+        rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, question, length, subsets)
+        self._rows.append(rows.select(targets.any(-1).any(-1)))
         expected, better, worse = expected_levels(probs), batch.better.cpu(), batch.worse.cpu()
-        self._rows.append(rows.select((rows.levels != MISSING).any(1)))
-        self._pairs.append(ScoredPairs(expected[better] - expected[worse], batch.compared.cpu(), question[better]))
+        gaps = expected[better] - expected[worse]
+        gaps = gaps.where(gaps.abs() > _ROUNDING, 0.0)
+        self._pairs.append(ScoredPairs(gaps, batch.compared.cpu(), question[better]))
 
     def gathered(self) -> tuple[ScoredRows, ScoredPairs]:
         """The rows and pairs of all processes; every process must ask."""
         parts = gathered((ScoredRows.concat(self._rows), ScoredPairs.concat(self._pairs)))
         return ScoredRows.concat([rows for rows, _ in parts]), ScoredPairs.concat([pairs for _, pairs in parts])
-
-
-def expected_levels(probs: Tensor) -> Tensor:
-    """Mean of the levels under probabilities ``[..., K]``; ``[...]``."""
-    return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
-
-
-def question_key(question: Question) -> int:
-    """A number that stands for a question: the same in every process, and 64 bits wide, so that none collide."""
-    digest = hashlib.sha256(repr(question).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
