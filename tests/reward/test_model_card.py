@@ -37,10 +37,11 @@ print(json.dumps(found))
 
 
 def trained(model: PreferenceClassifier) -> PreferenceClassifier:
-    """Gives a classifier weights that make probabilities differ, as training would."""
+    """Gives a classifier weights that make probabilities differ, as training would; a regression must not saturate."""
+    spread = 0.05 if model.config.link == "regression" else 0.3
     for name, parameter in model.named_parameters():
         if "head" in name or "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=spread)
     return model.eval()
 
 
@@ -82,7 +83,7 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     for name, (model, tokenizer) in models.items():
         export(tmp_path / name, trained(model), tokenizer, backbone)
         probs = Scorer.from_pretrained(tmp_path / name).probabilities(*zip(*PAIRS, strict=True))
-        assert probs.std(0).amax(-1).min() > 3e-4, name  # else any code would do
+        assert probs.std(0).amax(-1).min() > 1e-4, name  # else any code would do
         expected.append(probs)
     assert "ids = [0] + tokenizer(prompt" in (tmp_path / "bert" / "README.md").read_text()
     folders = [str(tmp_path / name) for name in models]
@@ -135,13 +136,13 @@ def test_card_of_a_calibrated_classifier(card: ModelCard) -> None:
     measures = {f"calibration/tone/ece/{when}": value for when, value in (("before", 0.2), ("after", 0.05))}
     card.record = {**card.record, "validation": measures}
     assert "| tone | 1.50 | 0.200 to 0.050 | - to - | - to - |" in card.text()
-    assert "There was no validation" in card.text()
+    assert "Not measured" in card.text()
 
 
 def test_card_without_a_record_says_so(card: ModelCard) -> None:
     card.record = {}
     text = card.text()
-    assert "Not recorded." in text and "There was no validation" in text
+    assert "Not recorded." in text and "Not measured" in text
     assert "| tone | bad / good | - |" in text
 
 

@@ -41,7 +41,7 @@ CONFIG = {
             "batch_size": 4,
             "source": {
                 "class_path": "moslim.data.sources.table.Table",
-                "init_args": {"path": "train.jsonl", "validation": "train.jsonl"},
+                "init_args": {"path": "train.jsonl", "validation": "train.jsonl", "test": "train.jsonl"},
             },
         },
     },
@@ -97,6 +97,14 @@ def test_python_code_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(again, names["probabilities"])
 
 
+def test_card_has_the_test_of_these_weights_only(folder: Path) -> None:
+    results = [json.loads(file.read_text()) for file in folder.glob("outputs/version_*/reward.json")]
+    (result,) = (result for result in results if result["n_rows"] == 24)
+    text = (folder / "shared" / "merged" / "README.md").read_text()
+    assert "On 24 test rows:" in text and f"| mean | {result['mean']['accuracy']:.3f} |" in text
+    assert "test rows" not in next(folder.glob("outputs/version_*/classifier/README.md")).read_text()
+
+
 def test_files_are_those_that_the_page_lists(folder: Path) -> None:
     listed = set(re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE))
     found = {f"{path.name}/" if path.is_dir() else path.name for path in (folder / "shared" / "merged").iterdir()}
@@ -106,7 +114,7 @@ def test_files_are_those_that_the_page_lists(folder: Path) -> None:
 def test_card_tells_of_the_run_after_export_as_after_fit(folder: Path) -> None:
     (fitted,) = folder.glob("outputs/version_*/classifier/README.md")
     exported = (folder / "shared" / "merged" / "README.md").read_text()
-    assert exported == fitted.read_text()
+    assert exported.split("On validation rows:")[1] == fitted.read_text().split("On validation rows:")[1]
     assert "24 question-answer pairs, 6 optimizer steps" in exported and "path = `train.jsonl`" in exported
     assert "| tone | bad / good | 8 / 16 |" in exported
     assert re.search(r"\| mean \| 0\.\d{3} \|", exported)

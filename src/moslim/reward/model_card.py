@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.data.sources.records import is_file_name
 from moslim.preferences import Dimension
-from moslim.reporting import markdown_table, number
+from moslim.reporting import Result, markdown_table, number
 from moslim.reward.classifier import PreferenceClassifierConfig
 from moslim.reward.plain_use import plain_use
 from moslim.reward.sharing import Form
 
 _MEASURES = {"accuracy": "accuracy", "within_one": "within one level", "mae": "MAE", "kappa": "weighted kappa"}
+_TEST_MEASURES = {**_MEASURES, "spearman": "Spearman", "auroc": "AUROC"}
 _CALIBRATION = {"ece": "ECE", "brier": "Brier", "rps": "RPS"}
 _CITATION = """@article{moslim2025,
   author  = {Zhang, Yu and Jiang, Wanli and Yang, Zhengyu},
@@ -38,6 +39,7 @@ class ModelCard:
         form: The form in which it is exported.
         base: Hub name or folder of the backbone or classifier that training started from.
         record: What is known of the training (:func:`~moslim.reward.training_record.training_record`); may be empty.
+        tested: The test of these weights (:mod:`~moslim.reward.evaluation.result`), if there was one.
     """
 
     config: PreferenceClassifierConfig
@@ -45,6 +47,7 @@ class ModelCard:
     form: Form
     base: str
     record: Mapping[str, Any]
+    tested: Result | None = None
 
     def text(self) -> str:
         """Returns the whole README."""
@@ -58,7 +61,7 @@ class ModelCard:
             self._dimensions(dimensions),
             "## Training data",
             self._data(),
-            "## Results on validation rows",
+            "## Results",
             self._results(dimensions),
             "## Calibration",
             self._calibration(dimensions),
@@ -105,14 +108,17 @@ class ModelCard:
         return "\n".join(lines)
 
     def _results(self, dimensions: list[Dimension]) -> str:
+        parts = []
+        if self.tested is not None:
+            parts += [f"On {self.tested['n_rows']} test rows:", _test_table(self.tested)]
         found = self.record.get("validation", {})
         rows = [
             [name, *(number(found.get(f"{name}/{measure}")) for measure in _MEASURES)]
             for name in (*(dimension.name for dimension in dimensions), "mean")
         ]
-        if all(cell == "-" for row in rows for cell in row[1:]):
-            return "There was no validation: nothing is known of how well this classifier does."
-        return markdown_table(["dimension", *_MEASURES.values()], rows)
+        if any(cell != "-" for row in rows for cell in row[1:]):
+            parts += ["On validation rows:", markdown_table(["dimension", *_MEASURES.values()], rows)]
+        return "\n\n".join(parts) or "Not measured: nothing is known of how well this classifier does."
 
     def _calibration(self, dimensions: list[Dimension]) -> str:
         if self.config.temperatures is None:
@@ -169,6 +175,14 @@ class ModelCard:
                 "the answer."
             )
         return "\n".join(f"- {line}" for line in lines)
+
+
+def _test_table(tested: Result) -> str:
+    rows = [
+        [name, *(number(found.get(measure)) for measure in _TEST_MEASURES)]
+        for name, found in (*tested["dimensions"].items(), ("mean", tested["mean"]))
+    ]
+    return markdown_table(["dimension", *_TEST_MEASURES.values()], rows)
 
 
 def predict_config(config: PreferenceClassifierConfig) -> str:

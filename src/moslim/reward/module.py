@@ -32,7 +32,7 @@ from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pa
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.evaluation.choices import Choice
 from moslim.reward.evaluation.pairs import complete_weights
-from moslim.reward.evaluation.report import publish, scalars
+from moslim.reward.evaluation.report import find_result, publish, scalars
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import Scores
 from moslim.reward.held_out import HeldOut
@@ -248,7 +248,7 @@ class RewardClassifier(RunModule):
         rows, pairs = self._tested.gathered()
         score = self._scorer().probabilities
         best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
-        result = evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)
+        result = {"weights": self._weights(), **evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)}
         self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
         folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
         if self.trainer.is_global_zero:
@@ -321,15 +321,20 @@ class RewardClassifier(RunModule):
         """Adds to an exported classifier what people need to use it."""
         self.tokenizer.save_pretrained(folder)
         config = unwrapped(self.classifier).config
-        card = ModelCard(config, self.tokenizer, form, self.start, self._record)
+        places = [self.trainer.default_root_dir, *([self.report] if self.report else [])]
+        tested = find_result(places, self._weights())
+        card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
+
+    def _weights(self) -> str:
+        return fingerprint(self.classifier.state_dict())
 
     def _scores_depend_on(self) -> dict[str, Any]:
         """What the scores of a row depend on besides the row, as plain data."""
         config = unwrapped(self.classifier).config.to_dict()
         return {
-            "weights": fingerprint(self.classifier.state_dict()),
+            "weights": self._weights(),
             "configuration": {key: config[key] for key in ("dimensions", "pooling", "link", "temperatures")},
             "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
             "precision": str(self.trainer.precision),

@@ -56,6 +56,11 @@ def scan_file(path: str) -> Iterator[Record]:
             yield from _json(path, file)
 
 
+def read_file(path: str) -> list[Record]:
+    """Reads such a file at once; every record has the columns of all."""
+    return completed(scan_file(path))
+
+
 def scan_hub(name: str, split: str, folder: str | None = None) -> Iterator[Record]:
     """Reads a split of a Hub data set (or of a local folder in the Hub's layout), or of a folder in it, row by row."""
     from datasets import load_dataset
