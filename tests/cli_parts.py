@@ -110,6 +110,7 @@ class Data(PreferenceDataModule):
     def __init__(self, preferences: PreferenceSet, rows: int = 8, seed: int = -1) -> None:
         LightningDataModule.__init__(self)
         self.preferences, self.count, self.seed = preferences, rows, seed
+        self._encoders = []
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.arange(2.0 * self.count).reshape(-1, 2) / self.count, batch_size=2)

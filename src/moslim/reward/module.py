@@ -321,8 +321,8 @@ class RewardClassifier(RunModule):
         """Adds to an exported classifier what people need to use it."""
         self.tokenizer.save_pretrained(folder)
         config = unwrapped(self.classifier).config
-        places = [self.trainer.default_root_dir, *([self.report] if self.report else [])]
-        tested = find_result(places, self._weights())
+        root = None if self._trainer is None else self.trainer.default_root_dir  # one may export without a Trainer
+        tested = find_result([place for place in (root, self.report) if place], self._weights())
         card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
