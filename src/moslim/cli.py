@@ -107,6 +107,8 @@ class MoslimCLI(LightningCLI):
             kwargs["ckpt_path"] = str(newest_checkpoint(self._run_folders()))
         if kwargs["weights_only"] is None:
             kwargs["weights_only"] = True
+        if subcommand == "predict" and kwargs["return_predictions"] is None:
+            kwargs["return_predictions"] = False  # they are in a file, and kept they would fill the memory
         return kwargs
 
     def _run_folders(self) -> list[str]:

@@ -67,7 +67,17 @@ def add_lora(
 
 def merged(model: Any) -> Any:
     """Returns a copy with its adapter merged into the weights, or the model itself where it has none."""
-    return deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model
+    return deepcopy(model).merge_and_unload() if is_adapted(model) else model
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model has an adapter."""
+    return hasattr(model, "peft_config")
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model without peft's wrapper; the adapter's layers are still in it."""
+    return model.get_base_model() if is_adapted(model) else model
 
 
 def _recommended(config: Any) -> list[str] | str:
