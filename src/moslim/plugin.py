@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import ClassVar
 
 from lightning.pytorch import Callback
@@ -40,6 +42,20 @@ def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
             child.place = f"{plugin.place}.{index}"
         parts += own_parts(plugin.children)
     return parts
+
+
+@contextmanager
+def unchanged_on_failure(plugins: Iterable[Plugin]) -> Iterator[None]:
+    """Gives the parts their state back if what is inside fails or is interrupted, so that it can be done again."""
+    parts = own_parts(plugins)
+    before = [deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, state in zip(parts, before, strict=True):
+            if state:
+                part.load_state_dict(state)
+        raise
 
 
 def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:

@@ -42,6 +42,7 @@ def rollout(targets, reference=True):
         per_dimension=torch.zeros(2, 2),
         rewards=torch.tensor([3.0, 5.0]),
         advantages=torch.zeros(2),
+        used=torch.ones(2, dtype=torch.bool),
         ended=torch.tensor([True, False]),
         questions=["q", "r"],
         answers=["a", "b"],

@@ -28,7 +28,7 @@ OPTIMIZERS = {
     "rloo": lambda: RLOO(kl_coef=0.05),
     "rloo-token": lambda: RLOO(kl_coef=0.05, ratio="token", aggregation="normalize_then_sum", std_floor=0.3),
     "grpo": lambda: GRPO(kl_coef=0.05),
-    "grpo-constant": lambda: GRPO(kl_coef=0.0, scale=False, reduction="constant"),
+    "grpo-constant": lambda: GRPO(kl_coef=0.0, scale="none", reduction="constant"),
 }
 
 

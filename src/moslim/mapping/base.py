@@ -60,6 +60,17 @@ class MappingFunction(Plugin, ABC):
         """One reward per answer: the mean over its active dimensions, 0 where none is active. ``[B, D]`` to ``[B]``."""
         return per_dimension.nanmean(-1).nan_to_num(nan=0.0)
 
+    def weights(self, targets: Tensor) -> Tensor:
+        """How much each dimension counts where an optimizer normalises them one by one; here equally.
+
+        Args:
+            targets: ``[B, D]`` int64, requested level, -1 where none was.
+
+        Returns:
+            ``[B, D]``, 0 or more.
+        """
+        return torch.ones(targets.shape, device=targets.device)
+
     def observe(self, probs: Tensor, targets: Tensor) -> None:
         """Called once per training rollout, before the rewards are computed: the only place to update statistics."""
 

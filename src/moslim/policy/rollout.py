@@ -27,10 +27,13 @@ class Rollout:
         probs: ``[N, D, K]`` float32, the classifier's level probabilities.
         per_dimension: ``[N, D]`` rewards, NaN where inactive.
         rewards: ``[N]`` total rewards.
-        advantages: ``[N]``.
+        advantages: ``[N]`` or ``[N, T]``, as the policy optimizer gives them.
+        used: ``[N]`` bool, whether an answer takes part in updates.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.
         questions: ``N`` questions as the classifier saw them.
         answers: ``N`` decoded answers.
+        values: ``[N, T]`` the critic's, 0 where masked; None without a critic.
+        returns: ``[N, T]`` what the critic is to learn; None without a critic.
     """
 
     key: tuple[int, int]
@@ -44,9 +47,12 @@ class Rollout:
     per_dimension: Tensor
     rewards: Tensor
     advantages: Tensor
+    used: Tensor
     ended: Tensor
     questions: list[Question]
     answers: list[str]
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -60,6 +66,13 @@ class Rollout:
     def uninstructed(self) -> Tensor:
         """``[N]`` bool: the prompt asked for nothing."""
         return (self.targets < 0).all(dim=1)
+
+    @property
+    def answer_advantages(self) -> Tensor:
+        """``[N]``: that of the answer, or the mean of its tokens'."""
+        if self.advantages.dim() == 1:
+            return self.advantages
+        return (self.advantages * self.mask).sum(dim=1) / self.mask.sum(dim=1)
 
     def rows(self, index: Tensor) -> Rollout:
         """The answers at positions ``index``."""
