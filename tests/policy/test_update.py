@@ -92,9 +92,11 @@ def test_entropy_of_every_token(roles, rows, chunk_rows):
 def passes(roles):
     """Counts the answers that go through the policy."""
     counts = []
-    roles.policy.register_forward_pre_hook(
-        lambda _, __, inputs: counts.append(len(inputs["input_ids"])), with_kwargs=True
-    )
+
+    def count(_, __, inputs):
+        counts.append(len(inputs["input_ids"]))
+
+    roles.policy.register_forward_pre_hook(count, with_kwargs=True)
     return counts
 
 

@@ -127,6 +127,8 @@ class PolicyGradient(PolicyOptimizer):
             divergence = self.reduce(kl_loss(self.kl, batch.logprobs, batch.reference, batch.log_ratio), batch)
             loss = loss + self.beta * divergence
             metrics["kl_loss"] = divergence.detach()
+        if self.kl_controller is not None:
+            metrics["kl_coef"] = torch.tensor(self.beta)
         if batch.entropy is not None:
             entropy = reduce_tokens(batch.entropy, batch.mask, "token_mean", batch.length)
             loss = loss - self.entropy_coef * entropy
