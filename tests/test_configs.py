@@ -37,7 +37,8 @@ from moslim.reward.scorer import Scorer
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
-RUNNABLE = [path for path in CONFIGS if path not in PREFERENCES]
+PRESETS = [path for path in CONFIGS if path.startswith("configs/data/")]  # run in tests/data/test_presets.py
+RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS)]
 
 SMALL = {  # by the config that a command names first
     "configs/quickstart/starter.yaml": """--model.architecture.options.hidden_size 16
@@ -271,7 +272,10 @@ def test_helpsteer2_trains_five_heads_on_ratings(run_folder: RunFolder) -> None:
         splits = {split: table.rows(View.REWARD, split, preferences, 0) for split in Split}
     expected = ratings(48)
     assert len(splits[Split.TRAIN]) + len(splits[Split.VALIDATION]) == 48 and len(splits[Split.TEST]) == 8
-    assert {row.question for row in splits[Split.TRAIN]} <= {row["prompt"] for row in expected}
+    texts = {row.question for row in splits[Split.TRAIN] if isinstance(row.question, str)}
+    chats = [row.question for row in splits[Split.TRAIN] if not isinstance(row.question, str)]
+    assert texts <= {row["prompt"] for row in expected} and len(chats) > 8
+    assert {tuple(turn["role"] for turn in chat) for chat in chats} == {("user", "assistant", "user")}
     assert splits[Split.TEST][0].levels == {name: expected[0][name] for name in HELPSTEER}
     assert {f"test/{name}/kappa" for name in HELPSTEER} <= tested.trainer.callback_metrics.keys()
 

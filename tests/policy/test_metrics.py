@@ -39,7 +39,7 @@ def rollout(targets, reference=True):
         reference_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0]]) if reference else None,
         targets=targets,
         probs=probs,
-        per_dimension=torch.zeros(2, 2),
+        per_dimension=torch.zeros(2, 2).masked_fill(targets < 0, NAN),
         rewards=torch.tensor([3.0, 5.0]),
         advantages=torch.zeros(2),
         used=torch.ones(2, dtype=torch.bool),

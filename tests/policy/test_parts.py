@@ -8,8 +8,7 @@ from moslim.evaluation.judges import GoldJudge
 from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO
-from moslim.policy.optimizers.aggregation import normalize_then_sum
-from tests.policy.runs import SAMPLES, data, make, trainer
+from tests.policy.runs import data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
@@ -251,25 +250,6 @@ def test_a_critic_that_came_or_went(world, preferences, tmp_path):
     module = world(policy_optimizer=PPO(), reset_state=True)
     trainer(tmp_path, limit_test_batches=1).test(module, data(preferences), ckpt_path=without, verbose=False)
     assert (module.critic.linear.weight == 0).all()
-
-
-class Weighing(ExpectedDistance):
-    """Verbosity counts three times as much as warmth."""
-
-    def weights(self, targets):
-        return torch.tensor([1.0, 3.0]).expand(targets.shape)
-
-
-def test_the_weights_of_a_mapping_reach_the_advantages(world, preferences, tmp_path):
-    module = world(mapping=Weighing(), policy_optimizer=RLOO(aggregation="normalize_then_sum", kl_coef=0.0))
-    trainer(tmp_path, max_steps=1).fit(module, data(preferences))
-    found = module.rollout
-    values, weights = found.per_dimension.unflatten(0, (-1, SAMPLES)), torch.tensor([1.0, 3.0]).expand(4, SAMPLES, 2)
-    score = normalize_then_sum(values, 0.1, weights) - (~found.ended).float().reshape(-1, SAMPLES)
-    expected = (score - score.mean(dim=1, keepdim=True)) * SAMPLES / (SAMPLES - 1)
-    torch.testing.assert_close(found.advantages.reshape(-1, SAMPLES), expected)
-    both = (found.targets >= 0).all(dim=1)
-    assert both.any() and not torch.allclose(score, normalize_then_sum(values, 0.1) - (score - score))
 
 
 OTHERS = {"mapping": ExpectedDistance, "policy_optimizer": GRPO}

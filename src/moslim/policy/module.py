@@ -14,24 +14,25 @@ from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams,
 from moslim.data.types import PromptBatch, View
 from moslim.evaluation.judges import Judge
 from moslim.lora import LoraOptions
-from moslim.mapping.base import MappedReward, MappingFunction
+from moslim.mapping.base import MappingFunction
 from moslim.models import eos_ids, load_causal_lm
-from moslim.noise import derive_seed
 from moslim.optim import configure
-from moslim.plugin import own_callbacks, unchanged_on_failure
+from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
 from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
 from moslim.policy.metrics import rollout_metrics
 from moslim.policy.optimizers import PolicyOptimizer
+from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
-from moslim.policy.scoring import group_scores
+from moslim.policy.scoring import group_scores, map_rewards
 from moslim.policy.state import load_run, save_run
 from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
+from moslim.sampling import PreferenceSampler
 from moslim.timing import Stopwatch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -53,6 +54,7 @@ class PolicyTrainer(PolicyEvaluation):
         engine: What samples answers; None = :class:`TorchEngine`.
         judge: What measures achieved levels in the test; None = the training classifier, marked ``proxy``. One that
             is not itself a model also judges training rollouts, beside the classifier.
+        reward_functions: Plain Python functions that reward answers beside the classifier.
         samples_per_prompt: Answers to each training prompt, ``n``.
         eval_samples: Answers to each prompt in validation and test.
         inner_epochs: Passes over a rollout.
@@ -73,7 +75,8 @@ class PolicyTrainer(PolicyEvaluation):
         seed: Seed of all that is drawn.
 
     Raises:
-        ValueError: An option is out of range, or a dimension is unknown to the classifier.
+        ValueError: An option is out of range, a dimension is unknown to the classifier, or the policy optimizer would
+            not use the mapping's scalar.
     """
 
     batch_view = View.POLICY
@@ -87,6 +90,7 @@ class PolicyTrainer(PolicyEvaluation):
         policy_optimizer: PolicyOptimizer,
         engine: RolloutEngine | None = None,
         judge: Judge | None = None,
+        reward_functions: list[RewardFunction] | None = None,
         samples_per_prompt: int = 8,
         eval_samples: int = 4,
         inner_epochs: int = 1,
@@ -117,12 +121,18 @@ class PolicyTrainer(PolicyEvaluation):
             raise ValueError(
                 f"default_kl_coef is {default_kl_coef}, missing_end_penalty {missing_end_penalty}: give 0 or more"
             )
+        if policy_optimizer.aggregation == "normalize_then_sum" and not mapping.is_mean:
+            raise ValueError(
+                f"policy_optimizer.aggregation is normalize_then_sum, which adds up dimensions by itself, but "
+                f"{type(mapping).__name__} makes a scalar of its own: set it to sum_then_normalize"
+            )
         self.preferences = preferences
         self.model_path = model
         self.mapping = mapping
         self.policy_optimizer = policy_optimizer
         self.engine = engine or TorchEngine()
         self.judge = judge
+        self.reward_functions = RewardFunctions(reward_functions or [], preferences)
         self.samples_per_prompt = samples_per_prompt
         self.eval_samples = eval_samples
         self.inner_epochs = inner_epochs
@@ -186,13 +196,12 @@ class PolicyTrainer(PolicyEvaluation):
                 f"{self.batch_repeats}, or be a multiple of it: an optimizer step would end in the middle of a rollout"
             )
 
-    # Training ---------------------------------------------------------------------------------------------------
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
         key = (self.current_epoch, batch_idx // self.batch_repeats)
         if self.rollout is None or self.rollout.key != key:
-            with unchanged_on_failure([self.mapping, self.policy_optimizer]):
+            stateful = own_parts([self.mapping, self.policy_optimizer])
+            with unchanged_on_failure([*stateful, *([self._sampler] if self._sampler else [])]):
                 self.rollout = self._roll_out(batch, key)
         rows = self._minibatch(self.rollout, batch_idx % self.batch_repeats)
         clock = Stopwatch(self.device)
@@ -216,17 +225,8 @@ class PolicyTrainer(PolicyEvaluation):
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
-        if self.minibatches == 1:
-            return rollout
-        whole = self.policy_optimizer.whole_groups
-        units = torch.arange(len(rollout)).reshape(-1, self.samples_per_prompt if whole else 1)
-        if self.minibatches > len(units):
-            what = "prompts, whose answers must stay together" if whole else "answers"
-            raise ValueError(f"minibatches is {self.minibatches}, but a rollout has only {len(units)} {what}")
-        epoch, part = divmod(step, self.minibatches)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, Purpose.SHUFFLE, *rollout.key, epoch))
-        order = units[torch.randperm(len(units), generator=generator)]
-        return rollout.rows(order.tensor_split(self.minibatches)[part].flatten().to(self.device))
+        together = self.samples_per_prompt if self.policy_optimizer.whole_groups else 1
+        return rollout.minibatch(step, self.minibatches, together, (self.seed, Purpose.SHUFFLE))
 
     @torch.no_grad()
     def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:
@@ -243,8 +243,9 @@ class PolicyTrainer(PolicyEvaluation):
         clock.lap("time/reference")
         values = self.roles.values(*rows, self.chunk_rows) if self.roles.critic is not None else None
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
-        mapped = self._map(probs, targets)
-        known = (mapped, self.mapping.weights(targets), found, reference, values)
+        mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
+        mapped = self.reward_functions.join(mapped, self.reward_functions(answers, targets), self.mapping.is_mean)
+        known = (mapped, self.reward_functions.weights(mapped.per_dimension), found, reference, values)
         scores = group_scores(*known, self.missing_end_penalty, self.samples_per_prompt)
         returns = optimizer.returns(scores)
         rollout = Rollout(
@@ -269,22 +270,16 @@ class PolicyTrainer(PolicyEvaluation):
         optimizer.observe(scores)
         counted = self.judge if self.judge is not None and not self.judge.proxy else None
         metrics = rollout_metrics(rollout, self.preferences, counted)
-        self.log_dict({**metrics, **clock.laps}, batch_size=len(rollout))
+        metrics |= self.reward_functions.metrics(rollout.per_dimension)
+        asked = self._sampler.metrics() if self._sampler else {}
+        self.log_dict({**metrics, **asked, **clock.laps}, batch_size=len(rollout))
         return rollout
 
-    def _map(self, probs: Tensor, targets: Tensor) -> MappedReward:
-        """Rewards of this process's answers; the mapping sees those of all, and so needs not know of processes."""
-        everyone: Any = (probs, targets)
-        if self.trainer.world_size > 1:
-            everyone = [values.flatten(0, 1) for values in self.all_gather(everyone)]
-        all_probs, all_targets = everyone
-        self.mapping.observe(all_probs, all_targets)
-        groups = torch.arange(len(all_probs), device=self.device) // self.samples_per_prompt
-        mapped = self.mapping(all_probs, all_targets, groups)
-        own = slice(self.global_rank * len(probs), (self.global_rank + 1) * len(probs))
-        return MappedReward(mapped.total[own], mapped.per_dimension[own])
-
-    # Records ----------------------------------------------------------------------------------------------------
+    @property
+    def _sampler(self) -> PreferenceSampler | None:
+        """What draws the requests of the training prompts, where a data module does."""
+        sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
+        return sampler if isinstance(sampler, PreferenceSampler) else None
 
     def settings(self) -> dict[str, Any]:
         """What a result is to be compared by; it goes into the report."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -21,10 +24,16 @@ from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
+from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import Pooling, PreferenceClassifier
-from moslim.reward.losses import MISSING, CrossEntropy, LevelLoss
+from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
+from moslim.reward.held_out import HeldOut
+from moslim.reward.links import LINKS
+from moslim.reward.losses import CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.predictions import prediction_rows
+
+_TEMPERATURES = "temperatures"
 
 
 class RewardClassifier(RunModule):
@@ -33,9 +42,13 @@ class RewardClassifier(RunModule):
     Args:
         preferences: The dimensions; each gets a head.
         backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer.
-        loss: What is minimised; None = :class:`CrossEntropy`.
+        loss: What is minimised on rows with levels; None = :class:`CrossEntropy`.
+        pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
         pooling: What the heads read: the hidden state of the ``last`` token, or the ``mean`` over tokens, which finds
             and counts things in the text with far less training; None = last for decoders, mean for encoders.
+        head_hidden: Width of a hidden layer that each head gets for itself; None = linear heads.
+        head_dropout: Dropout on the hidden layers.
+        calibrate: Fit one temperature per head on the validation rows, with which the saved classifier comes.
         lora: Train low-rank adapters and the heads; None = train all weights.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, or 1e-4 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
@@ -54,7 +67,11 @@ class RewardClassifier(RunModule):
         preferences: PreferenceSet,
         backbone: str,
         loss: LevelLoss | None = None,
+        pairs: BradleyTerry | None = None,
         pooling: Pooling | None = None,
+        head_hidden: int | None = None,
+        head_dropout: float = 0.0,
+        calibrate: bool = True,
         lora: LoraOptions | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -71,6 +88,8 @@ class RewardClassifier(RunModule):
         self.preferences = preferences
         self.backbone = backbone
         self.loss = loss or CrossEntropy()
+        self.pairs = pairs or BradleyTerry()
+        self.calibrate = calibrate
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -79,13 +98,23 @@ class RewardClassifier(RunModule):
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         classifier = PreferenceClassifier.from_backbone(
-            backbone, preferences, pooling=pooling, max_length=max_length, trust_remote_code=trust_remote_code
+            backbone,
+            preferences,
+            pooling=pooling,
+            max_length=max_length,
+            link=self.loss.link,
+            head_hidden=head_hidden,
+            head_dropout=head_dropout,
+            trust_remote_code=trust_remote_code,
         )
         classifier.train()  # a backbone is loaded in evaluation mode, without dropout
         if gradient_checkpointing:
             checkpoint_activations(classifier)
         self.classifier: Any = add_lora(classifier, lora, trained_whole=["head"]) if lora else classifier
         self._metrics = SubsetMetrics(preferences)
+        self._pair_metrics = PairMetrics(preferences)
+        self._held_out = HeldOut()
+        self._calibrated_at = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -107,17 +136,25 @@ class RewardClassifier(RunModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """See Lightning."""
-        logits = self(batch.input_ids, batch.attention_mask)
-        labelled = (batch.levels != MISSING).sum(0)
-        total, heads = self.loss(logits, batch.levels, self.preferences.sizes, self._global_counts(labelled))
-        names = zip(self.preferences.names, heads, labelled.tolist(), strict=True)
+        scores = self._scores(batch)
+        counts = self.loss.counts(batch.targets, self.preferences.sizes).sum(0)
+        everywhere = self._global_counts(torch.cat([counts, comparisons(batch.compared)[None]]))
+        total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
+        names = zip(self.preferences.names, heads, counts.tolist(), strict=True)
         parts = {f"train/{name}/loss": head for name, head, count in names if count}
+        if len(batch.worse):
+            gaps = self._gaps(scores, batch)
+            loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
+            parts |= {"train/pairs/loss": loss.detach(), "train/pairs/accuracy": pair_accuracy(gaps, batch.compared)}
+            total = total + self.pairs.weight * loss
         self.log_dict({"train/loss": total.detach(), **parts}, batch_size=len(batch.rows))
         return total
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        self._evaluate(batch, "val")
+        scores = self._evaluate(batch, "val")
+        if self._calibrates:
+            self._hold_out(scores, batch)
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
@@ -126,14 +163,42 @@ class RewardClassifier(RunModule):
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation counted."""
         self._metrics.reset()
+        self._pair_metrics.reset()
+        self._held_out.reset()
 
     def on_test_epoch_start(self) -> None:
         """As before validation."""
         self._metrics.reset()
+        self._pair_metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``."""
+        """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
+
+        Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
+        ``val/calibration/{dimension}/{ece, brier, rps}/{before, after}``.
+        """
         self._report("val")
+        if self._calibrates:
+            self.log_dict(self._calibrate())
+
+    def on_train_end(self) -> None:
+        """Calibrates the final weights, unless the last validation has done so."""
+        if not self._calibrates or self._calibrated_at == self.global_step:
+            return
+        if not self.trainer.val_dataloaders:
+            self.classifier.config.temperatures = None  # those of a checkpoint were for other weights
+            rank_zero_warn("the classifier is saved without calibration: there was no validation to fit it on")
+            return
+        self._held_out.reset()
+        self.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for batch in islice(self.trainer.val_dataloaders, int(self.trainer.num_val_batches[0])):
+                moved = self.trainer.strategy.batch_to_device(batch)
+                self._hold_out(self._scores(moved), moved)
+        self.train()
+        measures = {key: value.item() for key, value in self._calibrate().items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(measures, self.global_step)
 
     def on_test_epoch_end(self) -> None:
         """As after validation, under ``test/``."""
@@ -161,29 +226,64 @@ class RewardClassifier(RunModule):
         self.tokenizer.save_pretrained(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only."""
+        """Keeps trained weights only, and the temperatures."""
+        checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the weights from the backbone."""
+        self.classifier.config.temperatures = checkpoint.get(_TEMPERATURES)
         restore_frozen(self, checkpoint)
 
-    def _evaluate(self, batch: PairBatch, stage: str) -> None:
-        logits = self(batch.input_ids, batch.attention_mask)
-        total, _ = self.loss(logits, batch.levels, self.preferences.sizes)
+    def _scores(self, batch: PairBatch) -> Tensor:
+        """The heads' raw outputs ``[B, D, S]``."""
+        return self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).scores
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
+        return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
+
+    def _evaluate(self, batch: PairBatch, stage: str) -> Tensor:
+        """Counts a batch for the metrics, and returns the heads' scores."""
+        scores = self._scores(batch)
+        total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
+        gaps = self._gaps(scores, batch)
+        total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
         self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
-        self._metrics.update(logits.argmax(-1), batch.levels, [row.subset for row in batch.rows])
+        self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
+        self._pair_metrics.update(gaps, batch.compared)
+        return scores
 
     def _report(self, stage: str) -> None:
-        found = self._metrics.compute(self.device)
+        found = self._metrics.compute(self.device) | self._pair_metrics.compute()
         self.log_dict({f"{stage}/{key}": value for key, value in found.items()})
 
-    def _global_counts(self, labelled: Tensor) -> Tensor:
-        """Labels per head over all processes, as this process's share: gradients are averaged over processes."""
-        ranks = self.trainer.world_size
-        if ranks == 1:
-            return labelled.clamp(min=1)
-        labelled = labelled.clone()
-        dist.all_reduce(labelled)
-        return labelled.clamp(min=1) / ranks
+    def _gaps(self, scores: Tensor, batch: PairBatch) -> Tensor:
+        """Expected level of the better answers less that of the worse, ``[P, D]``."""
+        expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
+        return expected[batch.better] - expected[batch.worse]
+
+    def _global_counts(self, counts: Tensor) -> Tensor:
+        """Counts over all processes, as this process's share: gradients are averaged over processes."""
+        if self.trainer.world_size == 1:
+            return counts
+        total = counts.clone()
+        dist.all_reduce(total)
+        return total / self.trainer.world_size
+
+    @property
+    def _calibrates(self) -> bool:
+        """Whether validation rows are there to calibrate on: in ``fit``, once there is something trained."""
+        fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        return self.calibrate and fits and self.was_trained
+
+    def _hold_out(self, scores: Tensor, batch: PairBatch) -> None:
+        self._held_out.update(self._logits(scores), batch.targets, [row.question for row in batch.rows])
+
+    def _calibrate(self) -> dict[str, Tensor]:
+        """Puts temperatures into the classifier, and returns what they improve, to be logged."""
+        fitted = calibrate(*self._held_out.compute(), self.preferences)
+        self.classifier.config.temperatures = fitted.temperatures
+        self._calibrated_at = self.global_step
+        return {f"val/calibration/{key}": value for key, value in fitted.measures.items()}

@@ -53,11 +53,11 @@ def read_file(path: str) -> list[Record]:
         return _completed(list(_json(path, file)))
 
 
-def read_hub(name: str, split: str) -> list[Record]:
-    """Reads a split of a Hub data set (or of one saved in a local folder in the Hub's layout)."""
+def read_hub(name: str, split: str, folder: str | None = None) -> list[Record]:
+    """Reads a split of a Hub data set (or of one saved in a local folder in the Hub's layout), or of a folder in it."""
     from datasets import load_dataset
 
-    rows = load_dataset(name, split=split)
+    rows = load_dataset(name, data_dir=folder, split=split)
     return [Record(f"{name}[{split}], row {number}", dict(fields)) for number, fields in enumerate(rows, 1)]
 
 

@@ -20,7 +20,7 @@ class GroupScores:
 
     Args:
         total: ``[G, n]`` the mapping function's scalar reward.
-        per_dimension: ``[G, n, D]`` its reward per dimension, NaN where inactive.
+        per_dimension: ``[G, n, D]`` its reward per dimension and those of reward functions, NaN where inactive.
         penalty: ``[G, n]`` what an answer loses for breaking a rule, e.g. for not ending.
         token_kl: ``[G, n, T]`` k1 estimates of the divergence from the reference; 0 where masked or without one.
         mask: ``[G, n, T]`` bool, up to and including the end-of-sequence token.
