@@ -18,7 +18,7 @@ def section(result: dict[str, Any]) -> str:
 ## The same tensors through TRL {result["versions"]["trl"]}
 
 {circumstances_line(result)}
-Largest absolute difference over {result["draws"]} random draws in double precision; wanted {result["wanted"]:.0e} or less.
+Largest absolute difference over {result["draws"]} random draws in double precision, wanted {result["wanted"]:.0e}.
 What is left comes from TRL's Bessel correction, which is in single precision. Our `normalize_then_sum` and TRL's
 differ by design (a softened, uncorrected deviation, and the root of the number of active dimensions), so it is not
 compared.
