@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
-from moslim.policy.processes import gathered, mean_over_processes, process_count
+from moslim.processes import gathered, mean_over_processes, process_count
 from tests.policy.runs import BATCH, data, make, trainer
 
 pytestmark = [

@@ -111,9 +111,9 @@ class CollatePrompts:
 
     Args:
         renderer: Writes question and preference as ids.
-        scramble: Control run: each prompt shows its own levels, but is rewarded for those that another prompt shows
-            on the same dimensions. So the levels shown tell nothing, and a measure of steerability that still finds
-            control measures something else.
+        scramble: Control run: each prompt shows its own preference, but the targets that reward it
+            are those of the next prompt with an instruction. So the levels shown tell nothing, and a measure of
+            steerability that still finds control measures something else. Active dimensions go with the targets.
     """
 
     renderer: PromptRenderer
@@ -138,19 +138,15 @@ class CollatePrompts:
 
 
 def exchanged(preferences: list[Preference]) -> tuple[list[Preference], list[Preference]]:
-    """Returns the preferences to show and those to reward.
+    """Returns the preferences to show and those to reward: each row with one is rewarded for the next such row's.
 
-    On every dimension, a prompt is rewarded for the level that the next prompt naming this dimension shows. Preferences
-    are drawn independently of each other, so a neighbour's level tells nothing about one's own. The dimensions that a
-    prompt is rewarded on stay its own: were whole preferences exchanged, what the starting policy already did with a
-    word would hardly ever be rewarded or punished, and would stay. A dimension that only one prompt names is dropped.
+    Preferences are drawn independently of each other, so a neighbour's tells nothing about one's own. A row that
+    is the only one with a preference has nothing to exchange and loses it.
     """
-    shown: list[dict[str, int]] = [{} for _ in preferences]
-    wanted: list[dict[str, int]] = [{} for _ in preferences]
-    for name in dict.fromkeys(name for preference in preferences for name in preference.levels):
-        rows = [i for i, preference in enumerate(preferences) if name in preference.levels]
-        if len(rows) > 1:
-            for here, there in zip(rows, rows[1:] + rows[:1], strict=True):
-                shown[here][name] = preferences[here].levels[name]
-                wanted[here][name] = preferences[there].levels[name]
-    return [Preference(levels) for levels in shown], [Preference(levels) for levels in wanted]
+    rows = [i for i, preference in enumerate(preferences) if preference]
+    shown, wanted = list(preferences), list(preferences)
+    if len(rows) == 1:
+        shown[rows[0]] = wanted[rows[0]] = Preference()
+    for here, there in zip(rows, rows[1:] + rows[:1], strict=True):
+        wanted[here] = shown[there]
+    return shown, wanted

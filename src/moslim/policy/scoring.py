@@ -9,8 +9,8 @@ from moslim.mapping.base import MappedReward, MappingFunction
 from moslim.policy.engines import Completions
 from moslim.policy.kl import k1
 from moslim.policy.optimizers import GroupScores
-from moslim.policy.processes import of_all_processes, process_rank
 from moslim.policy.rollout import end_penalty
+from moslim.processes import of_all_processes, process_rank
 from moslim.sampling import PreferenceSampler
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from moslim.checkpoints import fingerprint
 from moslim.plugin import own_parts
-from moslim.policy.processes import gathered, process_count
 from moslim.policy.rollout import Rollout
+from moslim.processes import gathered, process_count
 
 if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer

@@ -10,9 +10,9 @@ from torch import Tensor
 from moslim.policy.critic import hidden_states
 from moslim.policy.logprobs import chunks_by_length, completion_logits, full_kl, token_logprobs
 from moslim.policy.optimizers import UpdateBatch
-from moslim.policy.processes import mean_over_processes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
+from moslim.processes import mean_over_processes
 
 
 def forward(

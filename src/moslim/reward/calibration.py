@@ -60,7 +60,7 @@ def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> Reliab
         bins: Number of bins, of equal mass. Rows with the same confidence share a bin.
     """
     edges = confidence.quantile(torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device))
-    place = torch.bucketize(confidence, edges[1:-1])
+    place = torch.bucketize(confidence.contiguous(), edges[1:-1])
     sums = confidence.new_zeros(3, bins).index_add_(
         1, place, torch.stack([confidence, outcome.to(confidence.dtype), torch.ones_like(confidence)])
     )

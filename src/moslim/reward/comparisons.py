@@ -48,9 +48,14 @@ def comparisons(compared: Tensor) -> Tensor:
     return compared.any(1).sum()
 
 
+def credit(gaps: Tensor) -> Tensor:
+    """1 where the better answer has the higher expected level, 0 where it has the lower one, 1/2 for a tie."""
+    return (gaps.detach().sign() + 1) / 2
+
+
 def pair_accuracy(gaps: Tensor, compared: Tensor) -> Tensor:
     """How often the better answer has the higher expected level, of ``[P, D]`` each; a tie counts half."""
-    return _right(gaps, compared).sum() / compared.sum().clamp(min=1)
+    return (credit(gaps) * compared).sum() / compared.sum().clamp(min=1)
 
 
 class PairMetrics(Metric):
@@ -72,7 +77,7 @@ class PairMetrics(Metric):
 
     def update(self, gaps: Tensor, compared: Tensor) -> None:
         """Counts comparisons: gaps in expected level and what they speak about, both ``[P, D]``."""
-        self.right += _right(gaps, compared).sum(0)
+        self.right += (credit(gaps) * compared).sum(0)
         self.count += compared.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
@@ -82,7 +87,3 @@ class PairMetrics(Metric):
         shares = zip(self.preferences.names, self.right, self.count, strict=True)
         each = {f"pairs/{name}/accuracy": right / count for name, right, count in shares if count}
         return {"pairs/accuracy": self.right.sum() / self.count.sum(), **each}
-
-
-def _right(gaps: Tensor, compared: Tensor) -> Tensor:
-    return (gaps.detach().sign() + 1) / 2 * compared

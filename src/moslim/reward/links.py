@@ -34,8 +34,7 @@ class Link(ABC):
 
     def expected(self, scores: Tensor, sizes: Sequence[int]) -> Tensor:
         """Expected level ``[B, D]`` of scores ``[B, D, S]``."""
-        probs = self.logits(scores, sizes).softmax(-1)
-        return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
+        return expected_levels(self.logits(scores, sizes).softmax(-1))
 
 
 class SoftmaxLink(Link):
@@ -93,6 +92,11 @@ class RegressionLink(Link):
 
 
 LINKS: Mapping[LinkName, Link] = {"softmax": SoftmaxLink(), "corn": CornLink(), "regression": RegressionLink()}
+
+
+def expected_levels(probs: Tensor) -> Tensor:
+    """Mean of the levels under probabilities ``[..., K]``; ``[...]``."""
+    return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
 
 
 def lacking(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -27,11 +27,18 @@ from moslim.preferences import PreferenceSet
 from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import Pooling, PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
+from moslim.reward.evaluation.best_of import BestOf
+from moslim.reward.evaluation.choices import Choice
+from moslim.reward.evaluation.pairs import complete_weights
+from moslim.reward.evaluation.report import publish, scalars
+from moslim.reward.evaluation.result import evaluate
+from moslim.reward.evaluation.rows import Scores
 from moslim.reward.held_out import HeldOut
 from moslim.reward.links import LINKS
 from moslim.reward.losses import CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.predictions import prediction_rows
+from moslim.reward.scorer import Scorer
 
 _TEMPERATURES = "temperatures"
 
@@ -52,6 +59,9 @@ class RewardClassifier(RunModule):
         lora: Train low-rank adapters and the heads; None = train all weights.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, or 1e-4 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
+        pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
+        best_of: A best-of-n evaluation that the test runs, besides; None = none.
+        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
         output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         max_length: Most tokens of a pair when the saved classifier scores texts; give the data module the same.
@@ -75,6 +85,9 @@ class RewardClassifier(RunModule):
         lora: LoraOptions | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        pair_weights: dict[str, float] | None = None,
+        best_of: BestOf | None = None,
+        report: str | None = None,
         output: str | None = None,
         predictions: str | None = None,
         max_length: int | None = None,
@@ -93,6 +106,9 @@ class RewardClassifier(RunModule):
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.pair_weights = complete_weights(preferences, pair_weights)
+        self.best_of = best_of
+        self.report = report
         self.output = output
         self.predictions = predictions
         self.trust_remote_code = trust_remote_code
@@ -114,6 +130,8 @@ class RewardClassifier(RunModule):
         self._metrics = SubsetMetrics(preferences)
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
+        self._tested = Scores(preferences)
+        self._choices: list[Choice] = []
         self._calibrated_at = 0
 
     @cached_property
@@ -158,7 +176,9 @@ class RewardClassifier(RunModule):
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        self._evaluate(batch, "test")
+        output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        self._log_loss(output.scores, batch, "test")
+        self._tested.add(batch, output.logits.softmax(-1), self._logits(output.scores).softmax(-1))
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation counted."""
@@ -167,9 +187,14 @@ class RewardClassifier(RunModule):
         self._held_out.reset()
 
     def on_test_epoch_start(self) -> None:
-        """As before validation."""
-        self._metrics.reset()
-        self._pair_metrics.reset()
+        """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line of it cannot be used.
+        """
+        self._tested.clear()
+        self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
@@ -201,8 +226,15 @@ class RewardClassifier(RunModule):
             logger.log_metrics(measures, self.global_step)
 
     def on_test_epoch_end(self) -> None:
-        """As after validation, under ``test/``."""
-        self._report("test")
+        """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
+        rows, pairs = self._tested.gathered()
+        score = self._scorer().probabilities
+        best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
+        result = evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)
+        self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
+        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
+        if self.trainer.is_global_zero:
+            publish(self.trainer, result, folders)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch; the records are written to the file of ``predictions``."""
@@ -247,13 +279,25 @@ class RewardClassifier(RunModule):
     def _evaluate(self, batch: PairBatch, stage: str) -> Tensor:
         """Counts a batch for the metrics, and returns the heads' scores."""
         scores = self._scores(batch)
+        gaps = self._log_loss(scores, batch, stage)
+        self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
+        self._pair_metrics.update(gaps, batch.compared)
+        return scores
+
+    def _log_loss(self, scores: Tensor, batch: PairBatch, stage: str) -> Tensor:
+        """Logs the loss of a batch, and returns its gaps ``[P, D]``."""
         total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
         gaps = self._gaps(scores, batch)
         total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
         self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
-        self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
-        self._pair_metrics.update(gaps, batch.compared)
-        return scores
+        return gaps
+
+    def _scorer(self) -> Scorer:
+        """Scores texts with the classifier as it is, and as the data module encodes them."""
+        scorer = Scorer(self.classifier, self.tokenizer)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
+        return scorer
 
     def _report(self, stage: str) -> None:
         found = self._metrics.compute(self.device) | self._pair_metrics.compute()

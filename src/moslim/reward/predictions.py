@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moslim.data.types import Example
 from moslim.preferences import PreferenceSet
+from moslim.reward.links import expected_levels
 
 
 def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: PreferenceSet) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: Prefere
     """
     table = probs.cpu().double()
     levels = table.argmax(-1)
-    expected = (table * torch.arange(table.shape[-1])).sum(-1)
+    expected = expected_levels(table)
     records = []
     for b, row in enumerate(rows):
         scores: dict[str, dict[str, Any]] = {"probabilities": {}, "levels": {}, "expected": {}}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
 from moslim.policy.optimizers.base import GroupScores, LossParts, PolicyOptimizer, UpdateBatch
-from moslim.policy.processes import mean_over_processes
+from moslim.processes import mean_over_processes
 
 LossType = Literal["sigmoid", "ipo"]
 

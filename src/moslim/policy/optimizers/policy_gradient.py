@@ -14,7 +14,7 @@ from moslim.policy.kl import KLEstimator, KLPlace, check_kl, kl_loss
 from moslim.policy.kl_controllers import KLController
 from moslim.policy.optimizers.base import GroupScores, LossParts, PolicyOptimizer, UpdateBatch
 from moslim.policy.optimizers.reductions import Reduction, reduce_tokens
-from moslim.policy.processes import mean_over_processes
+from moslim.processes import mean_over_processes
 
 
 @dataclass(eq=False, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moslim.policy.processes import mean_over_processes, process_count
+from moslim.processes import mean_over_processes, process_count
 
 Reduction = Literal["grpo", "token_mean", "constant"]
 
