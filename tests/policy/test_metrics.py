@@ -42,6 +42,7 @@ def rollout(targets, reference=True):
         per_dimension=torch.zeros(2, 2).masked_fill(targets < 0, NAN),
         rewards=torch.tensor([3.0, 5.0]),
         advantages=torch.zeros(2),
+        used=torch.ones(2, dtype=torch.bool),
         ended=torch.tensor([True, False]),
         questions=["q", "r"],
         answers=["a", "b"],
@@ -61,6 +62,7 @@ def test_every_figure_by_hand():
             "train/reward": 4.0,
             "train/length": 1.5,
             "train/ended": 0.5,
+            "train/used": 1.0,
             "train/kl": (0.5 - 1.0 + 0.5) / 2,
             "train/kl_k3": sum(k3) / 3,
             "train/proxy": (0.8 + 0.5 + 0.4) / 3,
@@ -76,6 +78,7 @@ def test_every_figure_by_hand():
 def test_what_nothing_asked_for_is_left_out():
     found = metrics([[1, -1], [-1, -1]], reference=False, judge=Fixed([[NAN, 0.0], [1.0, 0.0]]))
     assert found == pytest.approx(
-        {"train/reward": 3.0, "train/length": 1.5, "train/ended": 0.5, "train/proxy": 0.8, "train/proxy/tone": 0.8}
+        {"train/reward": 3.0, "train/length": 1.5, "train/ended": 0.5, "train/used": 1.0}
+        | {"train/proxy": 0.8, "train/proxy/tone": 0.8}
     )
-    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == {"train/length", "train/ended"}
+    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == {"train/length", "train/ended", "train/used"}

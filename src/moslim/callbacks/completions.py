@@ -39,7 +39,7 @@ class JudgedAnswers(Protocol):
     @property
     def rewards(self) -> Tensor: ...
     @property
-    def advantages(self) -> Tensor: ...
+    def answer_advantages(self) -> Tensor: ...
 
 
 class CompletionTable(Callback):
@@ -115,7 +115,7 @@ def table_rows(rollout: JudgedAnswers, preferences: PreferenceSet, step: int, co
                 "answer": rollout.answers[i],
                 "rewards": {names[d]: _finite(rewards[d]) for d in asked},
                 "reward": _finite(float(rollout.rewards[i])),
-                "advantage": _finite(float(rollout.advantages[i])),
+                "advantage": _finite(float(rollout.answer_advantages[i])),
             }
         )
     return rows

@@ -27,6 +27,7 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
         "train/reward": rollout.rewards[~rollout.per_dimension.isnan().all(dim=1)].mean(),
         "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per answer
         "train/ended": rollout.ended.float().mean(),
+        "train/used": rollout.used.float().mean(),  # share of answers that take part in updates
     }
     if rollout.reference_logprobs is not None:
         pair = (rollout.old_logprobs, rollout.reference_logprobs)
