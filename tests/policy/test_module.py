@@ -50,7 +50,7 @@ def test_fit_moves_the_policy_and_logs_what_happens(kind, lora, preferences, lm,
     assert all(not torch.equal(value, before[name]) for name, value in weights(module).items() if "lora_A" not in name)
     assert [(step["key"], step["new"]) for step in module.trace] == [((0, 0), True), ((0, 1), True)]
     found = {name: float(value) for name, value in run.callback_metrics.items()}
-    always = {"loss", "clip_fraction", "default_kl", "reward", "length", "ended", "proxy", "gold"}
+    always = {"loss", "clip_fraction", "default_kl", "reward", "length", "truncated", "entropy", "proxy", "gold"}
     assert {f"train/{name}" for name in always} <= found.keys()
     assert {"time/sample", "time/reward", "time/reference", "time/forward"} <= found.keys()
     assert ("train/kl" in found) == (kind != "grpo-constant") and ("train/kl_loss" in found) == (kind == "grpo")

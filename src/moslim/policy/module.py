@@ -29,7 +29,7 @@ from moslim.policy.answering import Answerer, Answers
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.kl import k1
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.metrics import rollout_metrics
+from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
 from moslim.policy.optimizers import GroupScores, PolicyOptimizer
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout, end_penalty
@@ -155,6 +155,8 @@ class PolicyTrainer(RunModule):
         if judge is not None:
             judge.setup(preferences)
         self.rollout: Rollout | None = None
+        self.rows: Rollout | None = None  # the part of it that the current step learns from ...
+        self.logprobs: Tensor | None = None  # ... and its log-probabilities [N, T] under the current weights
         self._sweep = Sweep()
 
     @cached_property
@@ -210,6 +212,7 @@ class PolicyTrainer(RunModule):
         clock = Stopwatch(self.device)
         held = self.default_kl_coef > 0
         now = forward(self.policy, self.roles, rows, self.engine.temperature, self.chunk_rows, held)
+        self.rows, self.logprobs = rows, now.logprobs.detach()
         parts = self.policy_optimizer.loss(
             now.logprobs,
             rows.old_logprobs,
@@ -267,6 +270,8 @@ class PolicyTrainer(RunModule):
         )
         counted = self.judge if self.judge is not None and not self.judge.proxy else None
         metrics = rollout_metrics(rollout, self.preferences, counted)
+        shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}
+        self.log_dict(shown, prog_bar=True, batch_size=len(rollout))
         self.log_dict({**metrics, **clock.laps}, batch_size=len(rollout))
         return rollout
 
