@@ -111,3 +111,26 @@ def test_the_same_gauges_need_no_account(runs):
     assert isinstance(trainer.progress_bar_callback, RichProgressBar)
     shown = trainer.progress_bar_callback.get_metrics(trainer, trainer.lightning_module)
     assert shown.keys() >= {"train/reward", "train/kl", "speed/tokens"}
+
+
+def test_tensorboard_by_its_logger(folder, monkeypatch):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    run(
+        f"""fit --config {ROOT}/configs/quickstart/policy.yaml {FEW_STEPS} {SMALL_POLICY} --trainer.limit_val_batches 0
+        --data.source.policy_rows 64 --trainer.log_every_n_steps 1 --trainer.default_root_dir outputs/board
+        --trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.save_dir outputs""".split()
+    )
+    (file,) = folder.glob("outputs/lightning_logs/version_0/events.out.*")
+    data, logged = file.read_bytes(), {}
+    while data:  # records: length, its checksum, an event, its checksum
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+        for value in event.summary.value:
+            logged.setdefault(event.step, {})[value.tag] = value.simple_value
+    assert all(logged[step].keys() >= GAUGES | ROLLOUT for step in (0, 1))
+    assert (folder / "outputs/board/version_0/metrics.csv").exists()
