@@ -1,16 +1,20 @@
-"""The Trainer behind the command line: Lightning's, with ``generate`` and ``export``."""
+"""The Trainer behind the command line: Lightning's, with ``generate``, ``export`` and ``replay``."""
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from moslim.callbacks.replay import Replay, Replayed, StepTaken
+from moslim.callbacks.tables import render
 from moslim.restore import restore
 
 
 class MoslimTrainer(Trainer):
-    """Lightning's Trainer with two more commands."""
+    """Lightning's Trainer with three more commands."""
 
     def generate(
         self,
@@ -76,6 +80,42 @@ class MoslimTrainer(Trainer):
         export(out)
         print(f"exported to {out}")
 
+    def replay(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Replayed:
+        """Takes a policy's next step again, up to its loss, and prints its answers with their figures.
+
+        Nothing is trained and nothing written. With a file that a guard kept, it is the step at which it tripped.
+
+        Args:
+            model: The policy, with the options that it was trained with.
+            datamodule: Its data.
+            ckpt_path: File that a guard kept, or a checkpoint.
+            weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
+
+        Raises:
+            ValueError: No file is named, there are several processes, or training was over.
+        """
+        if ckpt_path is None:
+            raise ValueError("replay needs a file that a guard kept: --ckpt_path .../guards/NAME.ckpt")
+        if self.world_size > 1:
+            raise ValueError("replay takes one process: --trainer.devices 1")
+        replay = Replay()
+        self.loggers, self.callbacks = [], [replay]  # what writes is left out
+        with warnings.catch_warnings(), contextlib.suppress(StepTaken):
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        if replay.found is None:
+            raise ValueError(
+                f"--ckpt_path {ckpt_path}: there is no step after it, trainer.max_steps or max_epochs is reached"
+            )
+        _show(replay.found)
+        return replay.found
+
     def _attach(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str | None) -> None:
         """Connects module and data as a loop would, and restores the checkpoint."""
         self.strategy.connect(model)
@@ -86,6 +126,16 @@ class MoslimTrainer(Trainer):
         if ckpt_path is not None:
             restore(self, model, ckpt_path)
         model.to(self.strategy.root_device).eval()
+
+
+def _show(found: Replayed) -> None:
+    """Prints the answers, and the loss beside the one that a guard noted."""
+    print(render(found.rows, "The step's answers", ("reward", "advantage", "kl", "log_ratio", "tokens")))
+    if found.record is None:
+        print(f"loss {found.loss:.6g}")
+    else:
+        print(f"guard `{found.record['guard']}`: {found.record['reason']}")
+        print(f"loss {found.loss:.6g}, noted when it tripped: {found.record['loss']:.6g}")
 
 
 def _method(model: LightningModule, name: str) -> Any:

@@ -66,7 +66,7 @@ def test_fit_moves_the_policy_and_logs_what_happens(kind, lora, preferences, lm,
     assert all(not torch.equal(value, before[name]) for name, value in weights(module).items() if "lora_A" not in name)
     assert [(step["key"], step["new"]) for step in module.trace] == [((0, 0), True), ((0, 1), True)]
     found = {name: float(value) for name, value in run.callback_metrics.items()}
-    always = {"loss", "used", "default_kl", "reward", "length", "ended", "proxy", "gold"}
+    always = {"loss", "used", "default_kl", "reward", "length", "truncated", "entropy", "proxy", "gold"}
     assert {f"train/{name}" for name in always} <= found.keys()
     assert {"time/sample", "time/reward", "time/reference", "time/forward"} <= found.keys()
     every = set().union(*OWN_METRICS.values())

@@ -131,7 +131,10 @@ class PreferenceDataModule(LightningDataModule):
         repeats: int = getattr(self._module, "batch_repeats", 1)
         rank, ranks = self._processes
         stages = [row.stage for row in rows]
-        sampler = RepeatBatchSampler(len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages)
+        overfit = bool(self.trainer.overfit_batches)  # type: ignore[union-attr]  # set dynamically
+        sampler = RepeatBatchSampler(
+            len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages, same_epochs=overfit
+        )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
         collate = self._collate(self.scramble)
         return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)

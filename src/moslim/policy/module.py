@@ -21,7 +21,7 @@ from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
 from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
-from moslim.policy.metrics import rollout_metrics
+from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
 from moslim.policy.optimizers import PolicyOptimizer
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
@@ -158,6 +158,8 @@ class PolicyTrainer(PolicyEvaluation):
         if judge is not None:
             judge.setup(preferences)
         self.rollout: Rollout | None = None
+        self.rows: Rollout | None = None  # the part of it that the current step learns from ...
+        self.logprobs: Tensor | None = None  # ... and its log-probabilities [N, T] under the current weights
 
     @property
     def batch_repeats(self) -> int:
@@ -215,6 +217,7 @@ class PolicyTrainer(PolicyEvaluation):
             entropy=self.policy_optimizer.needs_entropy,
             default_kl=self.default_kl_coef > 0,
         )
+        self.rows, self.logprobs = rows, update.logprobs.detach()
         parts = self.policy_optimizer.loss(update)
         loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
         if default_kl is not None:
@@ -272,6 +275,8 @@ class PolicyTrainer(PolicyEvaluation):
         metrics = rollout_metrics(rollout, self.preferences, counted)
         metrics |= self.reward_functions.metrics(rollout.per_dimension)
         asked = self._sampler.metrics() if self._sampler else {}
+        shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}
+        self.log_dict(shown, prog_bar=True, batch_size=len(rollout))
         self.log_dict({**metrics, **asked, **clock.laps}, batch_size=len(rollout))
         return rollout
 

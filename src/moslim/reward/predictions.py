@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moslim.data.types import Example
 from moslim.jsonlines import unfinished
+from moslim.levels import expected_level
 from moslim.preferences import PreferenceSet
-from moslim.reward.links import expected_levels
 
 
 def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: PreferenceSet) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: Prefere
     """
     table = probs.cpu().double()
     levels = table.argmax(-1)
-    expected = expected_levels(table)
+    expected = expected_level(table)
     records = []
     for b, row in enumerate(rows):
         scores: dict[str, dict[str, Any]] = {"probabilities": {}, "levels": {}, "expected": {}}
