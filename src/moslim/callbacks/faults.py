@@ -28,7 +28,9 @@ def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: fl
     if reference is None:
         return None
     kl = float((k1(logprobs, reference) * mask).sum(dim=1).mean())
-    return None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, above {limit:g}"
+    return (
+        None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, not within {limit:g}"
+    )
 
 
 def off_policy(logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float) -> str | None:
