@@ -1,4 +1,4 @@
-"""What every benchmark records beside its figures: versions, machine, command."""
+"""What the benchmarks share: versions, machine and command beside the figures, and tables of these."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+
+Row = list[str]
 
 
 def circumstances() -> dict[str, Any]:
@@ -38,3 +40,28 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(header: Row, rows: list[Row]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def met(value: float, wanted: str) -> str:
+    """The value, marked where it misses what was asked for."""
+    shown = f"{value:.0f}" if value > 20 else f"{value:.3f}"
+    if wanted == "reported":
+        return shown
+    sign, bound = wanted.split()
+    good = value <= float(bound) if sign == "<=" else value >= float(bound)
+    return shown if good else f"**{shown} (missed)**"
+
+
+def circumstances_line(result: dict[str, Any]) -> str:
+    """Command, machine and versions of a result, as a sentence."""
+    machine, versions = result["machine"], result["versions"]
+    return (
+        f"`{result['command']}` on {machine['processor']}, {machine['cores']} cores, no GPU; "
+        f"torch {versions['torch']}, transformers {versions['transformers']}."
+    )

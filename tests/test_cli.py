@@ -289,6 +289,7 @@ def test_generate_prints_answers(capsys):
     ("args", "error", "said"),
     [
         (["export", "--ckpt_path", "last", "--model", "cli_parts.Plain"], TypeError, "Plain has no method `export`"),
+        (["export", "--ckpt_path", "last", "--form", "adapter"], TypeError, "Model has no method `export_adapter`"),
         (["generate", "--question", "Why?", "--model", "cli_parts.Plain"], TypeError, "Plain has no method `answer`"),
         (["replay"], TypeError, "a step of a PolicyTrainer, not of a Model"),
         (["export"], ValueError, "--ckpt_path"),

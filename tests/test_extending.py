@@ -16,7 +16,8 @@ from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
 from moslim import PolicyTrainer, RewardClassifier
 from moslim.cli import MoslimCLI, run
-from moslim.policy.optimizers import GroupScores
+from moslim.data.pairs import one_hot
+from moslim.policy.optimizers import GroupScores, UpdateBatch
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.workbench.grammar import LEVELS
@@ -77,7 +78,7 @@ def classes(lab: Lab) -> Any:
 
 
 def test_the_page_shows_a_mapping_and_an_optimizer_of_under_thirty_lines() -> None:
-    for name in ("Narrowing(MappingFunction)", "RankReinforce(PolicyOptimizer)"):
+    for name in ("Narrowing(MappingFunction)", "RankReinforce(PolicyGradient)"):
         (code,) = [code for _, _, code in BLOCKS if f"class {name}" in code]
         assert len(code.splitlines()) < 30
 
@@ -125,6 +126,38 @@ def test_the_mapping_runs_and_its_state_survives_a_resumed_run(lab: Lab) -> None
     assert "mapping:my_lab.Narrowing" in [callback.state_key for callback in resumed.trainer.callbacks]
 
 
+# --- a reward function
+
+
+def test_a_reward_function(lab: Lab, classes: Any) -> None:
+    cli = lab.documented("my_lab.terse")
+    rollout, names = cli.model.rollout, cli.model.preferences.names
+    assert cli.model.reward_functions.names == ["terse"] and cli.model.reward_functions.functions[0].weight == 0.5
+    found, spared = rollout.per_dimension[:, len(names)], rollout.targets[:, names.index("verbosity")] >= 0
+    assert torch.equal(found.isnan(), spared) and not spared.all()
+    assert "train/reward/terse" in cli.trainer.callback_metrics
+    assert classes.terse(["One two. Three four.", "One."], [{}, {"verbosity": 1}]) == [-0.2, None]
+
+
+def test_a_reward_function_with_arguments(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    (lab.folder / "rewards.py").write_text(
+        "class Brief:\n"
+        "    def __init__(self, limit: int = 3) -> None:\n"
+        "        self.limit = limit\n\n"
+        "    def __call__(self, completion_ids: list, **columns: object) -> list:\n"
+        "        return [float(len(ids) <= self.limit) for ids in completion_ids]\n"
+    )
+    command = "fit --config configs/quickstart/policy.yaml --trainer.fast_dev_run true --model.reward_functions"
+    given = "'[{function: {class_path: rewards.Brief, init_args: {limit: 4}}, name: brief}]'"
+    cli = lab.run(f"{command} {given}")
+    assert cli.model.reward_functions.names == ["brief"]
+    expected = (cli.model.rollout.mask.sum(dim=1) <= 4).float()
+    assert torch.equal(cli.model.rollout.per_dimension[:, -1], expected)
+    with pytest.raises(SystemExit):
+        lab.run(f"{command} '[{{function: rewards.Brief, wieght: 2}}]'")
+    assert "wieght" in capsys.readouterr().err
+
+
 # --- a policy optimizer
 
 
@@ -132,7 +165,7 @@ def test_the_optimizer_ranks(classes: Any) -> None:
     optimizer = classes.RankReinforce(kl_coef=0.0)
     total = torch.tensor([[0.1, 500.0, -3.0], [7.0, 7.0, 8.0]])
     nothing = torch.zeros_like(total)
-    scores = GroupScores(total, total[..., None], nothing, nothing)
+    scores = GroupScores(total, total[..., None], nothing, nothing[..., None], nothing[..., None] == 0)
     assert optimizer.advantages(scores).tolist() == [[0.0, 1.0, -1.0], [-0.5, -0.5, 1.0]]
 
 
@@ -141,7 +174,7 @@ def test_the_optimizer_s_loss(classes: Any) -> None:
     old = torch.full((2, 2), -1.0)
     logprobs = (old + torch.tensor([[0.0, 0.0], [1.0, 0.0]])).requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
-    parts = optimizer.loss(logprobs, old, None, torch.tensor([1.0, -1.0]), mask, length=4)
+    parts = optimizer.loss(UpdateBatch(logprobs, old, torch.tensor([1.0, -1.0]), mask, length=4, samples=2))
     # Ratios 1, 1 and e; the last, with a negative advantage, is not clipped: -(1 + 1)/4 and +e/4, averaged.
     assert parts.loss.item() == pytest.approx((-2 + 2.7182818) / 4 / 2)
     assert parts.metrics["clip_fraction"].item() == 0
@@ -184,6 +217,14 @@ def test_a_source_an_instruction_and_a_sampler(lab: Lab) -> None:
     assert renderer.ids(rollout.questions[0], cli.datamodule.preferences.decode(rollout.targets[0]))
 
 
+def test_a_sampler_that_learns(lab: Lab) -> None:
+    options = ["--trainer.default_root_dir", "outputs/errors", "--trainer.max_steps", "3"]
+    cli = lab.documented("moslim.sampling.ErrorWeighted", *options, "--trainer.limit_train_batches", "1")
+    shares = cli.datamodule.sampler.metrics()
+    assert len(shares) == 20 and sum(shares.values()) == pytest.approx(1)
+    assert "sampler/warmth/glowing" in cli.trainer.callback_metrics and len(set(shares.values())) > 4
+
+
 def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: Any) -> None:
     command = "fit --config configs/quickstart/reward.yaml --data.source my_lab.Greetings"
     with contextlib.chdir(lab.folder):
@@ -203,15 +244,14 @@ def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: An
 def test_a_loss(lab: Lab, classes: Any) -> None:
     cli = lab.documented("my_lab.Focal", "--trainer.fast_dev_run", "true")
     assert type(cli.model.loss).__name__ == "Focal" and cli.model.loss.gamma == 1.0
-    logits, levels = torch.randn(4, 2, 3), torch.tensor([[0, 1], [2, -1], [1, 1], [-1, 0]])
+    logits, targets = torch.randn(4, 2, 3), one_hot(torch.tensor([[0, 1], [1, -1], [1, 1], [-1, 0]]), 3)
     logits[:, 0, 2] = -torch.inf
-    levels[1, 0] = 1
-    plain, _ = CrossEntropy()(logits, levels, (2, 3))
-    unfocused, _ = classes.Focal(gamma=0.0)(logits, levels, (2, 3))
-    focused, _ = classes.Focal(gamma=2.0)(logits, levels, (2, 3))
+    plain, _ = CrossEntropy()(logits, targets, (2, 3))
+    unfocused, _ = classes.Focal(gamma=0.0)(logits, targets, (2, 3))
+    focused, _ = classes.Focal(gamma=2.0)(logits, targets, (2, 3))
     assert unfocused.item() == pytest.approx(plain.item(), rel=1e-6)
     assert 0 < focused < plain
-    one = classes.Focal().cells(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[1]]), (2,))
+    one = classes.Focal().cells(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), (2,))
     assert one.item() == pytest.approx(0.25 * 0.6931472)
 
 

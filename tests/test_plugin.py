@@ -54,3 +54,10 @@ def test_a_parent_class_is_refused_and_a_derived_one_is_not():
         own_callbacks([Finer()], [Part()])
     part = Part()
     assert own_callbacks([part], [Finer()]) == [part]
+
+
+def test_one_part_in_two_places_is_refused():
+    part = Part()
+    with pytest.raises(ValueError, match="the same Part stands in two places of the model's part"):
+        own_parts([Part(part, Finer(part))])
+    assert len(own_parts([Part(Part(), Part())])) == 3

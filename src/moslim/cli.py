@@ -113,6 +113,8 @@ class MoslimCLI(LightningCLI):
             continue_run(self.trainer.loggers, Path(kwargs["ckpt_path"]))
         if kwargs["weights_only"] is None:
             kwargs["weights_only"] = True
+        if subcommand == "predict" and kwargs["return_predictions"] is None:
+            kwargs["return_predictions"] = False  # they are in a file, and kept they would fill the memory
         return kwargs
 
     def _run_folders(self) -> list[str]:

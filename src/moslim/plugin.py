@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, ClassVar, Protocol
 
 from lightning.pytorch import Callback
 
@@ -32,14 +34,49 @@ class Plugin(Callback):
 
 
 def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
-    """All parts, those inside of others after them, each with its place set."""
+    """All parts, those inside of others after them, each with its place set.
+
+    Raises:
+        ValueError: One and the same part stands in two places, where its state could not be told apart.
+    """
+    parts = _placed(plugins)
+    for i, part in enumerate(parts):
+        if any(part is earlier for earlier in parts[:i]):
+            raise ValueError(
+                f"the same {type(part).__name__} stands in two places of the model's {part.role}: its hooks would run "
+                "twice and its state would be saved once; make two of them"
+            )
+    return parts
+
+
+def _placed(plugins: Iterable[Plugin]) -> list[Plugin]:
     parts: list[Plugin] = []
     for plugin in plugins:
         parts.append(plugin)
         for index, child in enumerate(plugin.children):
             child.place = f"{plugin.place}.{index}"
-        parts += own_parts(plugin.children)
+        parts += _placed(plugin.children)
     return parts
+
+
+class Stateful(Protocol):
+    """A part of a run whose state goes into checkpoints; empty where it has none."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+@contextmanager
+def unchanged_on_failure(parts: Sequence[Stateful]) -> Iterator[None]:
+    """Gives the parts their state back if what is inside fails or is interrupted, so that it can be done again."""
+    before = [deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, state in zip(parts, before, strict=True):
+            if state:
+                part.load_state_dict(state)
+        raise
 
 
 def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -55,15 +55,18 @@ class MoslimTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         out: str = "export",
+        form: Literal["merged", "adapter"] = "merged",
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Writes a trained model as a Hugging Face folder.
 
         Args:
-            model: A module with ``export(folder)``.
+            model: A module with ``export(folder)``, or ``export_adapter(folder)`` for that form.
             datamodule: Source of the instruction, for modules that export it.
             out: The folder to write.
+            form: ``merged``, a model that needs nothing else; or ``adapter``, which of a model trained with LoRA holds
+                what training changed, and needs the base model.
             ckpt_path: Checkpoint, or ``last``.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
@@ -71,7 +74,7 @@ class MoslimTrainer(Trainer):
             TypeError: The module cannot be exported.
             ValueError: No checkpoint is named.
         """
-        export = _method(model, "export")
+        export = _method(model, "export" if form == "merged" else "export_adapter")
         if ckpt_path is None:
             raise ValueError("export needs a trained model: --ckpt_path last, or a file")
         self._attach(model, datamodule, ckpt_path)

@@ -32,7 +32,7 @@ class Rollout:
     probs: torch.Tensor
     per_dimension: torch.Tensor
     rewards: torch.Tensor
-    advantages: torch.Tensor
+    answer_advantages: torch.Tensor
 
 
 def rollout(answer: str = "Fine.") -> Rollout:
@@ -43,7 +43,7 @@ def rollout(answer: str = "Fine.") -> Rollout:
         probs=torch.tensor([[[0.25, 0.25, 0.5], [0.75, 0.25, 0.0]]]).expand(4, 2, 3),
         per_dimension=torch.tensor([[1.0, 0.5], [0.0, 0.0], [NAN, -0.25], [NAN, NAN]]),
         rewards=torch.tensor([0.75, 0.0, -0.25, 0.0]),
-        advantages=torch.tensor([1.0, -1.0, 0.5, NAN]),
+        answer_advantages=torch.tensor([1.0, -1.0, 0.5, NAN]),
     )
 
 

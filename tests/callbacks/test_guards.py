@@ -262,6 +262,7 @@ def test_faults_by_hand():
     assert faults.kl_above(old, old * math.nan, mask, 1e9) is not None
     now = old + torch.tensor([[0.03, -0.03], [0.0, 99.0]])
     assert faults.off_policy(now, old, mask, 0.021) is None
+    assert faults.off_policy(now, old, mask & False, 1e-9) is None
     assert "0.02, above 0.019" in faults.off_policy(now, old, mask, 0.019)
     assert faults.identical(["a", "a", "b", "b"], 2) and not faults.identical(["a", "a", "b", "c"], 2)
     assert not faults.identical(["a", "a"], 1)

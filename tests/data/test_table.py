@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import pyarrow.parquet
 import pytest
 
 from moslim.data.sources.scale import Scale, is_missing
@@ -8,6 +9,7 @@ from moslim.data.sources.table import Table
 from moslim.data.types import Example, Split, View
 from moslim.preferences import Preference, PreferenceSet
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*training (labels|row)", "ignore:.*the answer is empty")
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "hot"]})
 HELPSTEER = PreferenceSet(
     {name: list("01234") for name in ("helpfulness", "correctness", "coherence", "complexity", "verbosity")}
@@ -225,3 +227,217 @@ def test_scale_refuses_contradictions():
 )
 def test_zero_is_a_label(value, missing):
     assert is_missing(value) is missing
+
+
+# --- several raters
+
+
+def test_lists_and_several_columns_are_votes(write):
+    lines = [
+        {"question": "q", "answer": "a", "size": [3, None, 1], "one": "no", "two": "yes", "three": "?"},
+        {"question": "r", "answer": "b", "size": [2], "one": "", "two": "yes", "three": None},
+        {"question": "s", "answer": "c", "size": [], "one": None, "two": None, "three": None},
+    ]
+    path = write("\n".join(map(json.dumps, lines)), "rows.jsonl")
+    scales = {"size": Scale(offset=-1), "heat": Scale(values={"no": 0, "yes": 1}, missing=["?"])}
+    assert rows(Table(path, columns={"heat": ["one", "two", "three"]}, scales=scales)) == [
+        Example("q", "a", {"size": 1, "heat": 0}, votes={"size": (2, 0), "heat": (0, 1)}),
+        Example("r", "b", {"size": 1, "heat": 1}),
+        Example("s", "c", {}),
+    ]
+
+
+def test_a_share_of_yes_votes_becomes_votes(write):
+    path = write("question,answer,size,heat,raters\na,b,1,0.667,3\na,b,1,1,2\na,b,1,,\na,b,1,0,0\n")
+    votes = [row.votes for row in rows(Table(path, counts={"heat": "raters"}))]
+    assert votes == [{"heat": (0, 1, 1)}, {"heat": (1, 1)}, {}, {}]
+    wrong = write("question,answer,size,heat,raters\na,b,1,0.6,3\n")
+    with pytest.raises(ValueError, match=r"line 2, field 'heat': '0.6' is no share of 3 votes"):
+        rows(Table(wrong, counts={"heat": "raters"}))
+    with pytest.raises(ValueError, match=r"counts.size: votes of yes or no need two levels"):
+        rows(Table(path, counts={"size": "raters"}))
+    with pytest.raises(ValueError, match="either scales or counts"):
+        Table(path, counts={"heat": "raters"}, scales={"heat": Scale()})
+
+
+# --- comparisons
+
+
+def test_a_rejected_answer_with_dimensions_and_margin(write):
+    lines = [
+        {"question": "q", "answer": "a", "worse": "b", "about": ["heat"], "by": [1, 2, None], "size": 2},
+        {"question": "q", "answer": "a", "worse": None, "about": None, "by": None, "size": None},
+        {"question": "q", "answer": "a", "worse": "", "about": [], "by": None, "size": None},
+    ]
+    path = write("\n".join(map(json.dumps, lines)), "rows.jsonl")
+    table = Table(path, rejected="worse", compared="about", margin="by")
+    assert rows(table) == [
+        Example("q", "a", {"size": 2}, rejected="b", compared=("heat",), margin=1.5),
+        Example("q", "a"),
+        Example("q", "a", rejected=""),
+    ]
+    assert rows(Table(path, rejected="worse", compared=["size", "heat"]))[0].compared == ("size", "heat")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"worse": 3}, r"line 1, field 'worse': the answer is 3, not a text"),
+        ({"about": ["weight"]}, r"line 1, field 'about': \['weight'\] is no list of dimensions; there are: size, heat"),
+        ({"about": "heat"}, r"line 1, field 'about': 'heat' is no list"),
+        ({"by": -1}, r"line 1, field 'by': value -1 prefers the rejected answer"),
+        ({"by": "much"}, r"line 1, field 'by': value 'much' is not a number"),
+    ],
+)
+def test_errors_in_comparisons(write, fields, message):
+    row = {"question": "q", "answer": "a", "worse": "b", "about": ["heat"], "by": 1, **fields}
+    table = Table(write(json.dumps(row), "rows.jsonl"), rejected="worse", compared="about", margin="by")
+    with pytest.raises(ValueError, match=message):
+        rows(table)
+
+
+def test_comparisons_need_known_dimensions_and_an_answer_to_compare(write):
+    path = write("question,answer,worse\nq,a,b\n")
+    with pytest.raises(KeyError, match="no dimension 'weight'"):
+        rows(Table(path, rejected="worse", compared=["weight"]))
+    with pytest.raises(ValueError, match=r"line 2: no field 'bad'.*`rejected`"):
+        rows(Table(path, rejected="bad"))
+    with pytest.raises(ValueError, match="name its column"):
+        Table(path, compared=["heat"])
+    with pytest.raises(ValueError, match=r"no field 'big'.*`columns.size`"):
+        rows(Table(path, rejected="worse", columns={"size": "big"}))
+
+
+# --- which rows, and on which side
+
+
+def test_where_keeps_rows_and_constants_add_columns(write):
+    path = write("lang,text,size,heat\nen,a,1,0\nde,b,1,0\nfr,c,2,1\n")
+    table = Table(path, answer="text", where={"lang": ["en", "fr"]}, constants={"question": "Go on."})
+    assert [(row.question, row.answer) for row in rows(table)] == [("Go on.", "a"), ("Go on.", "c")]
+    with pytest.raises(ValueError, match=r"rows.csv: no row has the values in `where`: \{'lang': \['it'\]\}"):
+        rows(Table(path, where={"lang": ["it"]}))
+    with pytest.raises(ValueError, match=r"line 2: no field 'tongue'.*`where`"):
+        rows(Table(path, where={"tongue": ["en"]}))
+
+
+def chats(count, **first):
+    """Three answers to each of many chats, which differ in white space or case."""
+    lines = []
+    for i in range(3 * count):
+        number = i % count
+        text = [f"Question {number}", f"question  {number}", f"\nQUESTION {number}"][i // count]
+        turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+        question = [*turns, {"role": "user", "content": text}]
+        lines.append({"question": question, "answer": str(i), "size": i % 3, "heat": i % 2, **first})
+    return "\n".join(map(json.dumps, lines))
+
+
+def test_chats_are_held_out_whole(write):
+    table = Table(write(chats(80), "rows.jsonl"), validation_share=0.3, test_share=0.2)
+    numbers = {
+        split: {row.question[-1]["content"].split()[-1] for row in rows(table, split=split)}
+        for split in (Split.TRAIN, Split.VALIDATION, Split.TEST)
+    }
+    counts = [len(rows(table, split=split)) for split in numbers]
+    assert sum(counts) == 240 and counts == [3 * len(found) for found in numbers.values()]
+    assert sum(map(len, numbers.values())) == 80 and min(map(len, numbers.values())) > 5
+    assert len(rows(table, View.POLICY)) == len(numbers[Split.TRAIN])
+
+
+def test_a_group_stays_on_one_side(write):
+    table = Table(write(chats(40), "rows.jsonl"), validation_share=0.5, group="question.0.content")
+    sizes = sorted(len(rows(table, split=split)) for split in (Split.TRAIN, Split.VALIDATION))
+    assert sizes == [0, 120]
+
+
+@pytest.fixture
+def shared(write):
+    """A training table and a test table, of whose four rows three ask what training asks."""
+    own = write("question,answer,size,heat\nNEW,b,1,0\nold  one,b,1,0\nOld one,c,2,1\nsecond,d,0,1\n", "test.csv")
+    path = write("question,answer,size,heat\nOld One,a,1,0\nsecond,a,0,1\nthird,a,2,1\n")
+    return lambda policy: Table(path, test=own, shared_questions=policy)
+
+
+def test_questions_on_both_sides_are_found(shared):
+    said = (
+        r"3 of 4 held-out rows ask 2 questions that training has, too, e.g. 'old one' \(.*test.csv, line 3; "
+        r".*rows.csv, line 2\)"
+    )
+    with pytest.warns(UserWarning, match=f"{said}; they are kept"):
+        assert len(rows(shared("warn"), split=Split.TEST)) == 4
+    with pytest.warns(UserWarning, match=f"{said}; they are left out"):
+        assert [row.question for row in rows(shared("drop"), split=Split.TEST)] == ["NEW"]
+    with pytest.raises(ValueError, match=f"{said}; `shared_questions: drop`"):
+        rows(shared("error"), split=Split.TEST)
+    assert len(rows(shared("error"))) == 3
+
+
+def test_a_chat_of_one_turn_is_the_same_question_as_its_text(write):
+    chat = [{"role": "user", "content": "Why?"}]
+    own = write(json.dumps({"question": chat, "answer": "b", "size": 0, "heat": 0}), "own.jsonl")
+    path = write("question,answer,size,heat\nwhy?,a,1,0\n")
+    with pytest.raises(ValueError, match="1 of 1 held-out rows ask 1 questions"):
+        rows(Table(path, validation=own, shared_questions="error"), split=Split.VALIDATION)
+
+
+# --- what is odd, but not wrong
+
+
+def test_oddities_are_said_once_for_a_table(write):
+    path = write("question,answer,worse,size,heat\na,,b,1,\nb,c,c,1,\nd, ,e,1,\n")
+    with pytest.warns(UserWarning) as warned:
+        found = rows(Table(path, rejected="worse", columns={"size": "size", "heat": "heat"}))
+    assert [row.answer for row in found] == ["", "c", " "] and found[1].rejected is None
+    said = [str(warning.message) for warning in warned]
+    assert len(said) == 4
+    assert "2 of 3 rows: the answer is empty (first: " in said[0] and "line 2)" in said[0]
+    assert "1 of 3 rows: the rejected answer is the answer" in said[1]
+    assert "rows.csv: all 3 training labels of dimension 'size' (field 'size') are level 1" in said[2]
+    assert "rows.csv: no training row has a label for dimension 'heat' (field 'heat')" in said[3]
+
+
+def test_nothing_is_said_of_good_rows(write, recwarn):
+    path = write("question,answer,size,heat\na,b,1,0\nb,c,2,1\n")
+    for view in View:
+        for split in Split:
+            rows(Table(path, test_share=0.01), view, split)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+# --- rows to score
+
+
+def test_rows_to_score_are_read_one_by_one_without_labels(write):
+    lines = ['{"key": 3, "text": "a", "answer": "b", "size": 99}', '{"text": "c", "answer": ""}', '{"text": "d"}']
+    table = Table(
+        predict=write("\n".join(lines), "rows.jsonl"),
+        question="text",
+        id="key",
+        columns={"size": "elsewhere"},
+        subset="x",
+    )
+    found = table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0)
+    assert next(found) == Example("a", "b", id=3)
+    assert next(found) == Example("c", "")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: no field 'answer'"):
+        next(found)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_streamed_rows_are_those_that_are_read_at_once(name, write, tmp_path):
+    records = [{"question": f"q{i}", "answer": "b", "lang": ["en", "fr"][i % 2], "id": f"n{i}"} for i in range(5)]
+    if name == "rows.csv":
+        path = write("question,answer,lang,id\n" + "".join(",".join(row.values()) + "\n" for row in records))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
+        path = str(tmp_path / name)
+    table = Table(predict=path, where={"lang": ["fr"]}, constants={"answer": "c"})
+    streamed = list(table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0))
+    assert streamed == rows(table, View.REWARD, Split.PREDICT)
+    assert [(row.question, row.answer, row.id) for row in streamed] == [("q1", "c", "n1"), ("q3", "c", "n3")]
+
+
+def test_a_table_with_nothing_but_rows_to_score_cannot_be_trained_on(write):
+    with pytest.raises(ValueError, match=r"data\.source\.path is not given"):
+        rows(Table(predict=write("question,answer\na,b\n")))

@@ -7,7 +7,7 @@ import torch
 
 from moslim.evaluation.judges import JudgeInfo
 from moslim.evaluation.records import Records
-from moslim.evaluation.steerability import MEASURES, measures, plain, steerability
+from moslim.evaluation.steerability import MEASURES, measures, steerability
 from moslim.preferences import PreferenceSet
 
 GOLD = JudgeInfo("gold", proxy=False)
@@ -144,14 +144,6 @@ def test_measures_alone_agree(result, trained, preferences):
 def test_other_dimensions_are_refused(trained, starting):
     with pytest.raises(ValueError, match="policy's records have 2 dimensions, preferences 1"):
         steerability(trained, starting, PreferenceSet({"warmth": ["cold", "warm"]}), GOLD, {})
-
-
-def test_plain():
-    assert plain({"a": torch.tensor([0.1234567, -1e-9]), "b": (float("inf"), 3, "x", None, True)}) == {
-        "a": [0.123457, 0.0],
-        "b": [None, 3, "x", None, True],
-    }
-    assert str(plain(-1e-9)) == "0.0"
 
 
 def test_ten_thousand_answers_take_less_than_a_second(preferences):

@@ -95,9 +95,11 @@ def test_running_statistics_average_at_first_and_forget_later() -> None:
     mapping = bound(scope="running", decay=0.9)
 
     def see(*values: float) -> list[float]:
-        probs = torch.tensor([[[v, 1 - v, 0.0]] for v in values], dtype=torch.float64)
-        mapping.observe(probs, torch.zeros(len(values), 1, dtype=torch.long))
-        return mapping.state_dict()["running"]["0/0"]
+        probs = torch.tensor([[[v, 1 - v, 0.0], [0.0, 0.0, 1.0]] for v in values], dtype=torch.float64)
+        mapping.observe(probs, torch.tensor([[0, -1]] * len(values)))
+        (found,) = mapping.state_dict()["running"].items()
+        assert found[0] == "two/a"
+        return found[1]
 
     assert see(0.2, 0.4) == pytest.approx([2, 0.3, 0.01])
     assert see(0.6, 0.8) == pytest.approx([4, 0.5, 0.05])  # plain mean and variance of all four
@@ -156,6 +158,40 @@ def test_state_survives_a_checkpoint() -> None:
     torch.testing.assert_close(rewards(again), rewards(mapping), equal_nan=True)
     again.observe(PROBS, TARGETS)
     assert again.state_dict() != mapping.state_dict()
+
+
+def test_statistics_belong_to_names_whatever_the_order_and_number_of_dimensions() -> None:
+    seen = bound(scope="running", min_count=2)
+    seen.observe(PROBS, TARGETS)
+    expected = rewards(seen)
+
+    turned = TargetProbability(scope="running", min_count=2)
+    turned.bind(PreferenceSet({"three": ["a", "b", "c"], "two": ["a", "b"]}))
+    turned.load_state_dict(seen.state_dict())
+    found = turned(PROBS.flip(1), TARGETS.flip(1), GROUPS).per_dimension
+    torch.testing.assert_close(found, expected.flip(1), equal_nan=True)
+
+    fewer = TargetProbability(scope="running", min_count=2)
+    fewer.bind(PreferenceSet({"three": ["a", "b", "c"]}))
+    fewer.load_state_dict(seen.state_dict())
+    found = fewer(PROBS[:, 1:], TARGETS[:, 1:], GROUPS).per_dimension
+    torch.testing.assert_close(found, expected[:, 1:], equal_nan=True)
+
+
+def test_a_level_of_another_name_starts_anew() -> None:
+    seen, renamed = bound(scope="running", min_count=2), TargetProbability(scope="running", min_count=2)
+    seen.observe(PROBS, TARGETS)
+    renamed.bind(PreferenceSet({"two": ["b", "a"], "three": ["x", "y", "z"]}))
+    renamed.load_state_dict(seen.state_dict())
+    found = renamed(PROBS, TARGETS, GROUPS).per_dimension
+    batch = rewards(bound(scope="batch"))
+    torch.testing.assert_close(found[:, 1], batch[:, 1], equal_nan=True)
+    assert not torch.allclose(found[:, 0], batch[:, 0])  # "a" is the upper level now, and is taken at its word
+
+
+def test_names_are_needed_for_running_statistics() -> None:
+    with pytest.raises(RuntimeError, match="TargetProbability does not know its dimensions: call bind"):
+        TargetProbability().observe(PROBS, TARGETS)
 
 
 def test_state_key_tells_classes_apart() -> None:

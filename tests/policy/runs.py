@@ -59,7 +59,7 @@ class Traced(PolicyTrainer):
         return loss
 
 
-def make(preferences: PreferenceSet, lm: str, classifier: str, **options: Any) -> Traced:
+def make(preferences: PreferenceSet, lm: str, classifier: str, kind: type[Traced] = Traced, **options: Any) -> Traced:
     """A policy that learns fast; ``options`` win."""
     rate = options.pop("rate", 1e-2)
     defaults: dict[str, Any] = {
@@ -72,15 +72,15 @@ def make(preferences: PreferenceSet, lm: str, classifier: str, **options: Any) -
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
     }
     torch.manual_seed(0)  # of an adapter's weights, which checkpoints hold
-    return Traced(preferences, lm, classifier, **{**defaults, **options})
+    return kind(preferences, lm, classifier, **{**defaults, **options})
 
 
 def data(preferences: PreferenceSet, **options: Any) -> PreferenceDataModule:
     """Six batches an epoch; one question in validation and in the test."""
     defaults: dict[str, Any] = {"batch_size": BATCH, "validation_questions": 1, "test_questions": 1, "combinations": 1}
+    defaults["sampler"] = Reachable([0.25, 0.5, 0.25])
     source = Workbench(policy_rows=6 * BATCH)
-    sampler = Reachable([0.25, 0.5, 0.25])
-    return PreferenceDataModule(preferences, source, sampler=sampler, **{**defaults, **options})
+    return PreferenceDataModule(preferences, source, **{**defaults, **options})
 
 
 def trainer(folder: Path, **options: Any) -> MoslimTrainer:

@@ -1,6 +1,7 @@
 """A language of nine words, models small enough to train in seconds, and a task that they can learn."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,28 @@ class WordSource(Source):
                 levels.pop(["tone", "amount"][drop])
             rows.append(Example(question, " ".join([tone, *[filler] * amount, "."]), levels, subset=filler))
         return rows
+
+
+class ComparedSource(Source):
+    """The answers of :class:`WordSource`, each beside one of the other tone; a bad tone is rejected.
+
+    Args:
+        labelled: Whether rows have labels, and every third of them several votes, besides.
+    """
+
+    def __init__(self, labelled: bool = False) -> None:
+        self.labelled = labelled
+
+    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        rows = []
+        for i, row in enumerate(WordSource().rows(view, split, preferences, seed)):
+            tone, _, rest = (row.answer or "").partition(" ")
+            if tone == "good":
+                rows.append(replace(row, rejected=f"bad {rest}", compared=("tone",), margin=0.1 * (i % 3)))
+            elif self.labelled:
+                votes = {name: (level, level, 1) for name, level in row.levels.items()}
+                rows.append(replace(row, votes={} if i % 3 else votes))
+        return rows if self.labelled else [replace(row, levels={}) for row in rows]
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from transformers import (
 
 from moslim.models import checkpoint_activations
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
+from moslim.reward.links import LINKS, LinkName
 
 PREFERENCES = PreferenceSet({"zeal": ["no", "yes"], "calm": ["a", "b", "c", "d", "e", "f", "g"]})
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -106,6 +107,63 @@ def test_every_parameter_gets_a_gradient_and_checkpointing_gives_the_same(kind: 
     assert [name for name, grad in plain.items() if grad is None] == []  # one without would stop DDP
     for name in plain:
         torch.testing.assert_close(saved[name], plain[name])
+
+
+@pytest.mark.parametrize("hidden", [None, 6], ids=["linear", "mlp"])
+@pytest.mark.parametrize("link", list(LINKS))
+def test_every_kind_of_head_reloads_exactly_and_trains_whole(
+    link: LinkName, hidden: int | None, tmp_path: Path
+) -> None:
+    options = {"link": link, "head_hidden": hidden, "head_dropout": 0.5}
+    classifier = PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES, **options).eval()
+    classifier.save_pretrained(tmp_path)
+    again = PreferenceClassifier.from_pretrained(tmp_path).eval()
+    found, expected = again(IDS, MASK), classifier(IDS, MASK)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.scores, expected.scores)
+    torch.testing.assert_close(again.probabilities(IDS, MASK).sum(-1), torch.ones(2, 2))
+    (found.logits[:, 0, :2].square().sum() + found.logits[:, 1].square().sum()).backward()
+    assert [name for name, p in again.named_parameters() if p.grad is None] == []
+
+
+def test_heads_of_their_own_are_found_by_the_name_of_their_dimension() -> None:
+    classifier = PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES, head_hidden=6).eval()
+    features = classifier.features(IDS, MASK)
+    assert {name.split(".")[1] for name in classifier.state_dict() if name.startswith("head.")} == {"zeal", "calm"}
+    assert torch.equal(classifier.classify(features).logits[:, 1], classifier.head["calm"](features))
+    with pytest.raises(ValueError, match="dimension 'values' cannot bear its name"):
+        awkward = PreferenceSet({"values": ["no", "yes"]})
+        PreferenceClassifier.from_backbone(language_model("llama"), awkward, head_hidden=6)
+
+
+def test_classifier_saved_before_there_were_kinds_of_heads_still_loads(tmp_path: Path) -> None:
+    classifier = PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES).eval()
+    classifier.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for key in ("link", "head_hidden", "head_dropout", "temperatures"):
+        saved.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    again = PreferenceClassifier.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(IDS, MASK).logits, classifier(IDS, MASK).logits)
+
+
+def test_temperatures_are_saved_and_applied_in_evaluation_only(tmp_path: Path) -> None:
+    classifier = PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES).eval()
+    plain = classifier(IDS, MASK).logits
+    classifier.config.temperatures = [2.0, 0.5]
+    classifier.save_pretrained(tmp_path)
+    again = PreferenceClassifier.from_pretrained(tmp_path).eval()
+    found = again(IDS, MASK)
+    torch.testing.assert_close(found.logits, plain / torch.tensor([2.0, 0.5])[:, None])
+    assert torch.equal(found.scores, plain) and torch.equal(found.logits.argmax(-1), plain.argmax(-1))
+    assert torch.equal(again.probabilities(IDS, MASK), found.logits.softmax(-1))
+    assert torch.equal(again.train()(IDS, MASK).logits, plain)
+
+
+def test_configuration_of_heads_is_checked() -> None:
+    with pytest.raises(ValueError, match="link 'logit' is unknown; there are: softmax, corn, regression"):
+        PreferenceClassifierConfig(link="logit")
+    with pytest.raises(ValueError, match="1 temperatures for 2 dimensions"):
+        PreferenceClassifierConfig(dimensions=[["a", ["0", "1"]], ["b", ["0", "1"]]], temperatures=[1.0])
 
 
 @pytest.mark.parametrize("change", ["dropped", "renamed"])

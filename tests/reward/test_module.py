@@ -14,10 +14,12 @@ from moslim.data.types import Example, Split, View
 from moslim.lora import LoraOptions
 from moslim.optim import WarmupLinear
 from moslim.preferences import PreferenceSet
+from moslim.reward.comparisons import BradleyTerry
+from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 
-from .conftest import WordSource, save_backbone
+from .conftest import ComparedSource, WordSource, save_backbone
 
 LORA = LoraOptions(rank=4, alpha=8.0, dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"])
 
@@ -63,6 +65,124 @@ def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
     predicted = trainer(tmp_path).predict(module, data(preferences))
     table = [record["probabilities"]["amount"] for batch in predicted for record in batch]
     torch.testing.assert_close(probs[:, 1], torch.tensor(table), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "hidden", "lora"),
+    [(SoftOrdinal(), None, None), (Regression(), None, None), (Corn(), 16, LORA)],
+    ids=["soft_ordinal", "regression", "corn-mlp-lora"],
+)
+def test_every_loss_and_kind_of_head_learns(
+    loss: LevelLoss,
+    hidden: int | None,
+    lora: LoraOptions | None,
+    preferences: PreferenceSet,
+    backbone: str,
+    tmp_path: Path,
+) -> None:
+    module = make(preferences, backbone, loss=loss, head_hidden=hidden, head_dropout=0.1, lora=lora)
+    run = trainer(tmp_path, max_steps=100, check_val_every_n_epoch=100)
+    run.fit(module, data(preferences))
+    found = trainer(tmp_path).validate(module, data(preferences), verbose=False)[0]
+    assert found["val/tone/accuracy"] > 0.9 and found["val/amount/accuracy"] > 0.8
+    saved = Scorer.from_pretrained(tmp_path / "classifier").classifier.config
+    assert (saved.link, saved.head_hidden, len(saved.temperatures)) == (loss.link, hidden, 2)
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["pairs only", "mixed"])
+def test_comparisons_train_with_and_without_labels(
+    labelled: bool, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    module = make(preferences, backbone, pairs=BradleyTerry(scale=4.0))
+    run = trainer(tmp_path, max_steps=60)
+    run.fit(module, data(preferences, ComparedSource(labelled)))
+    found = {key: float(value) for key, value in run.callback_metrics.items()}
+    assert found["val/pairs/tone/accuracy"] == found["val/pairs/accuracy"] > 0.95
+    assert "val/pairs/amount/accuracy" not in found  # nothing was said about it
+    assert found["train/pairs/accuracy"] > 0.95 and found["train/pairs/loss"] < 0.4
+    assert ("train/tone/loss" in found) == ("val/tone/accuracy" in found) == labelled
+    if not labelled:
+        assert found["val/loss"] < 0.4
+        records = trainer(tmp_path).predict(module, data(preferences, ComparedSource()))
+        assert sum(map(len, records)) == 36  # rejected answers are no rows to score
+
+
+def test_without_comparisons_their_term_changes_nothing(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    states = []
+    for pairs in (None, BradleyTerry(weight=7.0, scale=3.0)):
+        module = make(preferences, backbone, pairs=pairs)
+        run = trainer(tmp_path, max_steps=3)
+        run.fit(module, data(preferences))
+        assert not [key for key in run.callback_metrics if "pairs" in key]
+        states.append(module.state_dict())
+    for name, parameter in states[0].items():
+        assert torch.equal(parameter, states[1][name]), name
+
+
+def test_fit_calibrates_and_checkpoint_and_export_keep_it(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    module = make(preferences, backbone)
+    run = trainer(tmp_path, max_steps=18, enable_checkpointing=True)
+    run.fit(module, data(preferences))
+    temperatures = module.classifier.config.temperatures
+    assert len(temperatures) == 2 and all(0.1 <= t <= 10 and t != 1 for t in temperatures)
+    kinds = [f"{name}/{stage}" for name in ("ece", "brier", "rps") for stage in ("before", "after")]
+    wanted = {f"val/calibration/{dimension}/{kind}" for dimension in preferences.names for kind in kinds}
+    assert wanted <= run.callback_metrics.keys()
+    assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == temperatures
+
+    checkpoint = run.checkpoint_callback.best_model_path
+    again = RewardClassifier.load_from_checkpoint(checkpoint, preferences=preferences)
+    again.export(tmp_path / "exported")
+    loaded = Scorer.from_pretrained(tmp_path / "exported").classifier
+    assert loaded.config.temperatures == temperatures
+    ids = torch.tensor([[3, 5, 7, 2]])
+    scores = loaded(ids, torch.ones_like(ids)).scores
+    expected = (scores / torch.tensor(temperatures)[:, None]).softmax(-1)
+    torch.testing.assert_close(loaded.probabilities(ids, torch.ones_like(ids)), expected)
+
+
+def test_weights_that_no_validation_has_seen_are_calibrated_at_the_end(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    """8 steps, and a validation after every epoch of 6: as if there had been one after the last."""
+    found = []
+    for interval in ({}, {"val_check_interval": 8, "check_val_every_n_epoch": None}):
+        module = make(preferences, backbone)
+        run = trainer(tmp_path, max_steps=8, logger=CSVLogger(tmp_path), **interval)
+        run.fit(module, data(preferences))
+        logged = (Path(run.log_dir) / "metrics.csv").read_text().splitlines()
+        last = dict(zip(logged[0].split(","), logged[-1].split(","), strict=True))
+        found.append((module.classifier.config.temperatures, last["val/calibration/tone/brier/after"]))
+    assert found[0] == found[1]
+
+
+def test_calibration_can_be_left_out(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    module = make(preferences, backbone, calibrate=False)
+    run = trainer(tmp_path, max_steps=6)
+    run.fit(module, data(preferences))
+    assert module.classifier.config.temperatures is None
+    assert not [key for key in run.callback_metrics if "calibration" in key]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    ("loss", "hidden"), [(CrossEntropy(), None), (Corn(), 8), (Regression(), None)], ids=["linear", "corn", "mse"]
+)
+def test_bfloat16_trains_in_both_forms_with_recomputed_activations(
+    loss: LevelLoss, hidden: int | None, precision: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    module = make(preferences, backbone, loss=loss, head_hidden=hidden, gradient_checkpointing=True)
+    before = {name: p.detach().float().clone() for name, p in module.named_parameters()}
+    run = trainer(tmp_path, max_steps=6, precision=precision)
+    run.fit(module, data(preferences, ComparedSource(labelled=True)))
+    assert run.callback_metrics["train/loss"].isfinite() and run.callback_metrics["val/loss"].isfinite()
+    assert all(p.isfinite().all() for p in module.parameters())
+    assert not any(torch.equal(p.float(), before[name]) for name, p in module.named_parameters() if p.ndim == 2)
+    assert module(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long)).dtype == torch.float32
 
 
 def test_frozen_weights_stay_out_of_checkpoints_which_load_strictly(
@@ -174,19 +294,23 @@ def test_scoring_has_no_dropout(preferences: PreferenceSet, backbone: str, tmp_p
 
 
 def test_two_processes_train_as_one_does(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
-    """Each head is averaged over the labels of the whole batch, however these are spread over processes."""
+    """Heads and comparisons are averaged over the whole batch, however it is spread over processes."""
     plain = tmp_path / "without_dropout"
     save_backbone(plain, seed=0, dropout=0.0)
 
-    def train(batch_size: int, **options: object) -> dict[str, torch.Tensor]:
+    def train(batch_size: int, **options: object) -> tuple[dict[str, torch.Tensor], list[float]]:
         folder = tmp_path / str(batch_size)
         module = RewardClassifier(preferences, str(plain), optimizer=lambda p: SGD(p, lr=0.5), output=str(folder))
         with torch.no_grad():
             module.classifier.head.weight.fill_(0.1)
-        stage = PreferenceDataModule(preferences, WordSource(), batch_size=batch_size, eval_batch_size=5)
-        trainer(tmp_path, max_steps=3, **options).fit(module, stage)
-        return load_file(folder / "model.safetensors")
+        source = ComparedSource(labelled=True)
+        stage = PreferenceDataModule(preferences, source, batch_size=batch_size, eval_batch_size=5)
+        trainer(tmp_path, max_steps=3, val_check_interval=3, **options).fit(module, stage)
+        config = json.loads((folder / "config.json").read_text())
+        weights = load_file(folder / "heads.safetensors") | load_file(folder / "backbone" / "model.safetensors")
+        return weights, config["temperatures"]
 
     one = train(12)
     two = train(6, devices=2, strategy="ddp_fork")
-    torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(two[0], one[0], atol=1e-6, rtol=1e-5)
+    assert two[1] == pytest.approx(one[1], rel=1e-3)

@@ -34,7 +34,7 @@ class JudgedAnswers(Protocol):
     @property
     def rewards(self) -> Tensor: ...
     @property
-    def advantages(self) -> Tensor: ...
+    def answer_advantages(self) -> Tensor: ...
 
 
 def answer_rows(rollout: JudgedAnswers, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
@@ -58,7 +58,7 @@ def answer_rows(rollout: JudgedAnswers, preferences: PreferenceSet, step: int, c
                 "probabilities": {d.name: [_finite(p) for p in probs[: len(d.levels)]] for d, probs in levels},
                 "rewards": {names[d]: _finite(rewards[d]) for d in asked},
                 "reward": _finite(float(rollout.rewards[i])),
-                "advantage": _finite(float(rollout.advantages[i])),
+                "advantage": _finite(float(rollout.answer_advantages[i])),
             }
         )
     return rows

@@ -99,10 +99,11 @@ class Guards(Callback):
         checks: dict[str, Callable[[], str | None]] = {}
         if self._batch_idx % module.batch_repeats == 0:
             reference = rollout.reference_logprobs
+            updated = rows.mask & rows.used[:, None]  # answers that nothing needs are not computed
             checks = {
                 "nonfinite": lambda: faults.nonfinite("a reward", rollout.rewards),
                 "kl": lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
-                "ratio": lambda: faults.off_policy(logprobs, rows.old_logprobs, rows.mask, self.ratio_tolerance),
+                "ratio": lambda: faults.off_policy(logprobs, rows.old_logprobs, updated, self.ratio_tolerance),
                 "identical": lambda: faults.identical(rollout.answers, module.samples_per_prompt),
                 "truncated": lambda: faults.truncated(rollout.ended),
             }

@@ -60,6 +60,10 @@ class SampledPrompts(Dataset[Prompt]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def start_epoch(self, epoch: int) -> None:
+        """Tells the sampler."""
+        self._sampler.start_epoch(epoch, self._preferences)
+
     def __getitem__(self, draw: Draw) -> Prompt:
         """Returns the prompt of a row in an epoch.
 

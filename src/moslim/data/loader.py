@@ -152,6 +152,8 @@ class ResumableLoader(DataLoader[Any]):
         position: Tells (epoch, batches finished in it). It is asked when a checkpoint is saved: batches that a
             worker prepared ahead do not count.
         workers: Number of worker processes.
+        start_epoch: Told an epoch's number before its first draw and before its workers, which copy the data set, are
+            started.
     """
 
     batch_sampler: RepeatBatchSampler
@@ -163,9 +165,16 @@ class ResumableLoader(DataLoader[Any]):
         collate: Callable[[list[Any]], Any],
         position: Callable[[], tuple[int, int]],
         workers: int = 0,
+        start_epoch: Callable[[int], None] | None = None,
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
         self._position = position
+        self._start_epoch = start_epoch
+
+    def __iter__(self) -> Any:
+        if self._start_epoch is not None:
+            self._start_epoch(self.batch_sampler.epoch)
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch and the number of batches finished in it."""

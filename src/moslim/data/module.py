@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
 from moslim.data.prompts import PairEncoder, PromptRenderer, pad_id
 from moslim.data.requests import Request, combination_requests, sweep_requests
 from moslim.data.sources.base import Source
+from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
 from moslim.instructions import RESERVED, PreferenceInstruction, Tags
 from moslim.noise import derive_seed
@@ -97,6 +100,7 @@ class PreferenceDataModule(LightningDataModule):
         self.seed = seed
         self.workers = workers
         self._rows: dict[tuple[View, Split], list[Example]] = {}
+        self._encoders: list[PairEncoder] = []
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
         """Returns what writes the prompts of training and evaluation, for use elsewhere."""
@@ -117,9 +121,10 @@ class PreferenceDataModule(LightningDataModule):
         rows = self.rows(self._view, Split.TRAIN)
         self._close_finished_epoch()
         dataset: SampledPrompts | Pairs
-        lengths = None
+        lengths = start_epoch = None
         if self._view is View.POLICY:
             dataset = SampledPrompts(rows, self.preferences, self.sampler, self.source, self.seed)
+            start_epoch = dataset.start_epoch
         else:
             dataset = self._pairs(rows)
             lengths = dataset.lengths() if self.group_by_length else None
@@ -131,7 +136,8 @@ class PreferenceDataModule(LightningDataModule):
             len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages, same_epochs=overfit
         )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
-        return ResumableLoader(dataset, sampler, self._collate(self.scramble), self._position, self.workers)
+        collate = self._collate(self.scramble)
+        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
@@ -149,15 +155,29 @@ class PreferenceDataModule(LightningDataModule):
         chosen = spread(rows, len(rows) if self.test_questions is None else self.test_questions)
         return self._in_order(requested(chosen, [self._test_requests(index) for index, _ in chosen]))
 
-    def predict_dataloader(self) -> OrderedBatches | list[Any]:
+    def predict_dataloader(self) -> OrderedBatches | StreamedPairs | list[Any]:
         """Rows of the source's predict split in order; a policy is asked for the levels that a row has."""
+        if self._view is View.REWARD:
+            return self._streamed()
         rows = self.rows(self._view, Split.PREDICT)
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
+        if self._view is View.REWARD:  # one record per row: its answer's
+            rows = [dataclasses.replace(row, rejected=None) for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows))
         asked = [known_levels(row, self.preferences) for row in rows]
         return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the sampler, with its class; empty where it has none."""
+        state = self.sampler.state_dict()
+        return {"class": _class_path(self.sampler), "sampler": state} if state else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`; another sampler than the checkpoint's starts anew."""
+        if state_dict.get("class") == _class_path(self.sampler):
+            self.sampler.load_state_dict(state_dict["sampler"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Moves the tensors of a batch; Lightning's own would copy every row and question, too."""
@@ -208,10 +228,31 @@ class PreferenceDataModule(LightningDataModule):
         ready: int = loop.epoch_progress.current.ready  # counts this epoch, whether or not its end is recorded yet
         return (ready - 1, done) if done < self.trainer.num_training_batches else (ready, 0)
 
+    def teardown(self, stage: str) -> None:
+        """Says what was cut to fit ``max_length``; what worker processes cut is not known here."""
+        for encoder in self._encoders:
+            if encoder.truncation.questions:
+                warnings.warn(f"max_length = {encoder.max_length}: {encoder.truncation}", stacklevel=2)
+        self._encoders.clear()
+
     def _pairs(self, rows: list[Example]) -> Pairs:
-        return Pairs(
-            rows, PairEncoder(self._module.tokenizer, self.max_length, (*RESERVED, *self.instruction.reserved))
-        )
+        return Pairs(rows, self._encoder(self.max_length))
+
+    def _encoder(self, max_length: int | None) -> PairEncoder:
+        reserved = (*RESERVED, *self.instruction.reserved)
+        self._encoders.append(PairEncoder(self._module.tokenizer, max_length, reserved))
+        return self._encoders[-1]
+
+    def _streamed(self) -> StreamedPairs:
+        """The rows to score. The module may know how long a pair can be, and which rows were scored already."""
+
+        def rows() -> Iterator[Example]:
+            return self.source.stream(View.REWARD, Split.PREDICT, self.preferences, self.seed)
+
+        limit = getattr(self._module, "pair_limit", None) if self.max_length is None else self.max_length
+        scored: Callable[[Iterator[Example]], int] = getattr(self._module, "rows_scored", lambda rows: 0)
+        collate = CollateRewards(self.preferences, pad_id(self._module.tokenizer))
+        return StreamedPairs(rows, self._encoder(limit), collate, self.eval_batch_size, scored(rows()))
 
     def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
         tokenizer = self._module.tokenizer
@@ -233,6 +274,10 @@ class PreferenceDataModule(LightningDataModule):
             seed = derive_seed(self.seed, index)
             requests += combination_requests(self.preferences, self.source, self.combinations, seed, unseen)
         return requests
+
+
+def _class_path(part: object) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:

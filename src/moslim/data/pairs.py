@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from moslim.data.loader import Draw
@@ -21,11 +24,13 @@ class Pair:
         prompt: Ids up to the answer.
         answer: Ids of the answer and its end token.
         row: The example, as the source gave it.
+        rejected: Ids of prompt and rejected answer, if the row has one.
     """
 
     prompt: list[int]
     answer: list[int]
     row: Example
+    rejected: list[int] | None = None
 
 
 class Pairs(Dataset[Pair]):
@@ -41,8 +46,7 @@ class Pairs(Dataset[Pair]):
 
     def __init__(self, rows: list[Example], encoder: PairEncoder) -> None:
         for i, row in enumerate(rows):
-            if row.answer is None:
-                raise ValueError(f"row {i} of the source has no answer, which this view needs: {row.question!r}")
+            require_answer(i, row)
         self._rows, self._encoder = rows, encoder
         self._encoded: dict[int, Pair] = {}
 
@@ -53,7 +57,8 @@ class Pairs(Dataset[Pair]):
         """Returns the pair of a row; it is the same in every epoch."""
         if draw.row not in self._encoded:
             row = self._rows[draw.row]
-            self._encoded[draw.row] = Pair(*self._encoder.spans(row.question, row.answer or ""), row)
+            rejected = None if row.rejected is None else self._encoder.encode(row.question, row.rejected)
+            self._encoded[draw.row] = Pair(*self._encoder.spans(row.question, row.answer or ""), row, rejected)
         return self._encoded[draw.row]
 
     def lengths(self) -> list[int]:
@@ -63,16 +68,38 @@ class Pairs(Dataset[Pair]):
 
 @dataclass
 class CollateRewards:
-    """Makes a :class:`PairBatch`; labels of dimensions that are not in ``preferences`` are left out."""
+    """Makes a :class:`PairBatch`; what is said about dimensions that are not in ``preferences`` is left out."""
 
     preferences: PreferenceSet
     pad: int
 
     def __call__(self, pairs: list[Pair]) -> PairBatch:
-        """Right-pads the pairs."""
-        ids, mask = pad([pair.prompt + pair.answer for pair in pairs], self.pad, left=False)
-        levels = torch.stack([self.preferences.encode(known_levels(pair.row, self.preferences)) for pair in pairs])
-        return PairBatch(ids, mask, levels, [pair.row for pair in pairs])
+        """Right-pads the pairs, and the rejected answers after them.
+
+        Raises:
+            ValueError: A label or vote is a level that the dimension lacks.
+        """
+        encoded = [pair.prompt + pair.answer for pair in pairs]
+        rejected = {i: pair.rejected for i, pair in enumerate(pairs) if pair.rejected is not None}
+        ids, mask = pad([*encoded, *rejected.values()], self.pad, left=False)
+        rows = [pair.row for pair in pairs]
+        better = [rows[i] for i in rejected]
+        rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in better]
+        levels = torch.stack([self.preferences.encode(known_levels(row, self.preferences)) for row in rows])
+        return PairBatch(
+            ids,
+            mask,
+            levels,
+            level_shares(rows, levels, self.preferences),
+            rows,
+            better=torch.tensor(list(rejected), dtype=torch.long),
+            worse=torch.arange(len(pairs), len(rows)),
+            compared=torch.tensor([self._compared(row) for row in better], dtype=torch.bool).view(-1, levels.shape[1]),
+            margins=torch.tensor([row.margin for row in better], dtype=torch.float32),
+        )
+
+    def _compared(self, row: Example) -> list[bool]:
+        return [not row.compared or name in row.compared for name in self.preferences.names]
 
 
 @dataclass
@@ -88,11 +115,52 @@ class CollateTexts:
         return TextBatch(ids, mask, labels, [pair.row for pair in pairs])
 
 
+def require_answer(number: int, row: Example) -> str:
+    """Returns a row's answer.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if row.answer is None:
+        raise ValueError(f"row {number} of the source has no answer, which this view needs: {row.question!r}")
+    return row.answer
+
+
 def known_levels(row: Example, preferences: PreferenceSet) -> Preference:
     """Returns a row's levels, without those of dimensions that are not in use."""
     return Preference({name: level for name, level in row.levels.items() if name in preferences.names})
 
 
+def level_shares(rows: Sequence[Example], levels: Tensor, preferences: PreferenceSet) -> Tensor:
+    """Share of the raters that gave each level: of a row's votes where it has them, else all on its label.
+
+    Args:
+        rows: ``B`` examples.
+        levels: ``[B, D]`` their labels, -1 = not labelled.
+        preferences: The ``D`` dimensions.
+
+    Returns:
+        ``[B, D, K]`` float32, all 0 where there is neither vote nor label.
+
+    Raises:
+        ValueError: A vote is a level that the dimension lacks.
+    """
+    width = max(preferences.sizes)
+    shares = one_hot(levels, width)
+    for b, row in enumerate(rows):
+        for d, name in enumerate(preferences.names):
+            if votes := row.votes.get(name):
+                for level in set(votes):
+                    preferences.encode(Preference({name: level}))  # refuses what the dimension lacks
+                shares[b, d] = torch.tensor(votes).bincount(minlength=width).float() / len(votes)
+    return shares
+
+
+def one_hot(levels: Tensor, width: int) -> Tensor:
+    """Returns ``[B, D, width]`` float32 with a 1 on each label of ``[B, D]``; all 0 where it is -1."""
+    return F.one_hot(levels.clamp(min=0), width).float() * (levels >= 0)[..., None]
+
+
 def _characters(row: Example) -> int:
     question = row.question if isinstance(row.question, str) else "".join(m["content"] for m in row.question)
-    return len(question) + len(row.answer or "")
+    return len(question) + max(len(row.answer or ""), len(row.rejected or ""))

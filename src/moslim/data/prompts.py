@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jinja2 import TemplateError
@@ -85,7 +86,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """
     if tokenizer.chat_template is None:
         text = "".join(f"{message['content']}\n" for message in messages)
-        return _beginning(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+        return begins_with(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
     try:
         chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
@@ -115,7 +116,7 @@ class PromptRenderer:
         self.instruction = instruction
         self.preferences = preferences
         self._neutraliser = Neutraliser({*special_strings(tokenizer), *RESERVED, *instruction.reserved})
-        self._cutter = _Cutter(max_length)
+        self._cutter = _Cutter(max_length, Truncation())
 
     def question(self, question: Question) -> Question:
         """Returns the question without special tokens and reserved delimiters, still text or messages."""
@@ -138,6 +139,24 @@ class PromptRenderer:
         return self.instruction.render(messages, preference, self.preferences)
 
 
+@dataclass
+class Truncation:
+    """What had to be cut to fit a length.
+
+    Args:
+        pairs: Question-answer pairs encoded.
+        questions: Questions that lost their start, or all.
+        answers: Answers that lost their start, too.
+    """
+
+    pairs: int = 0
+    questions: int = 0
+    answers: int = 0
+
+    def __str__(self) -> str:
+        return f"of {self.pairs} pairs, {self.questions} questions and {self.answers} answers were cut from their start"
+
+
 class PairEncoder:
     """Makes the ids of question-answer pairs, as the classifier and plain language modelling see them.
 
@@ -148,6 +167,9 @@ class PairEncoder:
         max_length: Most tokens of a pair. The question is cut from its start; if that is not enough, so is the
             answer, whose end is always kept.
         reserved: Delimiters to take out, besides the special tokens.
+
+    Attributes:
+        truncation: How many pairs were encoded, and how many of them were cut.
     """
 
     def __init__(
@@ -158,13 +180,15 @@ class PairEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.truncation = Truncation()
         self._neutraliser = Neutraliser({*special_strings(tokenizer), *reserved})
-        self._cutter = _Cutter(max_length)
+        self._cutter = _Cutter(max_length, self.truncation)
 
     def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
         """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``."""
         end = answer_ids(self.tokenizer, self._neutraliser.text(answer))
         messages = as_messages(self._neutraliser.question(question))
+        self.truncation.pairs += 1
         if self.max_length is None:
             return prompt_ids(self.tokenizer, messages), end
         try:
@@ -172,6 +196,8 @@ class PairEncoder:
         except ValueError:
             bare = [{"role": message["role"], "content": ""} for message in messages]
             ids = [*prompt_ids(self.tokenizer, bare), *end][-self.max_length :]
+            self.truncation.questions += 1
+            self.truncation.answers += len(end) > self.max_length
         kept = min(len(end), len(ids))
         return ids[: len(ids) - kept], ids[len(ids) - kept :]
 
@@ -199,11 +225,11 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, 
 
 
 class _Cutter:
-    """Shortens a question from its start until its encoding fits. Counts what it cut and says so once."""
+    """Shortens a question from its start until its encoding fits. Counts what it cut; the first one is a warning."""
 
-    def __init__(self, max_length: int | None) -> None:
+    def __init__(self, max_length: int | None, truncation: Truncation) -> None:
         self.max_length = max_length
-        self.count = 0
+        self._truncation = truncation
 
     def __call__(self, messages: list[Message], encode: Callable[[list[Message]], list[int]]) -> list[int]:
         ids = encode(messages)
@@ -216,13 +242,13 @@ class _Cutter:
                 f"without any question the text already takes {len(shortest)} tokens, more than max_length = "
                 f"{self.max_length}: raise max_length or shorten the instruction or system message"
             )
-        if self.count == 0:
+        if self._truncation.questions == 0:
             warnings.warn(
                 f"a question is cut from its start to fit max_length = {self.max_length} tokens "
-                f"(it takes {len(ids)}); later ones are cut without a word",
+                f"(it takes {len(ids)}); later ones are only counted",
                 stacklevel=3,
             )
-        self.count += 1
+        self._truncation.questions += 1
         ids = shortest
         while fewest < most:  # binary search: a character more at the start never makes the encoding shorter
             middle = (fewest + most) // 2
@@ -244,7 +270,7 @@ def _without_start(messages: list[Message], characters: int) -> list[Message]:
     return result
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, if this tokenizer puts one before a text."""
     if tokenizer.bos_token_id is None:
         return []

@@ -51,6 +51,7 @@ class Example:
         rejected: Another answer to the question, which people liked less than ``answer``.
         compared: Dimensions that this comparison speaks about; empty = all.
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
+        id: What the source calls the row, carried into predictions.
     """
 
     question: Question
@@ -62,23 +63,37 @@ class Example:
     rejected: str | None = None
     compared: tuple[str, ...] = ()
     margin: float = 0.0
+    id: str | int | None = None
 
 
 @dataclass
 class PairBatch:
-    """Reward view, right-padded. ``B`` pairs of ``T`` tokens, ``D`` dimensions.
+    """Reward view, right-padded.
+
+    ``B`` pairs of ``T`` tokens, ``D`` dimensions of up to ``K`` levels, ``P`` comparisons of two answers. The rejected
+    answers of comparisons are rows of their own, behind the others and without labels.
 
     Args:
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]``.
         levels: ``[B, D]`` int64, -1 = not labelled.
+        targets: ``[B, D, K]`` float, share of the raters that gave each level; all 0 where not labelled.
         rows: The ``B`` examples.
+        better: ``[P]`` int64, row of the preferred answer.
+        worse: ``[P]`` int64, row of the rejected answer.
+        compared: ``[P, D]`` bool, the dimensions that each comparison speaks about.
+        margins: ``[P]`` float, how clearly the answer was preferred, in levels.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     levels: Tensor
+    targets: Tensor
     rows: list[Example]
+    better: Tensor
+    worse: Tensor
+    compared: Tensor
+    margins: Tensor
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moslim.evaluation.records import Records
 from moslim.preferences import INACTIVE
+from moslim.statistics import RESAMPLES, bootstrap_interval, rank_correlation
 
 
 @dataclass
@@ -60,33 +61,6 @@ def sweeps(records: Records, sizes: tuple[int, ...]) -> list[SweepGrid]:
         p_target[cell] = records.probs[rows, i].double().gather(1, level[:, None]).squeeze(1)
         grids.append(SweepGrid(i, achieved, p_target.where(~achieved[..., i].isnan(), torch.nan)))
     return grids
-
-
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 along the last axis of ``[..., K]``; ties share their average rank, NaN has none (NaN)."""
-    below = (values[..., None, :] < values[..., :, None]).sum(dim=-1)
-    equal = (values[..., None, :] == values[..., :, None]).sum(dim=-1)
-    return (below + (equal + 1) / 2).where(~values.isnan(), torch.nan).to(values.dtype)
-
-
-def rank_correlation(requested: Tensor, achieved: Tensor) -> Tensor:
-    """Spearman's correlation along the last axis, with average ranks for ties.
-
-    Args:
-        requested: ``[K]``, all different.
-        achieved: ``[..., K]``; NaN points are left out on both sides.
-
-    Returns:
-        ``[...]``; 0 where ``achieved`` is constant, NaN with fewer than two points.
-    """
-    judged = ~achieved.isnan()
-    count = judged.sum(dim=-1, keepdim=True)
-    middle = (count + 1) / 2
-    x = average_ranks(requested.to(achieved.dtype).where(judged, torch.nan)).sub(middle).nan_to_num(0.0)
-    y = average_ranks(achieved).sub(middle).nan_to_num(0.0)
-    scale = (x.square().sum(dim=-1) * y.square().sum(dim=-1)).sqrt()
-    rho = torch.where(scale > 0, (x * y).sum(dim=-1) / scale.clamp_min(1e-12), 0.0)
-    return rho.where(count.squeeze(-1) >= 2, torch.nan)
 
 
 def control(achieved: Tensor) -> dict[str, Tensor]:
@@ -149,10 +123,8 @@ def level_shares(achieved: Tensor) -> Tensor:
     return counts / counts.sum(dim=1, keepdim=True)
 
 
-def bootstrap_interval(values: list[Tensor], resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of a measure's mean over dimensions, by drawing questions with replacement.
-
-    Questions are drawn, not samples: answers to one question are alike. Every dimension sees the same draw.
+def mean_interval(values: list[Tensor], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
+    """95% interval of a measure's mean over dimensions; every dimension sees the same draw of questions.
 
     Args:
         values: One ``[Q, M]`` tensor per dimension, as :func:`control` gives.
@@ -160,18 +132,15 @@ def bootstrap_interval(values: list[Tensor], resamples: int = 1000, seed: int = 
         seed: Seed of the draws.
 
     Returns:
-        Lower and upper end; NaN with fewer than two questions, which say nothing of the spread.
+        Lower and upper end; NaN with fewer than two questions.
     """
-    questions = values[0].shape[0]
-    if questions < 2:
-        return (float("nan"), float("nan"))
-    drawn = torch.randint(questions, (resamples, questions), generator=torch.Generator().manual_seed(seed))
-    weight = torch.zeros(resamples, questions, dtype=torch.float64)
-    weight.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
     total = torch.stack([v.nansum(dim=1) for v in values], dim=1)
     count = torch.stack([(~v.isnan()).sum(dim=1).double() for v in values], dim=1)
-    means = ((weight @ total) / (weight @ count)).nanmean(dim=1)
-    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+    def mean(weights: Tensor) -> Tensor:
+        return ((weights @ total) / (weights @ count)).nanmean(dim=1)
+
+    low, high = bootstrap_interval(mean, len(total), resamples, seed).tolist()
     return low, high
 
 

@@ -8,28 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moslim.drawing import BLUE, GREY, INK, ORANGE, STYLE, grid, headline, heat_map
+from moslim.reporting import number
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe and Ito's palette: told apart with any colour vision, and in grey.
-BLUE, ORANGE, GREY, INK = "#0072B2", "#D55E00", "#8A8F98", "#22262B"
-
-STYLE: Any = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": "#B5BAC1",
-    "axes.labelcolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "figure.dpi": 130,
-}
 
 Point = Mapping[str, float]
 """What was logged at one step: column to value, with ``step`` among them."""
@@ -41,7 +25,7 @@ def requested_against_achieved(result: Mapping[str, Any]) -> Figure:
 
     with rc_context(STYLE):
         curves = result["curves"]
-        figure, panels = _grid(len(curves), width=4.0, height=3.7, ylabel="achieved")
+        figure, panels = grid(len(curves), width=4.0, height=3.7, ylabel="achieved")
         for axes, (name, curve) in zip(panels, curves.items(), strict=True):
             _control_panel(axes, curve)
             measured = result["dimensions"][name]
@@ -49,7 +33,7 @@ def requested_against_achieved(result: Mapping[str, Any]) -> Figure:
             axes.text(0, 1.035, _caption(measured), transform=axes.transAxes, fontsize=9, color="#5B6169")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        _title(figure, f"Requested against achieved level, {_judged_by(result)}")
+        headline(figure, f"Requested against achieved level, {_judged_by(result)}")
         return figure
 
 
@@ -65,24 +49,11 @@ def cross_talk(result: Mapping[str, Any]) -> Figure:
         axes = figure.add_subplot()
         values = [[math.nan if x is None else x for x in row] for row in matrix]
         limit = max([1.15, *(abs(value) for row in values for value in row if not math.isnan(value))])
-        image = axes.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
-        for i, row in enumerate(values):
-            for j, value in enumerate(row):
-                text = "-" if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"
-                colour = "white" if abs(value) > 0.6 * limit else INK
-                weight = "bold" if i == j else "normal"
-                axes.text(j, i, text, ha="center", va="center", color=colour, fontweight=weight)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(names)), names)
+        texts = [[number(value, 2) for value in row] for row in matrix]
+        image = heat_map(axes, values, texts, names, names, "RdBu", (-limit, limit))
         axes.set(xlabel="achieved level of", ylabel="request moved by one level")
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xticks([x - 0.5 for x in range(1, len(names))], minor=True)
-        axes.set_yticks([x - 0.5 for x in range(1, len(names))], minor=True)
-        axes.grid(which="minor", color="white", linewidth=2)
-        axes.tick_params(which="minor", length=0)
         figure.colorbar(image, ax=axes, shrink=0.8, label="levels per requested level").outline.set_visible(False)
-        _title(figure, f"Cross-talk, {_judged_by(result)}")
+        headline(figure, f"Cross-talk, {_judged_by(result)}")
         return figure
 
 
@@ -104,7 +75,7 @@ def learning_curves(history: Sequence[Point], names: Sequence[str]) -> Figure | 
     if not curves:
         return None
     with rc_context(STYLE):
-        figure, panels = _grid(len(curves), width=3.8, height=2.7, ylabel="target level reached")
+        figure, panels = grid(len(curves), width=3.8, height=2.7, ylabel="target level reached")
         for axes, (title, lines) in zip(panels, curves.items(), strict=True):
             for label, colour, steps, values in lines:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
@@ -113,7 +84,7 @@ def learning_curves(history: Sequence[Point], names: Sequence[str]) -> Figure | 
             axes.grid(axis="y", color="#E4E7EB", linewidth=0.8)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        _title(figure, "What training raises (proxy) and what is wanted (gold)")
+        headline(figure, "What training raises (proxy) and what is wanted (gold)")
         return figure
 
 
@@ -151,23 +122,6 @@ def _control_panel(axes: Axes, curve: Mapping[str, Any]) -> None:
     axes.set_axisbelow(True)
 
 
-def _grid(count: int, width: float, height: float, ylabel: str) -> tuple[Figure, list[Axes]]:
-    """Small multiples: up to three in a row, four as two by two."""
-    from matplotlib.figure import Figure
-
-    columns = 2 if count == 4 else min(count, 3)
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.9), layout="constrained")
-    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
-    for axes in panels[::columns]:
-        axes.set_ylabel(ylabel)
-    return figure, panels
-
-
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=13)
-
-
 def _proxy_and_gold(history: Sequence[Point], suffix: str) -> list[tuple[str, str, list[float], list[float]]]:
     """Label, colour, steps and values of the lines of one panel."""
     lines = []
@@ -189,11 +143,7 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 
 def _caption(measured: Mapping[str, float | None]) -> str:
     shown = {"Spearman": "spearman", "exact": "exact", "MAE": "mae"}
-    return "   ".join(f"{label} {_number(measured[key])}" for label, key in shown.items())
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "   ".join(f"{label} {number(measured[key])}" for label, key in shown.items())
 
 
 def _judged_by(result: Mapping[str, Any]) -> str:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import Logger
 
 from moslim.evaluation import plots
-from moslim.evaluation.steerability import MEASURES, Result
+from moslim.evaluation.steerability import MEASURES
 from moslim.evaluation.tables import markdown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from moslim.reporting import Result, log_pictures, write_figures, write_texts
 
 
 def write_report(
@@ -41,14 +35,9 @@ def write_report(
         "cross_talk": plots.cross_talk(result),
         "learning_curves": plots.learning_curves(points, list(result["dimensions"])),
     }
-    pictures = {name: folder / f"{name}.png" for name, figure in figures.items() if figure is not None}
-    for name, path in pictures.items():
-        _replace(path, _png(figures[name]))
-    document = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    paths = {"json": folder / "steerability.json", "report": folder / "report.md"}
-    _replace(paths["json"], document.encode())
-    _replace(paths["report"], markdown(result, [path.name for path in pictures.values()]).encode())
-    return paths | pictures
+    pictures = write_figures(folder, figures)
+    page = markdown(result, [path.name for path in pictures.values()])
+    return write_texts(folder, "steerability", result, page) | pictures
 
 
 def log_report(loggers: Iterable[Logger], paths: Mapping[str, Path], result: Result, step: int | None = None) -> None:
@@ -60,15 +49,10 @@ def log_report(loggers: Iterable[Logger], paths: Mapping[str, Path], result: Res
         result: The same result.
         step: Training step that the policy comes from.
     """
-    metrics = scalars(result)
-    pictures = {name: path for name, path in paths.items() if path.suffix == ".png"}
+    loggers = list(loggers)
     for logger in loggers:
-        logger.log_metrics(metrics, step)
-        log_image = getattr(logger, "log_image", None)
-        if log_image is not None:
-            for name, path in pictures.items():
-                log_image(key=f"steerability/{name}", images=[str(path)], step=step)
-        logger.save()
+        logger.log_metrics(scalars(result), step)
+    log_pictures(loggers, paths, "steerability", step)
 
 
 def scalars(result: Result) -> dict[str, float]:
@@ -81,17 +65,3 @@ def scalars(result: Result) -> dict[str, float]:
         values |= {f"{kind}/{key}": joint[key] for key in ("joint_exact", "mae")} if joint else {}
     values["interference"] = result["interference"]
     return {f"steerability/{key}": value for key, value in values.items() if value is not None}
-
-
-def _png(figure: Figure | None) -> bytes:
-    assert figure is not None
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Writes beside the target, then renames: a reader or a crash never meets half a file."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content)
-    os.replace(partial, path)

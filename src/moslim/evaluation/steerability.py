@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moslim.evaluation.judges import JudgeInfo
-from moslim.evaluation.measures import SweepGrid, bootstrap_interval, control, level_shares, slopes, sweeps
+from moslim.evaluation.measures import SweepGrid, control, level_shares, mean_interval, slopes, sweeps
 from moslim.evaluation.records import Records
 from moslim.preferences import INACTIVE, PreferenceSet
+from moslim.reporting import Result, plain
 
 SCHEMA = 1
 """Version of the document; a key that is added does not change it."""
 
 MEASURES = ("exact", "within_one", "mae", "spearman", "monotonicity", "dynamic_range")
-
-Result = dict[str, Any]
 
 
 def steerability(
@@ -58,7 +56,7 @@ def steerability(
         "judge": {"name": judge.name, "proxy": judge.proxy},
         **measured,
         "interval": {
-            measure: bootstrap_interval([control(sweep.own)[measure] for sweep in after])
+            measure: mean_interval([control(sweep.own)[measure] for sweep in after])
             for measure in ("exact", "spearman")
         },
         "base": {**measured_before, "combinations": _combinations(base)},
@@ -86,19 +84,6 @@ def steerability(
 def measures(records: Records, preferences: PreferenceSet) -> Result:
     """The level sweep alone: ``dimensions`` (name to measure to value) and their ``mean``, as plain data."""
     return plain(_control(sweeps(records.canonical(), preferences.sizes), preferences.names))
-
-
-def plain(value: Any) -> Any:
-    """Turns tensors into lists, NaN and infinities into None, and rounds floats to 6 digits, in any nesting."""
-    if isinstance(value, Tensor):
-        return plain(value.tolist())
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return round(value, 6) + 0.0 if math.isfinite(value) else None  # + 0.0: never "-0.0"
-    return value
 
 
 def _control(grids: list[SweepGrid], names: tuple[str, ...]) -> Result:

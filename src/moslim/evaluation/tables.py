@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from moslim.evaluation.steerability import Result
+from moslim.reporting import Result, markdown_pictures, markdown_table, number
 
 TITLES = {
     "spearman": "Spearman",
@@ -32,7 +31,7 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
     names = list(result["dimensions"])
     reward, default = result["reward"], result["default_quality"]
     before_and_after = [
-        [name, *(_number(d[kind][time]) for kind in ("proxy", "gold") for time in ("before", "after"))]
+        [name, *(number(d[kind][time]) for kind in ("proxy", "gold") for time in ("before", "after"))]
         for name, d in [*reward["dimensions"].items(), ("**mean**", reward)]
     ]
     joint = [
@@ -40,10 +39,9 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
         for kind in ("seen", "unseen")
         if result["combinations"][kind]
     ]
-    talk = [[f"**{name}**", *map(_number, row)] for name, row in zip(names, result["cross_talk"], strict=True)]
+    talk = [[f"**{name}**", *map(number, row)] for name, row in zip(names, result["cross_talk"], strict=True)]
     drift = [
-        [name, _number(default["before"][name]), _number(default["after"][name]), _drift(default, name)]
-        for name in names
+        [name, number(default["before"][name]), number(default["after"][name]), _drift(default, name)] for name in names
     ]
     blocks = [
         f"# Steerability{mark}",
@@ -52,25 +50,25 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
         *([PROXY_NOTE] if mark else []),
         f"## Requested against achieved levels{mark}",
         "The trained policy, and in brackets the policy it started from under the same instructions.",
-        _table(["dimension", *TITLES.values()], _control_rows(result, "**mean**")),
+        markdown_table(["dimension", *TITLES.values()], _control_rows(result, "**mean**")),
         f"95% interval of the mean over questions: Spearman {_interval(result, 'spearman')}, "
         f"exact {_interval(result, 'exact')}.",
-        *(f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures),
+        *markdown_pictures(pictures),
         f"## Several dimensions at once{mark}",
-        _table(["combinations", "all levels exact", "MAE"], joint)
+        markdown_table(["combinations", "all levels exact", "MAE"], joint)
         if joint
         else "No prompt asked for several dimensions at once.",
         f"## What was trained and what was wanted{mark}",
         "Proxy: the training classifier's probability of the requested level. Gold: share of requests that the "
-        f"judge found met. Gap (proxy minus gold): {_number(reward['gap']['before'])} before, "
-        f"{_number(reward['gap']['after'])} after.",
-        _table(["dimension", "proxy before", "proxy after", "gold before", "gold after"], before_and_after),
+        f"judge found met. Gap (proxy minus gold): {number(reward['gap']['before'])} before, "
+        f"{number(reward['gap']['after'])} after.",
+        markdown_table(["dimension", "proxy before", "proxy after", "gold before", "gold after"], before_and_after),
         f"## Levels without an instruction{mark}",
-        _table(["dimension", "before", "after", "change"], drift),
+        markdown_table(["dimension", "before", "after", "change"], drift),
         f"## Cross-talk{mark}",
         "Change of the level in the column for each level by which the row's request moves. Interference (mean of "
-        f"the other columns relative to the row's own): {_number(result['interference'])}.",
-        _table(["request moved", *names], talk),
+        f"the other columns relative to the row's own): {number(result['interference'])}.",
+        markdown_table(["request moved", *names], talk),
         "## Settings",
         f"```json\n{json.dumps(result['config'], indent=2, ensure_ascii=False)}\n```",
     ]
@@ -98,34 +96,25 @@ def summary_table(result: Result) -> str:
     text = io.StringIO()
     Console(file=text, width=100, color_system=None).print(table)
     gap = result["reward"]["gap"]["after"]
-    return f"{text.getvalue().rstrip()}\n\nproxy minus gold: {_number(gap)}\n"
+    return f"{text.getvalue().rstrip()}\n\nproxy minus gold: {number(gap)}\n"
 
 
 def _control_rows(result: Result, mean: str, digits: int = 3) -> list[list[str]]:
     pairs = [(name, values, result["base"]["dimensions"][name]) for name, values in result["dimensions"].items()]
     pairs.append((mean, result["mean"], result["base"]["mean"]))
-    return [[name, *(f"{_number(a[m], digits)} ({_number(b[m], digits)})" for m in TITLES)] for name, a, b in pairs]
+    return [[name, *(f"{number(a[m], digits)} ({number(b[m], digits)})" for m in TITLES)] for name, a, b in pairs]
 
 
 def _pair(result: Result, kind: str, key: str) -> str:
     base = result["base"]["combinations"][kind]
-    return f"{_number(result['combinations'][kind][key])} ({_number(base[key] if base else None)})"
+    return f"{number(result['combinations'][kind][key])} ({number(base[key] if base else None)})"
 
 
 def _drift(default: Mapping[str, Any], name: str) -> str:
     before, after = default["before"][name], default["after"][name]
-    return _number(None if before is None or after is None else after - before)
+    return number(None if before is None or after is None else after - before)
 
 
 def _interval(result: Result, measure: str) -> str:
     low, high = result["interval"][measure]
-    return f"{_number(low)} to {_number(high)}"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    return f"{number(low)} to {number(high)}"

@@ -1,7 +1,23 @@
 """Mapping functions: from level probabilities and requested levels to reward."""
 
 from moslim.mapping.base import MappedReward, MappingFunction
+from moslim.mapping.constrained import Constrained
 from moslim.mapping.expected_distance import ExpectedDistance
+from moslim.mapping.linear_scalarization import LinearScalarization
+from moslim.mapping.log_probability import LogProbability
 from moslim.mapping.target_probability import TargetProbability
+from moslim.mapping.taste import Taste, TasteWeights
+from moslim.mapping.tchebycheff import Tchebycheff
 
-__all__ = ["ExpectedDistance", "MappedReward", "MappingFunction", "TargetProbability"]
+__all__ = [
+    "Constrained",
+    "ExpectedDistance",
+    "LinearScalarization",
+    "LogProbability",
+    "MappedReward",
+    "MappingFunction",
+    "TargetProbability",
+    "Taste",
+    "TasteWeights",
+    "Tchebycheff",
+]

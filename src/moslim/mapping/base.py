@@ -19,7 +19,8 @@ class MappedReward:
 
     Args:
         total: ``[B]``, what the policy optimizer sees.
-        per_dimension: ``[B, D]``, NaN on dimensions that the prompt did not mention.
+        per_dimension: ``[B, D]``, NaN on dimensions that do not count for the answer; as a rule those that the
+            prompt did not mention.
     """
 
     total: Tensor
@@ -35,13 +36,25 @@ class MappingFunction(Plugin, ABC):
     """
 
     role: ClassVar[str] = "mapping"
-
-    preferences: PreferenceSet | None = None
-    """The dimensions of the ``D`` axis, once :meth:`bind` was called."""
+    _preferences: PreferenceSet | None = None
 
     def bind(self, preferences: PreferenceSet) -> None:
-        """Tells the mapping what its tensors stand for; the policy does so when it is built."""
-        self.preferences = preferences
+        """Tells the mapping what its tensors stand for; the policy does so when it is built.
+
+        A mapping whose arguments name dimensions checks them here; one that holds others binds them, too.
+        """
+        self._preferences = preferences
+
+    @property
+    def preferences(self) -> PreferenceSet:
+        """The dimensions of the ``D`` axis.
+
+        Raises:
+            RuntimeError: :meth:`bind` was not called.
+        """
+        if self._preferences is None:
+            raise RuntimeError(f"{type(self).__name__} does not know its dimensions: call bind(preferences) first")
+        return self._preferences
 
     @abstractmethod
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
@@ -53,12 +66,23 @@ class MappingFunction(Plugin, ABC):
             groups: ``[B]`` int64, equal for answers to the same prompt.
 
         Returns:
-            ``[B, D]``, NaN where no level was requested.
+            ``[B, D]``, NaN, never 0, where a dimension does not count: as a rule, where no level was requested.
         """
 
     def scalarize(self, per_dimension: Tensor) -> Tensor:
-        """One reward per answer: the mean over its active dimensions, 0 where none is active. ``[B, D]`` to ``[B]``."""
+        """One reward per answer: the mean over its active dimensions, 0 where none is active. ``[B, D]`` to ``[B]``.
+
+        A mapping whose scalar is something else overrides this; see :attr:`is_mean`.
+        """
         return per_dimension.nanmean(-1).nan_to_num(nan=0.0)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the scalar is the plain mean. Only then may a policy optimizer aggregate dimensions by itself.
+
+        ``normalize_then_sum`` starts from the rewards per dimension and would silently ignore any other scalar.
+        """
+        return type(self).scalarize is MappingFunction.scalarize
 
     def observe(self, probs: Tensor, targets: Tensor) -> None:
         """Called once per training rollout, before the rewards are computed: the only place to update statistics."""
@@ -68,11 +92,9 @@ class MappingFunction(Plugin, ABC):
         rewards = self.per_dimension(probs, targets, groups)
         return MappedReward(self.scalarize(rewards), rewards)
 
-    def sizes(self, probs: Tensor) -> Tensor:
-        """Number of levels of each dimension, ``[D]``; ``K`` for all of them while the mapping is unbound."""
-        _, dimensions, levels = probs.shape
-        known = [levels] * dimensions if self.preferences is None else list(self.preferences.sizes)
-        return torch.tensor(known, device=probs.device)
+    def sizes(self, like: Tensor) -> Tensor:
+        """Number of levels of each dimension, ``[D]`` int64, on the device of ``like``."""
+        return torch.tensor(self.preferences.sizes, device=like.device)
 
 
 def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from moslim.levels import expected_distance
 from moslim.mapping.base import MappingFunction
-from moslim.preferences import INACTIVE
 
 
 class ExpectedDistance(MappingFunction):
@@ -25,9 +24,5 @@ class ExpectedDistance(MappingFunction):
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
         """See the base class; values lie in ``[-(K-1), 0]``, or ``[-1, 0]`` when normalised."""
-        levels = torch.arange(probs.shape[-1], device=probs.device)
-        distance = (levels - targets[..., None]).abs().to(probs.dtype)
-        reward = -(probs * distance).sum(-1)
-        if self.normalize:
-            reward = reward / (self.sizes(probs) - 1)
-        return reward.masked_fill(targets == INACTIVE, torch.nan)
+        reward = -expected_distance(probs, targets)
+        return reward / (self.sizes(probs) - 1) if self.normalize else reward

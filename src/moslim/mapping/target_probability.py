@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moslim.mapping.base import MappingFunction, requested_probability
-from moslim.preferences import INACTIVE
+from moslim.running import RunningLevels
 
 Scope = Literal["class", "batch", "group", "running"]
 
@@ -48,14 +48,13 @@ class TargetProbability(MappingFunction):
             raise ValueError(f"std_floor is {std_floor}: it must be positive, groups of equal answers have no spread")
         if scope not in ("class", "batch", "group", "running"):
             raise ValueError(f"scope is '{scope}': give class, batch, group or running")
-        if not 0 < decay < 1 or clip <= 0:
-            raise ValueError(f"decay is {decay}, clip {clip}: decay must lie between 0 and 1, clip above 0")
+        if clip <= 0:
+            raise ValueError(f"clip is {clip}: it must be positive")
         self.scope = scope
         self.std_floor = std_floor
         self.clip = clip
-        self.decay = decay
         self.min_count = min_count
-        self._running: dict[str, list[float]] = {}  # "dimension/level" -> [count, mean, variance]
+        self._running = RunningLevels(decay)
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
         """See the base class; values lie in ``[-clip, clip]``."""
@@ -74,28 +73,15 @@ class TargetProbability(MappingFunction):
         """Updates the running statistics; nothing else changes them."""
         if self.scope != "running":
             return
-        p = requested_probability(probs, targets).double()
-        for d in range(targets.shape[1]):
-            for level in targets[:, d].unique().tolist():
-                if level != INACTIVE:
-                    self._update(f"{d}/{level}", p[targets[:, d] == level, d])
+        self._running.update(self.preferences, requested_probability(probs, targets), targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics: ``dimension/level`` to count, mean, variance."""
-        return {"running": {key: list(values) for key, values in self._running.items()}}
+        """Running statistics: ``dimension/level``, by name, to count, mean, variance."""
+        return {"running": self._running.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`."""
-        self._running = {key: list(values) for key, values in state_dict["running"].items()}
-
-    def _update(self, key: str, values: Tensor) -> None:
-        count, mean, variance = self._running.get(key, [0.0, 0.0, 0.0])
-        n = len(values)
-        share = max(1 - self.decay**n, n / (count + n))
-        shift = values.mean().item() - mean
-        spread = values.var(correction=0).item()
-        variance = (1 - share) * variance + share * spread + share * (1 - share) * shift**2
-        self._running[key] = [count + n, mean + share * shift, variance]
+        self._running.load_state_dict(state_dict["running"])
 
     def _over_classes(self, probs: Tensor) -> tuple[Tensor, Tensor]:
         sizes = self.sizes(probs)
@@ -105,14 +91,11 @@ class TargetProbability(MappingFunction):
         return mean, variance.sqrt()
 
     def _over_history(self, targets: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = mean.clone(), std.clone()
-        for key, (count, seen_mean, seen_variance) in self._running.items():
-            d, level = map(int, key.split("/"))
-            if count >= self.min_count:
-                rows = targets[:, d] == level
-                mean[rows, d] = seen_mean
-                std[rows, d] = seen_variance**0.5
-        return mean, std
+        """Puts the running statistics in the place of ``mean`` and ``std`` where they rest on enough answers."""
+        of_level = torch.arange(targets.shape[1], device=targets.device), targets.clamp(min=0)
+        count, seen_mean, seen_std = (table.to(mean)[of_level] for table in self._running.moments(self.preferences))
+        known = count >= self.min_count
+        return torch.where(known, seen_mean, mean), torch.where(known, seen_std, std)
 
 
 def _over_rows(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moslim.evaluation.judges import Judge
+from moslim.levels import expected_level
 from moslim.mapping.base import requested_probability
 from moslim.policy.kl import k1, k3
 from moslim.policy.rollout import Rollout
@@ -31,9 +32,10 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
         judge: Who measures gold; None leaves it out.
     """
     metrics: dict[str, Tensor] = {
-        "train/reward": rollout.rewards[~rollout.uninstructed].mean(),
+        "train/reward": rollout.rewards[~rollout.per_dimension.isnan().all(dim=1)].mean(),
         "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per answer
         "train/truncated": 1 - rollout.ended.float().mean(),
+        "train/used": rollout.used.float().mean(),  # share of answers that take part in updates
         "train/entropy": -(rollout.old_logprobs * rollout.mask).sum() / rollout.mask.sum(),  # nats per token
     }
     if rollout.reference_logprobs is not None:
@@ -46,7 +48,7 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
         hit = (levels == rollout.targets).float()
         by_dimension["gold"] = hit.masked_fill((rollout.targets < 0) | levels.isnan(), torch.nan)
     metrics |= {f"train/{kind}": values.nanmean() for kind, values in by_dimension.items()}
-    for kind, values in {"reward": rollout.per_dimension, **by_dimension}.items():
+    for kind, values in {"reward": rollout.per_dimension[:, : len(preferences)], **by_dimension}.items():
         per_dimension = zip(preferences.names, values.nanmean(dim=0), strict=True)
         metrics |= {f"train/{kind}/{name}": value for name, value in per_dimension}
     return {name: value for name, value in metrics.items() if not value.isnan()}
@@ -65,7 +67,7 @@ def level_offsets(rollout: Rollout, preferences: PreferenceSet, judge: Judge | N
     """
     targets, width = rollout.targets, rollout.probs.shape[-1]
     if judge is None:
-        achieved = (rollout.probs * torch.arange(width, device=targets.device)).sum(dim=-1)
+        achieved = expected_level(rollout.probs)
     else:
         achieved = judge.levels(rollout.questions, rollout.answers).to(targets.device)
     judged = (targets >= 0) & ~achieved.isnan()

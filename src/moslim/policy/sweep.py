@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,10 @@ from moslim.data.types import PromptBatch
 from moslim.evaluation.judges import Judge, JudgeInfo
 from moslim.evaluation.records import Records
 from moslim.evaluation.report import log_report, write_report
-from moslim.evaluation.steerability import Result
 from moslim.evaluation.tables import summary_table
 from moslim.policy.answering import Answers
-from moslim.policy.processes import gathered
+from moslim.processes import gathered
+from moslim.reporting import Result, copy_report
 
 if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer
@@ -80,9 +79,8 @@ def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
     first, *copies = folders
     paths = write_report(result, first, history)
     log_report(trainer.loggers, paths, result, trainer.global_step)
-    for folder in copies:  # drawing takes longer than copying
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = {name: Path(shutil.copyfile(path, folder / path.name)) for name, path in paths.items()}
+    for folder in copies:
+        paths = copy_report(paths, folder)
     print(summary_table(result))
     print("\n".join(f"{name}: {path}" for name, path in paths.items()))
 

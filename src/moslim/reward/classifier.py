@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import ModelOutput
 
 from moslim.preferences import PreferenceSet
+from moslim.reward.heads import HeadLinear, MlpHeads
+from moslim.reward.links import LINKS, LinkName
 
 Pooling = Literal["last", "mean"]
 
@@ -32,6 +34,13 @@ class PreferenceClassifierConfig(PreTrainedConfig):
             keys and the order of the heads would be lost.
         pooling: ``last`` (hidden state of the last token) or ``mean`` (over all tokens).
         pair_length: Tokens of a question-answer pair that the classifier was trained on; None = no limit.
+        link: How a head's outputs become level probabilities (:mod:`moslim.reward.links`).
+        head_hidden: Width of each head's hidden layer; None = the heads are slices of one linear layer.
+        head_dropout: Dropout on the hidden layers.
+        temperatures: What each head's logits are divided by in evaluation mode; None = all 1.
+
+    Raises:
+        ValueError: The link is unknown, or there is not one temperature per dimension.
     """
 
     model_type = "moslim_preference_classifier"
@@ -43,13 +52,25 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         dimensions: list[list[Any]] | None = None,
         pooling: Pooling = "last",
         pair_length: int | None = None,
+        link: LinkName = "softmax",
+        head_hidden: int | None = None,
+        head_dropout: float = 0.0,
+        temperatures: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
+        if link not in LINKS:
+            raise ValueError(f"link '{link}' is unknown; there are: {', '.join(LINKS)}")
+        if temperatures is not None and len(temperatures) != len(dimensions or []):
+            raise ValueError(f"{len(temperatures)} temperatures for {len(dimensions or [])} dimensions: give one each")
         # A copy: the base class resets the attention choice of nested configurations, also of one in use.
         self.backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else deepcopy(backbone)
         self.dimensions = [[name, list(levels)] for name, levels in dimensions or []]
         self.pooling = pooling
         self.pair_length = pair_length
+        self.link = link
+        self.head_hidden = head_hidden
+        self.head_dropout = head_dropout
+        self.temperatures = temperatures
         names = [f"{name}: {level}" for name, levels in self.dimensions for level in levels]
         if names:
             kwargs["id2label"] = dict(enumerate(names))
@@ -63,16 +84,19 @@ class PreferenceClassifierOutput(ModelOutput):
 
     Args:
         logits: ``[B, D, K]`` float32, ``K`` the largest number of levels; ``-inf`` on levels that a dimension lacks.
+            Their softmax are the level probabilities, in evaluation mode calibrated ones.
+        scores: ``[B, D, S]`` float32, the heads' raw outputs, ``S`` the widest; ``-inf`` fills up the others.
     """
 
     logits: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class PreferenceClassifier(PreTrainedModel):
     """Sorts a question-answer pair into a level on every dimension (MOSLIM, arXiv 2505.20336).
 
-    Heads that are trained together are slices of one linear layer. The instruction that asks for levels is never
-    part of the input.
+    The heads are slices of one linear layer, ``head``, or a small network each, ``head.{dimension}``. The instruction
+    that asks for levels is never part of the input.
 
     Args:
         config: The configuration.
@@ -87,7 +111,7 @@ class PreferenceClassifier(PreTrainedModel):
 
     def __init__(self, config: PreferenceClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
-        self.head = nn.Linear(_width(config.backbone), sum(self.preferences.sizes))
+        self.head = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
         self.backbone = AutoModel.from_config(config.backbone) if backbone is None else backbone
         if getattr(self.backbone, "pooler", None) is not None:
             self.backbone.pooler = None  # BERT's: not used here, and parameters without gradient stop DDP
@@ -98,6 +122,11 @@ class PreferenceClassifier(PreTrainedModel):
         """The dimensions, in the order of the heads."""
         return PreferenceSet(dict(self.config.dimensions))
 
+    @property
+    def head_widths(self) -> list[int]:
+        """Number of raw outputs of each head."""
+        return [LINKS[self.config.link].width(size) for size in self.preferences.sizes]
+
     @classmethod
     def from_backbone(
         cls,
@@ -106,6 +135,9 @@ class PreferenceClassifier(PreTrainedModel):
         *,
         pooling: Pooling | None = None,
         max_length: int | None = None,
+        link: LinkName = "softmax",
+        head_hidden: int | None = None,
+        head_dropout: float = 0.0,
         trust_remote_code: bool = False,
     ) -> PreferenceClassifier:
         """Puts untrained heads on a pretrained backbone, in float32.
@@ -116,6 +148,9 @@ class PreferenceClassifier(PreTrainedModel):
             preferences: The dimensions.
             pooling: None: ``last`` for decoders, ``mean`` for encoders.
             max_length: Most tokens of a pair, kept in the configuration for the scorer.
+            link: How a head's outputs become level probabilities; losses say which they need.
+            head_hidden: Width of each head's hidden layer; None = one linear layer for all heads.
+            head_dropout: Dropout on the hidden layers.
             trust_remote_code: Whether code from the backbone's repository may run.
 
         Raises:
@@ -135,6 +170,9 @@ class PreferenceClassifier(PreTrainedModel):
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
             pooling=pooling or ("last" if _is_causal(trunk.config) else "mean"),
             pair_length=max_length,
+            link=link,
+            head_hidden=head_hidden,
+            head_dropout=head_dropout,
         )
         return cls(config, trunk)
 
@@ -151,6 +189,12 @@ class PreferenceClassifier(PreTrainedModel):
         _refuse_missing(report["missing_keys"], str(pretrained_model_name_or_path))
         return (model, report) if wants_report else model
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HeadLinear):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""
         last = self.config.pooling == "last"
@@ -163,11 +207,15 @@ class PreferenceClassifier(PreTrainedModel):
         mask = attention_mask[..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits ``[B, D, K]`` float32 from pooled hidden states ``[B, H]``."""
-        sizes = self.preferences.sizes
-        parts = self.head(features).float().split(sizes, dim=-1)
-        return torch.stack([F.pad(part, (0, max(sizes) - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)
+    def classify(self, features: Tensor) -> PreferenceClassifierOutput:
+        """Classifies pooled hidden states ``[B, H]``."""
+        parts = self.head(features).float().split(self.head_widths, dim=-1)
+        widest = max(self.head_widths)
+        scores = torch.stack([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)
+        logits = LINKS[self.config.link].logits(scores, self.preferences.sizes)
+        if not self.training and self.config.temperatures is not None:
+            logits = logits / logits.new_tensor(self.config.temperatures)[:, None]
+        return PreferenceClassifierOutput(logits=logits, scores=scores)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> PreferenceClassifierOutput:
         """Classifies pairs.
@@ -176,11 +224,18 @@ class PreferenceClassifier(PreTrainedModel):
             input_ids: ``[B, T]``, right-padded.
             attention_mask: ``[B, T]``, 0 on padding.
         """
-        return PreferenceClassifierOutput(logits=self.classify(self.features(input_ids, attention_mask)))
+        return self.classify(self.features(input_ids, attention_mask))
 
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Probability of every level, ``[B, D, K]`` float32; 0 on levels that a dimension lacks."""
         return self(input_ids, attention_mask).logits.softmax(-1)
+
+
+def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> nn.Module:
+    inputs = _width(config.backbone)
+    if config.head_hidden is None:
+        return nn.Linear(inputs, sum(widths.values()))
+    return MlpHeads(inputs, config.head_hidden, widths, config.head_dropout)
 
 
 def _width(config: Any) -> int:

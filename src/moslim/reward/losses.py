@@ -1,12 +1,15 @@
-"""What the reward classifier minimises."""
+"""What the reward classifier minimises on rows with levels."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from moslim.reward.links import LINKS, LinkName, lacking
 
 MISSING = -1
 """Entry of a level tensor where a row carries no label for a dimension."""
@@ -15,57 +18,190 @@ MISSING = -1
 class LevelLoss(ABC):
     """Loss over the heads. Subclass it, write :meth:`cells`, and name the subclass under ``model.loss``.
 
-    ``sum_i w_i * sum_b m_bi * cell_bi / max(1, sum_b m_bi)``, with ``m`` = 1 where a label is given: every head is
-    averaged over its own labels, so that a rarely labelled one is not drowned.
+    ``sum_i w_i * sum_b cell_bi / sum_b count_bi``, with a count of 1 where a label is given: every head is averaged
+    over its own labels, so that a rarely labelled one is not drowned.
+
+    A target is the share of the raters that gave each level: one 1 where there is a single label, all 0 where the
+    dimension is not labelled.
 
     Args:
         weights: One per head, in the order of the dimensions; None = all 1.
     """
 
+    link: ClassVar[LinkName] = "softmax"
+    """What the heads put out (:mod:`moslim.reward.links`), and with it their width."""
+
     def __init__(self, weights: list[float] | None = None) -> None:
         self.weights = weights
 
     @abstractmethod
-    def cells(self, logits: Tensor, levels: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Loss of every row on every head, unmasked.
+    def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Loss of every row on every head.
 
         Args:
-            logits: ``[B, D, K]``, ``-inf`` on levels that a dimension lacks.
-            levels: ``[B, D]`` int64; 0 stands in where the label is missing.
+            scores: ``[B, D, S]``, the heads' raw outputs. With the link ``softmax`` these are logits ``[B, D, K]``, and
+                ``-inf`` on levels that a dimension lacks.
+            targets: ``[B, D, K]``, same type as ``scores``.
             sizes: Number of levels of each of the ``D`` dimensions.
 
         Returns:
-            ``[B, D]``, finite everywhere.
+            ``[B, D]``, finite everywhere; what it says where nothing is labelled is left out.
         """
 
-    def __call__(
-        self, logits: Tensor, levels: Tensor, sizes: Sequence[int], counts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the loss and its parts; a batch without any label gives 0, with a gradient of 0.
+    def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """What each row counts for in the averages of the heads.
 
         Args:
-            logits: ``[B, D, K]``, ``-inf`` on levels that a dimension lacks.
-            levels: ``[B, D]`` int64, -1 = not labelled.
+            targets: ``[B, D, K]``.
             sizes: Number of levels of each of the ``D`` dimensions.
-            counts: ``[D]``, what to divide each head's sum by; None = the number of its labels in this batch.
+
+        Returns:
+            ``[B, D]`` float32: 1 where labelled, else 0, unless a subclass counts otherwise.
+        """
+        return targets.float().sum(-1)
+
+    def __call__(
+        self, scores: Tensor, targets: Tensor, sizes: Sequence[int], counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss and its parts ``[D]``; a batch without any label gives 0, with a gradient of 0.
+
+        Args:
+            scores: ``[B, D, S]``, the heads' raw outputs.
+            targets: ``[B, D, K]``.
+            sizes: Number of levels of each of the ``D`` dimensions.
+            counts: ``[D]``, what to divide each head's sum by; None = the sum of :meth:`counts` over this batch.
 
         Raises:
             ValueError: There is not one weight per head.
         """
-        if self.weights is not None and len(self.weights) != len(sizes):
-            raise ValueError(f"loss.weights has {len(self.weights)} entries for {len(sizes)} dimensions")
-        labelled = levels != MISSING
-        cells = self.cells(logits, levels.clamp(min=0), sizes).where(labelled, 0.0)
+        _check_length("weights", self.weights, len(sizes), "dimensions")
+        targets = targets.to(scores.dtype)  # under bf16-true, inputs come rounded
+        labelled = (targets > 0).any(-1)
+        cells = self.cells(scores, targets, sizes).where(labelled, 0.0)
         if counts is None:
-            counts = labelled.sum(0).clamp(min=1)
-        heads = cells.sum(0) / counts
+            counts = self.counts(targets, sizes).sum(0)
+        heads = cells.sum(0) / counts.where(counts > 0, 1.0)
         total = heads.sum() if self.weights is None else (heads * heads.new_tensor(self.weights)).sum()
         return total, heads.detach()
 
 
 class CrossEntropy(LevelLoss):
-    """``-log p(level)``, the paper's loss (MOSLIM, arXiv 2505.20336), each head with its own softmax."""
+    """``-log p(level)``, the paper's loss (MOSLIM, arXiv 2505.20336), each head with its own softmax.
 
-    def cells(self, logits: Tensor, levels: Tensor, sizes: Sequence[int]) -> Tensor:
+    Args:
+        weights: One per head, in the order of the dimensions; None = all 1.
+        class_weights: Per dimension, in order, one weight per level, or null for all 1; None = all 1. As in torch, a
+            head's loss is the weighted mean.
+        label_smoothing: Share of each target that is spread evenly over the dimension's levels.
+
+    Raises:
+        ValueError: ``label_smoothing`` is outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        weights: list[float] | None = None,
+        class_weights: list[list[float] | None] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(weights)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing is {label_smoothing}: it is a share, at least 0 and below 1")
+        self.class_weights = class_weights
+        self.label_smoothing = label_smoothing
+
+    def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
         """See the base class."""
-        return -torch.log_softmax(logits, dim=-1).gather(-1, levels[..., None])[..., 0]
+        if self.label_smoothing:
+            levels = (~lacking(sizes, targets.device)).to(targets.dtype)
+            targets = torch.lerp(targets, levels / levels.sum(-1, keepdim=True), self.label_smoothing)
+        return cross_entropy(scores.log_softmax(dim=-1), self._weighted(targets, sizes))
+
+    def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The weights of the labelled levels."""
+        return super().counts(self._weighted(targets, sizes), sizes)
+
+    def _weighted(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        if self.class_weights is None:
+            return targets
+        _check_length("class_weights", self.class_weights, len(sizes), "dimensions")
+        weights = torch.ones_like(targets[0])
+        for head, (given, size) in enumerate(zip(self.class_weights, sizes, strict=True)):
+            if given is not None:
+                _check_length(f"class_weights[{head}]", given, size, "levels")
+                weights[head, :size] = weights.new_tensor(given)
+        return targets * weights
+
+
+class SoftOrdinal(LevelLoss):
+    """Cross-entropy with targets that know the order of levels (SORD, Diaz & Marathe, CVPR 2019, eq. 1).
+
+    The target of a label ``y`` is ``exp(-alpha * |k - y|)`` over the levels ``k``, normalised; that of several
+    raters is the mean of theirs.
+
+    Args:
+        weights: One per head, in the order of the dimensions; None = all 1.
+        alpha: How much less likely each level further away is; large values give plain cross-entropy.
+    """
+
+    def __init__(self, weights: list[float] | None = None, alpha: float = 2.0) -> None:
+        super().__init__(weights)
+        self.alpha = alpha
+
+    def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """See the base class."""
+        level = torch.arange(max(sizes), device=targets.device, dtype=targets.dtype)
+        closeness = -self.alpha * (level[:, None] - level).abs()  # [label, level]
+        absent = lacking(sizes, targets.device)[:, None]
+        spread = closeness.masked_fill(absent, -torch.inf).softmax(-1)  # [D, label, level]
+        return cross_entropy(scores.log_softmax(dim=-1), torch.einsum("bdy,dyk->bdk", targets, spread))
+
+
+class Corn(LevelLoss):
+    """Conditional ordinal regression (CORN, Shi, Cao, Raschka 2021, arXiv 2111.08851).
+
+    Threshold ``k`` is a binary task, "above ``k``?", learnt from rows of level ``k`` or more. By the chain rule, the
+    losses of a row's tasks add up to ``-log p(level)``, for a rater's vote as for a label; what a head is averaged
+    over is its number of tasks.
+    """
+
+    link = "corn"
+
+    def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """See the base class."""
+        return cross_entropy(LINKS[self.link].logits(scores, sizes), targets)
+
+    def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Number of tasks that a row takes part in: level ``y`` in ``y + 1``, but there is none above the top."""
+        tasks = torch.arange(1, max(sizes) + 1, device=targets.device)
+        thresholds = torch.tensor(sizes, device=targets.device) - 1
+        return super().counts(targets * tasks.minimum(thresholds[:, None]), sizes)
+
+
+class Regression(LevelLoss):
+    """Mean squared error of one output per head, in levels: no classifier, but what one is to be compared with.
+
+    With several raters it is the mean over their votes. HelpSteer2's attribute model is trained so (arXiv 2406.08673).
+    """
+
+    link = "regression"
+
+    def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
+        """See the base class."""
+        level = LINKS[self.link].expected(scores, sizes)[..., None]
+        return (targets * (level - torch.arange(targets.shape[-1], device=targets.device)).square()).sum(-1)
+
+
+def cross_entropy(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """``-sum_k target_k * log p_k``, summed over the last axis.
+
+    Args:
+        log_probs: ``[..., K]``, ``-inf`` on levels that a dimension lacks.
+        targets: ``[..., K]``, 0 there.
+    """
+    return -(targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1)  # 0 * -inf is no number
+
+
+def _check_length(option: str, given: Sequence[object] | None, wanted: int, what: str) -> None:
+    if given is not None and len(given) != wanted:
+        raise ValueError(f"loss.{option} has {len(given)} entries for {wanted} {what}")

@@ -50,29 +50,28 @@ class LevelMetrics(Metric):
         rows = {name: measures(matrix) for name, matrix in zip(self.preferences.names, self.confusion, strict=True)}
         found = {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
         found |= {f"mean/{key}": torch.stack([row[key] for row in rows.values()]).nanmean() for key in MEASURES}
-        return {key: value for key, value in found.items() if not value.isnan()}
+        return {key: value.float() for key, value in found.items() if not value.isnan()}
 
 
 def measures(confusion: Tensor) -> dict[str, Tensor]:
-    """The four measures of one head, float32; NaN where undefined.
+    """The four measures of one head, ``[...]`` float64; NaN where undefined.
 
     Args:
-        confusion: ``[K, K]`` counts, rows = labelled level, columns = predicted.
+        confusion: ``[..., K, K]`` counts, rows = labelled level, columns = predicted.
     """
     confusion = confusion.cpu().double()
-    total = confusion.sum()
-    level = torch.arange(len(confusion))
+    total = confusion.sum((-2, -1))
+    level = torch.arange(confusion.shape[-1])
     distance = (level[:, None] - level).abs()
     squared = distance.square()
-    by_chance = confusion.sum(1, keepdim=True) @ confusion.sum(0, keepdim=True) / total
-    values = {
-        "accuracy": confusion.trace() / total,
-        "within_one": (confusion * (distance <= 1)).sum() / total,
-        "mae": (confusion * distance).sum() / total,
+    by_chance = confusion.sum(-1, keepdim=True) @ confusion.sum(-2, keepdim=True) / total[..., None, None]
+    return {
+        "accuracy": confusion.diagonal(dim1=-2, dim2=-1).sum(-1) / total,
+        "within_one": (confusion * (distance <= 1)).sum((-2, -1)) / total,
+        "mae": (confusion * distance).sum((-2, -1)) / total,
         # Cohen 1968; 0/0, where labels and predictions are one single level, is NaN
-        "kappa": 1 - (confusion * squared).sum() / (by_chance * squared).sum(),
+        "kappa": 1 - (confusion * squared).sum((-2, -1)) / (by_chance * squared).sum((-2, -1)),
     }
-    return {name: value.float() for name, value in values.items()}
 
 
 class SubsetMetrics:

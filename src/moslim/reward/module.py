@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moslim.base import RunModule
-from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
-from moslim.data.types import PairBatch, View
-from moslim.lora import LoraOptions, add_lora, merged
+from moslim.checkpoints import drop_frozen, fingerprint, keep_epoch_open, keep_plain_hparams, restore_frozen
+from moslim.data.types import Example, PairBatch, View
+from moslim.jsonlines import JsonLines
+from moslim.lora import LoraOptions, add_lora, is_adapted, merged, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
+from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import Pooling, PreferenceClassifier
-from moslim.reward.losses import MISSING, CrossEntropy, LevelLoss
+from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
+from moslim.reward.evaluation.best_of import BestOf
+from moslim.reward.evaluation.choices import Choice
+from moslim.reward.evaluation.pairs import complete_weights
+from moslim.reward.evaluation.report import find_result, publish, scalars
+from moslim.reward.evaluation.result import evaluate
+from moslim.reward.evaluation.rows import Scores
+from moslim.reward.held_out import HeldOut
+from moslim.reward.links import LINKS
+from moslim.reward.losses import CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
-from moslim.reward.predictions import prediction_rows
+from moslim.reward.model_card import ModelCard, predict_config
+from moslim.reward.predictions import prediction_rows, rows_scored
+from moslim.reward.scorer import Scorer, pair_limit
+from moslim.reward.sharing import Form, save_adapter, save_merged
+from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
+from moslim.reward.training_record import training_record
+
+_TEMPERATURES = "temperatures"
+_RECORD = "training_record"
 
 
 class RewardClassifier(RunModule):
@@ -32,13 +55,22 @@ class RewardClassifier(RunModule):
 
     Args:
         preferences: The dimensions; each gets a head.
-        backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer.
-        loss: What is minimised; None = :class:`CrossEntropy`.
+        backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads.
+        classifier: Hub name or folder of a saved classifier to score with or train on, instead of a backbone. Heads,
+            link, pooling and length are its own.
+        loss: What is minimised on rows with levels; None = :class:`CrossEntropy`.
+        pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
         pooling: What the heads read: the hidden state of the ``last`` token, or the ``mean`` over tokens, which finds
             and counts things in the text with far less training; None = last for decoders, mean for encoders.
+        head_hidden: Width of a hidden layer that each head gets for itself; None = linear heads.
+        head_dropout: Dropout on the hidden layers.
+        calibrate: Fit one temperature per head on the validation rows, with which the saved classifier comes.
         lora: Train low-rank adapters and the heads; None = train all weights.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, or 1e-4 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
+        pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
+        best_of: A best-of-n evaluation that the test runs, besides; None = none.
+        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
         output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         max_length: Most tokens of a pair when the saved classifier scores texts; give the data module the same.
@@ -52,12 +84,20 @@ class RewardClassifier(RunModule):
     def __init__(
         self,
         preferences: PreferenceSet,
-        backbone: str,
+        backbone: str | None = None,
+        classifier: str | None = None,
         loss: LevelLoss | None = None,
+        pairs: BradleyTerry | None = None,
         pooling: Pooling | None = None,
+        head_hidden: int | None = None,
+        head_dropout: float = 0.0,
+        calibrate: bool = True,
         lora: LoraOptions | None = None,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        pair_weights: dict[str, float] | None = None,
+        best_of: BestOf | None = None,
+        report: str | None = None,
         output: str | None = None,
         predictions: str | None = None,
         max_length: int | None = None,
@@ -69,28 +109,53 @@ class RewardClassifier(RunModule):
         self.save_hyperparameters()
         keep_plain_hparams(self)
         self.preferences = preferences
-        self.backbone = backbone
-        self.loss = loss or CrossEntropy()
+        self.start = start_name(backbone, classifier)
+        self.pairs = pairs or BradleyTerry()
+        self.calibrate = calibrate
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.pair_weights = complete_weights(preferences, pair_weights)
+        self.best_of = best_of
+        self.report = report
         self.output = output
         self.predictions = predictions
         self.trust_remote_code = trust_remote_code
         self.seed = seed
-        classifier = PreferenceClassifier.from_backbone(
-            backbone, preferences, pooling=pooling, max_length=max_length, trust_remote_code=trust_remote_code
-        )
-        classifier.train()  # a backbone is loaded in evaluation mode, without dropout
+        if classifier is not None:
+            for_new_heads = {"pooling": pooling, "head_hidden": head_hidden, "head_dropout": head_dropout}
+            model = saved_classifier(classifier, preferences, loss, for_new_heads)
+            model.config.pair_length = max_length or model.config.pair_length
+            self.loss = loss or DEFAULT_LOSSES[model.config.link]()
+        else:
+            self.loss = loss or CrossEntropy()
+            model = PreferenceClassifier.from_backbone(
+                self.start,
+                preferences,
+                pooling=pooling,
+                max_length=max_length,
+                link=self.loss.link,
+                head_hidden=head_hidden,
+                head_dropout=head_dropout,
+                trust_remote_code=trust_remote_code,
+            )
+        model.train()  # it is loaded in evaluation mode, without dropout
         if gradient_checkpointing:
-            checkpoint_activations(classifier)
-        self.classifier: Any = add_lora(classifier, lora, trained_whole=["head"]) if lora else classifier
+            checkpoint_activations(model)
+        self.classifier: Any = add_lora(model, lora, trained_whole=["head"]) if lora else model
         self._metrics = SubsetMetrics(preferences)
+        self._pair_metrics = PairMetrics(preferences)
+        self._held_out = HeldOut()
+        self._tested = Scores(preferences)
+        self._choices: list[Choice] = []
+        self._calibrated_at = 0
+        self._record: dict[str, Any] = {}
+        self._scored = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.backbone, trust_remote_code=self.trust_remote_code)
+        """The tokenizer of what the run started from."""
+        return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -107,47 +172,113 @@ class RewardClassifier(RunModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """See Lightning."""
-        logits = self(batch.input_ids, batch.attention_mask)
-        labelled = (batch.levels != MISSING).sum(0)
-        total, heads = self.loss(logits, batch.levels, self.preferences.sizes, self._global_counts(labelled))
-        names = zip(self.preferences.names, heads, labelled.tolist(), strict=True)
+        scores = self._scores(batch)
+        counts = self.loss.counts(batch.targets, self.preferences.sizes).sum(0)
+        everywhere = self._global_counts(torch.cat([counts, comparisons(batch.compared)[None]]))
+        total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
+        names = zip(self.preferences.names, heads, counts.tolist(), strict=True)
         parts = {f"train/{name}/loss": head for name, head, count in names if count}
+        if len(batch.worse):
+            gaps = self._gaps(scores, batch)
+            loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
+            parts |= {"train/pairs/loss": loss.detach(), "train/pairs/accuracy": pair_accuracy(gaps, batch.compared)}
+            total = total + self.pairs.weight * loss
         self.log_dict({"train/loss": total.detach(), **parts}, batch_size=len(batch.rows))
         return total
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        self._evaluate(batch, "val")
+        scores = self._evaluate(batch, "val")
+        if self._calibrates:
+            self._hold_out(scores, batch)
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        self._evaluate(batch, "test")
+        output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        self._log_loss(output.scores, batch, "test")
+        self._tested.add(batch, output.logits.softmax(-1), self._logits(output.scores).softmax(-1))
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation counted."""
         self._metrics.reset()
+        self._pair_metrics.reset()
+        self._held_out.reset()
 
     def on_test_epoch_start(self) -> None:
-        """As before validation."""
-        self._metrics.reset()
+        """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line of it cannot be used.
+        """
+        self._tested.clear()
+        self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``."""
+        """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
+
+        Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
+        ``val/calibration/{dimension}/{ece, brier, rps}/{before, after}``.
+        """
         self._report("val")
+        if self._calibrates:
+            self.log_dict(self._calibrate())
+
+    def on_train_end(self) -> None:
+        """Calibrates the final weights, unless the last validation has done so."""
+        if not self._calibrates or self._calibrated_at == self.global_step:
+            return
+        if not self.trainer.val_dataloaders:
+            self.classifier.config.temperatures = None  # those of a checkpoint were for other weights
+            rank_zero_warn("the classifier is saved without calibration: there was no validation to fit it on")
+            return
+        self._held_out.reset()
+        self.eval()
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for batch in islice(self.trainer.val_dataloaders, int(self.trainer.num_val_batches[0])):
+                moved = self.trainer.strategy.batch_to_device(batch)
+                self._hold_out(self._scores(moved), moved)
+        self.train()
+        measures = {key: value.item() for key, value in self._calibrate().items()}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(measures, self.global_step)
 
     def on_test_epoch_end(self) -> None:
-        """As after validation, under ``test/``."""
-        self._report("test")
+        """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
+        rows, pairs = self._tested.gathered()
+        score = self._scorer().probabilities
+        best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
+        result = {"weights": self._weights(), **evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)}
+        self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
+        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
+        if self.trainer.is_global_zero:
+            publish(self.trainer, result, folders)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch; the records are written to the file of ``predictions``."""
-        probs = self(batch.input_ids, batch.attention_mask).softmax(-1)
+        probs = self.classifier.probabilities(batch.input_ids, batch.attention_mask)
         return prediction_rows(batch.rows, probs, self.preferences)
+
+    @property
+    def pair_limit(self) -> int | None:
+        """Most tokens of a pair to be scored, where the data module sets no limit."""
+        return pair_limit(unwrapped(self.classifier).config, self.tokenizer)
+
+    def rows_scored(self, rows: Iterable[Example]) -> int:
+        """Number of rows that an interrupted ``predict`` has scored already; the data module leaves them out."""
+        self._scored = rows_scored(self.predictions_file, self._scores_depend_on(), rows)
+        return self._scored
+
+    def open_predictions(self) -> JsonLines:
+        """Goes on with the file of an interrupted ``predict``, behind the rows that were left out."""
+        keep, self._scored = self._scored, 0
+        return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
 
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
         folder = self.output_folder
         if self.trainer.is_global_zero and self.was_trained:
+            self._record = training_record(self.trainer, self.preferences)
             self.export(folder)
 
     @property
@@ -156,34 +287,119 @@ class RewardClassifier(RunModule):
         return Path(self.output) if self.output else self.run_folder / "classifier"
 
     def export(self, folder: str | Path) -> None:
-        """Saves the classifier (adapters merged) and its tokenizer, for ``Scorer.from_pretrained(folder)``."""
-        merged(self.classifier).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`."""
+        save_merged(merged(self.classifier), Path(folder))
+        self._complete(Path(folder), "merged")
+
+    def export_adapter(self, folder: str | Path) -> None:
+        """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
+
+        Raises:
+            ValueError: There is no adapter, or it changes more than the backbone.
+        """
+        if not is_adapted(self.classifier):
+            raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
+        save_adapter(self.classifier, self.start, Path(folder))
+        self._complete(Path(folder), "adapter")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only."""
+        """Keeps trained weights only, the temperatures, and what the model card says of the training."""
+        checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
+        if self.was_trained:
+            self._record = training_record(self.trainer, self.preferences)
+        checkpoint[_RECORD] = self._record
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the weights from the backbone."""
+        self.classifier.config.temperatures = checkpoint.get(_TEMPERATURES)
+        self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
 
-    def _evaluate(self, batch: PairBatch, stage: str) -> None:
-        logits = self(batch.input_ids, batch.attention_mask)
-        total, _ = self.loss(logits, batch.levels, self.preferences.sizes)
+    def _complete(self, folder: Path, form: Form) -> None:
+        """Adds to an exported classifier what people need to use it."""
+        self.tokenizer.save_pretrained(folder)
+        config = unwrapped(self.classifier).config
+        root = None if self._trainer is None else self.trainer.default_root_dir  # one may export without a Trainer
+        tested = find_result([place for place in (root, self.report) if place], self._weights())
+        card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
+
+    def _weights(self) -> str:
+        return fingerprint(self.classifier.state_dict())
+
+    def _scores_depend_on(self) -> dict[str, Any]:
+        """What the scores of a row depend on besides the row, as plain data."""
+        config = unwrapped(self.classifier).config.to_dict()
+        return {
+            "weights": self._weights(),
+            "configuration": {key: config[key] for key in ("dimensions", "pooling", "link", "temperatures")},
+            "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
+            "precision": str(self.trainer.precision),
+        }
+
+    def _scores(self, batch: PairBatch) -> Tensor:
+        """The heads' raw outputs ``[B, D, S]``."""
+        return self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).scores
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
+        return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
+
+    def _evaluate(self, batch: PairBatch, stage: str) -> Tensor:
+        """Counts a batch for the metrics, and returns the heads' scores."""
+        scores = self._scores(batch)
+        gaps = self._log_loss(scores, batch, stage)
+        self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
+        self._pair_metrics.update(gaps, batch.compared)
+        return scores
+
+    def _log_loss(self, scores: Tensor, batch: PairBatch, stage: str) -> Tensor:
+        """Logs the loss of a batch, and returns its gaps ``[P, D]``."""
+        total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
+        gaps = self._gaps(scores, batch)
+        total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
         self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
-        self._metrics.update(logits.argmax(-1), batch.levels, [row.subset for row in batch.rows])
+        return gaps
+
+    def _scorer(self) -> Scorer:
+        """Scores texts with the classifier as it is, and as the data module encodes them."""
+        scorer = Scorer(self.classifier, self.tokenizer)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
+        return scorer
 
     def _report(self, stage: str) -> None:
-        found = self._metrics.compute(self.device)
+        found = self._metrics.compute(self.device) | self._pair_metrics.compute()
         self.log_dict({f"{stage}/{key}": value for key, value in found.items()})
 
-    def _global_counts(self, labelled: Tensor) -> Tensor:
-        """Labels per head over all processes, as this process's share: gradients are averaged over processes."""
-        ranks = self.trainer.world_size
-        if ranks == 1:
-            return labelled.clamp(min=1)
-        labelled = labelled.clone()
-        dist.all_reduce(labelled)
-        return labelled.clamp(min=1) / ranks
+    def _gaps(self, scores: Tensor, batch: PairBatch) -> Tensor:
+        """Expected level of the better answers less that of the worse, ``[P, D]``."""
+        expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
+        return expected[batch.better] - expected[batch.worse]
+
+    def _global_counts(self, counts: Tensor) -> Tensor:
+        """Counts over all processes, as this process's share: gradients are averaged over processes."""
+        if self.trainer.world_size == 1:
+            return counts
+        total = counts.clone()
+        dist.all_reduce(total)
+        return total / self.trainer.world_size
+
+    @property
+    def _calibrates(self) -> bool:
+        """Whether validation rows are there to calibrate on: in ``fit``, once there is something trained."""
+        fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        return self.calibrate and fits and self.was_trained
+
+    def _hold_out(self, scores: Tensor, batch: PairBatch) -> None:
+        self._held_out.update(self._logits(scores), batch.targets, [row.question for row in batch.rows])
+
+    def _calibrate(self) -> dict[str, Tensor]:
+        """Puts temperatures into the classifier, and returns what they improve, to be logged."""
+        fitted = calibrate(*self._held_out.compute(), self.preferences)
+        self.classifier.config.temperatures = fitted.temperatures
+        self._calibrated_at = self.global_step
+        return {f"val/calibration/{key}": value for key, value in fitted.measures.items()}

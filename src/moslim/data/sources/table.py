@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from typing import Any
+from collections.abc import Iterator
 
 from moslim.data.prompts import as_messages
 from moslim.data.sources.base import Source
-from moslim.data.sources.records import Record, is_file_name, read_file, read_hub
+from moslim.data.sources.chats import ChatFormat
+from moslim.data.sources.comparisons import Comparisons
+from moslim.data.sources.fields import find, require
+from moslim.data.sources.labels import Labels, levels_of, several
+from moslim.data.sources.layouts.base import Layout
+from moslim.data.sources.notices import Notices
+from moslim.data.sources.overlap import SharedQuestions, question_key, without_shared
+from moslim.data.sources.records import Record, completed, is_file_name, scan_file, scan_hub
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.types import Example, Question, Split, View
 from moslim.preferences import Preference, PreferenceSet
@@ -21,30 +27,53 @@ class Table(Source):
     dimension with its label. A question is a text, or, in JSON Lines, parquet and on the Hub, the chat so far:
     ``[{"role": "user", "content": "..."}, ...]``, ending with a user turn. A label is a level 0..K-1, or whatever
     ``scales`` turns into one. A blank, null or NaN label is missing: the pair then teaches the other dimensions
-    only. In the policy view each question is taken once; in its predict split every row is kept, and its labels
-    are the levels to ask for.
+    only. An empty answer is an answer; a null or NaN one is an error. In the policy view each question is taken once;
+    in its predict split every row is kept, and its labels are the levels to ask for.
+
+    Wherever a column is named, a path into nested fields will do: ``ratings.quality``, ``turns.0``, ``raters.*.score``
+    (:func:`~moslim.data.sources.fields.find`). A label that is a list, or has several columns, is the votes of several
+    raters: the row's level is what they come to (:func:`~moslim.data.sources.votes.agreed_level`), and the votes stay.
 
     Args:
         path: Table of the training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.json`` with one object per
-            line, ``.parquet``; ``.gz`` allowed), or the name of a Hub data set.
+            line, ``.parquet``; ``.gz`` allowed), or the name of a Hub data set. None where only ``predict`` is read.
         train: Split of the Hub data set to train on.
         validation: File or, with a Hub name in ``path``, split of the validation rows.
         test: The same for the test rows.
-        predict: The same for the rows of ``predict``.
+        predict: The same for the rows of ``predict``. A classifier scores them as they are read; they need no labels.
         validation_share: Share of the training table's questions kept for validation, if ``validation`` is not
             given. A question is on one side only, with all its answers, whatever the seed.
         test_share: The same for the test.
         question: Column of the question.
         answer: Column of the answer.
-        columns: Column of a dimension's labels, where it does not have the dimension's name.
+        columns: Column of a dimension's labels, where it does not have the dimension's name; a list of columns where
+            each rater has one.
         scales: How the values of a dimension's column become levels, where they are not levels already.
         subset: Column with the part that metrics are reported for separately, e.g. a language.
         only_observed: Whether only combinations of levels that some training row has count as reachable.
+        folder: Folder of the Hub data set to read, if not the whole.
+        rejected: Column of another answer, which people liked less; null in a row that compares nothing. With it, only
+            dimensions in ``columns`` must have labels: comparisons can teach the others.
+        compared: Dimensions that the comparisons speak about, or the column that lists them; None = all.
+        margin: Column with how clearly the answer was preferred, in levels; of a list, one entry per rater, the mean
+            counts, so that disagreement makes the margin small.
+        counts: Column with the number of raters, for a dimension of two levels whose label is the share of raters
+            who said yes: their votes follow from it.
+        chat: How the question column writes a conversation, where it is neither text nor the messages above.
+        layout: What makes rows of one question and one answer, where the table has others; the arguments above then
+            name the columns that it makes.
+        where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out.
+        constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
+        group: Column whose equal values stay on one side of a split, by default the question; ``context.0.text``, the
+            first turn, keeps together what was said in one conversation.
+        id: Column that tells rows apart, carried into predictions; the table need not have it.
+        shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
+            ``drop`` the held-out rows, or ``error``.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         train: str = "train",
         validation: str | None = None,
         test: str | None = None,
@@ -53,10 +82,22 @@ class Table(Source):
         test_share: float = 0.0,
         question: str = "question",
         answer: str = "answer",
-        columns: dict[str, str] | None = None,
+        columns: dict[str, str | list[str]] | None = None,
         scales: dict[str, Scale] | None = None,
         subset: str | None = None,
         only_observed: bool = False,
+        folder: str | None = None,
+        rejected: str | None = None,
+        compared: str | list[str] | None = None,
+        margin: str | None = None,
+        counts: dict[str, str] | None = None,
+        chat: ChatFormat | None = None,
+        layout: Layout | None = None,
+        where: dict[str, list[str]] | None = None,
+        constants: dict[str, str] | None = None,
+        group: str | None = None,
+        id: str = "id",
+        shared_questions: SharedQuestions = "warn",
     ) -> None:
         if min(validation_share, test_share) < 0 or validation_share + test_share >= 1:
             raise ValueError(
@@ -64,6 +105,7 @@ class Table(Source):
                 "and must leave something to train on"
             )
         self.path = path
+        self.folder = folder
         self.train = train
         self.others = {Split.VALIDATION: validation, Split.TEST: test, Split.PREDICT: predict}
         self.shares = {
@@ -72,24 +114,48 @@ class Table(Source):
         }
         self.question = question
         self.answer = answer
-        self.columns = columns or {}
-        self.scales = scales or {}
+        self.labels = Labels(columns, scales, counts)
+        self.comparisons = Comparisons(rejected, compared, margin)
         self.subset = subset
         self.only_observed = only_observed
+        self.chat = chat
+        self.layout = layout
+        self.where = where or {}
+        self.constants = constants or {}
+        self.group = group
+        self.id = id
+        self.shared_questions = shared_questions
         self._tables: dict[str | None, list[Record]] = {}
         self._observed: set[Preference] = set()
 
     def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         """See the base class. The order is that of the table; nothing is drawn."""
-        for name in (*self.columns, *self.scales):
-            preferences[name]  # an unknown dimension is an error that lists the known ones
-        rows = [self._example(record, view, split, preferences) for record in self._records(split)]
+        self.labels.check(preferences)
+        self.comparisons.check(preferences)
+        notices = Notices()
+        rows = [self._example(record, view, split, preferences, notices) for record in self._records(split)]
+        notices.warn(len(rows))
+        if view is View.REWARD and split is Split.TRAIN:
+            names = [name for name in preferences.names if self._must_be_labelled(name)]
+            self.labels.warn_if_constant(str(self.path), rows, names)
         if self.only_observed:
-            training = (self._levels(record, preferences) for record in self._records(Split.TRAIN))
-            self._observed = {Preference(levels) for levels in training}
+            training = (self.labels.votes(record, preferences, required=[]) for record in self._records(Split.TRAIN))
+            self._observed = {Preference(levels_of(votes)) for votes in training}
         if view is View.POLICY and split is not Split.PREDICT:
-            rows = list({_key(row.question): row for row in reversed(rows)}.values())[::-1]
+            rows = list({question_key(row.question): row for row in reversed(rows)}.values())[::-1]
         return rows
+
+    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+        """See the base class. Rows to be scored are read one at a time, unless there is a layout, which needs all."""
+        name = self.others.get(split)
+        if view is not View.REWARD or split is not Split.PREDICT or name is None or self.layout is not None:
+            yield from self.rows(view, split, preferences, seed)
+            return
+        notices, count = Notices(), 0
+        for record in filter(self._is_wanted, self._scan(name)):
+            yield self._example(record, view, split, preferences, notices)
+            count += 1
+        notices.warn(count)
 
     def reachable(self, preference: Preference) -> bool:
         """With ``only_observed``: whether some training row has all these levels at once. Rows must be read first."""
@@ -101,31 +167,57 @@ class Table(Source):
     def _records(self, split: Split) -> list[Record]:
         """The split's part of its table."""
         if split is not Split.TRAIN and (name := self.others[split]) is not None:
-            return self._read(name)
+            records = self._read(name)
+            if split is Split.PREDICT:
+                return records
+            training = {self._key(record): record for record in self._records(Split.TRAIN)}
+            held_out = [(self._key(record), record) for record in records]
+            return without_shared(held_out, training, self.shared_questions)
         if split is Split.PREDICT:
             return []
         return [record for record in self._read(None) if self._side(record) is split]
 
     def _read(self, name: str | None) -> list[Record]:
         if name not in self._tables:
-            if name is not None and is_file_name(name):
-                records = read_file(name)
-            elif is_file_name(self.path):
-                if name is not None:
-                    raise ValueError(
-                        f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split"
-                    )
-                records = read_file(self.path)
-            else:
-                records = read_hub(self.path, name or self.train)
-            if not records:
-                raise ValueError(f"{name or self.path}: the table has no rows")
-            self._tables[name] = records
+            records = completed(self._scan(name))
+            if self.layout is not None:
+                records = self.layout.rows(records)
+            kept = [record for record in records if self._is_wanted(record)]
+            if not kept:
+                raise ValueError(
+                    f"{name or self.path}: "
+                    + (f"no row has the values in `where`: {self.where}" if records else "the table has no rows")
+                )
+            self._tables[name] = kept
         return self._tables[name]
+
+    def _scan(self, name: str | None) -> Iterator[Record]:
+        for record in self._scan_table(name):
+            yield Record(record.place, {**record.fields, **self.constants})
+
+    def _scan_table(self, name: str | None) -> Iterator[Record]:
+        if name is not None and is_file_name(name):
+            return scan_file(name)
+        if self.path is None:
+            raise ValueError("data.source.path is not given, so there is no table to read rows from")
+        if not is_file_name(self.path):
+            return scan_hub(self.path, name or self.train, self.folder)
+        if name is not None:
+            raise ValueError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
+        return scan_file(self.path)
+
+    def _is_wanted(self, record: Record) -> bool:
+        return all(str(require(record, path, "where")) in values for path, values in self.where.items())
+
+    def _key(self, record: Record) -> str:
+        """What decides on which side of a split a row is."""
+        if self.group is not None:
+            return question_key(str(require(record, self.group, "group")))
+        return question_key(self._question(record))
 
     def _side(self, record: Record) -> Split:
         """Where a training row belongs: a function of its question alone."""
-        digest = hashlib.sha256(_key(self._question(record)).encode()).digest()
+        digest = hashlib.sha256(self._key(record).encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         for split, share in self.shares.items():
             if place < share:
@@ -133,58 +225,47 @@ class Table(Source):
             place -= share
         return Split.TRAIN
 
-    def _example(self, record: Record, view: View, split: Split, preferences: PreferenceSet) -> Example:
-        answer = record.fields.get(self.answer)
+    def _example(
+        self, record: Record, view: View, split: Split, preferences: PreferenceSet, notices: Notices
+    ) -> Example:
+        answer = find(record.fields, self.answer)
         if view is not View.POLICY:
-            answer = self._field(record, self.answer, "answer")
+            answer = require(record, self.answer, "answer")
             if not isinstance(answer, str):
                 raise ValueError(f"{record.place}, field '{self.answer}': the answer is {answer!r}, not a text")
-        levels = self._levels(record, preferences, required=view is View.REWARD and split is not Split.PREDICT)
-        subset = None if self.subset is None else str(self._field(record, self.subset, "subset"))
-        return Example(self._question(record), answer, levels, subset)
+            if not answer.strip():
+                notices.add("the answer is empty", record.place)
+        example = Example(self._question(record), answer, id=self._id(record))
+        if view is View.REWARD and split is Split.PREDICT:
+            return example
+        required = [name for name in preferences.names if view is View.REWARD and self._must_be_labelled(name)]
+        votes = self.labels.votes(record, preferences, required)
+        example.levels, example.votes = levels_of(votes), several(votes)
+        if self.subset is not None:
+            example.subset = str(require(record, self.subset, "subset"))
+        rejected, compared, margin = self.comparisons.read(record, preferences)
+        if rejected is not None and rejected == answer:
+            notices.add("the rejected answer is the answer, so nothing is compared", record.place)
+        elif rejected is not None:
+            example.rejected, example.compared, example.margin = rejected, compared, margin
+        return example
+
+    def _id(self, record: Record) -> str | int | None:
+        value = find(record.fields, self.id)
+        return value if value is None or isinstance(value, int) else str(value)
+
+    def _must_be_labelled(self, name: str) -> bool:
+        """Whether the classifier can learn a dimension from its labels alone."""
+        return self.comparisons.rejected is None or name in self.labels.columns
 
     def _question(self, record: Record) -> Question:
-        question = self._field(record, self.question, "question")
-        if not question or (isinstance(question, str) and not question.strip()):
-            raise ValueError(f"{record.place}, field '{self.question}': the question is empty")
+        value = require(record, self.question, "question")
+        where = f"{record.place}, field '{self.question}'"
+        if is_missing(value) or value == []:
+            raise ValueError(f"{where}: the question is empty")
         try:
+            question: Question = value if self.chat is None else self.chat.question(value)
             as_messages(question)
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{record.place}, field '{self.question}': {error}") from error
+            raise ValueError(f"{where}: {error}") from error
         return question
-
-    def _levels(self, record: Record, preferences: PreferenceSet, required: bool = False) -> dict[str, int]:
-        levels = {}
-        for dimension in preferences.dimensions:
-            column = self.columns.get(dimension.name, dimension.name)
-            if column not in record.fields and not required and dimension.name not in self.columns:
-                continue
-            value = self._field(record, column, f"columns.{dimension.name}")
-            if is_missing(value):
-                continue
-            where = f"{record.place}, field '{column}'"
-            try:
-                level = self.scales.get(dimension.name, Scale()).level(value)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            if not 0 <= level < len(dimension.levels):
-                raise ValueError(
-                    f"{where}: value {value!r} is level {level}, outside 0..{len(dimension.levels) - 1} of dimension "
-                    f"'{dimension.name}'; change its levels or give scales.{dimension.name}"
-                )
-            levels[dimension.name] = level
-        return levels
-
-    def _field(self, record: Record, column: str, argument: str) -> Any:
-        if column not in record.fields:
-            raise ValueError(
-                f"{record.place}: no field '{column}'; there are: {', '.join(record.fields)}. "
-                f"Name the right one in `{argument}` of the Table"
-            )
-        return record.fields[column]
-
-
-def _key(question: Question) -> str:
-    """Questions that differ in case or white space only count as the same."""
-    text = question if isinstance(question, str) else json.dumps(question, sort_keys=True)
-    return " ".join(text.casefold().split())

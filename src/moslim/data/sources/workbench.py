@@ -16,6 +16,7 @@ from moslim.workbench.corruptions import Corruption, bare_steps, corrupt, lone_s
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS, Topic
 from moslim.workbench.questions import ask, topics_in
+from moslim.workbench.raters import rate
 from moslim.workbench.writing import draw_levels, reachable, write_answer
 
 HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
@@ -50,6 +51,9 @@ class Workbench(Source):
         bare_rows: Rows of each of the reward view's first two stages.
         policy_rows: Prompts of an epoch of the policy view.
         samples: JSON Lines with ``question`` and ``answer``: the starter's own answers. None leaves that part out.
+        raters: How many raters label the classifier's training rows, instead of the gold scorer; 0 = exact levels.
+            Levels in validation and test are always exact, so that what was learnt is measured against the truth.
+        rater_noise: Standard deviation of a rater's error, in levels.
     """
 
     def __init__(
@@ -60,15 +64,21 @@ class Workbench(Source):
         bare_rows: int = 8960,
         policy_rows: int = 16384,
         samples: str | None = None,
+        raters: int = 0,
+        rater_noise: float = 0.7,
     ) -> None:
         if not 0 <= fold < FOLDS:
             raise ValueError(f"source.fold is {fold}: give 0 to {FOLDS - 1}")
+        if raters < 0 or rater_noise < 0:
+            raise ValueError(f"source.raters is {raters} and source.rater_noise {rater_noise}: neither can be negative")
         self.fold = fold
         self.corpus_rows = corpus_rows
         self.reward_rows = reward_rows
         self.bare_rows = bare_rows
         self.policy_rows = policy_rows
         self.samples = samples
+        self.raters = raters
+        self.rater_noise = rater_noise
 
     def topics(self, held_out: bool) -> list[Topic]:
         """The topics of this fold's test, or all others."""
@@ -81,7 +91,11 @@ class Workbench(Source):
             return self._text(split, rng)
         if view is View.POLICY:
             return self._prompts(split, rng)
-        return self._pairs(split, rng)
+        pairs = self._pairs(split, rng)
+        if not self.raters or split is not Split.TRAIN:
+            return pairs
+        errors = random.Random(derive_seed(seed, *b"raters"))
+        return [rate(row, self.raters, self.rater_noise, errors) for row in pairs]
 
     def reachable(self, preference: Preference) -> bool:
         return reachable(preference.levels)

@@ -1,36 +1,13 @@
-"""Which preferences are asked for during training."""
+"""Preferences drawn uniformly."""
 
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from moslim.data.sources.base import Source
 from moslim.preferences import Preference, PreferenceSet
-
-TRIES = 1000
-"""Draws after which a sampler gives up."""
-
-
-def draw_levels(preferences: PreferenceSet, count: int, generator: random.Random) -> Preference:
-    """Draws ``count`` different dimensions and a level for each, all uniformly."""
-    chosen = sorted(generator.sample(range(len(preferences)), count))
-    return Preference({preferences.names[i]: generator.randrange(preferences.sizes[i]) for i in chosen})
-
-
-class PreferenceSampler(ABC):
-    """Draws the preference of one training prompt. Subclass it, and name the subclass under ``data.sampler``."""
-
-    @abstractmethod
-    def draw(self, preferences: PreferenceSet, generator: random.Random, source: Source) -> Preference:
-        """Returns a preference; an empty one makes a prompt without an instruction.
-
-        Args:
-            preferences: The dimensions in use.
-            generator: The only source of randomness to use; its seed is a function of seed, epoch and row.
-            source: Says what is reachable, and what is held out: a held-out preference must not be returned.
-        """
+from moslim.sampling.base import TRIES, PreferenceSampler, draw_levels
 
 
 class Uniform(PreferenceSampler):
@@ -58,10 +35,10 @@ class Uniform(PreferenceSampler):
         Raises:
             ValueError: ``active`` counts more dimensions than there are, or no allowed preference was found.
         """
-        weights = self._weights(len(preferences))
+        weights = self.counts(len(preferences))
         count = generator.choices(range(len(weights)), weights)[0]
         for _ in range(TRIES):
-            preference = draw_levels(preferences, count, generator)
+            preference = self.propose(preferences, count, generator)
             if not preference or self.allows(preference, source):
                 return preference
         raise ValueError(
@@ -69,11 +46,16 @@ class Uniform(PreferenceSampler):
             f"{type(source).__name__} calls all of them unreachable or held out; set sampler.active[{count}] to 0"
         )
 
+    def propose(self, preferences: PreferenceSet, count: int, generator: random.Random) -> Preference:
+        """Draws ``count`` dimensions and their levels."""
+        return draw_levels(preferences, count, generator)
+
     def allows(self, preference: Preference, source: Source) -> bool:
         """Whether a preference that was drawn may be asked for."""
         return not source.held_out(preference)
 
-    def _weights(self, dimensions: int) -> tuple[float, ...]:
+    def counts(self, dimensions: int) -> tuple[float, ...]:
+        """Weights of the numbers of named dimensions, from 0 to at most ``dimensions``."""
         if self.active is None:
             return (0.2, *[0.8 / dimensions] * dimensions)
         if len(self.active) > dimensions + 1 and any(self.active[dimensions + 1 :]):

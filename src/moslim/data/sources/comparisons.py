@@ -1,0 +1,74 @@
+"""From the columns of a row to the answer that was liked less."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moslim.data.sources.fields import require
+from moslim.data.sources.records import Record
+from moslim.data.sources.scale import is_missing
+from moslim.preferences import PreferenceSet
+
+
+class Comparison(NamedTuple):
+    """The part of an :class:`~moslim.data.types.Example` that compares two answers; by default there is none."""
+
+    rejected: str | None = None
+    compared: tuple[str, ...] = ()
+    margin: float = 0.0
+
+
+class Comparisons:
+    """Reads comparisons of rows; the arguments are those of :class:`~moslim.data.sources.table.Table`."""
+
+    def __init__(self, rejected: str | None, compared: str | list[str] | None, margin: str | None) -> None:
+        if rejected is None and (compared or margin):
+            raise ValueError("compared and margin say more about a `rejected` answer: name its column")
+        self.rejected = rejected
+        self.compared = compared or []
+        self.margin = margin
+
+    def check(self, preferences: PreferenceSet) -> None:
+        """Raises an error that lists the known dimensions if ``compared`` names another one."""
+        for name in [] if isinstance(self.compared, str) else self.compared:
+            preferences[name]
+
+    def read(self, record: Record, preferences: PreferenceSet) -> Comparison:
+        """Returns a row's comparison.
+
+        Raises:
+            ValueError: A column is missing, or what it holds cannot be used.
+        """
+        if self.rejected is None:
+            return Comparison()
+        rejected = require(record, self.rejected, "rejected")
+        if rejected is None:
+            return Comparison()
+        if not isinstance(rejected, str):
+            raise ValueError(f"{record.place}, field '{self.rejected}': the answer is {rejected!r}, not a text")
+        return Comparison(rejected, self._dimensions(record, preferences), self._margin(record))
+
+    def _dimensions(self, record: Record, preferences: PreferenceSet) -> tuple[str, ...]:
+        if not isinstance(self.compared, str):
+            return tuple(self.compared)
+        named = require(record, self.compared, "compared")
+        if not isinstance(named, list) or not set(named) <= set(preferences.names):
+            raise ValueError(
+                f"{record.place}, field '{self.compared}': {named!r} is no list of dimensions; "
+                f"there are: {', '.join(preferences.names)}"
+            )
+        return tuple(named)
+
+    def _margin(self, record: Record) -> float:
+        if self.margin is None:
+            return 0.0
+        value = require(record, self.margin, "margin")
+        given = [one for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
+        where = f"{record.place}, field '{self.margin}'"
+        try:
+            margin = sum(map(float, given)) / len(given) if given else 0.0
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: value {value!r} is not a number") from None
+        if margin < 0:
+            raise ValueError(f"{where}: value {value!r} prefers the rejected answer")
+        return margin

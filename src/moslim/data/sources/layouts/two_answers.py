@@ -1,0 +1,88 @@
+"""One row with two answers, and which of them is better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moslim.data.sources.fields import require
+from moslim.data.sources.layouts.base import Layout
+from moslim.data.sources.records import Record
+from moslim.data.sources.scale import is_missing
+
+
+@dataclass
+class Verdict:
+    """A column that says which of two answers is better.
+
+    Args:
+        column: A number, or a list of several raters' numbers, of which the mean counts: raters who disagree make a
+            small margin, or none.
+        dimensions: The dimensions that it speaks about; empty = all.
+        tie: The number that calls the answers equally good: below it the first is better, above it the second.
+        graded: Whether the distance from ``tie`` says how clearly, and becomes the margin.
+    """
+
+    column: str
+    dimensions: list[str] = field(default_factory=list)
+    tie: float = 0.0
+    graded: bool = False
+
+    def lead(self, record: Record) -> float:
+        """Returns by how much the second answer is better; negative if the first is, 0 if nothing is said."""
+        value = require(record, self.column, "layout.verdicts")
+        try:
+            numbers = [float(one) for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
+        except (TypeError, ValueError):
+            raise ValueError(f"{record.place}, field '{self.column}': value {value!r} is not a number") from None
+        return sum(numbers) / len(numbers) - self.tie if numbers else 0.0
+
+
+class TwoAnswers(Layout):
+    """Each of two answers becomes a row of its own; one that a verdict calls better has the other to compare with.
+
+    The new rows have the columns ``answer``, ``rejected`` (null where the answer won nothing), ``compared`` (the
+    dimensions on which it won; empty = all) and ``margin``, and what else ``first`` and ``second`` name. An answer
+    that won nothing and has no column of its own is left out: nothing is said about it.
+
+    Args:
+        first: New column to field of the first answer: ``{answer: response_0, safe: is_response_0_safe}``.
+        second: The same for the second answer.
+        verdicts: What says which is better.
+    """
+
+    def __init__(self, first: dict[str, str], second: dict[str, str], verdicts: list[Verdict]) -> None:
+        for name, columns in (("first", first), ("second", second)):
+            if "answer" not in columns:
+                raise ValueError(f"layout.{name} is {columns}: it must say which field is the `answer`")
+        self.answers = {"first": first, "second": second}
+        self.verdicts = verdicts
+
+    def rows(self, records: list[Record]) -> list[Record]:
+        """See the base class."""
+        return [row for record in records for row in self._both(record)]
+
+    def _both(self, record: Record) -> list[Record]:
+        first, second = (
+            {name: require(record, path, f"layout.{which}") for name, path in columns.items()}
+            for which, columns in self.answers.items()
+        )
+        leads = [verdict.lead(record) for verdict in self.verdicts]
+        rows = [
+            self._row(record, "first", first, second["answer"], [-lead for lead in leads]),
+            self._row(record, "second", second, first["answer"], leads),
+        ]
+        return [row for row in rows if row is not None]
+
+    def _row(
+        self, record: Record, which: str, columns: dict[str, object], other: object, leads: list[float]
+    ) -> Record | None:
+        won = [(verdict, lead) for verdict, lead in zip(self.verdicts, leads, strict=True) if lead > 0]
+        if not won and len(columns) == 1:
+            return None
+        margins = [lead for verdict, lead in won if verdict.graded]
+        comparison = {
+            "rejected": other if won else None,
+            "compared": [] if any(not v.dimensions for v, _ in won) else [d for v, _ in won for d in v.dimensions],
+            "margin": sum(margins) / len(margins) if margins else 0.0,
+        }
+        return Record(f"{record.place}, {which} answer", {**record.fields, **columns, **comparison})

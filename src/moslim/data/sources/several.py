@@ -1,0 +1,32 @@
+"""Several sources as one."""
+
+from __future__ import annotations
+
+from moslim.data.sources.base import Source
+from moslim.data.types import Example, Split, View
+from moslim.preferences import Preference, PreferenceSet
+
+
+class Several(Source):
+    """The rows of several sources, one after the other, e.g. tables that label different dimensions.
+
+    Args:
+        sources: The sources; in YAML also files that hold one each.
+    """
+
+    def __init__(self, sources: list[Source]) -> None:
+        if not sources:
+            raise ValueError("source.sources is empty: name at least one source")
+        self.sources = sources
+
+    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        """See the base class."""
+        return [row for source in self.sources for row in source.rows(view, split, preferences, seed)]
+
+    def reachable(self, preference: Preference) -> bool:
+        """Whether one of the sources calls it reachable."""
+        return any(source.reachable(preference) for source in self.sources)
+
+    def held_out(self, preference: Preference) -> bool:
+        """Whether one of the sources holds it out."""
+        return any(source.held_out(preference) for source in self.sources)

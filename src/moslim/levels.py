@@ -1,0 +1,28 @@
+"""Level probabilities as numbers: where a distribution lies, and how far it is from a request."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moslim.preferences import INACTIVE
+
+
+def expected_level(probs: Tensor) -> Tensor:
+    """Mean of each level distribution, ``sum_k k p_k``: ``[..., K]`` to ``[...]``, in levels."""
+    return probs @ torch.arange(probs.shape[-1], device=probs.device).to(probs.dtype)
+
+
+def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
+    """Expected distance from the requested level, ``sum_k p_k |k - target|``.
+
+    Args:
+        probs: ``[B, D, K]``, 0 on levels that a dimension lacks.
+        targets: ``[B, D]`` int64, requested level, -1 where none was.
+
+    Returns:
+        ``[B, D]``, in levels; NaN where none was requested.
+    """
+    levels = torch.arange(probs.shape[-1], device=probs.device)
+    distance = (levels - targets[..., None]).abs().to(probs.dtype)
+    return (probs * distance).sum(-1).masked_fill(targets == INACTIVE, torch.nan)

@@ -1,0 +1,104 @@
+"""What every report is made of: plain figures, Markdown tables, files that appear whole, pictures for dashboards."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+"""A report's figures as plain data."""
+
+
+def plain(value: Any) -> Any:
+    """Turns tensors into lists, NaN and infinities into None, and rounds floats to 6 digits, in any nesting."""
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 6) + 0.0 if math.isfinite(value) else None  # + 0.0: never "-0.0"
+    return value
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure as text; ``-`` for what could not be measured."""
+    return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column stands left and whose others stand right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def markdown_pictures(names: Sequence[str]) -> list[str]:
+    """Markdown that shows pictures, given the names of files beside the page."""
+    return [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in names]
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file; the same figure always gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes beside the target, then renames: a reader or a crash never meets half a file."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
+    """Draws ``<name>.png`` for every figure that there is; returns path by name. The folder must exist."""
+    paths = {}
+    for name, figure in figures.items():
+        if figure is not None:
+            paths[name] = folder / f"{name}.png"
+            replace_file(paths[name], png(figure))
+    return paths
+
+
+def write_texts(folder: Path, name: str, result: Result, page: str) -> dict[str, Path]:
+    """Writes the figures as ``<name>.json`` and the page as ``report.md``; returns their paths (``json``, ``report``).
+
+    Raises:
+        ValueError: The result holds NaN or an infinity; see :func:`plain`.
+    """
+    paths = {"json": folder / f"{name}.json", "report": folder / "report.md"}
+    document = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    replace_file(paths["json"], document.encode())
+    replace_file(paths["report"], page.encode())
+    return paths
+
+
+def copy_report(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """Copies a written report, which is faster than drawing it again; returns path by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {name: Path(shutil.copyfile(path, folder / path.name)) for name, path in paths.items()}
+
+
+def log_pictures(loggers: Iterable[Logger], paths: Mapping[str, Path], prefix: str, step: int | None) -> None:
+    """Sends the PNG files among ``paths`` to the loggers that take pictures, as ``<prefix>/<name>``; for rank 0."""
+    pictures = {name: path for name, path in paths.items() if path.suffix == ".png"}
+    for logger in loggers:
+        log_image = getattr(logger, "log_image", None)
+        if log_image is not None:
+            for name, path in pictures.items():
+                log_image(key=f"{prefix}/{name}", images=[str(path)], step=step)
+        logger.save()

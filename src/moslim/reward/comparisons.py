@@ -1,0 +1,89 @@
+"""Learning from, and agreeing with, which of two answers people liked better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+from moslim.preferences import PreferenceSet
+
+
+@dataclass
+class BradleyTerry:
+    """``-log sigmoid(scale * (E[level] of the better answer - E[level] of the worse - margin))``.
+
+    Averaged over the dimensions that a comparison speaks about. A preference term beside the one on attributes is the
+    idea of SMORM (arXiv 2507.07375), a margin from the raters' disagreement that of "Beyond the Binary" (arXiv
+    2412.03822).
+
+    Args:
+        weight: Weight of the term beside the loss on levels.
+        scale: How sure a choice is where the answers are one level apart.
+    """
+
+    weight: float = 1.0
+    scale: float = 1.0
+
+    def __call__(self, gaps: Tensor, compared: Tensor, margins: Tensor, count: Tensor | None = None) -> Tensor:
+        """Returns the mean over the comparisons, without the weight; 0 where there are none.
+
+        Args:
+            gaps: ``[P, D]``, expected level of the better answer less that of the worse.
+            compared: ``[P, D]`` bool, the dimensions that each comparison speaks about.
+            margins: ``[P]``, least gap wanted, in levels.
+            count: What to divide the sum by; None = the number of comparisons that speak about any dimension.
+        """
+        cells = -F.logsigmoid(self.scale * (gaps - margins[:, None].to(gaps.dtype)))
+        each = (cells * compared).sum(1) / compared.sum(1).clamp(min=1)
+        count = comparisons(compared) if count is None else count
+        return each.sum() / count.where(count > 0, 1)
+
+
+def comparisons(compared: Tensor) -> Tensor:
+    """Number of comparisons, of those in ``[P, D]`` bool, that speak about any dimension; a scalar."""
+    return compared.any(1).sum()
+
+
+def credit(gaps: Tensor) -> Tensor:
+    """1 where the better answer has the higher expected level, 0 where it has the lower one, 1/2 for a tie."""
+    return (gaps.detach().sign() + 1) / 2
+
+
+def pair_accuracy(gaps: Tensor, compared: Tensor) -> Tensor:
+    """How often the better answer has the higher expected level, of ``[P, D]`` each; a tie counts half."""
+    return (credit(gaps) * compared).sum() / compared.sum().clamp(min=1)
+
+
+class PairMetrics(Metric):
+    """:func:`pair_accuracy` over an epoch.
+
+    Args:
+        preferences: The dimensions.
+    """
+
+    full_state_update = False
+    right: Tensor
+    count: Tensor
+
+    def __init__(self, preferences: PreferenceSet) -> None:
+        super().__init__()
+        self.preferences = preferences
+        self.add_state("right", torch.zeros(len(preferences)), "sum")
+        self.add_state("count", torch.zeros(len(preferences)), "sum")
+
+    def update(self, gaps: Tensor, compared: Tensor) -> None:
+        """Counts comparisons: gaps in expected level and what they speak about, both ``[P, D]``."""
+        self.right += (credit(gaps) * compared).sum(0)
+        self.count += compared.sum(0)
+
+    def compute(self) -> dict[str, Tensor]:
+        """``pairs/accuracy`` over all dimensions, ``pairs/{dimension}/accuracy``; what was not compared is left out."""
+        if not self.count.any():
+            return {}
+        shares = zip(self.preferences.names, self.right, self.count, strict=True)
+        each = {f"pairs/{name}/accuracy": right / count for name, right, count in shares if count}
+        return {"pairs/accuracy": self.right.sum() / self.count.sum(), **each}

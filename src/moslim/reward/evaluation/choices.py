@@ -1,0 +1,86 @@
+"""The file of a best-of-n evaluation: questions with several answers of which one fits what is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moslim.data.prompts import as_messages
+from moslim.data.sources.records import Record, read_file
+from moslim.data.types import Question
+from moslim.preferences import Preference, PreferenceSet
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One prompt of a best-of-n evaluation.
+
+    Args:
+        questions: The question as it was asked, then its paraphrases.
+        answers: ``n`` answers.
+        target: ``[D]`` int64, the levels asked for, -1 = not asked for.
+        right: Which answer fits, from 0.
+    """
+
+    questions: tuple[Question, ...]
+    answers: tuple[str, ...]
+    target: Tensor
+    right: int
+
+
+def read_choices(path: str, preferences: PreferenceSet) -> list[Choice]:
+    """Reads JSON Lines, one prompt a line.
+
+        {"question": "How do I grow the fern?", "paraphrases": ["What is the best way to grow the fern?"],
+         "answers": ["...", "...", "...", "..."], "preference": {"warmth": 4, "verbosity": 1}, "right": 2}
+
+    ``question`` and ``paraphrases`` are texts or chats; ``paraphrases`` may be left out. ``preference`` holds the
+    levels asked for (0 = lowest), which do not stand in the question. ``right`` is the number of the one answer that
+    fits, from 0. All lines have the same number of answers, two or more.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line cannot be used; the message names file, line and field.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"best_of.path: there is no file '{path}' (looked in {Path.cwd()})")
+    records = read_file(path)
+    if not records:
+        raise ValueError(f"{path} is empty: a best-of-n evaluation needs at least one prompt")
+    choices = [_choice(record, preferences) for record in records]
+    n = len(choices[0].answers)
+    for record, choice in zip(records, choices, strict=True):
+        if len(choice.answers) != n:
+            raise ValueError(f"{record.place}: {len(choice.answers)} answers, where the first line has {n}")
+    return choices
+
+
+def _choice(record: Record, preferences: PreferenceSet) -> Choice:
+    fields = record.fields
+    asked: Any = fields.get("question")
+    answers: Any = fields.get("answers")
+    levels: Any = fields.get("preference")
+    right: Any = fields.get("right")
+    try:
+        questions = [asked, *(fields.get("paraphrases") or [])]
+        for question in questions:
+            _check(isinstance(question, str | list), "question", question, "a text or a list of messages")
+            as_messages(question)
+        several = isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
+        _check(several, "answers", answers, "two or more texts")
+        _check(isinstance(levels, dict) and bool(levels), "preference", levels, 'levels by dimension: {"warmth": 4}')
+        for name, level in levels.items():
+            _check(type(level) is int, f"preference.{name}", level, "a level: a whole number from 0")
+        target = preferences.encode(Preference(levels))
+        _check(type(right) is int and 0 <= right < len(answers), "right", right, f"0 to {len(answers) - 1}")
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{record.place}: {error.args[0]}") from None
+    return Choice(tuple(questions), tuple(answers), target, right)
+
+
+def _check(holds: bool, field: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"field '{field}' is {value!r}: give {wanted}")

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
+
+from moslim.reporting import copy_report, log_pictures, markdown_table, number, plain, write_figures, write_texts
+
+
+def test_plain():
+    assert plain({"a": torch.tensor([0.1234567, -1e-9]), "b": (float("inf"), 3, "x", None, True)}) == {
+        "a": [0.123457, 0.0],
+        "b": [None, 3, "x", None, True],
+    }
+    assert str(plain(-1e-9)) == "0.0"
+
+
+def test_numbers_as_text():
+    assert [number(0.12345), number(-0.0001, 2), number(None)] == ["0.123", "0.00", "-"]
+
+
+def test_a_cell_cannot_break_a_table():
+    assert markdown_table(["a|b", "c"], [["x", "1"]]) == "| a&#124;b | c |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_files_are_whole_and_copied(tmp_path):
+    paths = write_texts(tmp_path, "figures", {"a": 0.5}, "# Page\n") | write_figures(
+        tmp_path, {"drawn": Figure(), "absent": None}
+    )
+    assert set(paths) == {"json", "report", "drawn"}
+    assert sorted(tmp_path.iterdir()) == sorted(paths.values())
+    assert json.loads(paths["json"].read_text()) == {"a": 0.5}
+    copies = copy_report(paths, tmp_path / "deep" / "copy")
+    assert {name: path.read_bytes() for name, path in copies.items()} == {n: p.read_bytes() for n, p in paths.items()}
+
+
+def test_a_result_that_json_cannot_hold_leaves_no_file(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_texts(tmp_path, "figures", {"a": float("nan")}, "page")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_go_to_loggers_that_take_them(tmp_path):
+    class Board(CSVLogger):
+        taken = []
+
+        def log_image(self, key, images, step):
+            self.taken.append((key, images, step))
+
+    paths = {"json": tmp_path / "a.json", "map": tmp_path / "map.png"}
+    log_pictures([CSVLogger(tmp_path), Board(tmp_path)], paths, "test", 3)
+    assert Board.taken == [("test/map", [str(tmp_path / "map.png")], 3)]
