@@ -76,13 +76,14 @@ def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int
     """Runs the backbone once over texts, without dropout.
 
     Args:
-        classifier: The classifier; its backbone is left in evaluation mode.
+        classifier: The classifier.
         rows: Token ids of ``N`` texts.
         pad_id: What stands on padding.
 
     Returns:
         ``[N, H]`` float32 on the CPU, in the order of the rows.
     """
+    training = classifier.backbone.training
     classifier.backbone.eval()
     device = classifier.device
     features = torch.empty(0)
@@ -92,6 +93,7 @@ def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int
         if not len(features):
             features = torch.empty(len(rows), found.shape[1])
         features[chosen] = found
+    classifier.backbone.train(training)
     return features
 
 

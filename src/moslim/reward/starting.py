@@ -30,8 +30,8 @@ def start_name(backbone: str | None, classifier: str | None, extend: str | None 
     if len(given) > 1:
         named = " and ".join(f"model.{name} = '{value}'" for name, value in given.items())
         raise ValueError(
-            f"{named} are all given, but a run has one start: set the others to null; a saved classifier has its own "
-            "backbone"
+            f"{named} are given at once, but a run has one start, and a saved classifier its own backbone: set the "
+            "others to null"
         )
     if not given:
         raise ValueError(
