@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from moslim.callbacks.replay import Replay, Replayed, StepTaken
 from moslim.callbacks.tables import render
+from moslim.policy.module import PolicyTrainer
 from moslim.restore import restore
 
 
@@ -98,8 +99,11 @@ class MoslimTrainer(Trainer):
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
+            TypeError: The module is no PolicyTrainer.
             ValueError: No file is named, there are several processes, or training was over.
         """
+        if not isinstance(model, PolicyTrainer):
+            raise TypeError(f"replay shows a step of a PolicyTrainer, not of a {type(model).__name__}")
         if ckpt_path is None:
             raise ValueError("replay needs a file that a guard kept: --ckpt_path .../guards/NAME.ckpt")
         if self.world_size > 1:

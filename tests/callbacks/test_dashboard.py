@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 FIT = f"""fit --config {ROOT}/configs/quickstart/policy.yaml --config {ROOT}/configs/logger/wandb.yaml
     {FEW_STEPS} {SMALL_POLICY} --trainer.enable_progress_bar true --trainer.log_every_n_steps 1
     --data.source.policy_rows 64 --dashboard.artifacts true --trainer.val_check_interval 3""".split()
-UNTIL_3 = ["--trainer.max_steps", "3"]
 GAUGES = {"time/step", "time/backward", "time/update", "time/sample", "time/forward", "speed/tokens", "memory/cpu"}
 ROLLOUT = {"train/reward", "train/kl", "train/entropy", "train/length", "train/truncated", "train/loss"}
 
@@ -42,9 +41,11 @@ def runs(tmp_path_factory):
         patch.setattr(sys, "path", sys.path.copy())
         patch.setattr(sys, "argv", ["main.py"])
         patch.setenv("WANDB_DATA_DIR", str(folder))
-        first = run([*FIT, *UNTIL_3])
+        # W&B's service, if an earlier test has started it, lives in another folder.
+        fit = [*FIT, "--trainer.logger.save_dir", str(folder / "outputs")]
+        first = run([*fit, "--trainer.max_steps", "3"])
         wandb.finish()
-        run([*FIT, "--trainer.max_steps", "5", "--ckpt_path", "last"])
+        run([*fit, "--trainer.max_steps", "5", "--ckpt_path", "last"])
         wandb.finish()
     return folder, first.trainer
 
@@ -134,3 +135,17 @@ def test_tensorboard_by_its_logger(folder, monkeypatch):
             logged.setdefault(event.step, {})[value.tag] = value.simple_value
     assert all(logged[step].keys() >= GAUGES | ROLLOUT for step in (0, 1))
     assert (folder / "outputs/board/version_0/metrics.csv").exists()
+
+
+def test_a_guard_s_file_is_replayed_on_the_command_line(folder, monkeypatch, capsys):
+    """The guard warned of answers cut at the length limit; the run's own config.yaml is all that is needed."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    (kept, *_) = sorted(folder.glob("outputs/quickstart/policy/version_0/guards/truncated-step*.ckpt"))
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    run(["replay", "--config", "outputs/quickstart/policy/version_0/config.yaml", "--ckpt_path", str(kept)])
+    out = capsys.readouterr().out
+    loss, noted = re.search("loss (.+), noted when it tripped: (.+)", out).groups()
+    assert loss == noted and "guard `truncated`: all 8 answers were cut at the length limit" in out
+    assert sorted(folder.rglob("*")) == before  # nothing was written

@@ -75,7 +75,7 @@ class SaveEachStep(ModelCheckpoint):
 
 MISBEHAVIOUR = {  # guard: what makes it trip, before which step, and what it says
     "nonfinite": (lambda: {"mapping": Broken()}, 2, "a reward is not finite in 1 of 12 places"),
-    "kl": (lambda: {"rate": 0.1}, 1, r"the KL divergence to the reference is \d.* nats per answer, above 1"),
+    "kl": (lambda: {"rate": 0.1}, 1, r"the KL divergence to the reference is \d.* nats per answer, not within 1"),
     "ratio": (lambda: {"engine": OtherTemperature(8)}, 0, r"mean \|log ratio\| over tokens is [\d.]+, above 0.05"),
     "identical": (lambda: {"engine": TorchEngine(8, temperature=0)}, 0, "the 3 answers to every prompt are the same.*"),
     "truncated": (lambda: {"engine": Endless(8)}, 0, "all 12 answers were cut at the length limit"),
@@ -237,11 +237,10 @@ def test_any_checkpoint_replays_as_its_next_step(policy, preferences, tmp_path, 
 def test_replay_says_what_it_needs(policy, preferences, tmp_path):
     with pytest.raises(ValueError, match="replay needs a file that a guard kept"):
         trainer(tmp_path).replay(policy(), data(preferences))
-    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path)])
-    run.fit(BoringModel())
-    (path,) = tmp_path.glob("*.ckpt")
+    with pytest.raises(ValueError, match="replay takes one process"):
+        trainer(tmp_path, devices=2).replay(policy(), data(preferences), ckpt_path="some.ckpt")
     with pytest.raises(TypeError, match="a step of a PolicyTrainer, not of a BoringModel"):
-        trainer(tmp_path, max_steps=9).replay(BoringModel(), ckpt_path=path)
+        trainer(tmp_path).replay(BoringModel(), ckpt_path="some.ckpt")
 
 
 def test_wrong_options_and_modules(tmp_path):
@@ -263,6 +262,7 @@ def test_faults_by_hand():
     assert faults.kl_above(old, old * math.nan, mask, 1e9) is not None
     now = old + torch.tensor([[0.03, -0.03], [0.0, 99.0]])
     assert faults.off_policy(now, old, mask, 0.021) is None
+    assert faults.off_policy(now, old, mask & False, 1e-9) is None
     assert "0.02, above 0.019" in faults.off_policy(now, old, mask, 0.019)
     assert faults.identical(["a", "a", "b", "b"], 2) and not faults.identical(["a", "a", "b", "c"], 2)
     assert not faults.identical(["a", "a"], 1)

@@ -39,7 +39,7 @@ def rollout(targets, reference=True):
         reference_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0]]) if reference else None,
         targets=targets,
         probs=probs,
-        per_dimension=torch.tensor([[1.0, -1.0], [0.0, NAN]]),
+        per_dimension=torch.tensor([[1.0, -1.0], [0.0, 2.0]]).masked_fill(targets < 0, NAN),
         rewards=torch.tensor([3.0, 5.0]),
         advantages=torch.zeros(2),
         used=torch.ones(2, dtype=torch.bool),
@@ -80,11 +80,10 @@ def test_every_figure_by_hand():
 
 def test_what_nothing_asked_for_is_left_out():
     always = {"train/length", "train/truncated", "train/used", "train/entropy"}
-    rewards = {"train/reward/tone", "train/reward/amount"}
     found = metrics([[1, -1], [-1, -1]], reference=False, judge=Fixed([[NAN, 0.0], [1.0, 0.0]]))
-    assert found.keys() == always | rewards | {"train/reward", "train/proxy", "train/proxy/tone"}
+    assert found.keys() == always | {f"train/{kind}{name}" for kind in ("reward", "proxy") for name in ("", "/tone")}
     assert (found["train/reward"], found["train/proxy/tone"]) == pytest.approx((3.0, 0.8))
-    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == always | rewards
+    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == always
 
 
 def test_offsets_by_requested_level():

@@ -42,7 +42,7 @@ OWN_METRICS = {
     "rloo-token": {"clip_fraction", "kl"},
     "grpo": {"clip_fraction", "kl", "kl_loss"},
     "grpo-constant": {"clip_fraction"},
-    "reinforce++": {"clip_fraction", "kl", "entropy"},
+    "reinforce++": {"clip_fraction", "kl", "entropy_bonus"},
     "ppo": {"clip_fraction", "kl", "value_loss", "value_clip_fraction"},
     "online-dpo": {"kl", "pairs", "accuracy", "margin"},
 }

@@ -28,7 +28,9 @@ def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: fl
     if reference is None:
         return None
     kl = float((k1(logprobs, reference) * mask).sum(dim=1).mean())
-    return None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, above {limit:g}"
+    return (
+        None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, not within {limit:g}"
+    )
 
 
 def off_policy(logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float) -> str | None:
@@ -37,10 +39,10 @@ def off_policy(logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float) ->
     Args:
         logprobs: ``[N, T]`` in the update's forward pass.
         old: ``[N, T]`` of the sampler.
-        mask: ``[N, T]`` bool, answer tokens.
+        mask: ``[N, T]`` bool, the answer tokens to compare; may be none.
         tolerance: Greatest mean over tokens of ``|log ratio|``; rounding in bfloat16 gives some hundredths.
     """
-    distance = float(((logprobs - old).abs() * mask).sum() / mask.sum())
+    distance = float(((logprobs - old).abs() * mask).sum() / mask.sum().clamp(min=1))
     if distance <= tolerance:
         return None
     return (

@@ -27,8 +27,8 @@ class Guards(Callback):
 
     A guard that stops raises :class:`GuardError`: no step is taken and no checkpoint written over, so the last one is
     as good as it was. The step itself, that is rollout, weights and states, goes to ``guards/<guard>-step<n>.ckpt`` in
-    the run's folder; ``python main.py replay --ckpt_path`` shows it row by row. A guard that warns does both once.
-    Under several processes all stop together.
+    the run's folder; ``python main.py replay --ckpt_path`` shows it row by row. A guard that warns does so once, keeps
+    that step too, and counts the others as ``guards/<guard>``. Under several processes all stop together.
 
     Args:
         nonfinite: NaN or infinity in the loss, in a reward, or, when a checkpoint is to be written, in a weight.
@@ -96,26 +96,19 @@ class Guards(Callback):
         """
         module: Any = pl_module
         rollout, rows, logprobs = module.rollout, module.rows, module.logprobs
-        updated = rows.mask & rows.used[:, None]  # answers that nothing needs are not computed
+        checks: dict[str, Callable[[], str | None]] = {}
         if self._batch_idx % module.batch_repeats == 0:
             reference = rollout.reference_logprobs
-            self._check(trainer, module, "nonfinite", lambda: faults.nonfinite("a reward", rollout.rewards))
-            self._check(
-                trainer,
-                module,
-                "kl",
-                lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
-            )
-            self._check(
-                trainer,
-                module,
-                "ratio",
-                lambda: faults.off_policy(logprobs, rows.old_logprobs, updated, self.ratio_tolerance),
-            )
-            self._check(
-                trainer, module, "identical", lambda: faults.identical(rollout.answers, module.samples_per_prompt)
-            )
-            self._check(trainer, module, "truncated", lambda: faults.truncated(rollout.ended))
+            updated = rows.mask & rows.used[:, None]  # answers that nothing needs are not computed
+            checks = {
+                "nonfinite": lambda: faults.nonfinite("a reward", rollout.rewards),
+                "kl": lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
+                "ratio": lambda: faults.off_policy(logprobs, rows.old_logprobs, updated, self.ratio_tolerance),
+                "identical": lambda: faults.identical(rollout.answers, module.samples_per_prompt),
+                "truncated": lambda: faults.truncated(rollout.ended),
+            }
+        for guard, find in checks.items():
+            self._check(trainer, module, guard, find)
         self._check(trainer, module, "nonfinite", lambda: faults.nonfinite("the loss", loss.detach()))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -53,10 +53,8 @@ class Replay(Callback):
 
         Raises:
             StepTaken: Always.
-            TypeError: The module is no PolicyTrainer.
         """
-        if not isinstance(pl_module, PolicyTrainer):
-            raise TypeError(f"replay shows a step of a PolicyTrainer, not of a {type(pl_module).__name__}")
+        assert isinstance(pl_module, PolicyTrainer)
         assert pl_module.rows is not None and pl_module.logprobs is not None
         self.found = Replayed(
             loss=float(trainer.callback_metrics["train/loss"]),

@@ -68,7 +68,7 @@ def test_entropy_is_a_mean_over_tokens(optimizer):
     entropy = torch.tensor([[1.0, 2.0, 3.0], [6.0, 50.0, 50.0]], requires_grad=True)
     assert optimizer.needs_entropy and not RLOO().needs_entropy
     found, without = optimizer.loss(batch(OLD, entropy=entropy)), optimizer.loss(batch(OLD))
-    assert found.metrics["entropy"] == 3.0 and "entropy" not in without.metrics
+    assert found.metrics["entropy_bonus"] == 3.0 and "entropy_bonus" not in without.metrics
     torch.testing.assert_close(found.loss, without.loss - 0.3)
     (gradient,) = torch.autograd.grad(found.loss, entropy)
     torch.testing.assert_close(gradient, -0.1 / 4 * MASK)

@@ -132,5 +132,5 @@ class PolicyGradient(PolicyOptimizer):
         if batch.entropy is not None:
             entropy = reduce_tokens(batch.entropy, batch.mask, "token_mean", batch.length)
             loss = loss - self.entropy_coef * entropy
-            metrics["entropy"] = entropy.detach()  # nats per token
+            metrics["entropy_bonus"] = entropy.detach()  # nats per token, exact
         return LossParts(loss, metrics)
