@@ -112,10 +112,10 @@ class VLLMEngine(RolloutEngine):
 
     def _disagreement(self, url: str, difference: float) -> str:
         return (
-            f"trainer and {url} differ by {difference:.3g} in the log-probability of the same token; engine.tolerance "
-            f"is {self.tolerance:g}. The server was started with another model, computes in another dtype (--dtype), or "
-            "returns log-probabilities before temperature (--logprobs-mode processed_logprobs). If it is rounding only, "
-            "raise the tolerance"
+            f"trainer and {url} differ by {difference:.3g} in the log-probability of the same token; "
+            f"engine.tolerance is {self.tolerance:g}. The server was started with another model, computes in another "
+            "dtype (--dtype), or returns log-probabilities before temperature (--logprobs-mode processed_logprobs). "
+            "If it is rounding only, raise the tolerance"
         )
 
 

@@ -13,7 +13,6 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 _KEPT = 2  # versions on disk: full weights of policy and reference take turns in a test
 
@@ -54,7 +53,7 @@ class WeightFolder:
             None where a peft model's adapter is switched off: the base is what the server started with.
         """
         if not hasattr(model, "peft_config"):
-            return self._saved(model.state_dict(), False, lambda folder: _save_whole(model, folder))
+            return self._saved(model.state_dict(), False, model.save_pretrained)
         if _switched_off(model):
             return None
         from peft import get_peft_model_state_dict
@@ -98,19 +97,8 @@ def digest(state: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
-
-
-def _save_whole(model: Any, folder: Path) -> None:
-    """Saves a model in checkpoint form, which is what servers read, without the progress bar."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _switched_off(model: Any) -> bool:
