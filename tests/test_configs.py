@@ -32,6 +32,7 @@ from transformers import (
 from moslim.callbacks.gate import GateError
 from moslim.cli import MoslimCLI, run
 from moslim.data.types import Split, View
+from moslim.policy.optimizers import GRPO, PPO, OnlineDPO, ReinforcePlusPlus
 from moslim.reward.scorer import Scorer
 
 ROOT = Path(__file__).parents[1]
@@ -255,10 +256,40 @@ def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(run
     assert control == policy
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("reinforce_plus_plus", ReinforcePlusPlus), ("grpo", GRPO), ("ppo", PPO), ("online_dpo", OnlineDPO)],
+)
+def test_the_quickstart_with_another_optimizer_keeps_its_rewards(path: str, kind: type, run_folder: RunFolder) -> None:
+    found = run_folder.launched(f"configs/experiment/{path}.yaml")[0].model.policy_optimizer
+    assert type(found) is kind
+    assert (found.aggregation, found.std_floor) == ("normalize_then_sum", 0.3)
+    if kind is not OnlineDPO:
+        assert found.kl_coef == 0.02
+        assert (found.kl_in, found.kl) == (("loss", "k3") if kind is GRPO else ("reward", "k1"))
+
+
+def test_the_kl_s_options_on_the_command_line(run_folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fit", "--config", "configs/quickstart/policy.yaml"]
+    key = "--model.policy_optimizer"
+    adaptive = [
+        f"{key}.kl_controller",
+        "moslim.policy.kl_controllers.AdaptiveKL",
+        f"{key}.kl_controller.target",
+        "1e-3",
+    ]
+    cli = run_folder.run(command, *adaptive, "--trainer.default_root_dir", "outputs/adaptive")
+    assert cli.model.policy_optimizer.kl_controller.target == 1e-3
+    assert cli.trainer.callback_metrics["train/kl_coef"] != 0.02
+    with pytest.raises((SystemExit, ValueError)) as refused:
+        run_folder.run(command, f"{key}.kl_in", "loss")
+    assert "k1 in the loss has an expected gradient of zero" in capsys.readouterr().err + str(refused.value)
+
+
 def test_tests_write_their_report_where_the_config_says(run_folder: RunFolder) -> None:
     for path in RUNNABLE:
         for command, cli in zip(commands(path), run_folder.launched(path), strict=True):
-            if command[0] == "test" and is_overridden("test_step", cli.model) and hasattr(cli.model, "report"):
+            if command[0] == "test" and is_overridden("test_step", cli.model) and getattr(cli.model, "report", None):
                 assert (run_folder.folder / cli.model.report / "steerability.json").exists(), path
 
 

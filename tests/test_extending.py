@@ -17,7 +17,7 @@ from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 from moslim import PolicyTrainer, RewardClassifier
 from moslim.cli import MoslimCLI, run
 from moslim.data.pairs import one_hot
-from moslim.policy.optimizers import GroupScores
+from moslim.policy.optimizers import GroupScores, UpdateBatch
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.workbench.grammar import LEVELS
@@ -78,7 +78,7 @@ def classes(lab: Lab) -> Any:
 
 
 def test_the_page_shows_a_mapping_and_an_optimizer_of_under_thirty_lines() -> None:
-    for name in ("Narrowing(MappingFunction)", "RankReinforce(PolicyOptimizer)"):
+    for name in ("Narrowing(MappingFunction)", "RankReinforce(PolicyGradient)"):
         (code,) = [code for _, _, code in BLOCKS if f"class {name}" in code]
         assert len(code.splitlines()) < 30
 
@@ -165,7 +165,7 @@ def test_the_optimizer_ranks(classes: Any) -> None:
     optimizer = classes.RankReinforce(kl_coef=0.0)
     total = torch.tensor([[0.1, 500.0, -3.0], [7.0, 7.0, 8.0]])
     nothing = torch.zeros_like(total)
-    scores = GroupScores(total, total[..., None], nothing, nothing)
+    scores = GroupScores(total, total[..., None], nothing, nothing[..., None], nothing[..., None] == 0)
     assert optimizer.advantages(scores).tolist() == [[0.0, 1.0, -1.0], [-0.5, -0.5, 1.0]]
 
 
@@ -174,7 +174,7 @@ def test_the_optimizer_s_loss(classes: Any) -> None:
     old = torch.full((2, 2), -1.0)
     logprobs = (old + torch.tensor([[0.0, 0.0], [1.0, 0.0]])).requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
-    parts = optimizer.loss(logprobs, old, None, torch.tensor([1.0, -1.0]), mask, length=4)
+    parts = optimizer.loss(UpdateBatch(logprobs, old, torch.tensor([1.0, -1.0]), mask, length=4, samples=2))
     # Ratios 1, 1 and e; the last, with a negative advantage, is not clipped: -(1 + 1)/4 and +e/4, averaged.
     assert parts.loss.item() == pytest.approx((-2 + 2.7182818) / 4 / 2)
     assert parts.metrics["clip_fraction"].item() == 0

@@ -24,3 +24,11 @@ def test_a_lap_begins_where_the_last_one_ended():
     clock.lap("second")
     assert clock.laps["first"] >= 0.02
     assert 0 <= clock.laps["second"] <= time.perf_counter() - between
+
+
+def test_reading_ends_no_lap():
+    clock = Stopwatch()
+    time.sleep(0.01)
+    first = clock.read()
+    clock.lap("all")
+    assert 0.01 <= first <= clock.laps["all"] and clock.laps.keys() == {"all"}

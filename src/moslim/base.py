@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
-
-class JsonLines:
-    """A file of records that appears under its name only when it is complete.
-
-    Args:
-        path: Where it shall be.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._part = path.with_name(f"{path.name}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._part.open("w", encoding="utf-8")
-
-    def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Appends records."""
-        self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-    def close(self) -> None:
-        """Puts the file in its place."""
-        self._file.close()
-        os.replace(self._part, self.path)
+from moslim.jsonlines import JsonLines
 
 
 class RunModule(LightningModule):
@@ -52,6 +28,15 @@ class RunModule(LightningModule):
         """Whether ``fit`` took a step and was no dry run, so that there is something to save."""
         return self.trainer.global_step > 0 and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
+    @property
+    def predictions_file(self) -> Path:
+        """The file that ``predict`` writes."""
+        return Path(self.predictions) if self.predictions else self.run_folder / "predictions.jsonl"
+
+    def open_predictions(self) -> JsonLines:
+        """Begins the file of ``predictions``; a module that can go on with an interrupted one says so here."""
+        return JsonLines(self.predictions_file)
+
     def on_predict_start(self) -> None:
         """Opens the file of ``predictions``.
 
@@ -60,7 +45,7 @@ class RunModule(LightningModule):
         """
         if self.trainer.world_size > 1:
             raise ValueError("predict writes one file in order: run it in one process, with trainer.devices = 1")
-        self._writer = JsonLines(Path(self.predictions) if self.predictions else self.run_folder / "predictions.jsonl")
+        self._writer = self.open_predictions()
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Writes what ``predict_step`` returned."""

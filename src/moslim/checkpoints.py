@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _KEY = "frozen_fingerprint"
 _SAMPLE = 4096

@@ -17,12 +17,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from transformers.utils import logging as transformers_logging
 
+from moslim.callbacks.dashboard import Dashboard, continue_run
+from moslim.callbacks.gauges import Gauges
 from moslim.data.module import PreferenceDataModule
 from moslim.preferences import PreferenceSet
 from moslim.restore import newest_checkpoint
 from moslim.trainer import MoslimTrainer
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
 
 
 class MoslimCLI(LightningCLI):
@@ -51,8 +53,8 @@ class MoslimCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        own = {"generate": {"model", "datamodule"}, "export": {"model", "datamodule"}}
-        return {**LightningCLI.subcommands(), **own}
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "generate": own, "export": own, "replay": own}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run and of all its parts.")
@@ -61,6 +63,8 @@ class MoslimCLI(LightningCLI):
         parser.add_argument("--preferences", type=PreferenceSet, sub_configs=True, help="The dimensions in use.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_lightning_class_args(Gauges, "gauges")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         # Linked when parsing, not when instantiating: so the hyper-parameters in a checkpoint are plain data.
         for part in ("model", "data"):
             parser.link_arguments("preferences", f"{part}.init_args.preferences")
@@ -105,8 +109,12 @@ class MoslimCLI(LightningCLI):
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if kwargs["ckpt_path"] == "last":
             kwargs["ckpt_path"] = str(newest_checkpoint(self._run_folders()))
+        if subcommand == "fit" and kwargs["ckpt_path"] is not None:
+            continue_run(self.trainer.loggers, Path(kwargs["ckpt_path"]))
         if kwargs["weights_only"] is None:
             kwargs["weights_only"] = True
+        if subcommand == "predict" and kwargs["return_predictions"] is None:
+            kwargs["return_predictions"] = False  # they are in a file, and kept they would fill the memory
         return kwargs
 
     def _run_folders(self) -> list[str]:

@@ -9,7 +9,7 @@ from moslim.preferences import INACTIVE
 
 
 def expected_level(probs: Tensor) -> Tensor:
-    """Mean of each level distribution, ``sum_k k p_k``: ``[B, D, K]`` to ``[B, D]``, in levels."""
+    """Mean of each level distribution, ``sum_k k p_k``: ``[..., K]`` to ``[...]``, in levels."""
     return probs @ torch.arange(probs.shape[-1], device=probs.device).to(probs.dtype)
 
 

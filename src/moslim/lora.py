@@ -7,11 +7,12 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 
 @dataclass
@@ -46,28 +47,50 @@ def add_lora(
     Raises:
         ValueError: ``target_modules`` is not given and peft has no advice for the architecture.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    targets = options.target_modules or _recommended(model.config)
-    names = tuple(targets) if isinstance(targets, list) else ()
-    transposed = any(isinstance(m, Conv1D) for n, m in model.named_modules() if n.endswith(names))
-    config = LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
-        lora_dropout=options.dropout,
-        target_modules=targets,
-        fan_in_fan_out=transposed,
-    )
-    adapted = get_peft_model(model, config, adapter_name=name)
+    adapted = get_peft_model(model, _peft_config(model, options), adapter_name=name)
     for part in trained_whole:
         # Not peft's `modules_to_save`: it would keep a frozen random copy of an untrained head beside it.
         model.get_submodule(part).requires_grad_(True)
     return adapted
 
 
+def add_adapter(model: PeftModel, options: LoraOptions, name: str) -> list[nn.Parameter]:
+    """Puts one more adapter on an adapted model and returns its weights; which one is active does not change."""
+    before = {id(p) for p in model.parameters()}
+    model.add_adapter(name, _peft_config(model.get_base_model(), options))
+    return [p for p in model.parameters() if id(p) not in before]
+
+
 def merged(model: Any) -> Any:
     """Returns a copy with its adapter merged into the weights, or the model itself where it has none."""
-    return deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model
+    return deepcopy(model).merge_and_unload() if is_adapted(model) else model
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether a model has an adapter."""
+    return hasattr(model, "peft_config")
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model without peft's wrapper; the adapter's layers are still in it."""
+    return model.get_base_model() if is_adapted(model) else model
+
+
+def _peft_config(model: Any, options: LoraOptions) -> LoraConfig:
+    from peft import LoraConfig
+
+    targets = options.target_modules or _recommended(model.config)
+    names = tuple(targets) if isinstance(targets, list) else ()
+    transposed = any(isinstance(m, Conv1D) for n, m in model.named_modules() if n.endswith(names))
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        fan_in_fan_out=transposed,
+    )
 
 
 def _recommended(config: Any) -> list[str] | str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any, ClassVar, Protocol
 
 from lightning.pytorch import Callback
 
@@ -55,6 +57,26 @@ def _placed(plugins: Iterable[Plugin]) -> list[Plugin]:
             child.place = f"{plugin.place}.{index}"
         parts += _placed(plugin.children)
     return parts
+
+
+class Stateful(Protocol):
+    """A part of a run whose state goes into checkpoints; empty where it has none."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+@contextmanager
+def unchanged_on_failure(parts: Sequence[Stateful]) -> Iterator[None]:
+    """Gives the parts their state back if what is inside fails or is interrupted, so that it can be done again."""
+    before = [deepcopy(part.state_dict()) for part in parts]
+    try:
+        yield
+    except BaseException:
+        for part, state in zip(parts, before, strict=True):
+            if state:
+                part.load_state_dict(state)
+        raise
 
 
 def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:

@@ -15,8 +15,17 @@ def process_count() -> int:
 
 
 def process_rank() -> int:
-    """Which of them this process is, from 0."""
+    """Number of this process, from 0."""
     return torch.distributed.get_rank() if process_count() > 1 else 0
+
+
+def of_all_processes(values: Tensor) -> Tensor:
+    """The rows ``[N, ..]`` of all processes, in their order; every process must ask, with as many rows."""
+    if process_count() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(process_count())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
 
 
 def gathered(value: Any) -> list[Any]:
@@ -30,12 +39,12 @@ def gathered(value: Any) -> list[Any]:
 
 
 def mean_over_processes(number: Tensor) -> Tensor:
-    """Mean of a scalar over all processes (float32, no gradient); every process must ask.
+    """Mean of a scalar over all processes (float32 or better, no gradient); every process must ask.
 
     Gradients are averaged over processes. So a loss that is a sum divided by the mean count has the gradient of the
     mean over the whole batch, though processes hold different numbers of tokens.
     """
-    mean = number.detach().to(torch.float32, copy=True)
+    mean = number.detach().to(torch.promote_types(number.dtype, torch.float32), copy=True)
     count = process_count()
     if count > 1:
         torch.distributed.all_reduce(mean)

@@ -25,6 +25,10 @@ class Stopwatch:
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
 
+    def read(self) -> float:
+        """Seconds since the last lap, which goes on."""
+        return self._now() - self._last
+
     def _now(self) -> float:
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

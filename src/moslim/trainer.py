@@ -1,16 +1,21 @@
-"""The Trainer behind the command line: Lightning's, with ``generate`` and ``export``."""
+"""The Trainer behind the command line: Lightning's, with ``generate``, ``export`` and ``replay``."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import warnings
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
+from moslim.callbacks.replay import Replay, Replayed, StepTaken
+from moslim.callbacks.tables import render
+from moslim.policy.module import PolicyTrainer
 from moslim.restore import restore
 
 
 class MoslimTrainer(Trainer):
-    """Lightning's Trainer with two more commands."""
+    """Lightning's Trainer with three more commands."""
 
     def generate(
         self,
@@ -50,15 +55,18 @@ class MoslimTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         out: str = "export",
+        form: Literal["merged", "adapter"] = "merged",
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
         """Writes a trained model as a Hugging Face folder.
 
         Args:
-            model: A module with ``export(folder)``.
+            model: A module with ``export(folder)``, or ``export_adapter(folder)`` for that form.
             datamodule: Source of the instruction, for modules that export it.
             out: The folder to write.
+            form: ``merged``, a model that needs nothing else; or ``adapter``, which of a model trained with LoRA holds
+                what training changed, and needs the base model.
             ckpt_path: Checkpoint, or ``last``.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
@@ -66,12 +74,51 @@ class MoslimTrainer(Trainer):
             TypeError: The module cannot be exported.
             ValueError: No checkpoint is named.
         """
-        export = _method(model, "export")
+        export = _method(model, "export" if form == "merged" else "export_adapter")
         if ckpt_path is None:
             raise ValueError("export needs a trained model: --ckpt_path last, or a file")
         self._attach(model, datamodule, ckpt_path)
         export(out)
         print(f"exported to {out}")
+
+    def replay(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> Replayed:
+        """Takes a policy's next step again, up to its loss, and prints its answers with their figures.
+
+        Nothing is trained and nothing written. With a file that a guard kept, it is the step at which it tripped.
+
+        Args:
+            model: The policy, with the options that it was trained with.
+            datamodule: Its data.
+            ckpt_path: File that a guard kept, or a checkpoint.
+            weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
+
+        Raises:
+            TypeError: The module is no PolicyTrainer.
+            ValueError: No file is named, there are several processes, or training was over.
+        """
+        if not isinstance(model, PolicyTrainer):
+            raise TypeError(f"replay shows a step of a PolicyTrainer, not of a {type(model).__name__}")
+        if ckpt_path is None:
+            raise ValueError("replay needs a file that a guard kept: --ckpt_path .../guards/NAME.ckpt")
+        if self.world_size > 1:
+            raise ValueError("replay takes one process: --trainer.devices 1")
+        replay = Replay()
+        self.loggers, self.callbacks = [], [replay]  # what writes is left out
+        with warnings.catch_warnings(), contextlib.suppress(StepTaken):
+            warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+        if replay.found is None:
+            raise ValueError(
+                f"--ckpt_path {ckpt_path}: there is no step after it, trainer.max_steps or max_epochs is reached"
+            )
+        _show(replay.found)
+        return replay.found
 
     def _attach(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str | None) -> None:
         """Connects module and data as a loop would, and restores the checkpoint."""
@@ -83,6 +130,16 @@ class MoslimTrainer(Trainer):
         if ckpt_path is not None:
             restore(self, model, ckpt_path)
         model.to(self.strategy.root_device).eval()
+
+
+def _show(found: Replayed) -> None:
+    """Prints the answers, and the loss beside the one that a guard noted."""
+    print(render(found.rows, "The step's answers", ("reward", "advantage", "kl", "log_ratio", "tokens")))
+    if found.record is None:
+        print(f"loss {found.loss:.6g}")
+    else:
+        print(f"guard `{found.record['guard']}`: {found.record['reason']}")
+        print(f"loss {found.loss:.6g}, noted when it tripped: {found.record['loss']:.6g}")
 
 
 def _method(model: LightningModule, name: str) -> Any:

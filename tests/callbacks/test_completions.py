@@ -1,13 +1,23 @@
+import contextlib
+import importlib.abc
 import json
+import sys
 from dataclasses import dataclass
 
+import jsonargparse
 import lightning as L
+import pyarrow.parquet
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from moslim.callbacks.completions import CompletionTable, append, render, table_rows
+from moslim.callbacks.answers import answer_rows, append, escaped, flat
+from moslim.callbacks.completions import CompletionTable
+from moslim.callbacks.dashboard import Dashboard
+from moslim.callbacks.gauges import Gauges
+from moslim.callbacks.guards import Guards
+from moslim.callbacks.tables import render
 from moslim.preferences import PreferenceSet
 
 NAN = float("nan")
@@ -19,9 +29,10 @@ class Rollout:
     questions: list
     answers: list[str]
     targets: torch.Tensor
+    probs: torch.Tensor
     per_dimension: torch.Tensor
     rewards: torch.Tensor
-    advantages: torch.Tensor
+    answer_advantages: torch.Tensor
 
 
 def rollout(answer: str = "Fine.") -> Rollout:
@@ -29,9 +40,10 @@ def rollout(answer: str = "Fine.") -> Rollout:
         questions=["How?", "How?", [{"role": "user", "content": "Why?"}], "When?"],
         answers=[answer, "b", "c", "d"],
         targets=torch.tensor([[2, 1], [2, 1], [-1, 0], [-1, -1]]),
+        probs=torch.tensor([[[0.25, 0.25, 0.5], [0.75, 0.25, 0.0]]]).expand(4, 2, 3),
         per_dimension=torch.tensor([[1.0, 0.5], [0.0, 0.0], [NAN, -0.25], [NAN, NAN]]),
         rewards=torch.tensor([0.75, 0.0, -0.25, 0.0]),
-        advantages=torch.tensor([1.0, -1.0, 0.5, NAN]),
+        answer_advantages=torch.tensor([1.0, -1.0, 0.5, NAN]),
     )
 
 
@@ -73,12 +85,13 @@ def read(path):
 
 
 def test_rows_are_spread_over_the_rollout():
-    first, second = table_rows(rollout(), PREFERENCES, step=3, count=2)
+    first, second = answer_rows(rollout(), PREFERENCES, step=3, count=2)
     assert first == {
         "step": 3,
         "question": "How?",
         "requested": {"warmth": "warm", "length": "long"},
         "answer": "Fine.",
+        "probabilities": {"warmth": [0.25, 0.25, 0.5], "length": [0.75, 0.25]},
         "rewards": {"warmth": 1.0, "length": 0.5},
         "reward": 0.75,
         "advantage": 1.0,
@@ -87,14 +100,15 @@ def test_rows_are_spread_over_the_rollout():
 
 
 def test_more_rows_than_answers():
-    rows = table_rows(rollout(), PREFERENCES, step=3, count=9)
+    rows = answer_rows(rollout(), PREFERENCES, step=3, count=9)
     assert [row["answer"] for row in rows] == ["Fine.", "b", "c", "d"]
     assert (rows[3]["requested"], rows[3]["advantage"]) == ({}, None)
 
 
 def test_model_text_is_inert_on_the_console():
     nasty = "[bold]x[/bold] [/] \x1b[31mred\x07\u202e\nnew line " + "long " * 200
-    text = render(table_rows(rollout(nasty), PREFERENCES, step=1, count=1))
+    text = render(answer_rows(rollout(nasty), PREFERENCES, step=1, count=1), "[b]Title", ("reward",))
+    assert "[b]Title" in text
     assert "[bold]x[/bold] [/]" in text
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
     assert "…" in text
@@ -104,13 +118,52 @@ def test_model_text_is_inert_on_the_console():
 def test_history_is_appended_as_json_lines(tmp_path):
     file = tmp_path / "new" / "completions.jsonl"
     for step in (1, 2):
-        append(file, table_rows(rollout("späte\nAntwort"), PREFERENCES, step, count=2))
+        append(file, answer_rows(rollout("späte\nAntwort"), PREFERENCES, step, count=2))
     assert [(row["step"], row["answer"]) for row in read(file)] == [
         (1, "späte\nAntwort"),
         (1, "c"),
         (2, "späte\nAntwort"),
         (2, "c"),
     ]
+
+
+def test_one_value_per_column():
+    first, _, _, last = (flat(row, PREFERENCES.names) for row in answer_rows(rollout(), PREFERENCES, 3, 4))
+    assert first == {
+        "step": 3,
+        "question": "How?",
+        "preference": "warmth: warm, length: long",
+        "answer": "Fine.",
+        "reward": 0.75,
+        "advantage": 1.0,
+        "warmth/requested": "warm",
+        "warmth/reward": 1.0,
+        "warmth/probabilities": [0.25, 0.25, 0.5],
+        "length/requested": "long",
+        "length/reward": 0.5,
+        "length/probabilities": [0.75, 0.25],
+    }
+    assert (last["preference"], last["warmth/requested"], last["warmth/reward"]) == ("", None, None)
+    assert escaped(first["warmth/probabilities"]) == "0.25 0.25 0.50" and escaped("a<b") == "a&lt;b"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_history_is_also_parquet(stopped, tmp_path):
+    policy = Policy("späte\nAntwort")
+    if stopped:
+        policy.on_train_batch_start = lambda batch, i: fail() if i == 4 else None
+    with pytest.raises(RuntimeError, match="enough") if stopped else contextlib.nullcontext():
+        fit(tmp_path, CompletionTable(3, 2), policy, CSVLogger(tmp_path))
+    folder = tmp_path / "lightning_logs" / "version_0"
+    table = pyarrow.parquet.read_table(folder / "completions.parquet")
+    assert table.to_pylist() == [flat(row, PREFERENCES.names) for row in read(folder / "completions.jsonl")]
+    assert table["step"].to_pylist() == ([1, 1, 3, 3] if stopped else [1, 1, 3, 3, 6, 6])
+    assert str(table.schema.field("warmth/requested").type) == "string"  # though some, or all, were not asked for
+    assert not list(folder.glob("*.part"))
+
+
+def fail():
+    raise RuntimeError("enough")
 
 
 def test_first_step_and_every_interval_are_shown(tmp_path, capsys):
@@ -147,6 +200,26 @@ def test_wandb_table_keeps_its_history_and_is_escaped(tmp_path):
     assert [row[0] for row in rows] == [1, 1, 3, 3, 6, 6]
     answers = {row[tables[0]["columns"].index("answer")] for row in rows}
     assert answers == {"&lt;script&gt;x&lt;/script&gt;", "c"}
+
+
+def test_wandb_is_not_loaded_by_reading_options(monkeypatch):
+    """jsonargparse resolves annotations, also those that only type checkers should see."""
+    asked = []
+
+    class Watcher(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "wandb":
+                asked.append(name)
+                raise ImportError(f"no {name} here")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Watcher(), *sys.meta_path])
+    parser = jsonargparse.ArgumentParser()
+    for part in (CompletionTable, Gauges, Dashboard, Guards):
+        parser.add_class_arguments(part, part.__name__)
+    assert parser.parse_args(["--CompletionTable.rows", "3"]).CompletionTable.rows == 3
+    assert asked == []
 
 
 def test_fast_dev_run_leaves_no_file(tmp_path, monkeypatch):

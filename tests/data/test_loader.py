@@ -42,6 +42,13 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert rows(RepeatBatchSampler(20, 4, seed=2)) != first
 
 
+def test_epochs_can_be_all_the_same():
+    sampler = RepeatBatchSampler(20, 4, seed=1, same_epochs=True)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) == first and rows(RepeatBatchSampler(20, 4, seed=1)) == [[d.row for d in b] for b in first]
+
+
 @pytest.mark.parametrize("stages", [None, [0] * 8 + [1] * 12])
 @pytest.mark.parametrize("lengths", [None, [i * 7 % 20 for i in range(20)]])
 def test_the_slices_of_all_ranks_are_the_batch_of_one_process(lengths, stages):

@@ -1,6 +1,7 @@
 import gzip
 import json
 
+import pyarrow.parquet
 import pytest
 
 from moslim.data.sources.scale import Scale, is_missing
@@ -402,3 +403,41 @@ def test_nothing_is_said_of_good_rows(write, recwarn):
         for split in Split:
             rows(Table(path, test_share=0.01), view, split)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+# --- rows to score
+
+
+def test_rows_to_score_are_read_one_by_one_without_labels(write):
+    lines = ['{"key": 3, "text": "a", "answer": "b", "size": 99}', '{"text": "c", "answer": ""}', '{"text": "d"}']
+    table = Table(
+        predict=write("\n".join(lines), "rows.jsonl"),
+        question="text",
+        id="key",
+        columns={"size": "elsewhere"},
+        subset="x",
+    )
+    found = table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0)
+    assert next(found) == Example("a", "b", id=3)
+    assert next(found) == Example("c", "")
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 3: no field 'answer'"):
+        next(found)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_streamed_rows_are_those_that_are_read_at_once(name, write, tmp_path):
+    records = [{"question": f"q{i}", "answer": "b", "lang": ["en", "fr"][i % 2], "id": f"n{i}"} for i in range(5)]
+    if name == "rows.csv":
+        path = write("question,answer,lang,id\n" + "".join(",".join(row.values()) + "\n" for row in records))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
+        path = str(tmp_path / name)
+    table = Table(predict=path, where={"lang": ["fr"]}, constants={"answer": "c"})
+    streamed = list(table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0))
+    assert streamed == rows(table, View.REWARD, Split.PREDICT)
+    assert [(row.question, row.answer, row.id) for row in streamed] == [("q1", "c", "n1"), ("q3", "c", "n3")]
+
+
+def test_a_table_with_nothing_but_rows_to_score_cannot_be_trained_on(write):
+    with pytest.raises(ValueError, match=r"data\.source\.path is not given"):
+        rows(Table(predict=write("question,answer\na,b\n")))

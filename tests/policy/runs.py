@@ -59,7 +59,7 @@ class Traced(PolicyTrainer):
         return loss
 
 
-def make(preferences: PreferenceSet, lm: str, classifier: str, **options: Any) -> Traced:
+def make(preferences: PreferenceSet, lm: str, classifier: str, kind: type[Traced] = Traced, **options: Any) -> Traced:
     """A policy that learns fast; ``options`` win."""
     rate = options.pop("rate", 1e-2)
     defaults: dict[str, Any] = {
@@ -72,7 +72,7 @@ def make(preferences: PreferenceSet, lm: str, classifier: str, **options: Any) -
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
     }
     torch.manual_seed(0)  # of an adapter's weights, which checkpoints hold
-    return Traced(preferences, lm, classifier, **{**defaults, **options})
+    return kind(preferences, lm, classifier, **{**defaults, **options})
 
 
 def data(preferences: PreferenceSet, **options: Any) -> PreferenceDataModule:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moslim.evaluation.judges import Judge
-from moslim.policy.metrics import rollout_metrics
+from moslim.policy.metrics import level_offsets, rollout_metrics
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
 
@@ -39,9 +39,10 @@ def rollout(targets, reference=True):
         reference_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0]]) if reference else None,
         targets=targets,
         probs=probs,
-        per_dimension=torch.zeros(2, 2).masked_fill(targets < 0, NAN),
+        per_dimension=torch.tensor([[1.0, -1.0], [0.0, 2.0]]).masked_fill(targets < 0, NAN),
         rewards=torch.tensor([3.0, 5.0]),
         advantages=torch.zeros(2),
+        used=torch.ones(2, dtype=torch.bool),
         ended=torch.tensor([True, False]),
         questions=["q", "r"],
         answers=["a", "b"],
@@ -60,7 +61,11 @@ def test_every_figure_by_hand():
         {
             "train/reward": 4.0,
             "train/length": 1.5,
-            "train/ended": 0.5,
+            "train/truncated": 0.5,
+            "train/used": 1.0,
+            "train/entropy": (1.0 + 2.0 + 0.5) / 3,
+            "train/reward/tone": 0.5,
+            "train/reward/amount": -1.0,
             "train/kl": (0.5 - 1.0 + 0.5) / 2,
             "train/kl_k3": sum(k3) / 3,
             "train/proxy": (0.8 + 0.5 + 0.4) / 3,
@@ -74,8 +79,17 @@ def test_every_figure_by_hand():
 
 
 def test_what_nothing_asked_for_is_left_out():
+    always = {"train/length", "train/truncated", "train/used", "train/entropy"}
     found = metrics([[1, -1], [-1, -1]], reference=False, judge=Fixed([[NAN, 0.0], [1.0, 0.0]]))
-    assert found == pytest.approx(
-        {"train/reward": 3.0, "train/length": 1.5, "train/ended": 0.5, "train/proxy": 0.8, "train/proxy/tone": 0.8}
-    )
-    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == {"train/length", "train/ended"}
+    assert found.keys() == always | {f"train/{kind}{name}" for kind in ("reward", "proxy") for name in ("", "/tone")}
+    assert (found["train/reward"], found["train/proxy/tone"]) == pytest.approx((3.0, 0.8))
+    assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == always
+
+
+def test_offsets_by_requested_level():
+    asked = rollout([[1, 0], [1, -1]])
+    expected = {"offset/tone/1": (-0.2 - 0.6) / 2, "offset/amount/0": 0.3 + 0.4}
+    assert level_offsets(asked, PREFERENCES, None) == pytest.approx(expected)
+    judged = level_offsets(asked, PREFERENCES, Fixed([[1.0, NAN], [0.0, 1.0]]))
+    assert judged == pytest.approx({"offset/tone/1": -0.5})
+    assert level_offsets(rollout([[-1, -1], [-1, -1]]), PREFERENCES, None) == {}

@@ -17,7 +17,7 @@ from moslim.mapping.base import requested_probability
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.module import PolicyTrainer
-from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
 from tests.policy.runs import BATCH, LIMIT, LORA, SAMPLES, data, make, trainer, weights
@@ -28,18 +28,34 @@ OPTIMIZERS = {
     "rloo": lambda: RLOO(kl_coef=0.05),
     "rloo-token": lambda: RLOO(kl_coef=0.05, ratio="token", aggregation="normalize_then_sum", std_floor=0.3),
     "grpo": lambda: GRPO(kl_coef=0.05),
-    "grpo-constant": lambda: GRPO(kl_coef=0.0, scale=False, reduction="constant"),
+    "grpo-constant": lambda: GRPO(kl_coef=0.0, scale="none", reduction="constant"),
+}
+
+
+OTHERS = {
+    "reinforce++": lambda: ReinforcePlusPlus(entropy_coef=0.01),
+    "ppo": lambda: PPO(),
+    "online-dpo": lambda: OnlineDPO(),
+}
+OWN_METRICS = {
+    "rloo": {"clip_fraction", "kl"},
+    "rloo-token": {"clip_fraction", "kl"},
+    "grpo": {"clip_fraction", "kl", "kl_loss"},
+    "grpo-constant": {"clip_fraction"},
+    "reinforce++": {"clip_fraction", "kl", "entropy_bonus"},
+    "ppo": {"clip_fraction", "kl", "value_loss", "value_clip_fraction"},
+    "online-dpo": {"kl", "pairs", "accuracy", "margin"},
 }
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", OWN_METRICS)
 def test_fit_moves_the_policy_and_logs_what_happens(kind, lora, preferences, lm, classifier, tmp_path):
     module = make(
         preferences,
         lm,
         classifier,
-        policy_optimizer=OPTIMIZERS[kind](),
+        policy_optimizer=(OPTIMIZERS | OTHERS)[kind](),
         lora=lora,
         judge=GoldJudge(),
         default_kl_coef=0.5,
@@ -50,10 +66,11 @@ def test_fit_moves_the_policy_and_logs_what_happens(kind, lora, preferences, lm,
     assert all(not torch.equal(value, before[name]) for name, value in weights(module).items() if "lora_A" not in name)
     assert [(step["key"], step["new"]) for step in module.trace] == [((0, 0), True), ((0, 1), True)]
     found = {name: float(value) for name, value in run.callback_metrics.items()}
-    always = {"loss", "clip_fraction", "default_kl", "reward", "length", "ended", "proxy", "gold"}
+    always = {"loss", "used", "default_kl", "reward", "length", "truncated", "entropy", "proxy", "gold"}
     assert {f"train/{name}" for name in always} <= found.keys()
     assert {"time/sample", "time/reward", "time/reference", "time/forward"} <= found.keys()
-    assert ("train/kl" in found) == (kind != "grpo-constant") and ("train/kl_loss" in found) == (kind == "grpo")
+    every = set().union(*OWN_METRICS.values())
+    assert {name for name in every if f"train/{name}" in found} == OWN_METRICS[kind]
     assert all(math.isfinite(value) for value in found.values())
     assert 0 < found["train/proxy"] < 1 and found["train/default_kl"] > 0 and 1 <= found["train/length"] <= LIMIT
 
@@ -154,6 +171,42 @@ def test_inner_epochs_and_minibatches(preferences, lm, classifier, tmp_path):
         assert torch.equal(shuffled.sort().values, whole.sort().values)  # every answer once per inner epoch
         orders.append(shuffled.tolist())
     assert orders[0] != orders[1] and orders[2] != orders[3]
+
+
+def test_minibatches_keep_pairs_together(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, policy_optimizer=OnlineDPO(), inner_epochs=2, minibatches=2)
+    trainer(tmp_path, max_steps=4).fit(module, data(preferences))
+    assert [len(part) for part in module.parts] == [BATCH * SAMPLES // 2] * 4
+    for part in module.parts:
+        assert all(len(set(part.questions[i : i + SAMPLES])) == 1 for i in range(0, len(part), SAMPLES))
+        assert (part.advantages.reshape(-1, SAMPLES).sum(dim=1) == 0).all()
+    module = make(preferences, lm, classifier, policy_optimizer=OnlineDPO(), minibatches=BATCH + 1)
+    with pytest.raises(ValueError, match=f"only {BATCH} prompts, whose answers must stay together"):
+        trainer(tmp_path, max_steps=1).fit(module, data(preferences))
+
+
+def test_what_a_rollout_holds_of_a_critic(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, policy_optimizer=PPO(kl_coef=0.0, lam=1.0), inner_epochs=2)
+    trainer(tmp_path, max_steps=3).fit(module, data(preferences))
+    found = module.rollout
+    assert found.values.shape == found.returns.shape == found.advantages.shape == found.mask.shape
+    assert found.values.abs().max() > 0 and (found.values[~found.mask] == 0).all()
+    score = found.rewards - (~found.ended).float()  # with lambda 1 and no KL: of every token, what the answer earns
+    torch.testing.assert_close(found.returns, score[:, None] * found.mask, atol=1e-5, rtol=0)
+    assert found.answer_advantages.shape == (len(found),)
+
+
+def test_groups_without_spread_take_no_part(preferences, lm, classifier, tmp_path):
+    """Prompts without instruction earn nothing; their default behaviour is held all the same."""
+    optimizer = GRPO(min_spread=0.1, kl_coef=0.0)
+    module = make(preferences, lm, classifier, policy_optimizer=optimizer, default_kl_coef=0.5, missing_end_penalty=0.0)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, data(preferences))
+    found = module.rollout
+    spread = found.rewards.reshape(BATCH, SAMPLES).std(dim=1)
+    assert found.used.reshape(BATCH, SAMPLES).all(dim=1).tolist() == (spread > 0.1).tolist()
+    assert 0 < run.callback_metrics["train/used"] < 1 and run.callback_metrics["train/default_kl"] > 0
+    assert not (found.used & found.uninstructed).any()
 
 
 @pytest.mark.parametrize(("minibatches", "sizes"), [(5, [3, 3, 2, 2, 2]), (12, [1] * 12)])

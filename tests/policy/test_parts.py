@@ -4,8 +4,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from moslim.evaluation.judges import GoldJudge
 from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability
-from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.kl_controllers import AdaptiveKL
+from moslim.policy.optimizers import GRPO, PPO, RLOO
 from tests.policy.runs import data, make, trainer
 
 pytestmark = [
@@ -201,6 +203,53 @@ def test_generate_and_export_restore_the_parts(world, preferences, tmp_path):
         assert module.mapping.state_dict() == trained.mapping.state_dict() and seen(module.mapping) > 0
         assert module.policy_optimizer.rollouts == 2
         assert all(torch.equal(p, q) for p, q in zip(module.parameters(), trained.parameters(), strict=True))
+
+
+class Failing(GoldJudge):
+    """Fails, or is interrupted, after the rollout has been scored: at its second call."""
+
+    calls = 0
+
+    def levels(self, questions, answers):
+        self.calls += 1
+        if self.calls == 2:
+            raise RuntimeError("the judge is tired")
+        return super().levels(questions, answers)
+
+
+def test_a_rollout_that_fails_leaves_no_trace_in_statistics(world, preferences, tmp_path):
+    """Else it would be counted twice when the run goes on."""
+    module = world(mapping=mixture(), policy_optimizer=RLOO(kl_controller=AdaptiveKL(target=0.01)), judge=Failing())
+    states = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            states.append([part.state_dict() for part in pl_module.configure_callbacks()])
+
+    with pytest.raises(RuntimeError, match="tired"):
+        trainer(tmp_path, max_steps=3, callbacks=[Keep()]).fit(module, data(preferences))
+    assert [part.state_dict() for part in module.configure_callbacks()] == states[0] and len(states) == 1
+    assert states[0][-1] == {"factor": module.policy_optimizer.kl_controller.factor} != {"factor": 1.0}
+
+
+def test_a_critic_that_came_or_went(world, preferences, tmp_path):
+    """With ``reset_state``, a test goes on without it or with a fresh one; a fit has no momentum for it."""
+    path, checkpoint = saved(tmp_path, world(policy_optimizer=PPO()), preferences)
+    assert checkpoint["state_dict"]["critic.linear.weight"].abs().max() > 0
+    for one, steps in ((RLOO, "fit"), (RLOO, "test"), (PPO, "test")):
+        module = world(policy_optimizer=one(), reset_state=True)
+        run = trainer(tmp_path, max_steps=3, limit_test_batches=1)
+        if steps == "fit":
+            with pytest.raises(ValueError, match=r"another critic.*export"):
+                run.fit(module, data(preferences), ckpt_path=path, weights_only=True)
+            continue
+        run.test(module, data(preferences), ckpt_path=path, weights_only=True, verbose=False)
+        own = module.state_dict()
+        assert all(torch.equal(value, own[name]) for name, value in checkpoint["state_dict"].items() if name in own)
+    without, _ = saved(tmp_path, world(policy_optimizer=RLOO()), preferences)
+    module = world(policy_optimizer=PPO(), reset_state=True)
+    trainer(tmp_path, limit_test_batches=1).test(module, data(preferences), ckpt_path=without, verbose=False)
+    assert (module.critic.linear.weight == 0).all()
 
 
 OTHERS = {"mapping": ExpectedDistance, "policy_optimizer": GRPO}

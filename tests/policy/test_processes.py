@@ -7,7 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from moslim.mapping import TargetProbability
-from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.kl_controllers import AdaptiveKL
+from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
 from moslim.processes import gathered, mean_over_processes, process_count
 from tests.policy.runs import BATCH, data, make, trainer
 
@@ -42,6 +43,16 @@ PARTS = {
         "policy_optimizer": GRPO(kl_coef=0.5, reduction="token_mean"),
         "default_kl_coef": 2.0,
     },
+    "critic, whitening, controller": lambda: {
+        "mapping": TargetProbability(scope="batch"),
+        "policy_optimizer": PPO(kl_coef=0.1, kl_controller=AdaptiveKL(target=0.1), entropy_coef=0.01),
+        "default_kl_coef": 0.5,
+    },
+    "pairs": lambda: {"mapping": TargetProbability(scope="batch"), "policy_optimizer": OnlineDPO(min_margin=0.5)},
+    "groups left out": lambda: {
+        "mapping": TargetProbability(scope="batch"),
+        "policy_optimizer": GRPO(min_spread=0.6, scale="batch", reduction="grpo"),
+    },
     "batch statistics, sequence": lambda: {
         "mapping": TargetProbability(scope="batch"),
         "policy_optimizer": RLOO(kl_coef=0.1),
@@ -59,7 +70,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
         run = trainer(folder, max_steps=2, callbacks=[SaveEachStep(folder)], **options)
         run.fit(module, data(preferences, batch_size=size))
         found[name] = [torch.load(folder / f"{step}.ckpt", weights_only=True) for step in (1, 2)]
-    start, unequal = make(preferences, lm, classifier).state_dict(), 0
+    start, unequal = make(preferences, lm, classifier, **PARTS[kind]()).state_dict(), 0
     for one, two in zip(found["one"], found["two"], strict=True):
         ((whole,), halves) = (saved["policy_run"]["rollouts"] for saved in (one, two))
         assert len(halves) == 2
@@ -72,7 +83,9 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
             assert moved > 0 and (two["state_dict"][name] - value).abs().max() < 1e-4 * moved, name
         assert one["callbacks"].keys() == two["callbacks"].keys()
         for key, state in one["callbacks"].items():
-            for level, statistics in state["running"].items():
+            if "factor" in state:
+                assert two["callbacks"][key]["factor"] == pytest.approx(state["factor"], abs=1e-6)
+            for level, statistics in state.get("running", {}).items():
                 assert two["callbacks"][key]["running"][level] == pytest.approx(statistics, abs=1e-6), level
     assert unequal > 0
 

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from moslim.data.asking import CollatePrompts, Prompt
 from moslim.mapping import TargetProbability
-from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.kl_controllers import AdaptiveKL
+from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.preferences import Preference
 from tests.policy.runs import LORA, SAMPLES, data, make, trainer, weights
 
@@ -82,6 +83,53 @@ def test_a_run_resumed_from_any_of_its_steps(kind, world, preferences, tmp_path)
         trainer(tmp_path, **options).fit(resumed, data(preferences), ckpt_path=path, weights_only=True)
         assert resumed.trace[0]["new"] == whole.trace[step]["new"]  # a rollout in use is taken up, not made again
         assert_same_from(step, resumed, whole)
+
+
+def adaptive():
+    return {"kl_coef": 0.1, "kl_controller": AdaptiveKL(target=0.05)}
+
+
+OPTIMIZERS = {
+    "rloo": lambda: {"policy_optimizer": RLOO(entropy_coef=0.01, **adaptive())},
+    "reinforce++": lambda: {"policy_optimizer": ReinforcePlusPlus(**adaptive())},
+    "grpo": lambda: {"policy_optimizer": GRPO(min_spread=0.5, **adaptive())},
+    "ppo": lambda: {"policy_optimizer": PPO(**adaptive())},
+    "ppo with an adapter": lambda: {"policy_optimizer": PPO(critic_lora=LORA, **adaptive()), "lora": LORA},
+    "online dpo": lambda: {"policy_optimizer": OnlineDPO()},
+}
+
+
+def same(one, other):
+    """Equality of what checkpoints are made of, bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one.nan_to_num(-9), other.nan_to_num(-9))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_resumed_in_the_middle_of_a_rollout(kind, world, preferences, tmp_path):
+    """Weights, momentum, KL coefficient, critic, values and returns: all that the last checkpoint holds."""
+    options = {"inner_epochs": 2, "minibatches": 2}
+    final = []
+    for name, start in (("whole", None), ("resumed", tmp_path / "whole" / "6.ckpt")):
+        module = world(**options, **OPTIMIZERS[kind]())
+        saving = trainer(tmp_path, max_steps=9, callbacks=[SaveEachStep(tmp_path / name)])
+        saving.fit(module, data(preferences), ckpt_path=start, weights_only=True)
+        assert len(module.trace) == (9 if start is None else 3)
+        final.append(torch.load(tmp_path / name / "9.ckpt", weights_only=True))
+    whole, resumed = final
+    for part in ("state_dict", "optimizer_states", "callbacks", "policy_run"):
+        assert same(whole[part], resumed[part]), part
+    (rollout,) = whole["policy_run"]["rollouts"]
+    assert rollout["key"] == (0, 2)
+    has_critic = any("critic" in key for key in whole["state_dict"])
+    assert has_critic == (rollout["values"] is not None) == kind.startswith("ppo")
+    if kind != "online dpo":
+        assert whole["callbacks"]["kl_controller.0:moslim.policy.kl_controllers.AdaptiveKL"]["factor"] != 1
 
 
 LAST = {"save_last": True, "every_n_train_steps": 99}

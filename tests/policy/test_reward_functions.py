@@ -7,7 +7,7 @@ from moslim.mapping import ExpectedDistance, MappedReward, Tchebycheff
 from moslim.policy.answering import Answers
 from moslim.policy.engines import Completions
 from moslim.policy.optimizers import GRPO, RLOO
-from moslim.policy.optimizers.base import normalize_then_sum
+from moslim.policy.optimizers.aggregation import normalize_then_sum
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.preferences import PreferenceSet
 from tests.policy.runs import BATCH, SAMPLES, data, make, trainer

@@ -26,6 +26,7 @@ def rollout() -> Rollout:
         per_dimension=torch.tensor([[0.5, torch.nan], [0.1, torch.nan], [torch.nan] * 2, [torch.nan] * 2]),
         rewards=torch.tensor([0.5, 0.1, 0.0, 0.0]),
         advantages=torch.tensor([0.4, -0.4, 0.0, 0.0]),
+        used=torch.tensor([True, True, False, False]),
         ended=torch.tensor([True, True, True, False]),
         questions=["How?", "How?", CHAT, CHAT],
         answers=["a", "b", "c", "d"],

@@ -23,7 +23,7 @@ def rows(tokenizer):
     nothing = torch.zeros(6)
     return Rollout(
         (0, 0), ids, attention, mask, nothing[:, None].expand(-1, 4), None, targets, nothing, nothing, nothing, nothing,
-        mask[:, 0], ["q"] * 6, ["a"] * 6,
+        mask[:, 0], mask[:, 0], ["q"] * 6, ["a"] * 6,
     )  # fmt: skip
 
 
@@ -38,18 +38,22 @@ def roles(request, tokenizer):
     return roles
 
 
+def run(roles, rows, chunk_rows, temperature=1.0, **options):
+    return forward(roles, rows, length=4, samples=1, temperature=temperature, chunk_rows=chunk_rows, **options)
+
+
 @pytest.mark.parametrize("chunk_rows", [1, 2, 6])
 @pytest.mark.parametrize("default_kl", [True, False])
 def test_logprobs_are_those_of_the_whole_batch(roles, rows, chunk_rows, default_kl):
     expected = answer_logprobs(roles.policy, rows.input_ids, rows.attention_mask, rows.mask, 0.7, rows=6)
-    found = forward(roles.policy, roles, rows, 0.7, chunk_rows, default_kl).logprobs
+    found = run(roles, rows, chunk_rows, temperature=0.7, default_kl=default_kl)[0].logprobs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (found[~rows.mask] == 0).all()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 6])
 def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles, rows, chunk_rows):
-    found = forward(roles.policy, roles, rows, 1.0, chunk_rows, default_kl=True)
+    _, found = run(roles, rows, chunk_rows, default_kl=True)
     inputs = (rows.input_ids, rows.attention_mask, 4, 1.0)
     mine = completion_logits(roles.policy, *inputs)
     with roles.reference() as reference, torch.no_grad():
@@ -57,22 +61,67 @@ def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles
     chosen = rows.mask & torch.tensor([0, 1, 1, 0, 0, 1]).bool()[:, None]
     expected = full_kl(mine, theirs)[chosen].mean()
     assert expected > 0.01
-    torch.testing.assert_close(found.default_kl, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     trained = [p for p in roles.policy.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(found.default_kl, trained, retain_graph=True)
+    gradients = torch.autograd.grad(found, trained, retain_graph=True)
     for one, other in zip(gradients, torch.autograd.grad(expected, trained), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_at_the_start_the_default_has_not_moved(tokenizer, rows):
     roles = Roles(build_model("grouped", tokenizer), LORA)
-    assert forward(roles.policy, roles, rows, 1.0, 3, default_kl=True).default_kl.item() == 0
+    assert run(roles, rows, 3, default_kl=True)[1].item() == 0
 
 
 def test_without_such_prompts_or_weight_there_is_no_default_kl(roles, rows):
     instructed = rows.rows(torch.tensor([0, 3, 4]))
-    assert forward(roles.policy, roles, instructed, 1.0, 4, default_kl=True).default_kl is None
-    assert forward(roles.policy, roles, rows, 1.0, 4, default_kl=False).default_kl is None
+    assert run(roles, instructed, 4, default_kl=True)[1] is None
+    assert run(roles, rows, 4, default_kl=False)[1] is None
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 6])
+def test_entropy_of_every_token(roles, rows, chunk_rows):
+    found = run(roles, rows, chunk_rows, temperature=0.7, entropy=True)[0].entropy
+    logits = completion_logits(roles.policy, rows.input_ids, rows.attention_mask, 4, 0.7)
+    expected = torch.distributions.Categorical(logits=logits).entropy() * rows.mask
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert run(roles, rows, chunk_rows)[0].entropy is None
+    assert torch.autograd.grad(found.sum(), [p for p in roles.policy.parameters() if p.requires_grad])
+
+
+def passes(roles):
+    """Counts the answers that go through the policy."""
+    counts = []
+
+    def count(_, __, inputs):
+        counts.append(len(inputs["input_ids"]))
+
+    roles.policy.register_forward_pre_hook(count, with_kwargs=True)
+    return counts
+
+
+def test_answers_that_nothing_needs_are_skipped(roles, rows):
+    rows.used = torch.tensor([False, False, True, True, False, True])
+    counts = passes(roles)
+    update, _ = run(roles, rows, 6)
+    assert counts == [3] and update.mask.any(dim=1).tolist() == rows.used.tolist()
+    expected = answer_logprobs(roles.policy, rows.input_ids, rows.attention_mask, rows.mask, 1.0, rows=6)
+    torch.testing.assert_close(update.logprobs, expected * rows.used[:, None], atol=1e-5, rtol=0)
+    counts.clear()
+    _, kl = run(roles, rows, 6, default_kl=True)  # the default is held on answers that are not used, too
+    assert sum(counts) == 4 + (3 if roles.adapted else 0)
+    rows.used[:] = True
+    torch.testing.assert_close(kl, run(roles, rows, 6, default_kl=True)[1])
+
+
+def test_a_batch_of_which_nothing_is_used_still_has_a_gradient(roles, rows):
+    rows.used = torch.zeros(6, dtype=torch.bool)
+    update, _ = run(roles, rows, 6)
+    assert not update.mask.any()
+    gradients = torch.autograd.grad(
+        (update.logprobs * update.mask).sum(), [p for p in roles.policy.parameters() if p.requires_grad]
+    )
+    assert all((gradient == 0).all() for gradient in gradients)
 
 
 def test_a_hand_made_divergence(tokenizer, rows):
@@ -83,7 +132,7 @@ def test_a_hand_made_divergence(tokenizer, rows):
         model.lm_head.weight.data.zero_()
     size = len(tokenizer)
     roles.policy.lm_head.register_forward_hook(lambda _, __, out: out + math.log(3) * (torch.arange(size) == 7))
-    found = forward(roles.policy, roles, rows, 1.0, 6, default_kl=True).default_kl.item()
+    found = run(roles, rows, 6, default_kl=True)[1].item()
     p = 3 / (size + 2)
     expected = p * math.log(p * size) + (1 - p) * math.log(size / (size + 2))
     assert found == pytest.approx(expected, rel=1e-4)

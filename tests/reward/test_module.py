@@ -307,7 +307,8 @@ def test_two_processes_train_as_one_does(preferences: PreferenceSet, backbone: s
         stage = PreferenceDataModule(preferences, source, batch_size=batch_size, eval_batch_size=5)
         trainer(tmp_path, max_steps=3, val_check_interval=3, **options).fit(module, stage)
         config = json.loads((folder / "config.json").read_text())
-        return load_file(folder / "model.safetensors"), config["temperatures"]
+        weights = load_file(folder / "heads.safetensors") | load_file(folder / "backbone" / "model.safetensors")
+        return weights, config["temperatures"]
 
     one = train(12)
     two = train(6, devices=2, strategy="ddp_fork")

@@ -88,6 +88,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         ranks: Number of processes.
         lengths: Length of each row, to group rows of like length.
         stages: Stage of each row: an epoch goes through stage after stage. None: all rows are of one.
+        same_epochs: Whether every epoch is like the first, as ``Trainer(overfit_batches=...)`` asks for.
 
     Raises:
         ValueError: A stage has too few rows for a single batch, or there is not one stage per row.
@@ -103,6 +104,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         ranks: int = 1,
         lengths: Sequence[int] | None = None,
         stages: Sequence[int] | None = None,
+        same_epochs: bool = False,
     ) -> None:
         staged = [0] * rows if stages is None else stages
         if len(staged) != rows:
@@ -117,6 +119,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
             )
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.rank, self.ranks, self.lengths = rank, ranks, lengths
+        self.same_epochs = same_epochs
         self.epoch = 0
         self.start = 0
         self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`, never on the batch sampler
@@ -131,7 +134,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yields the batches of the epoch from number ``start`` on; ``start`` is then 0 again."""
         start, self.start = self.start, 0
-        epoch = self.epoch
+        epoch = 0 if self.same_epochs else self.epoch
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
         size = self.batch_size * self.ranks
         batches = [batch for rows in self._stages for batch in shuffled_batches(rows, size, generator, self.lengths)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
 from moslim.data.prompts import PairEncoder, PromptRenderer, pad_id
 from moslim.data.requests import Request, combination_requests, sweep_requests
 from moslim.data.sources.base import Source
+from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
 from moslim.instructions import RESERVED, PreferenceInstruction, Tags
 from moslim.noise import derive_seed
@@ -129,7 +131,10 @@ class PreferenceDataModule(LightningDataModule):
         repeats: int = getattr(self._module, "batch_repeats", 1)
         rank, ranks = self._processes
         stages = [row.stage for row in rows]
-        sampler = RepeatBatchSampler(len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages)
+        overfit = bool(self.trainer.overfit_batches)  # type: ignore[union-attr]  # set dynamically
+        sampler = RepeatBatchSampler(
+            len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages, same_epochs=overfit
+        )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
         collate = self._collate(self.scramble)
         return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)
@@ -150,8 +155,10 @@ class PreferenceDataModule(LightningDataModule):
         chosen = spread(rows, len(rows) if self.test_questions is None else self.test_questions)
         return self._in_order(requested(chosen, [self._test_requests(index) for index, _ in chosen]))
 
-    def predict_dataloader(self) -> OrderedBatches | list[Any]:
+    def predict_dataloader(self) -> OrderedBatches | StreamedPairs | list[Any]:
         """Rows of the source's predict split in order; a policy is asked for the levels that a row has."""
+        if self._view is View.REWARD:
+            return self._streamed()
         rows = self.rows(self._view, Split.PREDICT)
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
@@ -225,13 +232,27 @@ class PreferenceDataModule(LightningDataModule):
         """Says what was cut to fit ``max_length``; what worker processes cut is not known here."""
         for encoder in self._encoders:
             if encoder.truncation.questions:
-                warnings.warn(f"max_length = {self.max_length}: {encoder.truncation}", stacklevel=2)
+                warnings.warn(f"max_length = {encoder.max_length}: {encoder.truncation}", stacklevel=2)
         self._encoders.clear()
 
     def _pairs(self, rows: list[Example]) -> Pairs:
+        return Pairs(rows, self._encoder(self.max_length))
+
+    def _encoder(self, max_length: int | None) -> PairEncoder:
         reserved = (*RESERVED, *self.instruction.reserved)
-        self._encoders.append(PairEncoder(self._module.tokenizer, self.max_length, reserved))
-        return Pairs(rows, self._encoders[-1])
+        self._encoders.append(PairEncoder(self._module.tokenizer, max_length, reserved))
+        return self._encoders[-1]
+
+    def _streamed(self) -> StreamedPairs:
+        """The rows to score. The module may know how long a pair can be, and which rows were scored already."""
+
+        def rows() -> Iterator[Example]:
+            return self.source.stream(View.REWARD, Split.PREDICT, self.preferences, self.seed)
+
+        limit = getattr(self._module, "pair_limit", None) if self.max_length is None else self.max_length
+        scored: Callable[[Iterator[Example]], int] = getattr(self._module, "rows_scored", lambda rows: 0)
+        collate = CollateRewards(self.preferences, pad_id(self._module.tokenizer))
+        return StreamedPairs(rows, self._encoder(limit), collate, self.eval_batch_size, scored(rows()))
 
     def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
         tokenizer = self._module.tokenizer

@@ -46,8 +46,7 @@ class Pairs(Dataset[Pair]):
 
     def __init__(self, rows: list[Example], encoder: PairEncoder) -> None:
         for i, row in enumerate(rows):
-            if row.answer is None:
-                raise ValueError(f"row {i} of the source has no answer, which this view needs: {row.question!r}")
+            require_answer(i, row)
         self._rows, self._encoder = rows, encoder
         self._encoded: dict[int, Pair] = {}
 
@@ -114,6 +113,17 @@ class CollateTexts:
         ids, mask = pad([pair.prompt + pair.answer for pair in pairs], self.pad, left=False)
         labels, _ = pad([[-100] * len(pair.prompt) + pair.answer for pair in pairs], -100, left=False)
         return TextBatch(ids, mask, labels, [pair.row for pair in pairs])
+
+
+def require_answer(number: int, row: Example) -> str:
+    """Returns a row's answer.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if row.answer is None:
+        raise ValueError(f"row {number} of the source has no answer, which this view needs: {row.question!r}")
+    return row.answer
 
 
 def known_levels(row: Example, preferences: PreferenceSet) -> Preference:

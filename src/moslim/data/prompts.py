@@ -86,7 +86,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """
     if tokenizer.chat_template is None:
         text = "".join(f"{message['content']}\n" for message in messages)
-        return _beginning(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+        return begins_with(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
     try:
         chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
@@ -270,7 +270,7 @@ def _without_start(messages: list[Message], characters: int) -> list[Message]:
     return result
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, if this tokenizer puts one before a text."""
     if tokenizer.bos_token_id is None:
         return []

@@ -51,6 +51,7 @@ class Example:
         rejected: Another answer to the question, which people liked less than ``answer``.
         compared: Dimensions that this comparison speaks about; empty = all.
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
+        id: What the source calls the row, carried into predictions.
     """
 
     question: Question
@@ -62,6 +63,7 @@ class Example:
     rejected: str | None = None
     compared: tuple[str, ...] = ()
     margin: float = 0.0
+    id: str | int | None = None
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from moslim.data.types import PromptBatch, Question
 from moslim.noise import derive_seed
 from moslim.policy.engines import Completions, RolloutEngine
 from moslim.policy.roles import evaluating
+
+
+class Purpose(IntEnum):
+    """What a seed is for."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    PREDICT = 2
+    SHUFFLE = 3
 
 
 @dataclass

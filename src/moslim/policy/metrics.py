@@ -1,15 +1,22 @@
-"""What is logged of every rollout."""
+"""What is logged of rollouts."""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moslim.evaluation.judges import Judge
+from moslim.levels import expected_level
 from moslim.mapping.base import requested_probability
 from moslim.policy.kl import k1, k3
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
+
+IN_THE_BAR = ("train/reward", "train/kl")
+"""What the progress bar shows of a rollout."""
 
 
 def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge | None) -> dict[str, Tensor]:
@@ -17,6 +24,7 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
 
     ``train/proxy`` is the mean probability that the classifier gives to the requested levels, ``train/gold`` the share
     of requested levels that the judge finds: the gap between them is how far the classifier is being fooled.
+    ``train/entropy`` is estimated from the sampled tokens, whose mean negative log-probability it is.
 
     Args:
         rollout: ``N`` answers.
@@ -26,19 +34,45 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
     metrics: dict[str, Tensor] = {
         "train/reward": rollout.rewards[~rollout.per_dimension.isnan().all(dim=1)].mean(),
         "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per answer
-        "train/ended": rollout.ended.float().mean(),
+        "train/truncated": 1 - rollout.ended.float().mean(),
+        "train/used": rollout.used.float().mean(),  # share of answers that take part in updates
+        "train/entropy": -(rollout.old_logprobs * rollout.mask).sum() / rollout.mask.sum(),  # nats per token
     }
     if rollout.reference_logprobs is not None:
         pair = (rollout.old_logprobs, rollout.reference_logprobs)
         metrics["train/kl"] = (k1(*pair) * rollout.mask).sum(dim=1).mean()  # nats per answer
         metrics["train/kl_k3"] = (k3(*pair) * rollout.mask).sum() / rollout.mask.sum()  # nats per token
-    achieved = {"proxy": requested_probability(rollout.probs, rollout.targets)}
+    by_dimension = {"proxy": requested_probability(rollout.probs, rollout.targets)}
     if judge is not None:
         levels = judge.levels(rollout.questions, rollout.answers).to(rollout.targets.device)
         hit = (levels == rollout.targets).float()
-        achieved["gold"] = hit.masked_fill((rollout.targets < 0) | levels.isnan(), torch.nan)
-    for kind, values in achieved.items():
-        metrics[f"train/{kind}"] = values.nanmean()
+        by_dimension["gold"] = hit.masked_fill((rollout.targets < 0) | levels.isnan(), torch.nan)
+    metrics |= {f"train/{kind}": values.nanmean() for kind, values in by_dimension.items()}
+    for kind, values in {"reward": rollout.per_dimension[:, : len(preferences)], **by_dimension}.items():
         per_dimension = zip(preferences.names, values.nanmean(dim=0), strict=True)
         metrics |= {f"train/{kind}/{name}": value for name, value in per_dimension}
     return {name: value for name, value in metrics.items() if not value.isnan()}
+
+
+def level_offsets(rollout: Rollout, preferences: PreferenceSet, judge: Judge | None) -> dict[str, float]:
+    """How far the achieved levels lie above (+) or below (-) the requested one, in levels.
+
+    Args:
+        rollout: ``N`` answers.
+        preferences: The ``D`` dimensions.
+        judge: Who measures the achieved level; None takes the one that the classifier expects.
+
+    Returns:
+        Mean by ``offset/{dimension}/{number of the requested level}``; a level that nothing asked for is left out.
+    """
+    targets, width = rollout.targets, rollout.probs.shape[-1]
+    if judge is None:
+        achieved = expected_level(rollout.probs)
+    else:
+        achieved = judge.levels(rollout.questions, rollout.answers).to(targets.device)
+    judged = (targets >= 0) & ~achieved.isnan()
+    asked = F.one_hot(targets.clamp(min=0), width) * judged[..., None]  # [N, D, K]
+    offsets = ((achieved - targets).nan_to_num()[..., None] * asked).sum(dim=0) / asked.sum(dim=0)  # 0 / 0 = NaN
+    rows = zip(preferences.names, offsets.tolist(), strict=True)
+    found = {f"offset/{name}/{level}": value for name, row in rows for level, value in enumerate(row)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}

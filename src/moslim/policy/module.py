@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,42 +9,36 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from moslim.base import RunModule
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
-from moslim.data.types import PromptBatch, Question, View
+from moslim.data.types import PromptBatch, View
 from moslim.evaluation.judges import Judge
-from moslim.evaluation.report import scalars
-from moslim.evaluation.steerability import measures, steerability
-from moslim.lora import LoraOptions, merged
-from moslim.mapping.base import MappedReward, MappingFunction
-from moslim.models import eos_ids, load_causal_lm, load_tokenizer
-from moslim.noise import derive_seed
+from moslim.lora import LoraOptions
+from moslim.mapping.base import MappingFunction
+from moslim.models import eos_ids, load_causal_lm
 from moslim.optim import configure
-from moslim.plugin import own_callbacks
-from moslim.policy.answering import Answerer, Answers
+from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
+from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
-from moslim.policy.kl import k1
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.metrics import rollout_metrics
-from moslim.policy.optimizers import GroupScores, PolicyOptimizer
+from moslim.policy.evaluation import PolicyEvaluation
+from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
+from moslim.policy.optimizers import PolicyOptimizer
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
-from moslim.policy.rollout import Rollout, end_penalty
+from moslim.policy.rollout import Rollout
+from moslim.policy.scoring import group_scores, map_rewards
 from moslim.policy.state import load_run, save_run
-from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish, settings
+from moslim.policy.sweep import settings
 from moslim.policy.update import forward
-from moslim.preferences import Preference, PreferenceSet
+from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
 from moslim.sampling import PreferenceSampler
 from moslim.timing import Stopwatch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_TRAIN, _EVALUATE, _PREDICT, _SHUFFLE = range(4)  # what a seed is for
 
 
-class PolicyTrainer(RunModule):
+class PolicyTrainer(PolicyEvaluation):
     """Trains a policy whose prompts say which levels are wanted (MOSLIM, arXiv 2505.20336).
 
     A training batch of prompts is answered once and then used for ``batch_repeats`` training steps: the data module
@@ -157,21 +149,17 @@ class PolicyTrainer(RunModule):
         self.seed = seed
 
         start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype))
-        self.roles = Roles(start, lora, gradient_checkpointing)
-        self.policy: Any = self.roles.policy
+        self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
+        self.policy, self.critic = self.roles.policy, self.roles.critic
         self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
         self.scorer = Scorer.from_pretrained(classifier)
-        self._columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
+        self.columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         mapping.bind(preferences)
         if judge is not None:
             judge.setup(preferences)
         self.rollout: Rollout | None = None
-        self._sweep = Sweep()
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.model_path, self.trust_remote_code)
+        self.rows: Rollout | None = None  # the part of it that the current step learns from ...
+        self.logprobs: Tensor | None = None  # ... and its log-probabilities [N, T] under the current weights
 
     @property
     def batch_repeats(self) -> int:
@@ -189,7 +177,7 @@ class PolicyTrainer(RunModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
         rate = 1e-5 if self.roles.adapted else 1e-6
-        return configure(self, self.optimizer, self.lr_scheduler, self.policy.parameters(), rate)
+        return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
 
     def setup(self, stage: str) -> None:
         """Moves what is not trained beside the policy.
@@ -210,57 +198,59 @@ class PolicyTrainer(RunModule):
                 f"{self.batch_repeats}, or be a multiple of it: an optimizer step would end in the middle of a rollout"
             )
 
-    # Training ---------------------------------------------------------------------------------------------------
-
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
         key = (self.current_epoch, batch_idx // self.batch_repeats)
         if self.rollout is None or self.rollout.key != key:
-            self.rollout = self._roll_out(batch, key)
+            stateful = own_parts([self.mapping, self.policy_optimizer])
+            with unchanged_on_failure([*stateful, *([self._sampler] if self._sampler else [])]):
+                self.rollout = self._roll_out(batch, key)
         rows = self._minibatch(self.rollout, batch_idx % self.batch_repeats)
         clock = Stopwatch(self.device)
-        held = self.default_kl_coef > 0
-        now = forward(self.policy, self.roles, rows, self.engine.temperature, self.chunk_rows, held)
-        parts = self.policy_optimizer.loss(
-            now.logprobs,
-            rows.old_logprobs,
-            rows.reference_logprobs,
-            rows.advantages,
-            rows.mask,
-            self.engine.max_new_tokens,
+        update, default_kl = forward(
+            self.roles,
+            rows,
+            length=self.engine.max_new_tokens,
+            samples=self.samples_per_prompt,
+            temperature=self.engine.temperature,
+            chunk_rows=self.chunk_rows,
+            entropy=self.policy_optimizer.needs_entropy,
+            default_kl=self.default_kl_coef > 0,
         )
+        self.rows, self.logprobs = rows, update.logprobs.detach()
+        parts = self.policy_optimizer.loss(update)
         loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
-        if now.default_kl is not None:
-            loss = loss + self.default_kl_coef * now.default_kl
-            metrics["train/default_kl"] = now.default_kl.detach()
+        if default_kl is not None:
+            loss = loss + self.default_kl_coef * default_kl
+            metrics["train/default_kl"] = default_kl.detach()
         clock.lap("time/forward")
         self.log_dict({"train/loss": loss.detach(), **metrics, **clock.laps}, batch_size=len(rows))
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
-        if self.minibatches == 1:
-            return rollout
-        if self.minibatches > len(rollout):
-            raise ValueError(f"minibatches is {self.minibatches}, but a rollout has only {len(rollout)} answers")
-        epoch, part = divmod(step, self.minibatches)
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, _SHUFFLE, *rollout.key, epoch))
-        order = torch.randperm(len(rollout), generator=generator)
-        return rollout.rows(order.tensor_split(self.minibatches)[part].to(self.device))
+        together = self.samples_per_prompt if self.policy_optimizer.whole_groups else 1
+        return rollout.minibatch(step, self.minibatches, together, (self.seed, Purpose.SHUFFLE))
 
     @torch.no_grad()
     def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:
         clock = Stopwatch(self.device)
-        keys = [(self.seed, _TRAIN, *key, index) for index in batch.index.tolist()]
+        keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
         answers = self.answerer(self.policy, batch, keys, self.samples_per_prompt)
         clock.lap("time/sample")
-        probs = self._probabilities(answers)
+        probs = self.probabilities(answers)
         clock.lap("time/reward")
-        reference = self._reference_logprobs(answers)
+        found, optimizer = answers.completions, self.policy_optimizer
+        rows = (answers.input_ids, answers.attention_mask, found.mask)
+        passes = (*rows, self.engine.temperature, self.chunk_rows)
+        reference = self.roles.reference_logprobs(*passes) if optimizer.needs_reference else None
         clock.lap("time/reference")
+        values = self.roles.values(*rows, self.chunk_rows) if self.roles.critic is not None else None
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
-        mapped = self._map(probs, targets)
+        mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
         mapped = self.reward_functions.join(mapped, self.reward_functions(answers, targets), self.mapping.is_mean)
-        found = answers.completions
+        known = (mapped, self.reward_functions.weights(mapped.per_dimension), found, reference, values)
+        scores = group_scores(*known, self.missing_end_penalty, self.samples_per_prompt)
+        returns = optimizer.returns(scores)
         rollout = Rollout(
             key=key,
             input_ids=answers.input_ids,
@@ -272,48 +262,23 @@ class PolicyTrainer(RunModule):
             probs=probs,
             per_dimension=mapped.per_dimension,
             rewards=mapped.total,
-            advantages=self._advantages(mapped, answers, reference),
+            advantages=optimizer.advantages(scores).flatten(0, 1),
+            used=optimizer.used(scores).flatten(),
             ended=found.ended,
             questions=answers.questions,
             answers=answers.texts,
+            values=values,
+            returns=None if returns is None else returns.flatten(0, 1),
         )
+        optimizer.observe(scores)
         counted = self.judge if self.judge is not None and not self.judge.proxy else None
         metrics = rollout_metrics(rollout, self.preferences, counted)
         metrics |= self.reward_functions.metrics(rollout.per_dimension)
         asked = self._sampler.metrics() if self._sampler else {}
+        shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}
+        self.log_dict(shown, prog_bar=True, batch_size=len(rollout))
         self.log_dict({**metrics, **asked, **clock.laps}, batch_size=len(rollout))
         return rollout
-
-    def _probabilities(self, answers: Answers) -> Tensor:
-        """``[N, D, K]`` level probabilities in the order of ``preferences``."""
-        return self.scorer.probabilities(answers.questions, answers.texts)[:, self._columns]
-
-    def _reference_logprobs(self, answers: Answers) -> Tensor | None:
-        if not self.policy_optimizer.needs_reference:
-            return None
-        with self.roles.reference() as reference:
-            return answer_logprobs(
-                reference,
-                answers.input_ids,
-                answers.attention_mask,
-                answers.completions.mask,
-                self.engine.temperature,
-                self.chunk_rows,
-            )
-
-    def _map(self, probs: Tensor, targets: Tensor) -> MappedReward:
-        """Rewards of this process's answers; the mapping sees those of all, and so needs not know of processes."""
-        everyone: Any = (probs, targets)
-        if self.trainer.world_size > 1:
-            everyone = [values.flatten(0, 1) for values in self.all_gather(everyone)]
-        all_probs, all_targets = everyone
-        self.mapping.observe(all_probs, all_targets)
-        if self._sampler:
-            self._sampler.observe(self.preferences, all_probs, all_targets)
-        groups = torch.arange(len(all_probs), device=self.device) // self.samples_per_prompt
-        mapped = self.mapping(all_probs, all_targets, groups)
-        own = slice(self.global_rank * len(probs), (self.global_rank + 1) * len(probs))
-        return MappedReward(mapped.total[own], mapped.per_dimension[own])
 
     @property
     def _sampler(self) -> PreferenceSampler | None:
@@ -321,92 +286,9 @@ class PolicyTrainer(RunModule):
         sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
         return sampler if isinstance(sampler, PreferenceSampler) else None
 
-    def _advantages(self, mapped: MappedReward, answers: Answers, reference: Tensor | None) -> Tensor:
-        """``[N]`` advantages of this process's answers."""
-        found, shape = answers.completions, (-1, self.samples_per_prompt)
-        kl = torch.zeros_like(found.logprobs) if reference is None else k1(found.logprobs, reference) * found.mask
-        scores = GroupScores(
-            mapped.total.reshape(shape),
-            mapped.per_dimension.reshape(*shape, mapped.per_dimension.shape[1]),
-            kl.sum(dim=1).reshape(shape),
-            end_penalty(found.ended, self.missing_end_penalty).reshape(shape),
-            weights=self.reward_functions.weights(mapped.per_dimension).reshape(*shape, mapped.per_dimension.shape[1]),
-        )
-        return self.policy_optimizer.advantages(scores).flatten()
-
-    # Evaluation -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _evaluate(self, who: str, model: Any, batch: PromptBatch, judge: Judge | None) -> None:
-        rows = zip(batch.index.tolist(), batch.targets.tolist(), strict=True)
-        keys = [(self.seed, _EVALUATE, index, *(target + 1 for target in targets)) for index, targets in rows]
-        answers = self.answerer(model, batch, keys, self.eval_samples)
-        self._sweep.add(who, batch, answers, self._probabilities(answers), judge)
-
-    def on_validation_epoch_start(self) -> None:
-        """Forgets what an interrupted evaluation collected."""
-        self._sweep.clear()
-
-    on_test_epoch_start = on_validation_epoch_start
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answers a small level sweep, judged by the training classifier, for the choice of checkpoints."""
-        self._evaluate("policy", self.policy, batch, None)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the measures of steerability under ``val/``."""
-        found = measures(self._sweep.gathered("policy"), self.preferences)
-        values = {f"val/{name}": value for name, value in found["mean"].items()}
-        for dimension, own in found["dimensions"].items():
-            values |= {f"val/{dimension}/{name}": value for name, value in own.items()}
-        self.log_dict({name: value for name, value in values.items() if value is not None})
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answers the full sweep, with the policy and with what it started from, and has the answers judged."""
-        self._evaluate("policy", self.policy, batch, self.judge)
-        with self.roles.reference() as reference:
-            self._evaluate("base", reference, batch, self.judge)
-
-    def on_test_epoch_end(self) -> None:
-        """Writes the steerability report into the run's folder, and a copy of it where ``report`` says."""
-        policy, base = self._sweep.gathered("policy"), self._sweep.gathered("base")
-        judge = self.judge.info if self.judge else TRAINING_CLASSIFIER
-        result = steerability(policy, base, self.preferences, judge, settings(self))
-        self.log_dict({k: v for k, v in scalars(result).items() if "/mean/" in k}, logger=False)
-        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
-        if self.trainer.is_global_zero:
-            publish(self.trainer, result, folders)
-
-    # Use --------------------------------------------------------------------------------------------------------
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers the rows of a file; the records are written to the file of ``predictions``."""
-        answers = self.answerer(self.policy, batch, [(self.seed, _PREDICT, i) for i in batch.index.tolist()], 1)
-        return [
-            {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
-            for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
-        ]
-
-    def answer(self, question: Question, levels: dict[str, int], samples: int = 1) -> list[str]:
-        """Answers one question at the levels asked for; the data module says how they are written.
-
-        Args:
-            question: The question.
-            levels: Wanted level (0 = lowest) by dimension name; may be empty.
-            samples: Number of answers.
-        """
-        renderer = self.trainer.datamodule.renderer(self.tokenizer)  # type: ignore[attr-defined]
-        preference = Preference(levels)
-        targets = self.preferences.encode(preference)[None].to(self.device)
-        ids = torch.tensor([renderer.ids(question, preference)], device=self.device)
-        index = torch.zeros(1, dtype=torch.long, device=self.device)
-        batch = PromptBatch(ids, torch.ones_like(ids), targets, index, [renderer.question(question)], [""])
-        return self.answerer(self.policy, batch, [(self.seed, _PREDICT)], samples).texts
-
-    def export(self, folder: str) -> None:
-        """Saves the policy (adapter merged) and its tokenizer in Hugging Face format."""
-        merged(self.policy).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def settings(self) -> dict[str, Any]:
+        """What a result is to be compared by; it goes into the report."""
+        return settings(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""

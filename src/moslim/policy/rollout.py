@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moslim.data.types import Question
+from moslim.noise import derive_seed
 
 
 @dataclass
@@ -27,10 +29,13 @@ class Rollout:
         probs: ``[N, D, K]`` float32, the classifier's level probabilities.
         per_dimension: ``[N, D + F]`` rewards of the dimensions, then of the reward functions, NaN where inactive.
         rewards: ``[N]`` total rewards.
-        advantages: ``[N]``.
+        advantages: ``[N]`` or ``[N, T]``, as the policy optimizer gives them.
+        used: ``[N]`` bool, whether an answer takes part in updates.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.
         questions: ``N`` questions as the classifier saw them.
         answers: ``N`` decoded answers.
+        values: ``[N, T]`` the critic's, 0 where masked; None without a critic.
+        returns: ``[N, T]`` what the critic is to learn; None without a critic.
     """
 
     key: tuple[int, int]
@@ -44,9 +49,12 @@ class Rollout:
     per_dimension: Tensor
     rewards: Tensor
     advantages: Tensor
+    used: Tensor
     ended: Tensor
     questions: list[Question]
     answers: list[str]
+    values: Tensor | None = None
+    returns: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -61,6 +69,13 @@ class Rollout:
         """``[N]`` bool: the prompt asked for nothing."""
         return (self.targets < 0).all(dim=1)
 
+    @property
+    def answer_advantages(self) -> Tensor:
+        """``[N]``: that of the answer, or the mean of its tokens'."""
+        if self.advantages.dim() == 1:
+            return self.advantages
+        return (self.advantages * self.mask).sum(dim=1) / self.mask.sum(dim=1)
+
     def rows(self, index: Tensor) -> Rollout:
         """The answers at positions ``index``."""
         picked = index.tolist()
@@ -73,6 +88,29 @@ class Rollout:
             if isinstance(value, Tensor):
                 changes[field.name] = value[index]
         return dataclasses.replace(self, **changes)
+
+    def minibatch(self, step: int, minibatches: int, together: int, seed: Sequence[int]) -> Rollout:
+        """One of the parts that an inner epoch cuts the answers into, in an order of its own.
+
+        Args:
+            step: Number of the training step in this rollout.
+            minibatches: Parts per inner epoch; 1 gives the rollout as it is.
+            together: How many adjacent answers stay together: 1, or all those to a prompt.
+            seed: What the order depends on, beside rollout and inner epoch.
+
+        Raises:
+            ValueError: There are fewer answers, or prompts, than parts.
+        """
+        if minibatches == 1:
+            return self
+        units = torch.arange(len(self)).reshape(-1, together)
+        if minibatches > len(units):
+            what = "answers" if together == 1 else "prompts, whose answers must stay together"
+            raise ValueError(f"minibatches is {minibatches}, but a rollout has only {len(units)} {what}")
+        epoch, part = divmod(step, minibatches)
+        generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, epoch))
+        order = units[torch.randperm(len(units), generator=generator)]
+        return self.rows(order.tensor_split(minibatches)[part].flatten().to(self.mask.device))
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""

@@ -38,9 +38,28 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     for role, found in _fingerprints(module).items():
         if saved["frozen"][role] != found:
             raise ValueError(f"the {role} has other weights than the one that this checkpoint was trained with")
+    if module.reset_state:
+        _renew_critic(module, checkpoint)
     rollouts = saved["rollouts"]
     if len(rollouts) == process_count() and rollouts[module.global_rank] is not None:
         module.rollout = Rollout.from_state(rollouts[module.global_rank], module.device)
+
+
+def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
+    """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is."""
+    own = {name: value for name, value in module.state_dict().items() if _of_critic(name)}
+    saved = checkpoint["state_dict"]
+    if own.keys() != {name for name in saved if _of_critic(name)} and module.trainer.state.fn == "fit":
+        raise ValueError(
+            "the checkpoint's policy optimizer has another critic than this run's, so that the state of the gradient "
+            "optimizer does not fit: `export` the policy and start a new run from that folder (model.model)"
+        )
+    kept = {name: value for name, value in saved.items() if not _of_critic(name) or name in own}
+    checkpoint["state_dict"] = {**own, **kept}
+
+
+def _of_critic(name: str) -> bool:
+    return name.startswith("critic.") or ".critic." in name
 
 
 def _plugins(module: PolicyTrainer) -> list[str]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moslim.levels import expected_level
+
 LinkName = Literal["softmax", "corn", "regression"]
 
 
@@ -34,7 +36,7 @@ class Link(ABC):
 
     def expected(self, scores: Tensor, sizes: Sequence[int]) -> Tensor:
         """Expected level ``[B, D]`` of scores ``[B, D, S]``."""
-        return expected_levels(self.logits(scores, sizes).softmax(-1))
+        return expected_level(self.logits(scores, sizes).softmax(-1))
 
 
 class SoftmaxLink(Link):
@@ -92,11 +94,6 @@ class RegressionLink(Link):
 
 
 LINKS: Mapping[LinkName, Link] = {"softmax": SoftmaxLink(), "corn": CornLink(), "regression": RegressionLink()}
-
-
-def expected_levels(probs: Tensor) -> Tensor:
-    """Mean of the levels under probabilities ``[..., K]``; ``[...]``."""
-    return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
 
 
 def lacking(sizes: Sequence[int], device: torch.device) -> Tensor:

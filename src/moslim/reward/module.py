@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moslim.base import RunModule
-from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
-from moslim.data.types import PairBatch, View
-from moslim.lora import LoraOptions, add_lora, merged
+from moslim.checkpoints import drop_frozen, fingerprint, keep_epoch_open, keep_plain_hparams, restore_frozen
+from moslim.data.types import Example, PairBatch, View
+from moslim.jsonlines import JsonLines
+from moslim.lora import LoraOptions, add_lora, is_adapted, merged, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
@@ -30,17 +32,22 @@ from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pa
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.evaluation.choices import Choice
 from moslim.reward.evaluation.pairs import complete_weights
-from moslim.reward.evaluation.report import publish, scalars
+from moslim.reward.evaluation.report import find_result, publish, scalars
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import Scores
 from moslim.reward.held_out import HeldOut
 from moslim.reward.links import LINKS
 from moslim.reward.losses import CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
-from moslim.reward.predictions import prediction_rows
-from moslim.reward.scorer import Scorer
+from moslim.reward.model_card import ModelCard, predict_config
+from moslim.reward.predictions import prediction_rows, rows_scored
+from moslim.reward.scorer import Scorer, pair_limit
+from moslim.reward.sharing import Form, save_adapter, save_merged
+from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
+from moslim.reward.training_record import training_record
 
 _TEMPERATURES = "temperatures"
+_RECORD = "training_record"
 
 
 class RewardClassifier(RunModule):
@@ -48,7 +55,9 @@ class RewardClassifier(RunModule):
 
     Args:
         preferences: The dimensions; each gets a head.
-        backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer.
+        backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads.
+        classifier: Hub name or folder of a saved classifier to score with or train on, instead of a backbone. Heads,
+            link, pooling and length are its own.
         loss: What is minimised on rows with levels; None = :class:`CrossEntropy`.
         pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
         pooling: What the heads read: the hidden state of the ``last`` token, or the ``mean`` over tokens, which finds
@@ -75,7 +84,8 @@ class RewardClassifier(RunModule):
     def __init__(
         self,
         preferences: PreferenceSet,
-        backbone: str,
+        backbone: str | None = None,
+        classifier: str | None = None,
         loss: LevelLoss | None = None,
         pairs: BradleyTerry | None = None,
         pooling: Pooling | None = None,
@@ -99,8 +109,7 @@ class RewardClassifier(RunModule):
         self.save_hyperparameters()
         keep_plain_hparams(self)
         self.preferences = preferences
-        self.backbone = backbone
-        self.loss = loss or CrossEntropy()
+        self.start = start_name(backbone, classifier)
         self.pairs = pairs or BradleyTerry()
         self.calibrate = calibrate
         self.lora = lora
@@ -113,31 +122,40 @@ class RewardClassifier(RunModule):
         self.predictions = predictions
         self.trust_remote_code = trust_remote_code
         self.seed = seed
-        classifier = PreferenceClassifier.from_backbone(
-            backbone,
-            preferences,
-            pooling=pooling,
-            max_length=max_length,
-            link=self.loss.link,
-            head_hidden=head_hidden,
-            head_dropout=head_dropout,
-            trust_remote_code=trust_remote_code,
-        )
-        classifier.train()  # a backbone is loaded in evaluation mode, without dropout
+        if classifier is not None:
+            for_new_heads = {"pooling": pooling, "head_hidden": head_hidden, "head_dropout": head_dropout}
+            model = saved_classifier(classifier, preferences, loss, for_new_heads)
+            model.config.pair_length = max_length or model.config.pair_length
+            self.loss = loss or DEFAULT_LOSSES[model.config.link]()
+        else:
+            self.loss = loss or CrossEntropy()
+            model = PreferenceClassifier.from_backbone(
+                self.start,
+                preferences,
+                pooling=pooling,
+                max_length=max_length,
+                link=self.loss.link,
+                head_hidden=head_hidden,
+                head_dropout=head_dropout,
+                trust_remote_code=trust_remote_code,
+            )
+        model.train()  # it is loaded in evaluation mode, without dropout
         if gradient_checkpointing:
-            checkpoint_activations(classifier)
-        self.classifier: Any = add_lora(classifier, lora, trained_whole=["head"]) if lora else classifier
+            checkpoint_activations(model)
+        self.classifier: Any = add_lora(model, lora, trained_whole=["head"]) if lora else model
         self._metrics = SubsetMetrics(preferences)
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
         self._calibrated_at = 0
+        self._record: dict[str, Any] = {}
+        self._scored = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The backbone's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.backbone, trust_remote_code=self.trust_remote_code)
+        """The tokenizer of what the run started from."""
+        return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -230,7 +248,7 @@ class RewardClassifier(RunModule):
         rows, pairs = self._tested.gathered()
         score = self._scorer().probabilities
         best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
-        result = evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)
+        result = {"weights": self._weights(), **evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)}
         self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
         folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
         if self.trainer.is_global_zero:
@@ -238,13 +256,29 @@ class RewardClassifier(RunModule):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch; the records are written to the file of ``predictions``."""
-        probs = self(batch.input_ids, batch.attention_mask).softmax(-1)
+        probs = self.classifier.probabilities(batch.input_ids, batch.attention_mask)
         return prediction_rows(batch.rows, probs, self.preferences)
+
+    @property
+    def pair_limit(self) -> int | None:
+        """Most tokens of a pair to be scored, where the data module sets no limit."""
+        return pair_limit(unwrapped(self.classifier).config, self.tokenizer)
+
+    def rows_scored(self, rows: Iterable[Example]) -> int:
+        """Number of rows that an interrupted ``predict`` has scored already; the data module leaves them out."""
+        self._scored = rows_scored(self.predictions_file, self._scores_depend_on(), rows)
+        return self._scored
+
+    def open_predictions(self) -> JsonLines:
+        """Goes on with the file of an interrupted ``predict``, behind the rows that were left out."""
+        keep, self._scored = self._scored, 0
+        return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
 
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
         folder = self.output_folder
         if self.trainer.is_global_zero and self.was_trained:
+            self._record = training_record(self.trainer, self.preferences)
             self.export(folder)
 
     @property
@@ -253,20 +287,58 @@ class RewardClassifier(RunModule):
         return Path(self.output) if self.output else self.run_folder / "classifier"
 
     def export(self, folder: str | Path) -> None:
-        """Saves the classifier (adapters merged) and its tokenizer, for ``Scorer.from_pretrained(folder)``."""
-        merged(self.classifier).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`."""
+        save_merged(merged(self.classifier), Path(folder))
+        self._complete(Path(folder), "merged")
+
+    def export_adapter(self, folder: str | Path) -> None:
+        """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
+
+        Raises:
+            ValueError: There is no adapter, or it changes more than the backbone.
+        """
+        if not is_adapted(self.classifier):
+            raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
+        save_adapter(self.classifier, self.start, Path(folder))
+        self._complete(Path(folder), "adapter")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only, and the temperatures."""
+        """Keeps trained weights only, the temperatures, and what the model card says of the training."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
+        if self.was_trained:
+            self._record = training_record(self.trainer, self.preferences)
+        checkpoint[_RECORD] = self._record
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the weights from the backbone."""
         self.classifier.config.temperatures = checkpoint.get(_TEMPERATURES)
+        self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
+
+    def _complete(self, folder: Path, form: Form) -> None:
+        """Adds to an exported classifier what people need to use it."""
+        self.tokenizer.save_pretrained(folder)
+        config = unwrapped(self.classifier).config
+        root = None if self._trainer is None else self.trainer.default_root_dir  # one may export without a Trainer
+        tested = find_result([place for place in (root, self.report) if place], self._weights())
+        card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
+
+    def _weights(self) -> str:
+        return fingerprint(self.classifier.state_dict())
+
+    def _scores_depend_on(self) -> dict[str, Any]:
+        """What the scores of a row depend on besides the row, as plain data."""
+        config = unwrapped(self.classifier).config.to_dict()
+        return {
+            "weights": self._weights(),
+            "configuration": {key: config[key] for key in ("dimensions", "pooling", "link", "temperatures")},
+            "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
+            "precision": str(self.trainer.precision),
+        }
 
     def _scores(self, batch: PairBatch) -> Tensor:
         """The heads' raw outputs ``[B, D, S]``."""

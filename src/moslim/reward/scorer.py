@@ -7,13 +7,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.sharing import load_classifier
+
+_NO_LIMIT = 10**9
+"""Tokenizers without a limit say a larger number than this."""
 
 
 class Scorer:
@@ -27,21 +31,29 @@ class Scorer:
     def __init__(self, classifier: PreferenceClassifier, tokenizer: PreTrainedTokenizerBase) -> None:
         self.classifier = classifier.eval()
         self.tokenizer = tokenizer
-        self._encoder = PairEncoder(tokenizer, classifier.config.pair_length)
+        self._encoder = PairEncoder(tokenizer, pair_limit(classifier.config, tokenizer))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Scorer:
-        """Loads a folder (or Hub name) that holds a classifier and its tokenizer.
+    def from_pretrained(
+        cls, folder: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
+    ) -> Scorer:
+        """Loads a folder (or Hub name) that holds a classifier, or an adapter of one, and its tokenizer.
+
+        Args:
+            folder: Folder or Hub name.
+            device: Where it shall run.
+            base: Base model of an adapter, if it is not where it was in training.
 
         Raises:
-            ValueError: A weight is missing.
+            FileNotFoundError: There is no such classifier, or an adapter's base model is missing.
+            ValueError: A weight is missing or renamed, or the base model is another one.
         """
-        classifier = PreferenceClassifier.from_pretrained(folder).to(device)
-        return cls(classifier, AutoTokenizer.from_pretrained(folder))
+        return cls(load_classifier(folder, base), AutoTokenizer.from_pretrained(folder)).to(device)
 
     def reserve(self, delimiters: tuple[str, ...]) -> None:
         """Takes more strings out of questions and answers, which a policy could forge an instruction with."""
-        self._encoder = PairEncoder(self.tokenizer, self.classifier.config.pair_length, (*RESERVED, *delimiters))
+        limit = pair_limit(self.classifier.config, self.tokenizer)
+        self._encoder = PairEncoder(self.tokenizer, limit, (*RESERVED, *delimiters))
 
     @property
     def preferences(self) -> PreferenceSet:
@@ -79,3 +91,12 @@ class Scorer:
             ids, mask = pad([rows[i] for i in chosen], pad_id(self.tokenizer), left=False)
             result[chosen] = self.classifier.probabilities(ids.to(device), mask.to(device))
         return result
+
+
+def pair_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Most tokens of a pair: what the classifier was trained on or, if that is not set, what its backbone can read."""
+    if config.pair_length is not None:
+        return config.pair_length
+    positions = getattr(config.backbone, "max_position_embeddings", None) or _NO_LIMIT
+    limit = min(positions, tokenizer.model_max_length)
+    return limit if limit < _NO_LIMIT else None

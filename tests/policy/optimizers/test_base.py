@@ -1,18 +1,15 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from moslim.policy.optimizers import GRPO, RLOO
-from moslim.policy.optimizers.base import GroupScores, normalize_then_sum
+from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
+from moslim.policy.optimizers.aggregation import normalize_then_sum
+from tests.policy.optimizers.tables import scores
 
 NAN = math.nan
-
-
-def scores(total, per_dimension=None, kl=0.0, penalty=0.0):
-    total = torch.tensor(total)
-    filled = total[..., None] if per_dimension is None else torch.tensor(per_dimension)
-    return GroupScores(total, filled, torch.zeros_like(total) + torch.tensor(kl), torch.zeros_like(total) + penalty)
+ALL = [RLOO, GRPO, ReinforcePlusPlus, PPO, OnlineDPO]
 
 
 def test_normalize_then_sum_by_hand():
@@ -29,6 +26,31 @@ def test_inactive_dimensions_do_not_count():
     rewards = torch.tensor([[[1.0, NAN], [3.0, NAN]], [[NAN, 6.0], [NAN, 0.0]], [[NAN, NAN], [NAN, NAN]]])
     found = normalize_then_sum(rewards, std_floor=0.0)
     torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [1.0, -1.0], [0.0, 0.0]]))
+
+
+def test_a_cell_without_a_value_does_not_count():
+    """A reward that applies to some of a group's answers only: the moments are the others'."""
+    rewards = torch.tensor([[[1.0, 5.0], [3.0, NAN], [2.0, 1.0]]])
+    first = torch.tensor([-1.0, 1.0, 0.0]) / math.sqrt(2 / 3)
+    second = torch.tensor([1.0, 0.0, -1.0])
+    expected = (first + second) / torch.tensor([2.0, 1.0, 2.0]).sqrt()
+    torch.testing.assert_close(normalize_then_sum(rewards, std_floor=0.0), expected[None])
+
+
+def test_weights_per_answer_and_dimension():
+    rewards = torch.tensor([[[0.0, 2.0], [2.0, 0.0]], [[0.0, 2.0], [2.0, 0.0]]])
+    weights = torch.tensor([[[3.0, 4.0], [3.0, 4.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    found = normalize_then_sum(rewards, 0.0, weights)
+    torch.testing.assert_close(found, torch.tensor([[0.2, -0.2], [-1.0, 1.0]]))
+    assert torch.equal(normalize_then_sum(rewards, 0.0, torch.ones_like(weights)), normalize_then_sum(rewards, 0.0))
+    given = scores([[0.0, 0.0]] * 2, per_dimension=rewards.tolist(), weights=weights)
+    torch.testing.assert_close(RLOO(aggregation="normalize_then_sum", std_floor=0.0).scores(given), found)
+
+
+def test_one_answer_has_no_group_to_be_normalised_in():
+    for kind in ALL:
+        with pytest.raises(ValueError, match="samples_per_prompt to 2 or more"):
+            kind(aggregation="normalize_then_sum").scores(scores([[1.0]]))
 
 
 def test_a_satisfied_dimension_is_not_blown_up():
@@ -49,10 +71,10 @@ def test_equal_answers_score_nothing(floor):
 def test_score_is_reward_less_penalty_and_kl_in_the_reward_for_rloo_alone(kind):
     given = scores([[1.0, 2.0]], kl=[[4.0, -2.0]], penalty=torch.tensor([[0.0, 0.5]]))
     expected = {RLOO: [[0.0, 2.0]], GRPO: [[1.0, 1.5]]}[kind]
-    assert kind(kl_coef=0.25).scores(given).tolist() == expected
+    assert kind(kl_coef=0.25).scores_less_kl(given).tolist() == expected
 
 
-@pytest.mark.parametrize("kind", [RLOO, GRPO])
+@pytest.mark.parametrize("kind", ALL)
 def test_aggregation_chooses_scalar_or_dimensions(kind):
     given = scores([[7.0, 9.0]], per_dimension=[[[1.0, 0.0], [3.0, 0.0]]])
     assert kind().scores(given).tolist() == [[7.0, 9.0]]
@@ -60,27 +82,56 @@ def test_aggregation_chooses_scalar_or_dimensions(kind):
     torch.testing.assert_close(decoupled, torch.tensor([[-1.0, 1.0]]) / math.sqrt(2))
 
 
-@pytest.mark.parametrize("kind", [RLOO, GRPO])
+@pytest.mark.parametrize("kind", [RLOO, GRPO, ReinforcePlusPlus, PPO])
 def test_a_reference_is_needed_only_for_a_kl(kind):
     assert kind(kl_coef=0.1).needs_reference and not kind(kl_coef=0.0).needs_reference
 
 
-@pytest.mark.parametrize("kind", [RLOO, GRPO])
+@pytest.mark.parametrize("kind", [RLOO, GRPO, OnlineDPO, partial(ReinforcePlusPlus, baseline=True)])
 def test_one_answer_per_prompt_is_refused(kind):
     with pytest.raises(ValueError, match="samples_per_prompt to 2 or more"):
         kind().advantages(scores([[1.0], [2.0]]))
 
 
-@pytest.mark.parametrize("kind", [RLOO, GRPO])
+@pytest.mark.parametrize("kind", [RLOO, GRPO, ReinforcePlusPlus, PPO])
 @pytest.mark.parametrize(
     "wrong",
-    ["kl_coef -0.1", "clip_low 0.0", "clip_low 1.0", "clip_high 0.0", "std_floor -0.1", "aggregation sum"],
+    [
+        "entropy_coef -0.1",
+        "dual_clip 1.0",
+        "kl_coef -0.1",
+        "clip_low 0.0",
+        "clip_low 1.0",
+        "clip_high 0.0",
+        "std_floor -0.1",
+        "aggregation sum",
+    ],
 )
 def test_wrong_options_are_named(kind, wrong):
     option, text = wrong.split()
     value = text if option == "aggregation" else float(text)
     with pytest.raises(ValueError, match=f"{option}.*{value}"):
         kind(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        (PPO, "gamma 1.5"),
+        (PPO, "lam -0.1"),
+        (PPO, "value_coef 0.0"),
+        (PPO, "value_clip 0.0"),
+        (ReinforcePlusPlus, "gamma -1.0"),
+        (GRPO, "min_spread -0.1"),
+        (OnlineDPO, "beta 0.0"),
+        (OnlineDPO, "min_margin -1.0"),
+        (OnlineDPO, "std_floor -1.0"),
+    ],
+)
+def test_wrong_options_of_one_s_own_are_named(kind, wrong):
+    option, text = wrong.split()
+    with pytest.raises(ValueError, match=rf"policy_optimizer\.{option} is {text}"):
+        kind(**{option: float(text)})
 
 
 def test_clipping_is_pessimistic_on_both_sides():

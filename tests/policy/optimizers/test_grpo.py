@@ -5,33 +5,65 @@ import torch
 
 from moslim.policy.kl import k2, k3
 from moslim.policy.optimizers import GRPO
-from moslim.policy.optimizers.grpo import reduce_tokens
-from tests.policy.optimizers.test_base import scores
-
-MASK = torch.tensor([[True, True, True], [True, False, False]])
-OLD = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 0.0, 0.0]])
-REFERENCE = torch.tensor([[-1.5, -1.0, -0.5], [-2.0, 0.0, 0.0]])
-ADVANTAGES = torch.tensor([2.0, -1.0])
-REDUCTIONS = ("grpo", "token_mean", "constant")
+from moslim.policy.optimizers.reductions import reduce_tokens
+from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, REDUCTIONS, REFERENCE, batch, scores
 
 
 def test_advantages_in_group_standard_deviations():
     # Mean 3, squared distances 4 + 1 + 9, Bessel-corrected variance 7.
     given = scores([[1.0, 2.0, 6.0]])
     distance = torch.tensor([[-2.0, -1.0, 3.0]])
-    torch.testing.assert_close(GRPO().advantages(given), distance / (math.sqrt(7) + 1e-4))
-    torch.testing.assert_close(GRPO(scale=False).advantages(given), distance)
+    torch.testing.assert_close(GRPO(std_floor=0.0).advantages(given), distance / (math.sqrt(7) + 1e-4))
+    torch.testing.assert_close(GRPO(std_floor=3.0).advantages(given), distance / (math.sqrt(7 + 9) + 1e-4))
+    torch.testing.assert_close(GRPO(scale="none").advantages(given), distance)
+
+
+def test_advantages_in_standard_deviations_of_the_batch():
+    # Scores 0, 2, 4, 10 around 4: variance (16 + 4 + 0 + 36) / 3.
+    found = GRPO(scale="batch", std_floor=0.0).advantages(scores([[0.0, 2.0], [4.0, 10.0]]))
+    expected = torch.tensor([[-1.0, 1.0], [-3.0, 3.0]]) / (math.sqrt(56 / 3) + 1e-4)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gdpo_is_normalise_then_sum_in_standard_deviations_of_the_batch():
+    # Dimension 0 of the first group is twice as common a success as dimension 1; normalised apart, both tell.
+    rewards = [[[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]], [[0.0, 0.0]] * 4]
+    found = GRPO(aggregation="normalize_then_sum", scale="batch", std_floor=0.0).advantages(
+        scores([[0.0] * 4] * 2, per_dimension=rewards)
+    )
+    first, second = torch.tensor([1.0, 1, -1, -1]), torch.tensor([-1.0, 3, -1, -1]) / math.sqrt(3)
+    total = torch.stack([(first + second) / math.sqrt(2), torch.zeros(4)])
+    torch.testing.assert_close(found, total / (total.std() + 1e-4))
+
+
+def test_groups_without_spread_are_left_out():
+    given = scores([[0.0, 0.3], [1.0, 3.0], [5.0, 5.0]], kl=[[9.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    assert GRPO().used(given).all()
+    assert GRPO(min_spread=0.0).used(given).tolist() == [[True, True], [True, True], [False, False]]
+    assert GRPO(min_spread=0.5, kl_in="reward", kl="k1").used(given).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+def test_answers_left_out_do_not_count():
+    logprobs = OLD + 0.1
+    for reduction in REDUCTIONS:
+        optimizer = GRPO(reduction=reduction)
+        alone = optimizer.loss(batch(logprobs[:1], OLD[:1], REFERENCE[:1], ADVANTAGES[:1], MASK[:1]))
+        mask = MASK & torch.tensor([[True], [False]])
+        torch.testing.assert_close(optimizer.loss(batch(logprobs, OLD, REFERENCE, mask=mask)).loss, alone.loss)
+        nothing = optimizer.loss(batch(logprobs.requires_grad_(), OLD, REFERENCE, mask=mask & False)).loss
+        assert nothing.item() == 0 and (torch.autograd.grad(nothing, logprobs)[0] == 0).all()
+        logprobs = logprobs.detach()
 
 
 def test_groups_are_apart_and_equal_answers_get_nothing():
-    found = GRPO().advantages(scores([[0.0, 2.0], [5.0, 5.0]]))
+    found = GRPO(std_floor=0.0).advantages(scores([[0.0, 2.0], [5.0, 5.0]]))
     expected = 1 / (math.sqrt(2) + 1e-4)
     torch.testing.assert_close(found, torch.tensor([[-expected, expected], [0.0, 0.0]]))
 
 
 def test_kl_is_no_part_of_the_advantages_but_the_penalty_is():
     given = scores([[0.0, 0.0]], kl=[[5.0, -5.0]], penalty=torch.tensor([[0.0, 2.0]]))
-    assert GRPO(scale=False, kl_coef=1.0).advantages(given).tolist() == [[1.0, -1.0]]
+    assert GRPO(scale="none", kl_coef=1.0).advantages(given).tolist() == [[1.0, -1.0]]
 
 
 @pytest.mark.parametrize(
@@ -45,7 +77,7 @@ def test_the_three_reductions(reduction, expected):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_on_policy_loss_and_gradient(reduction):
     logprobs = OLD.clone().requires_grad_()
-    found = GRPO(kl_coef=0.0, reduction=reduction).loss(logprobs, OLD, None, ADVANTAGES, MASK, 5)
+    found = GRPO(kl_coef=0.0, reduction=reduction).loss(batch(logprobs))
     weights = {
         "grpo": torch.tensor([[1 / 6] * 3, [1 / 2, 0, 0]]),
         "token_mean": torch.tensor([[1 / 4] * 3, [1 / 4, 0, 0]]),
@@ -60,7 +92,7 @@ def test_on_policy_loss_and_gradient(reduction):
 def test_tokens_are_clipped_one_by_one():
     logprobs = (OLD + torch.tensor([[0.5, 0.0, -0.5], [-0.5, 0.0, 0.0]])).requires_grad_()
     optimizer = GRPO(kl_coef=0.0, clip_low=0.2, clip_high=0.28, reduction="token_mean")
-    found = optimizer.loss(logprobs, OLD, None, ADVANTAGES, MASK, 5)
+    found = optimizer.loss(batch(logprobs))
     objective = [2 * 1.28, 2.0, 2 * math.exp(-0.5), -0.8]
     assert found.loss.item() == pytest.approx(-sum(objective) / 4, rel=1e-5)
     assert found.metrics["clip_fraction"] == 0.5
@@ -72,7 +104,7 @@ def test_tokens_are_clipped_one_by_one():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("kind", "estimate"), [("k2", k2), ("k3", k3)])
 def test_kl_term_on_policy(kind, estimate, reduction):
-    found = GRPO(kl_coef=0.5, kl=kind, reduction=reduction).loss(OLD, OLD, REFERENCE, 0 * ADVANTAGES, MASK, 5)
+    found = GRPO(kl_coef=0.5, kl=kind, reduction=reduction).loss(batch(OLD, OLD, REFERENCE, 0 * ADVANTAGES, MASK, 5))
     expected = reduce_tokens(estimate(OLD, REFERENCE), MASK, reduction, 5)
     torch.testing.assert_close(found.metrics["kl_loss"], expected)
     torch.testing.assert_close(found.loss, 0.5 * expected)
@@ -80,7 +112,7 @@ def test_kl_term_on_policy(kind, estimate, reduction):
 
 def test_k3_is_weighted_by_the_ratio():
     logprobs = OLD + torch.tensor([[0.1, -0.2, 0.0], [0.3, 0.0, 0.0]])
-    found = GRPO(kl="k3").loss(logprobs, OLD, REFERENCE, ADVANTAGES, MASK, 5)
+    found = GRPO(kl="k3").loss(batch(logprobs, reference=REFERENCE))
     weighted = (logprobs - OLD).exp() * k3(logprobs, REFERENCE)
     torch.testing.assert_close(found.metrics["kl_loss"], (weighted * MASK).sum() / 4)
 
@@ -95,26 +127,26 @@ def test_gradient_of_the_weighted_k3_is_that_of_the_divergence_off_policy_too():
     for token in range(3):
         now = logits.log_softmax(dim=0)[token].reshape(1, 1)
         before, reference = old[token].log().reshape(1, 1), q[token].log().reshape(1, 1)
-        parts = optimizer.loss(now, before, reference, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool), 1)
+        parts = optimizer.loss(batch(now, before, reference, torch.zeros(1), torch.ones(1, 1, dtype=torch.bool), 1))
         found += old[token] * torch.autograd.grad(parts.loss, logits)[0]
     torch.testing.assert_close(found, wanted)
 
 
 def test_without_a_reference_or_weight_there_is_no_kl_term():
     for optimizer, reference in ((GRPO(kl_coef=0.0), REFERENCE), (GRPO(kl_coef=0.5), None)):
-        assert "kl_loss" not in optimizer.loss(OLD, OLD, reference, ADVANTAGES, MASK, 5).metrics
+        assert "kl_loss" not in optimizer.loss(batch(OLD, OLD, reference, ADVANTAGES, MASK, 5)).metrics
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_padding_is_ignored(reduction):
     rubbish = torch.where(MASK, OLD, torch.tensor(7.0))
     optimizer = GRPO(reduction=reduction)
-    clean = optimizer.loss(OLD + 0.1, OLD, REFERENCE, ADVANTAGES, MASK, 5)
-    dirty = optimizer.loss(rubbish + 0.1, OLD, REFERENCE, ADVANTAGES, MASK, 5)
+    clean = optimizer.loss(batch(OLD + 0.1, reference=REFERENCE))
+    dirty = optimizer.loss(batch(rubbish + 0.1, reference=REFERENCE))
     torch.testing.assert_close(dirty.loss, clean.loss)
 
 
-@pytest.mark.parametrize(("option", "value"), [("kl", "k1"), ("reduction", "mean")])
+@pytest.mark.parametrize(("option", "value"), [("kl", "k1"), ("reduction", "mean"), ("scale", "all")])
 def test_wrong_options_are_named(option, value):
     with pytest.raises(ValueError, match=f"{option} is '{value}'"):
         GRPO(**{option: value})

@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from moslim.policy.optimizers import RLOO
-from tests.policy.optimizers.test_base import scores
-
-MASK = torch.tensor([[True, True, True], [True, False, False]])
-OLD = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 0.0, 0.0]])
-ADVANTAGES = torch.tensor([2.0, -1.0])
+from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, batch, scores
 
 
 def test_each_answer_is_compared_with_the_others():
@@ -31,14 +27,14 @@ def test_dimensions_normalised_first():
 
 def test_sequence_loss_by_hand():
     logprobs = OLD + torch.tensor([[0.05, 0.1, -0.05], [-0.1, 0.0, 0.0]])
-    found = RLOO(ratio="sequence").loss(logprobs, OLD, None, ADVANTAGES, MASK, 5)
+    found = RLOO(ratio="sequence").loss(batch(logprobs))
     expected = -(2 * math.exp(0.1) - math.exp(-0.1)) / 2
     assert found.loss.item() == pytest.approx(expected, rel=1e-5) and found.metrics["clip_fraction"] == 0
 
 
 def test_token_loss_by_hand():
     logprobs = OLD + torch.tensor([[0.05, 0.1, -0.05], [-0.1, 0.0, 0.0]])
-    found = RLOO(ratio="token").loss(logprobs, OLD, None, ADVANTAGES, MASK, 5)
+    found = RLOO(ratio="token").loss(batch(logprobs))
     expected = -(2 * (math.exp(0.05) + math.exp(0.1) + math.exp(-0.05)) - math.exp(-0.1)) / (2 * 5)
     assert found.loss.item() == pytest.approx(expected, rel=1e-5) and found.metrics["clip_fraction"] == 0
 
@@ -47,7 +43,7 @@ def test_on_policy_gradients_agree_up_to_the_length_limit():
     gradients = {}
     for ratio in ("sequence", "token"):
         logprobs = OLD.clone().requires_grad_()
-        parts = RLOO(ratio=ratio).loss(logprobs, OLD, None, ADVANTAGES, MASK, 5)
+        parts = RLOO(ratio=ratio).loss(batch(logprobs))
         (gradients[ratio],) = torch.autograd.grad(parts.loss, logprobs)
     expected = -ADVANTAGES[:, None] * MASK / 2  # minus advantage per answer token, mean over two answers
     torch.testing.assert_close(gradients["sequence"], expected)
@@ -67,7 +63,7 @@ def test_on_policy_gradients_agree_up_to_the_length_limit():
 def test_clipping(ratio, shift, advantage, objective, clipped):
     logprobs = torch.tensor([[-1.0 + shift]], requires_grad=True)
     one, mask = torch.tensor([[-1.0]]), torch.tensor([[True]])
-    found = RLOO(ratio=ratio).loss(logprobs, one, None, torch.tensor([advantage]), mask, 1)
+    found = RLOO(ratio=ratio).loss(batch(logprobs, one, None, torch.tensor([advantage]), mask, 1))
     assert found.loss.item() == pytest.approx(-objective, rel=1e-5) and found.metrics["clip_fraction"] == clipped
     (gradient,) = torch.autograd.grad(found.loss, logprobs)
     assert gradient.item() == pytest.approx(0 if clipped else -objective, rel=1e-5)
@@ -75,15 +71,15 @@ def test_clipping(ratio, shift, advantage, objective, clipped):
 
 def test_the_sequence_ratio_clips_what_its_tokens_would_not():
     logprobs = OLD + torch.tensor([[0.15, 0.15, 0.15], [0.0, 0.0, 0.0]])
-    found = {kind: RLOO(ratio=kind).loss(logprobs, OLD, None, ADVANTAGES, MASK, 5) for kind in ("sequence", "token")}
+    found = {kind: RLOO(ratio=kind).loss(batch(logprobs)) for kind in ("sequence", "token")}
     assert found["sequence"].metrics["clip_fraction"] == 0.5 and found["token"].metrics["clip_fraction"] == 0
 
 
 def test_padding_is_ignored():
     rubbish = torch.where(MASK, OLD, torch.tensor(7.0))
     for ratio in ("sequence", "token"):
-        clean = RLOO(ratio=ratio).loss(OLD + 0.1, OLD, None, ADVANTAGES, MASK, 5)
-        dirty = RLOO(ratio=ratio).loss(rubbish + 0.1, OLD, None, ADVANTAGES, MASK, 5)
+        clean = RLOO(ratio=ratio).loss(batch(OLD + 0.1))
+        dirty = RLOO(ratio=ratio).loss(batch(rubbish + 0.1))
         assert torch.equal(clean.loss, dirty.loss)
         assert torch.equal(clean.metrics["clip_fraction"], dirty.metrics["clip_fraction"])
 

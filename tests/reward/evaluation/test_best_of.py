@@ -54,6 +54,7 @@ def test_the_highest_reward_wins_and_a_tie_is_shared(mapping) -> None:
     levels = [[[0, 2], [1, 2]], [[0, 0], [1, 1]], [[0, 1], [1, 1]]]  # three prompts, two answers
     probs = torch.stack([certain(answers, 3) for answers in levels])
     targets = torch.tensor([[1, -1], [-1, 1], [-1, 1]])
+    mapping.bind(PreferenceSet({"size": ["s", "m", "l"], "heat": ["c", "w", "h"]}))
     assert right_picks(probs, targets, torch.tensor([1, 0, 0]), mapping).tolist() == [1, 0, 0.5]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from moslim.data.types import Example, Split, View
 from moslim.preferences import Preference, PreferenceSet
@@ -24,6 +25,10 @@ class Source(ABC):
         Raises:
             ValueError: A row cannot be used; the message names file, line and field.
         """
+
+    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+        """Yields the same rows one by one. A source that need not hold them all in memory overrides it."""
+        yield from self.rows(view, split, preferences, seed)
 
     def reachable(self, preference: Preference) -> bool:
         """Whether some answer can have these levels at once. Unreachable ones are not worth asking for."""

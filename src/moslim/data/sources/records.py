@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +19,7 @@ class Record:
 
     Args:
         place: Where it stands, e.g. ``ratings.csv, line 7``.
-        fields: Value by column name; every row of a table has the same columns.
+        fields: Value by column name. A JSON object may lack some; :func:`completed` fills them in.
     """
 
     place: str
@@ -31,8 +31,8 @@ def is_file_name(name: str) -> bool:
     return Path(name.removesuffix(".gz")).suffix.lower() in SUFFIXES
 
 
-def read_file(path: str) -> list[Record]:
-    """Reads a CSV, TSV, JSON Lines or parquet file; all but parquet may be gzipped (``.gz``).
+def scan_file(path: str) -> Iterator[Record]:
+    """Reads a CSV, TSV, JSON Lines or parquet file row by row; all but parquet may be gzipped (``.gz``).
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -44,21 +44,36 @@ def read_file(path: str) -> list[Record]:
     if suffix == ".parquet":
         import pyarrow.parquet
 
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        return [Record(f"{path}, row {number}", fields) for number, fields in enumerate(rows, 1)]
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+        rows = (fields for batch in batches for fields in batch.to_pylist())
+        yield from (Record(f"{path}, row {number}", fields) for number, fields in enumerate(rows, 1))
+        return
     opened = gzip.open if path.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
         if suffix in (".csv", ".tsv"):
-            return list(_csv(path, file, "\t" if suffix == ".tsv" else ","))
-        return _completed(list(_json(path, file)))
+            yield from _csv(path, file, "\t" if suffix == ".tsv" else ",")
+        else:
+            yield from _json(path, file)
 
 
-def read_hub(name: str, split: str, folder: str | None = None) -> list[Record]:
-    """Reads a split of a Hub data set (or of one saved in a local folder in the Hub's layout), or of a folder in it."""
+def read_file(path: str) -> list[Record]:
+    """Reads such a file at once; every record has the columns of all."""
+    return completed(scan_file(path))
+
+
+def scan_hub(name: str, split: str, folder: str | None = None) -> Iterator[Record]:
+    """Reads a split of a Hub data set (or of a local folder in the Hub's layout), or of a folder in it, row by row."""
     from datasets import load_dataset
 
     rows = load_dataset(name, data_dir=folder, split=split)
-    return [Record(f"{name}[{split}], row {number}", dict(fields)) for number, fields in enumerate(rows, 1)]
+    yield from (Record(f"{name}[{split}], row {number}", dict(fields)) for number, fields in enumerate(rows, 1))
+
+
+def completed(records: Iterable[Record]) -> list[Record]:
+    """Gives every record the columns of all, since a JSON object may leave out what it lacks."""
+    rows = list(records)
+    columns = {column: None for record in rows for column in record.fields}
+    return [Record(record.place, {**columns, **record.fields}) for record in rows]
 
 
 def _csv(path: str, file: IO[str], delimiter: str) -> Iterator[Record]:
@@ -92,9 +107,3 @@ def _json(path: str, file: IO[str]) -> Iterator[Record]:
         if not isinstance(fields, dict):
             raise ValueError(f"{path}, line {number}: {text.strip()[:40]!r} is no JSON object")
         yield Record(f"{path}, line {number}", fields)
-
-
-def _completed(records: list[Record]) -> list[Record]:
-    """Gives every record the columns of all, since a JSON object may leave out what it lacks."""
-    columns = {column: None for record in records for column in record.fields}
-    return [Record(record.place, {**columns, **record.fields}) for record in records]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from moslim.data.prompts import as_messages
 from moslim.data.sources.base import Source
@@ -13,7 +14,7 @@ from moslim.data.sources.labels import Labels, levels_of, several
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.notices import Notices
 from moslim.data.sources.overlap import SharedQuestions, question_key, without_shared
-from moslim.data.sources.records import Record, is_file_name, read_file, read_hub
+from moslim.data.sources.records import Record, completed, is_file_name, scan_file, scan_hub
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.types import Example, Question, Split, View
 from moslim.preferences import Preference, PreferenceSet
@@ -35,11 +36,11 @@ class Table(Source):
 
     Args:
         path: Table of the training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.json`` with one object per
-            line, ``.parquet``; ``.gz`` allowed), or the name of a Hub data set.
+            line, ``.parquet``; ``.gz`` allowed), or the name of a Hub data set. None where only ``predict`` is read.
         train: Split of the Hub data set to train on.
         validation: File or, with a Hub name in ``path``, split of the validation rows.
         test: The same for the test rows.
-        predict: The same for the rows of ``predict``.
+        predict: The same for the rows of ``predict``. A classifier scores them as they are read; they need no labels.
         validation_share: Share of the training table's questions kept for validation, if ``validation`` is not
             given. A question is on one side only, with all its answers, whatever the seed.
         test_share: The same for the test.
@@ -65,13 +66,14 @@ class Table(Source):
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
         group: Column whose equal values stay on one side of a split, by default the question; ``context.0.text``, the
             first turn, keeps together what was said in one conversation.
+        id: Column that tells rows apart, carried into predictions; the table need not have it.
         shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
             ``drop`` the held-out rows, or ``error``.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         train: str = "train",
         validation: str | None = None,
         test: str | None = None,
@@ -94,6 +96,7 @@ class Table(Source):
         where: dict[str, list[str]] | None = None,
         constants: dict[str, str] | None = None,
         group: str | None = None,
+        id: str = "id",
         shared_questions: SharedQuestions = "warn",
     ) -> None:
         if min(validation_share, test_share) < 0 or validation_share + test_share >= 1:
@@ -120,6 +123,7 @@ class Table(Source):
         self.where = where or {}
         self.constants = constants or {}
         self.group = group
+        self.id = id
         self.shared_questions = shared_questions
         self._tables: dict[str | None, list[Record]] = {}
         self._observed: set[Preference] = set()
@@ -133,13 +137,25 @@ class Table(Source):
         notices.warn(len(rows))
         if view is View.REWARD and split is Split.TRAIN:
             names = [name for name in preferences.names if self._must_be_labelled(name)]
-            self.labels.warn_if_constant(self.path, rows, names)
+            self.labels.warn_if_constant(str(self.path), rows, names)
         if self.only_observed:
             training = (self.labels.votes(record, preferences, required=[]) for record in self._records(Split.TRAIN))
             self._observed = {Preference(levels_of(votes)) for votes in training}
         if view is View.POLICY and split is not Split.PREDICT:
             rows = list({question_key(row.question): row for row in reversed(rows)}.values())[::-1]
         return rows
+
+    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+        """See the base class. Rows to be scored are read one at a time, unless there is a layout, which needs all."""
+        name = self.others.get(split)
+        if view is not View.REWARD or split is not Split.PREDICT or name is None or self.layout is not None:
+            yield from self.rows(view, split, preferences, seed)
+            return
+        notices, count = Notices(), 0
+        for record in filter(self._is_wanted, self._scan(name)):
+            yield self._example(record, view, split, preferences, notices)
+            count += 1
+        notices.warn(count)
 
     def reachable(self, preference: Preference) -> bool:
         """With ``only_observed``: whether some training row has all these levels at once. Rows must be read first."""
@@ -163,8 +179,7 @@ class Table(Source):
 
     def _read(self, name: str | None) -> list[Record]:
         if name not in self._tables:
-            records = self._read_table(name)
-            records = [Record(record.place, {**record.fields, **self.constants}) for record in records]
+            records = completed(self._scan(name))
             if self.layout is not None:
                 records = self.layout.rows(records)
             kept = [record for record in records if self._is_wanted(record)]
@@ -176,14 +191,20 @@ class Table(Source):
             self._tables[name] = kept
         return self._tables[name]
 
-    def _read_table(self, name: str | None) -> list[Record]:
+    def _scan(self, name: str | None) -> Iterator[Record]:
+        for record in self._scan_table(name):
+            yield Record(record.place, {**record.fields, **self.constants})
+
+    def _scan_table(self, name: str | None) -> Iterator[Record]:
         if name is not None and is_file_name(name):
-            return read_file(name)
+            return scan_file(name)
+        if self.path is None:
+            raise ValueError("data.source.path is not given, so there is no table to read rows from")
         if not is_file_name(self.path):
-            return read_hub(self.path, name or self.train, self.folder)
+            return scan_hub(self.path, name or self.train, self.folder)
         if name is not None:
             raise ValueError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
-        return read_file(self.path)
+        return scan_file(self.path)
 
     def _is_wanted(self, record: Record) -> bool:
         return all(str(require(record, path, "where")) in values for path, values in self.where.items())
@@ -214,17 +235,24 @@ class Table(Source):
                 raise ValueError(f"{record.place}, field '{self.answer}': the answer is {answer!r}, not a text")
             if not answer.strip():
                 notices.add("the answer is empty", record.place)
-        fitted = view is View.REWARD and split is not Split.PREDICT
-        required = [name for name in preferences.names if fitted and self._must_be_labelled(name)]
+        example = Example(self._question(record), answer, id=self._id(record))
+        if view is View.REWARD and split is Split.PREDICT:
+            return example
+        required = [name for name in preferences.names if view is View.REWARD and self._must_be_labelled(name)]
         votes = self.labels.votes(record, preferences, required)
-        subset = None if self.subset is None else str(require(record, self.subset, "subset"))
-        example = Example(self._question(record), answer, levels_of(votes), subset, votes=several(votes))
+        example.levels, example.votes = levels_of(votes), several(votes)
+        if self.subset is not None:
+            example.subset = str(require(record, self.subset, "subset"))
         rejected, compared, margin = self.comparisons.read(record, preferences)
         if rejected is not None and rejected == answer:
             notices.add("the rejected answer is the answer, so nothing is compared", record.place)
         elif rejected is not None:
             example.rejected, example.compared, example.margin = rejected, compared, margin
         return example
+
+    def _id(self, record: Record) -> str | int | None:
+        value = find(record.fields, self.id)
+        return value if value is None or isinstance(value, int) else str(value)
 
     def _must_be_labelled(self, name: str) -> bool:
         """Whether the classifier can learn a dimension from its labels alone."""

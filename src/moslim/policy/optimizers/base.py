@@ -1,36 +1,90 @@
-"""The interface of every policy optimizer, and how several rewards become one score per answer."""
+"""The interface of every policy optimizer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from moslim.plugin import Plugin
-
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+from moslim.policy.critic import CriticOptions
+from moslim.policy.optimizers.aggregation import Aggregation, normalize_then_sum
 
 
 @dataclass
 class GroupScores:
-    """What is known of the answers of one rollout. ``G`` prompts, ``n`` answers each, ``D`` dimensions.
+    """What is known of the answers of one rollout: ``G`` prompts, ``n`` answers each, ``D`` dimensions, ``T`` tokens.
 
     Args:
         total: ``[G, n]`` the mapping function's scalar reward.
-        per_dimension: ``[G, n, D]`` its reward per dimension, NaN where inactive.
-        sequence_kl: ``[G, n]`` sum of the k1 estimates over the answer's tokens; 0 without a reference.
+        per_dimension: ``[G, n, D]`` its reward per dimension and those of reward functions, NaN where inactive.
         penalty: ``[G, n]`` what an answer loses for breaking a rule, e.g. for not ending.
+        token_kl: ``[G, n, T]`` k1 estimates of the divergence from the reference; 0 where masked or without one.
+        mask: ``[G, n, T]`` bool, up to and including the end-of-sequence token.
+        values: ``[G, n, T]`` the critic's, before each token, 0 where masked; None without a critic.
         weights: ``[G, n, D]`` how much each dimension counts in normalise-then-sum; None = equally.
     """
 
     total: Tensor
     per_dimension: Tensor
-    sequence_kl: Tensor
     penalty: Tensor
+    token_kl: Tensor
+    mask: Tensor
+    values: Tensor | None = None
     weights: Tensor | None = None
+
+    @property
+    def sequence_kl(self) -> Tensor:
+        """``[G, n]`` nats per answer."""
+        return self.token_kl.sum(dim=-1)
+
+
+@dataclass
+class UpdateBatch:
+    """What the loss of ``N`` answers is computed from.
+
+    Args:
+        logprobs: ``[N, T]`` under the current weights, with gradient.
+        old: ``[N, T]`` when sampled.
+        advantages: ``[N]`` or ``[N, T]``, as ``advantages`` returned them.
+        mask: ``[N, T]`` bool, up to and including the end-of-sequence token; empty for answers that are not ``used``.
+        length: The engine's length limit, for constant normalisation.
+        samples: Answers per prompt; with ``whole_groups``, those of one prompt are adjacent.
+        reference: ``[N, T]`` under the reference; None unless ``needs_reference``.
+        entropy: ``[N, T]`` nats, with gradient; None unless ``needs_entropy``.
+        values: ``[N, T]`` the critic's, with gradient; None without a critic, as the next two.
+        old_values: ``[N, T]`` when sampled.
+        returns: ``[N, T]`` what the critic should have said.
+    """
+
+    logprobs: Tensor
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+    length: int
+    samples: int
+    reference: Tensor | None = None
+    entropy: Tensor | None = None
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """``[N, T]`` log of current over old probability, 0 where masked."""
+        return (self.logprobs - self.old) * self.mask
+
+    @property
+    def token_advantages(self) -> Tensor:
+        """``[N, T]``, or ``[N, 1]`` where all tokens of an answer share one."""
+        return self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
+
+    def token_mean(self, values: Tensor) -> Tensor:
+        """Mean over this process's tokens, detached, for metrics."""
+        return (values.detach() * self.mask).sum() / self.mask.sum().clamp(min=1)
 
 
 @dataclass
@@ -46,107 +100,101 @@ class LossParts:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
-def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor | None = None) -> Tensor:
-    """Normalises every dimension within its group, then adds up (GDPO, arXiv 2601.05242, with a softened std).
-
-    ``sum_d w_d (r_d - mean_G r_d) / sqrt(var_G r_d + std_floor^2) / sqrt(sum_d w_d^2)`` over the active dimensions. The
-    floor keeps a dimension that is already satisfied from being noise blown up to unit variance; the root keeps prompts
-    that name many dimensions from counting more.
-
-    Args:
-        per_dimension: ``[G, n, D]``, NaN where inactive; mean and variance are taken over the rest of the group.
-        std_floor: In units of the reward.
-        weights: ``[G, n, D]``, 0 or more; None = equal ones.
-
-    Returns:
-        ``[G, n]``; 0 where no dimension is active.
-    """
-    active = ~per_dimension.isnan()
-    values = per_dimension.nan_to_num()
-    answers = active.sum(dim=1, keepdim=True).clamp(min=1)
-    centred = (values - values.sum(dim=1, keepdim=True) / answers) * active
-    scale = (centred.square().sum(dim=1, keepdim=True) / answers + std_floor**2).sqrt().clamp(min=1e-8)
-    weight = active.to(values.dtype) if weights is None else active * weights
-    return (centred / scale * weight).sum(dim=-1) / weight.square().sum(dim=-1).sqrt().clamp(min=1e-8)
-
-
+@dataclass(eq=False, kw_only=True)
 class PolicyOptimizer(Plugin, ABC):
-    """Turns scores into advantages, and advantages into a loss.
+    """Turns scores into advantages, and advantages into a loss. Name a subclass under ``model.policy_optimizer``.
+
+    An optimizer is a dataclass: its fields are its options, a subclass inherits them and may change a default. It is a
+    Lightning callback as well: the Trainer calls its hooks, and what ``state_dict`` returns (plain numbers) goes into
+    every checkpoint.
 
     Args:
-        kl_coef: Weight of the KL divergence to the reference; 0 does without.
-        clip_low: How far below 1 the probability ratio may fall before its gradient stops.
-        clip_high: How far above 1 it may rise.
         aggregation: ``sum_then_normalize`` takes the mapping function's scalar; ``normalize_then_sum`` normalises
-            each dimension's reward within its group first (GDPO).
-        std_floor: Softening of the standard deviation in ``normalize_then_sum``, in units of the reward.
+            each dimension's reward within its group first (GDPO, arXiv 2601.05242).
+        std_floor: Softening of every standard deviation that rewards are divided by, ``sqrt(std^2 + floor^2)``, in
+            units of the reward.
     """
 
     role: ClassVar[str] = "policy_optimizer"
-    kl_in_reward: ClassVar[bool]
-    """Whether ``kl_coef`` applies to the reward (else the loss)."""
+    whole_groups: ClassVar[bool] = False
+    """Whether a minibatch must hold all answers to its prompts, adjacent."""
 
-    def __init__(
-        self,
-        kl_coef: float = 0.05,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        aggregation: Aggregation = "sum_then_normalize",
-        std_floor: float = 0.1,
-    ) -> None:
-        super().__init__()
-        if kl_coef < 0:
-            raise ValueError(f"policy_optimizer.kl_coef is {kl_coef}: give 0 or more")
-        if not 0 < clip_low < 1 or clip_high <= 0:
-            raise ValueError(f"policy_optimizer: clip_low {clip_low} must lie in (0, 1), clip_high {clip_high} above 0")
-        if aggregation not in ("sum_then_normalize", "normalize_then_sum"):
-            raise ValueError(
-                f"policy_optimizer.aggregation is '{aggregation}': give 'sum_then_normalize' or 'normalize_then_sum'"
-            )
-        if std_floor < 0:
-            raise ValueError(f"policy_optimizer.std_floor is {std_floor}: give 0 or more")
-        self.kl_coef = kl_coef
-        self.clip_low = clip_low
-        self.clip_high = clip_high
-        self.aggregation = aggregation
-        self.std_floor = std_floor
+    aggregation: Aggregation = "sum_then_normalize"
+    std_floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.one_of("aggregation", get_args(Aggregation))
+        self.at_least("std_floor", 0)
 
     @property
     def needs_reference(self) -> bool:
         """Whether reference log-probabilities must be computed."""
-        return self.kl_coef > 0
+        return False
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the entropy of every token's distribution must be computed."""
+        return False
+
+    @property
+    def critic(self) -> CriticOptions | None:
+        """The critic that the PolicyTrainer is to build and train; None = none is needed."""
+        return None
 
     def scores(self, rewards: GroupScores) -> Tensor:
-        """One score per answer ``[G, n]``: the aggregated reward, less the penalty, less the KL if it stands here."""
+        """One score per answer ``[G, n]``: the aggregated reward, less the penalty; without any KL."""
         if self.aggregation == "normalize_then_sum":
-            reward = normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights)
-        else:
-            reward = rewards.total
-        score = reward - rewards.penalty
-        return score - self.kl_coef * rewards.sequence_kl if self.kl_in_reward else score
+            return normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights) - rewards.penalty
+        return rewards.total - rewards.penalty
 
     @abstractmethod
     def advantages(self, rewards: GroupScores) -> Tensor:
-        """Returns ``[G, n]``: how much better each answer is than what was to be expected."""
+        """Returns ``[G, n]`` or ``[G, n, T]``: how much better each answer, or token, is than was to be expected."""
 
     @abstractmethod
-    def loss(
-        self, logprobs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, mask: Tensor, length: int
-    ) -> LossParts:
-        """Returns the loss of a (mini)batch of ``N`` answers.
+    def loss(self, batch: UpdateBatch) -> LossParts:
+        """Returns the loss of a (mini)batch of answers."""
 
-        Args:
-            logprobs: ``[N, T]`` under the current weights.
-            old: ``[N, T]`` when sampled.
-            reference: ``[N, T]`` under the reference; None unless ``needs_reference``.
-            advantages: ``[N]``.
-            mask: ``[N, T]`` bool, up to and including the end-of-sequence token.
-            length: The engine's length limit, for constant normalisation.
-        """
+    def used(self, rewards: GroupScores) -> Tensor:
+        """Which answers take part in updates, ``[G, n]`` bool; the others cost nothing there."""
+        return torch.ones_like(rewards.total, dtype=torch.bool)
 
-    def clipped(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """PPO's pessimistic objective (arXiv 1707.06347, eq. 7), and where the clip was active; shapes as given."""
-        ratio = log_ratio.clamp(-20, 20).exp()
-        bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        objective = torch.minimum(ratio * advantages, bounded * advantages)
-        return objective, (ratio * advantages > objective).float()
+    def returns(self, rewards: GroupScores) -> Tensor | None:
+        """What the critic is to learn, ``[G, n, T]``; None without a critic."""
+        return None
+
+    def observe(self, rewards: GroupScores) -> None:
+        """Called once per training rollout, after its advantages: the only place to update state."""
+
+    # Checks, for __post_init__ and advantages -------------------------------------------------------------------
+
+    def one_of(self, option: str, allowed: tuple[str, ...]) -> None:
+        """Refuses an option that is none of the words allowed."""
+        if getattr(self, option) not in allowed:
+            words = ", ".join(f"'{word}'" for word in allowed)
+            raise ValueError(f"policy_optimizer.{option} is '{getattr(self, option)}': give one of {words}")
+
+    def at_least(self, option: str, least: float) -> None:
+        """Refuses an option below ``least``; None passes."""
+        value = getattr(self, option)
+        if value is not None and not value >= least:
+            raise ValueError(f"policy_optimizer.{option} is {value}: give {least:g} or more")
+
+    def above(self, option: str, least: float) -> None:
+        """Refuses an option that is ``least`` or below; None passes."""
+        value = getattr(self, option)
+        if value is not None and not value > least:
+            raise ValueError(f"policy_optimizer.{option} is {value}: give more than {least:g}")
+
+    def within_unit(self, option: str) -> None:
+        """Refuses an option outside of [0, 1]."""
+        value = getattr(self, option)
+        if not 0 <= value <= 1:
+            raise ValueError(f"policy_optimizer.{option} is {value}: give a number from 0 to 1")
+
+    def compares(self, score: Tensor) -> Tensor:
+        """Returns ``[G, n]`` scores as they are, and refuses groups of one."""
+        if score.shape[1] < 2:
+            name = type(self).__name__
+            raise ValueError(f"{name} compares the answers to a prompt: set samples_per_prompt to 2 or more")
+        return score

@@ -2,93 +2,60 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
-from moslim.policy.kl import KLInLoss, kl_loss
-from moslim.policy.optimizers.base import Aggregation, GroupScores, LossParts, PolicyOptimizer
-from moslim.processes import mean_over_processes
+from moslim.policy.kl import KLEstimator, KLPlace
+from moslim.policy.optimizers.base import GroupScores
+from moslim.policy.optimizers.policy_gradient import PolicyGradient
+from moslim.policy.optimizers.reductions import Reduction, moments
 
-Reduction = Literal["grpo", "token_mean", "constant"]
-
-
-def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: int) -> Tensor:
-    """Averages per-token values ``[N, T]`` to a scalar; its gradient, averaged over processes, is that of all answers.
-
-    Args:
-        values: ``[N, T]``.
-        mask: ``[N, T]`` bool.
-        reduction: ``grpo`` is the mean over answers of the mean over tokens, ``token_mean`` the mean over all tokens
-            (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit, then the mean
-            over answers (Dr. GRPO, arXiv 2503.20783).
-        length: The engine's length limit.
-    """
-    sums = (values * mask).sum(dim=1)
-    if reduction == "grpo":
-        return (sums / mask.sum(dim=1).clamp(min=1)).mean()
-    if reduction == "token_mean":
-        return sums.sum() / mean_over_processes(mask.sum()).clamp(min=1)
-    return (sums / length).mean()
+Scale = Literal["group", "batch", "none"]
+_EPS = 1e-4
 
 
-class GRPO(PolicyOptimizer):
-    """Each answer's advantage is its score's distance from its group's mean, in group standard deviations.
+@dataclass(eq=False, kw_only=True)
+class GRPO(PolicyGradient):
+    """Each answer's advantage is its score's distance from its group's mean, in standard deviations.
+
+    ``(score - mean_G) / (sqrt(var + std_floor^2) + 1e-4)`` with the Bessel-corrected variance; with ``std_floor: 0`` it
+    is TRL's. verl adds 1e-6 and OpenRLHF 1e-9 instead of 1e-4; NeMo-RL takes leave-one-out moments.
 
     Args:
-        kl_coef: Weight of the KL divergence in the loss.
-        kl: Its estimator, ``k2`` or ``k3``. ``k3`` is weighted by the probability ratio, which makes its gradient
-            right off policy too.
-        reduction: How token losses are averaged, see :func:`reduce_tokens`.
-        scale: Divide by the group's standard deviation (Bessel-corrected); off is Dr. GRPO's choice.
-        clip_low: See PolicyOptimizer.
-        clip_high: See PolicyOptimizer; above ``clip_low`` is DAPO's clip-higher.
-        aggregation: See PolicyOptimizer.
-        std_floor: See PolicyOptimizer.
+        reduction: ``token_mean`` is DAPO's and TRL's default, ``grpo`` the paper's, ``constant`` Dr. GRPO's.
+        scale: Whose standard deviation is divided by: the ``group``'s; that of all scores of the ``batch`` (with
+            ``normalize_then_sum``, GDPO's last step, arXiv 2601.05242); or ``none`` (Dr. GRPO, arXiv 2503.20783).
+        min_spread: Groups whose scores, before any KL, have a standard deviation of this or less are left out of
+            updates (DAPO's dynamic sampling without resampling; a learned reward's spread is never exactly 0). None
+            keeps them all.
     """
 
-    kl_in_reward: ClassVar[bool] = False
-    _EPS = 1e-4
+    kl_in: KLPlace = "loss"
+    kl: KLEstimator = "k3"
+    reduction: Reduction = "token_mean"
+    scale: Scale = "group"
+    min_spread: float | None = None
 
-    def __init__(
-        self,
-        kl_coef: float = 0.05,
-        kl: KLInLoss = "k3",
-        reduction: Reduction = "token_mean",
-        scale: bool = True,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
-        aggregation: Aggregation = "sum_then_normalize",
-        std_floor: float = 0.1,
-    ) -> None:
-        super().__init__(kl_coef, clip_low, clip_high, aggregation, std_floor)
-        if kl not in ("k2", "k3"):
-            raise ValueError(f"policy_optimizer.kl is '{kl}': use 'k2' or 'k3' (k1 has no gradient on average)")
-        if reduction not in ("grpo", "token_mean", "constant"):
-            raise ValueError(f"policy_optimizer.reduction is '{reduction}': use 'grpo', 'token_mean' or 'constant'")
-        self.kl = kl
-        self.reduction = reduction
-        self.scale = scale
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("scale", get_args(Scale))
+        self.at_least("min_spread", 0)
 
     def advantages(self, rewards: GroupScores) -> Tensor:
-        score = self.scores(rewards)
-        if score.shape[1] < 2:
-            raise ValueError("GRPO compares the answers to a prompt: set samples_per_prompt to 2 or more")
+        score = self.compares(self.scores_less_kl(rewards))
         centred = score - score.mean(dim=1, keepdim=True)
-        return centred / (score.std(dim=1, keepdim=True) + self._EPS) if self.scale else centred
+        if self.scale == "none":
+            return centred
+        everyone = torch.ones_like(score, dtype=torch.bool)
+        variance = score.var(dim=1, keepdim=True) if self.scale == "group" else moments(score, everyone)[1]
+        return centred / ((variance + self.std_floor**2).sqrt() + _EPS)
 
-    def loss(
-        self, logprobs: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, mask: Tensor, length: int
-    ) -> LossParts:
-        log_ratio = (logprobs - old) * mask
-        objective, clipped = self.clipped(log_ratio, advantages[:, None])
-        loss = reduce_tokens(-objective, mask, self.reduction, length)
-        metrics = {"clip_fraction": (clipped * mask).sum() / mask.sum().clamp(min=1)}
-        if reference is not None and self.kl_coef > 0:
-            estimate = kl_loss(self.kl, logprobs, reference)
-            if self.kl == "k3":
-                estimate = estimate * log_ratio.clamp(-20, 20).exp()
-            kl = reduce_tokens(estimate, mask, self.reduction, length)
-            loss = loss + self.kl_coef * kl
-            metrics["kl_loss"] = kl.detach()
-        return LossParts(loss, metrics)
+    def used(self, rewards: GroupScores) -> Tensor:
+        """Leaves out groups whose answers are all about equally good, ``[G, n]`` bool."""
+        if self.min_spread is None:
+            return super().used(rewards)
+        spread = self.scores(rewards).std(dim=1, keepdim=True)
+        return (spread > self.min_spread).expand_as(rewards.total)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moslim.levels import expected_level
 from moslim.reporting import Result
 from moslim.reward.evaluation.rows import ScoredRows
-from moslim.reward.links import expected_levels
 from moslim.reward.losses import MISSING
 from moslim.statistics import rank_correlation
 
@@ -33,7 +33,7 @@ def length_dependence(rows: ScoredRows, names: Sequence[str]) -> Result:
     bucket = torch.bucketize(length, quartiles)
     known = rows.levels != MISSING
     right = (rows.probs.argmax(-1) == rows.levels).double().where(known, torch.nan)
-    expected = expected_levels(rows.probs)
+    expected = expected_level(rows.probs)
     return {
         "unit": "characters",
         "buckets": [
@@ -69,7 +69,7 @@ def head_correlation(rows: ScoredRows, names: Sequence[str]) -> Result:
         ``names``; ``expected`` and ``label``, ``[D, D]``; ``excess``, the mean over pairs of heads of
         ``|expected| - |label|``.
     """
-    expected, labels = expected_levels(rows.probs), rows.levels.double()
+    expected, labels = expected_level(rows.probs), rows.levels.double()
     known = rows.levels != MISSING
 
     def matrix(values: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moslim.levels import expected_level
 from moslim.reward.evaluation.rows import ScoredRows
-from moslim.reward.links import expected_levels
 from moslim.reward.losses import MISSING
 from moslim.reward.metrics import measures
 from moslim.statistics import bootstrap_interval, rank_correlation
@@ -43,7 +43,7 @@ class Labelled:
     @property
     def expected(self) -> Tensor:
         """Expected level ``[N]``."""
-        return expected_levels(self.probs)
+        return expected_level(self.probs)
 
     def confusions(self) -> Tensor:
         """Confusion matrix of every question, ``[Q, K, K]`` float64; rows = labelled level, columns = predicted."""

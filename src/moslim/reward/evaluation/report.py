@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -12,6 +13,8 @@ from moslim.reward import metrics
 from moslim.reward.evaluation import plots
 from moslim.reward.evaluation.levels import MEASURES
 from moslim.reward.evaluation.tables import markdown
+
+_PLACES = ("reward.json", "version_*/reward.json")
 
 
 def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
@@ -46,6 +49,21 @@ def write_report(result: Result, folder: str | Path) -> dict[str, Path]:
     pictures = write_figures(folder, figures)
     page = markdown(result, [path.name for path in pictures.values()])
     return write_texts(folder, "reward", result, page) | pictures
+
+
+def find_result(folders: Iterable[str | Path], weights: str) -> Result | None:
+    """Returns the newest test of these weights, or None.
+
+    Args:
+        folders: Roots of runs, or folders of reports.
+        weights: Fingerprint of the weights.
+    """
+    files = {file for folder in folders for place in _PLACES for file in Path(folder).glob(place)}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        result: Result = json.loads(file.read_text(encoding="utf-8"))
+        if result.get("weights") == weights:
+            return result
+    return None
 
 
 def scalars(result: Result) -> dict[str, float]:

@@ -3,6 +3,7 @@
 | key | holds |
 |---|---|
 | ``schema`` | version of this document; a key that is added does not change it |
+| ``weights`` | added by the test stage: a fingerprint of the weights that were tested |
 | ``dimensions`` | by dimension: ``levels`` (names), ``n_rows``, the measures, ``recall`` by level, ``confusion`` \
 (rows = labelled), ``interval`` (95%, over questions) |
 | ``mean`` | each measure's mean over the dimensions where it is defined |

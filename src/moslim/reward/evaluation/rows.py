@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from moslim.data.types import PairBatch
+from moslim.levels import expected_level
 from moslim.preferences import PreferenceSet
 from moslim.processes import gathered
 from moslim.reward.held_out import question_key
-from moslim.reward.links import expected_levels
 
 _ROUNDING = 1e-5
 """Gaps up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
@@ -107,7 +107,7 @@ class Scores:
         subsets = [row.subset for row in batch.rows]
         rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, question, length, subsets)
         self._rows.append(rows.select(targets.any(-1).any(-1)))
-        expected, better, worse = expected_levels(probs), batch.better.cpu(), batch.worse.cpu()
+        expected, better, worse = expected_level(probs), batch.better.cpu(), batch.worse.cpu()
         gaps = expected[better] - expected[worse]
         gaps = gaps.where(gaps.abs() > _ROUNDING, 0.0)
         self._pairs.append(ScoredPairs(gaps, batch.compared.cpu(), question[better]))

@@ -1,0 +1,78 @@
+"""What can be wrong with a rollout or a step. Each function says what it found, or returns None."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moslim.policy.kl import k1
+
+
+def nonfinite(name: str, values: Tensor) -> str | None:
+    """Finds NaN and infinity in a tensor of any shape."""
+    bad = int((~values.isfinite()).sum())
+    return f"{name} is not finite in {bad} of {values.numel()} places" if bad else None
+
+
+def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: float) -> str | None:
+    """Compares the estimated KL divergence to the reference, in nats per answer, with a limit.
+
+    Args:
+        logprobs: ``[N, T]`` of the sampler.
+        reference: ``[N, T]``; None where the run has no reference, and so no divergence.
+        mask: ``[N, T]`` bool, answer tokens.
+        limit: Nats per answer.
+    """
+    if reference is None:
+        return None
+    kl = float((k1(logprobs, reference) * mask).sum(dim=1).mean())
+    return (
+        None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, not within {limit:g}"
+    )
+
+
+def off_policy(logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float) -> str | None:
+    """Finds a probability ratio that is not 1 where the policy has not changed since it answered.
+
+    Args:
+        logprobs: ``[N, T]`` in the update's forward pass.
+        old: ``[N, T]`` of the sampler.
+        mask: ``[N, T]`` bool, the answer tokens to compare; may be none.
+        tolerance: Greatest mean over tokens of ``|log ratio|``; rounding in bfloat16 gives some hundredths.
+    """
+    distance = float(((logprobs - old).abs() * mask).sum() / mask.sum().clamp(min=1))
+    if distance <= tolerance:
+        return None
+    return (
+        "update and sampler disagree before the first step on a rollout: mean |log ratio| over tokens is "
+        f"{distance:.4g}, above {tolerance:g}"
+    )
+
+
+def identical(answers: Sequence[str], samples: int) -> str | None:
+    """Finds that all answers to each prompt are the same, so that there is nothing to compare.
+
+    Args:
+        answers: ``G * n`` answers, those to one prompt adjacent.
+        samples: Answers per prompt, ``n``; with one there is no comparison to lose.
+    """
+    groups = [answers[i : i + samples] for i in range(0, len(answers), samples)]
+    if samples < 2 or any(len(set(group)) > 1 for group in groups):
+        return None
+    return f"the {samples} answers to every prompt are the same, such as {answers[0][:80]!r}"
+
+
+def truncated(ended: Tensor) -> str | None:
+    """Finds that no answer of a rollout ended (``[N]`` bool) before the length limit."""
+    return None if bool(ended.any()) else f"all {len(ended)} answers were cut at the length limit"
+
+
+def nonfinite_weights(parameters: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Finds NaN and infinity in named weights; of a sharded one, this process's part is looked at."""
+    for name, weight in parameters:
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        if not bool(torch.isfinite(local).all()):
+            return f"weight {name} is not finite"
+    return None

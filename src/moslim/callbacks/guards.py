@@ -1,0 +1,164 @@
+"""Stops or warns when training goes wrong, and keeps the step at which it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from moslim.callbacks import faults
+from moslim.policy.module import PolicyTrainer
+
+Action = Literal["stop", "warn", "off"]
+RECORD = "guard"
+"""Key of a checkpoint under which a guard says why it wrote it."""
+
+
+class GuardError(RuntimeError):
+    """A guard stopped the run."""
+
+
+class Guards(Callback):
+    """Looks at every rollout and loss before the weights change; docs/troubleshooting.md says what to do about each.
+
+    A guard that stops raises :class:`GuardError`: no step is taken and no checkpoint written over, so the last one is
+    as good as it was. The step itself, that is rollout, weights and states, goes to ``guards/<guard>-step<n>.ckpt`` in
+    the run's folder; ``python main.py replay --ckpt_path`` shows it row by row. A guard that warns does so once, keeps
+    that step too, and counts the others as ``guards/<guard>``. Under several processes all stop together.
+
+    Args:
+        nonfinite: NaN or infinity in the loss, in a reward, or, when a checkpoint is to be written, in a weight.
+        kl: The KL divergence to the reference is above ``kl_limit``; needs a ``kl_coef`` above 0.
+        ratio: Update and sampler disagree about a rollout's probabilities before its first step.
+        identical: The answers to each prompt are all the same.
+        truncated: Every answer of a rollout was cut at the length limit.
+        kl_limit: Nats per answer, like the metric ``train/kl``.
+        ratio_tolerance: Greatest mean ``|log ratio|`` over tokens; bfloat16 needs some hundredths.
+        keep: Whether to write the file.
+
+    Raises:
+        ValueError: An action is unknown, or a limit is not above 0.
+    """
+
+    def __init__(
+        self,
+        nonfinite: Action = "stop",
+        kl: Action = "stop",
+        ratio: Action = "warn",
+        identical: Action = "stop",
+        truncated: Action = "warn",
+        kl_limit: float = 100.0,
+        ratio_tolerance: float = 0.05,
+        keep: bool = True,
+    ) -> None:
+        self.actions: dict[str, Action] = {
+            "nonfinite": nonfinite,
+            "kl": kl,
+            "ratio": ratio,
+            "identical": identical,
+            "truncated": truncated,
+        }
+        for name, action in self.actions.items():
+            if action not in ("stop", "warn", "off"):
+                raise ValueError(f"guards.{name} is '{action}': give 'stop', 'warn' or 'off'")
+        if min(kl_limit, ratio_tolerance) <= 0:
+            raise ValueError(f"guards.kl_limit is {kl_limit}, ratio_tolerance {ratio_tolerance}: give more than 0")
+        self.kl_limit = kl_limit
+        self.ratio_tolerance = ratio_tolerance
+        self.keep = keep
+        self.trips: dict[str, int] = {}
+        self._batch_idx = 0
+        self._record: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a module that has no rollouts.
+
+        Raises:
+            TypeError: The module is no PolicyTrainer.
+        """
+        if not isinstance(pl_module, PolicyTrainer):
+            raise TypeError(f"Guards watch a PolicyTrainer, not a {type(pl_module).__name__}")
+        self.trips.clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes where in the life of a rollout the step is."""
+        self._batch_idx = batch_idx
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Looks at the loss and, when it is first used, at the rollout.
+
+        Raises:
+            GuardError: A guard that stops the run has tripped.
+        """
+        module: Any = pl_module
+        rollout, rows, logprobs = module.rollout, module.rows, module.logprobs
+        checks: dict[str, Callable[[], str | None]] = {}
+        if self._batch_idx % module.batch_repeats == 0:
+            reference = rollout.reference_logprobs
+            updated = rows.mask & rows.used[:, None]  # answers that nothing needs are not computed
+            checks = {
+                "nonfinite": lambda: faults.nonfinite("a reward", rollout.rewards),
+                "kl": lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
+                "ratio": lambda: faults.off_policy(logprobs, rows.old_logprobs, updated, self.ratio_tolerance),
+                "identical": lambda: faults.identical(rollout.answers, module.samples_per_prompt),
+                "truncated": lambda: faults.truncated(rollout.ended),
+            }
+        for guard, find in checks.items():
+            self._check(trainer, module, guard, find)
+        self._check(trainer, module, "nonfinite", lambda: faults.nonfinite("the loss", loss.detach()))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the reason to a guard's own file; keeps others from being written with weights that are broken.
+
+        Raises:
+            GuardError: A weight is not finite, and ``nonfinite`` is ``stop``.
+        """
+        if self._record is not None:
+            checkpoint[RECORD] = self._record
+        elif self.actions["nonfinite"] == "stop":
+            trained = [(name, p.detach()) for name, p in pl_module.named_parameters() if p.requires_grad]
+            reason = faults.nonfinite_weights(trained)
+            if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
+                raise GuardError(f"no checkpoint was written: {reason or 'a weight of another process is not finite'}")
+
+    def _check(self, trainer: Trainer, module: PolicyTrainer, guard: str, find: Callable[[], str | None]) -> None:
+        """Looks for one fault. Only what concerns all answers must hold in every process."""
+        action = self.actions[guard]
+        if action == "off":
+            return
+        reason = find()
+        for_all = guard in ("identical", "truncated")
+        if not trainer.strategy.reduce_boolean_decision(reason is not None, all=for_all):
+            return
+        self.trips[guard] = self.trips.get(guard, 0) + 1
+        module.log(f"guards/{guard}", float(self.trips[guard]), batch_size=1)
+        if action == "warn" and self.trips[guard] > 1:
+            return
+        reason = f"{reason or 'it tripped in another process'} (step {trainer.global_step})"
+        kept = self._keep(trainer, module, guard, reason)
+        if action == "stop":
+            raise GuardError(f"guard `{guard}`: {reason}; docs/troubleshooting.md says what to do. {kept}")
+        rank_zero_warn(f"guard `{guard}`: {reason}; further ones are only counted, as guards/{guard}. {kept}")
+
+    def _keep(self, trainer: Trainer, module: PolicyTrainer, guard: str, reason: str) -> str:
+        """Writes the step down as a checkpoint; every process must ask."""
+        folder = trainer.log_dir or trainer.default_root_dir
+        if not self.keep or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
+            return "The step was not kept."
+        assert module.logprobs is not None
+        path = Path(folder) / "guards" / f"{guard}-step{trainer.global_step}.ckpt"
+        self._record = {
+            "guard": guard,
+            "reason": reason,
+            "loss": float(trainer.callback_metrics["train/loss"]),
+            "logprobs": module.logprobs.cpu(),
+        }
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        finally:
+            self._record = None
+        return f"To see it row by row: python main.py replay --config FILE --ckpt_path {path}"

@@ -1,0 +1,47 @@
+"""Pairs that are read, encoded and batched only when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from moslim.data.pairs import CollateRewards, Pair, require_answer
+from moslim.data.prompts import PairEncoder
+from moslim.data.types import Example, PairBatch
+
+
+@dataclass
+class StreamedPairs:
+    """All pairs in order, with one batch of them in memory.
+
+    Args:
+        rows: Begins a pass over the rows.
+        encoder: What makes the ids.
+        collate: Makes a batch of pairs.
+        batch_size: Pairs per batch.
+        skip: Rows at the start to leave out. Batches end where they would end without this.
+    """
+
+    rows: Callable[[], Iterator[Example]]
+    encoder: PairEncoder
+    collate: CollateRewards
+    batch_size: int
+    skip: int = 0
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        """Yields batches; there is no length, since nobody has counted the rows.
+
+        Raises:
+            ValueError: There are no rows, or one has no answer.
+        """
+        rows = enumerate(self.rows())
+        seen = sum(1 for _ in islice(rows, self.skip))
+        while chunk := list(islice(rows, self.batch_size - seen % self.batch_size)):
+            seen += len(chunk)
+            yield self.collate([self._pair(number, row) for number, row in chunk])
+        if not seen:
+            raise ValueError("the source has no rows to score; a Table takes them from data.source.predict")
+
+    def _pair(self, number: int, row: Example) -> Pair:
+        return Pair(*self.encoder.spans(row.question, require_answer(number, row)), row)

@@ -1,0 +1,74 @@
+"""The critic: how much is still to come before each token of an answer, read from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moslim.lora import LoraOptions
+
+
+@dataclass
+class CriticOptions:
+    """What a policy optimizer asks the PolicyTrainer to build.
+
+    Args:
+        lora: Adapter of the critic's own on the policy's frozen base; None = a head on the policy's trunk.
+    """
+
+    lora: LoraOptions | None = None
+
+
+class ValueHead(nn.Module):
+    """A linear layer from hidden state to value; it starts at 0 everywhere.
+
+    Args:
+        hidden_size: ``H``.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Values of the states in which the tokens of answers were chosen.
+
+        Args:
+            hidden: ``[N, P + T, H]`` of prompts and answers.
+            mask: ``[N, T]`` bool, answer tokens.
+
+        Returns:
+            ``[N, T]`` float32, 0 where masked.
+        """
+        before = hidden[:, -mask.shape[1] - 1 : -1]
+        return self.linear(before.to(self.linear.weight.dtype))[..., 0].float() * mask
+
+
+def trunk(model: Any) -> Any:
+    """The transformer under a causal language model's output layer, with its adapters."""
+    return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
+
+
+def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """``[N, P + T, H]`` hidden states, without computing logits; left-padded."""
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    found: Tensor = trunk(model)(**inputs, use_cache=False).last_hidden_state
+    return found
+
+
+@contextmanager
+def hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collects the trunk's last hidden states of every pass inside, so that a value head needs no pass of its own."""
+    found: list[Tensor] = []
+    handle = trunk(model).register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
+    try:
+        yield found
+    finally:
+        handle.remove()

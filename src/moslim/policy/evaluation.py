@@ -1,0 +1,130 @@
+"""What is done with a policy, however it was trained: it is swept and judged, asked, and exported."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from moslim.base import RunModule
+from moslim.data.types import PromptBatch, Question
+from moslim.evaluation.judges import Judge
+from moslim.evaluation.report import scalars
+from moslim.evaluation.steerability import measures, steerability
+from moslim.lora import merged
+from moslim.models import load_tokenizer
+from moslim.policy.answering import Answerer, Answers, Purpose
+from moslim.policy.roles import Roles
+from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
+from moslim.preferences import Preference, PreferenceSet
+from moslim.reward.scorer import Scorer
+
+
+class PolicyEvaluation(RunModule):
+    """The validation, test and use of a policy. :class:`PolicyTrainer` sets the attributes and adds training."""
+
+    preferences: PreferenceSet
+    model_path: str
+    trust_remote_code: bool
+    policy: Any
+    roles: Roles
+    answerer: Answerer
+    scorer: Scorer
+    columns: list[int]
+    """Where the scorer has the dimensions of ``preferences``."""
+    judge: Judge | None
+    eval_samples: int
+    report: str | None
+    seed: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sweep = Sweep()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer."""
+        return load_tokenizer(self.model_path, self.trust_remote_code)
+
+    def settings(self) -> dict[str, Any]:
+        """What a result is to be compared by; it goes into the report."""
+        return {}
+
+    def probabilities(self, answers: Answers) -> Tensor:
+        """``[N, D, K]`` level probabilities by the training classifier, in the order of ``preferences``."""
+        return self.scorer.probabilities(answers.questions, answers.texts)[:, self.columns]
+
+    @torch.no_grad()
+    def _evaluate(self, who: str, model: Any, batch: PromptBatch, judge: Judge | None) -> None:
+        rows = zip(batch.index.tolist(), batch.targets.tolist(), strict=True)
+        keys = [(self.seed, Purpose.EVALUATE, index, *(target + 1 for target in targets)) for index, targets in rows]
+        answers = self.answerer(model, batch, keys, self.eval_samples)
+        self._sweep.add(who, batch, answers, self.probabilities(answers), judge)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what an interrupted evaluation collected."""
+        self._sweep.clear()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answers a small level sweep, judged by the training classifier, for the choice of checkpoints."""
+        self._evaluate("policy", self.policy, batch, None)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the measures of steerability under ``val/``."""
+        found = measures(self._sweep.gathered("policy"), self.preferences)
+        values = {f"val/{name}": value for name, value in found["mean"].items()}
+        for dimension, own in found["dimensions"].items():
+            values |= {f"val/{dimension}/{name}": value for name, value in own.items()}
+        self.log_dict({name: value for name, value in values.items() if value is not None})
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answers the full sweep, with the policy and with what it started from, and has the answers judged."""
+        self._evaluate("policy", self.policy, batch, self.judge)
+        with self.roles.reference() as reference:
+            self._evaluate("base", reference, batch, self.judge)
+
+    def on_test_epoch_end(self) -> None:
+        """Writes the steerability report into the run's folder, and a copy of it where ``report`` says."""
+        policy, base = self._sweep.gathered("policy"), self._sweep.gathered("base")
+        judge = self.judge.info if self.judge else TRAINING_CLASSIFIER
+        result = steerability(policy, base, self.preferences, judge, self.settings())
+        self.log_dict({k: v for k, v in scalars(result).items() if "/mean/" in k}, logger=False)
+        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
+        if self.trainer.is_global_zero:
+            publish(self.trainer, result, folders)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers the rows of a file; the records are written to the file of ``predictions``."""
+        keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
+        answers = self.answerer(self.policy, batch, keys, 1)
+        return [
+            {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
+            for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
+        ]
+
+    def answer(self, question: Question, levels: dict[str, int], samples: int = 1) -> list[str]:
+        """Answers one question at the levels asked for; the data module says how they are written.
+
+        Args:
+            question: The question.
+            levels: Wanted level (0 = lowest) by dimension name; may be empty.
+            samples: Number of answers.
+        """
+        renderer = self.trainer.datamodule.renderer(self.tokenizer)  # type: ignore[attr-defined]
+        preference = Preference(levels)
+        targets = self.preferences.encode(preference)[None].to(self.device)
+        ids = torch.tensor([renderer.ids(question, preference)], device=self.device)
+        index = torch.zeros(1, dtype=torch.long, device=self.device)
+        batch = PromptBatch(ids, torch.ones_like(ids), targets, index, [renderer.question(question)], [""])
+        return self.answerer(self.policy, batch, [(self.seed, Purpose.PREDICT)], samples).texts
+
+    def export(self, folder: str) -> None:
+        """Saves the policy (adapter merged) and its tokenizer in Hugging Face format."""
+        merged(self.policy).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

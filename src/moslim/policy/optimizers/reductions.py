@@ -1,0 +1,57 @@
+"""How per-token values become one number: averages whose gradient, averaged over processes, is that of all answers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moslim.processes import mean_over_processes, process_count
+
+Reduction = Literal["grpo", "token_mean", "constant"]
+
+
+def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: int) -> Tensor:
+    """Averages per-token values to a scalar.
+
+    Answers with an empty mask do not count.
+
+    Args:
+        values: ``[N, T]``.
+        mask: ``[N, T]`` bool.
+        reduction: ``grpo`` is the mean over answers of the mean over tokens (arXiv 2402.03300), ``token_mean`` the mean
+            over all tokens (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit,
+            then the mean over answers (Dr. GRPO, arXiv 2503.20783).
+        length: The engine's length limit.
+    """
+    if reduction == "token_mean":
+        return (values * mask).sum() / mean_over_processes(mask.sum()).clamp(min=1)
+    answers = mean_over_processes(mask.any(dim=1).sum()).clamp(min=1)
+    if reduction == "constant":
+        return (values * mask).sum() / (answers * length)
+    return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / answers
+
+
+def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and Bessel-corrected variance of the unmasked values of all processes."""
+    count = mean_over_processes(mask.sum()).clamp(min=1)
+    mean = mean_over_processes((values * mask).sum()) / count
+    variance = mean_over_processes(((values - mean).square() * mask).sum()) / count
+    total = count * process_count()
+    return mean, variance * total / (total - 1).clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor, std_floor: float = 0.0) -> Tensor:
+    """Shifts and scales to mean 0 and variance 1 over all processes' unmasked values; 0 where masked.
+
+    ``(x - mean) / sqrt(var + std_floor^2 + 1e-8)`` with the Bessel-corrected variance, as TRL and verl have it;
+    OpenRLHF's is not corrected.
+
+    Args:
+        values: Any shape.
+        mask: The same shape, bool.
+        std_floor: In units of the values.
+    """
+    mean, variance = moments(values, mask)
+    return (values - mean) * torch.rsqrt(variance + std_floor**2 + 1e-8) * mask

@@ -1,0 +1,43 @@
+"""REINFORCE++: returns to go, whitened over the whole batch instead of a critic (Hu 2025, arXiv 2501.03262)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moslim.policy.optimizers.base import GroupScores
+from moslim.policy.optimizers.policy_gradient import PolicyGradient
+from moslim.policy.optimizers.reductions import Reduction, whiten
+from moslim.policy.optimizers.returns import discounted_sums
+
+
+@dataclass(eq=False, kw_only=True)
+class ReinforcePlusPlus(PolicyGradient):
+    """Each token's advantage is what follows it, less the batch's mean, in the batch's standard deviations.
+
+    A token's reward is ``-kl_coef * k1``; the answer's score is added to that of its last token. Returns to go are
+    whitened over all tokens of all processes (Bessel-corrected, as in verl; OpenRLHF's is not). The loss is PPO's.
+
+    Args:
+        baseline: Subtract the mean score of the prompt's answers first (REINFORCE++-baseline, OpenRLHF's
+            ``reinforce_baseline``), without dividing by the group's deviation. Without it, one answer per prompt
+            will do. OpenRLHF pairs it with k2 in the loss: ``kl_in: loss, kl: k2``.
+        gamma: Discount per token.
+        reduction: How token losses are averaged; ``token_mean`` is verl's.
+    """
+
+    reduction: Reduction = "token_mean"
+    baseline: bool = False
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within_unit("gamma")
+
+    def advantages(self, rewards: GroupScores) -> Tensor:
+        score = self.scores(rewards)
+        if self.baseline:
+            score = self.compares(score) - score.mean(dim=1, keepdim=True)
+        to_go = discounted_sums(self.token_rewards(rewards, score), self.gamma)
+        return whiten(to_go, rewards.mask, self.std_floor)

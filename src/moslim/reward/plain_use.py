@@ -1,0 +1,85 @@
+"""Code that scores with an exported classifier where moslim is not installed, for its model card."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from moslim.data.prompts import begins_with, end_id
+from moslim.reward.classifier import PreferenceClassifierConfig
+from moslim.reward.sharing import Form
+
+_BACKBONES: dict[Form, str] = {
+    "merged": 'backbone = AutoModel.from_pretrained(f"{folder}/backbone").eval()',
+    "adapter": """with open(f"{folder}/adapter/base.json", encoding="utf-8") as file:
+    base = AutoModel.from_pretrained(json.load(file)["name"], dtype=torch.float32)
+backbone = PeftModel.from_pretrained(base, f"{folder}/adapter").eval()""",
+}
+_POOLED = {"last": "hidden[-1]", "mean": "hidden.mean(0)"}
+_LINEAR = """        raw, outputs = outputs[:WIDTH], outputs[WIDTH:]"""
+_MLP = """        weights = [heads[f"head.{name}.{part}"] for part in ("0.weight", "0.bias", "3.weight", "3.bias")]
+        raw = F.linear(F.gelu(F.linear(features, *weights[:2])), *weights[2:])"""
+_LINKS = {
+    "softmax": ("len(levels)", "raw"),
+    "corn": ("len(levels) - 1", "(F.pad(F.logsigmoid(raw).cumsum(0), (1, 0)) + F.pad(F.logsigmoid(-raw), (0, 1)))"),
+    "regression": (
+        "1",
+        "(1 - ((raw + (len(levels) - 1) / 2).clamp(0, len(levels) - 1) - torch.arange(len(levels))).abs())"
+        ".clamp(min=1e-7).log()",
+    ),
+}
+
+
+def plain_use(config: PreferenceClassifierConfig, tokenizer: PreTrainedTokenizerBase, form: Form) -> str:
+    """Returns Python code that defines ``score(question, answer)``, with torch, safetensors and transformers alone.
+
+    It gives what :class:`~moslim.reward.scorer.Scorer` gives, but for cutting long pairs and taking special tokens out
+    of texts.
+
+    Args:
+        config: The classifier's configuration.
+        tokenizer: Its tokenizer.
+        form: The form in which it is exported; the adapter form needs peft as well.
+    """
+    prompt = 'question + "\\n"'
+    if tokenizer.chat_template is not None:
+        chat = '[{"role": "user", "content": question}]'
+        prompt = f"tokenizer.apply_chat_template(\n        {chat}, tokenize=False, add_generation_prompt=True\n    )"
+    first = [] if tokenizer.chat_template is not None else begins_with(tokenizer)
+    beginning = f"{first} + " if first else ""
+    width, logits = _LINKS[config.link]
+    linear = config.head_hidden is None
+    outputs = '    outputs = F.linear(features, heads["head.weight"], heads["head.bias"])\n' if linear else ""
+    temperature = "" if config.temperatures is None else ' / config["temperatures"][number]'
+    peft = "from peft import PeftModel\n" if form == "adapter" else ""
+    return f"""import json
+
+import torch
+import torch.nn.functional as F
+{peft}from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+folder = "."  # where this file lies; from the Hub: huggingface_hub.snapshot_download("owner/name")
+with open(f"{{folder}}/config.json", encoding="utf-8") as file:
+    config = json.load(file)
+heads = load_file(f"{{folder}}/heads.safetensors")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{_BACKBONES[form]}
+
+
+@torch.no_grad()
+def score(question, answer):
+    \"\"\"Probability of every level, by dimension.\"\"\"
+    prompt = {prompt}
+    ids = {beginning}tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids += tokenizer(answer, add_special_tokens=False)["input_ids"] + [{end_id(tokenizer)}]  # the answer's end
+    hidden = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
+    features = {_POOLED[config.pooling]}
+{outputs}    result = {{}}
+    for number, (name, levels) in enumerate(config["dimensions"]):
+{(_LINEAR.replace("WIDTH", width) if linear else _MLP)}
+        logits = {logits}{temperature}
+        result[name] = dict(zip(levels, logits.softmax(0).tolist()))
+    return result
+
+
+print(score("How do I make tea?", "Boil some water, pour it over the leaves and wait."))"""

@@ -1,0 +1,208 @@
+"""A classifier as a folder that others can load, with moslim or without it.
+
+Merged form: the backbone is a plain ``AutoModel`` folder, and an index joins it to the heads. So no weight is stored
+twice, and both ``AutoModelForSequenceClassification`` (after ``import moslim``) and a plain ``AutoModel`` can load it::
+
+    config.json  model.safetensors.index.json  heads.safetensors  backbone/
+
+Adapter form: a peft adapter of the backbone instead, with a note of the base model that it belongs on::
+
+    config.json  heads.safetensors  adapter/  adapter/base.json
+
+Both come with the tokenizer, a model card (``README.md``) and a config for ``predict``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
+
+from moslim.checkpoints import fingerprint
+from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Form = Literal["merged", "adapter"]
+
+HEADS = "heads.safetensors"
+BACKBONE = "backbone"
+ADAPTER = "adapter"
+_BASE = "base.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PEFT_PREFIX = "base_model.model."
+
+
+def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
+    """Saves a classifier without adapter, in the merged form.
+
+    Args:
+        classifier: The classifier.
+        folder: Where to; what an earlier export left there is replaced.
+    """
+    _clear(folder)
+    heads = _heads(classifier)
+    save_file(heads, folder / HEADS, metadata={"format": "pt"})
+    classifier.backbone.save_pretrained(folder / BACKBONE)
+    places = dict.fromkeys(heads, HEADS)
+    for file in sorted((folder / BACKBONE).glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
+    size = sum(tensor.nbytes for tensor in classifier.state_dict().values())
+    _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+    _save_config(classifier, folder)
+
+
+def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
+    """Saves what training with low-rank adapters changed, in the adapter form.
+
+    Args:
+        adapted: The classifier with its adapter.
+        base: Hub name or folder of the backbone that it was put on.
+        folder: Where to; what an earlier export left there is replaced.
+
+    Raises:
+        ValueError: The adapter changes more than the backbone.
+    """
+    from peft import get_peft_model_state_dict
+
+    inside = f"{_PEFT_PREFIX}{BACKBONE}."
+    tensors = get_peft_model_state_dict(adapted)
+    others = sorted(name for name in tensors if not name.startswith(inside))
+    if others:
+        raise ValueError(f"the adapter changes more than the backbone ({others}): export the merged form")
+    _clear(folder)
+    (folder / ADAPTER).mkdir()
+    options = deepcopy(adapted.peft_config[adapted.active_adapter])
+    options.base_model_name_or_path = base
+    options.save_pretrained(str(folder / ADAPTER))
+    tensors = {_PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / ADAPTER / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    classifier: Any = adapted.get_base_model()
+    frozen = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in classifier.backbone.named_parameters()
+        if "lora_" not in name
+    }
+    _write_json(folder / ADAPTER / _BASE, {"name": base, "fingerprint": fingerprint(frozen)})
+    save_file(_heads(classifier), folder / HEADS, metadata={"format": "pt"})
+    _save_config(classifier, folder)
+
+
+def load_classifier(source: str | Path, base: str | Path | None = None) -> PreferenceClassifier:
+    """Loads a classifier in either form; an adapter is merged into its base model.
+
+    Args:
+        source: Folder or Hub name.
+        base: Folder or Hub name of an adapter's base model, if it is not where it was in training.
+
+    Raises:
+        FileNotFoundError: There is no such classifier, or an adapter's base model is missing.
+        ValueError: A weight is missing or renamed, the base model is another one, or ``base`` is given for a
+            classifier that needs none.
+    """
+    folder = _local(source)
+    if (folder / ADAPTER).is_dir():
+        return _load_adapted(folder, base)
+    if base is not None:
+        raise ValueError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
+    return PreferenceClassifier.from_pretrained(folder)
+
+
+def is_classifier(source: str | Path) -> bool:
+    """Whether a folder or Hub name holds a saved classifier, in either form."""
+    config, _ = PreferenceClassifierConfig.get_config_dict(source)
+    return config.get("model_type") == PreferenceClassifierConfig.model_type
+
+
+def _load_adapted(folder: Path, base: str | Path | None) -> PreferenceClassifier:
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    made_on = json.loads((folder / ADAPTER / _BASE).read_text(encoding="utf-8"))
+    backbone = _load_base(str(base or made_on["name"]), folder)
+    classifier = PreferenceClassifier(PreferenceClassifierConfig.from_pretrained(folder), backbone)
+    if fingerprint(dict(backbone.named_parameters())) != made_on["fingerprint"]:
+        raise ValueError(
+            f"the adapter in '{folder}' was trained on other weights than those of '{base or made_on['name']}': give "
+            f"the right base model, which was '{made_on['name']}' in training"
+        )
+    heads = load_file(folder / HEADS)
+    _refuse_difference(heads, _heads(classifier), folder / HEADS)
+    classifier.load_state_dict(heads, strict=False)
+    adapted = get_peft_model(backbone, LoraConfig.from_pretrained(str(folder / ADAPTER)))
+    weights = load_file(folder / ADAPTER / _ADAPTER_WEIGHTS)
+    _refuse_difference(weights, get_peft_model_state_dict(adapted), folder / ADAPTER / _ADAPTER_WEIGHTS)
+    set_peft_model_state_dict(adapted, weights)
+    classifier.backbone = adapted.merge_and_unload()  # type: ignore[operator]
+    return classifier.requires_grad_(True).eval()
+
+
+def _load_base(name: str, folder: Path) -> PreTrainedModel:
+    try:
+        if is_classifier(name):
+            return load_classifier(name).backbone
+        return AutoModel.from_pretrained(name, dtype="float32")
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
+            "where it is now with Scorer.from_pretrained(folder, base=...), or use the merged form, which needs none"
+        ) from error
+
+
+def _local(source: str | Path) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source)))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"there is no classifier '{source}': it is no folder here, and the Hub gives none ({error})"
+        ) from error
+
+
+def _heads(classifier: PreferenceClassifier) -> dict[str, Tensor]:
+    """Everything on top of the backbone."""
+    state = classifier.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(f"{BACKBONE}.")}
+
+
+def _refuse_difference(found: Iterable[str], wanted: Iterable[str], file: Path) -> None:
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        raise ValueError(
+            f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its "
+            "keys are renamed"
+        )
+
+
+def _save_config(classifier: PreferenceClassifier, folder: Path) -> None:
+    config = deepcopy(classifier.config)
+    config.architectures = [type(classifier).__name__]
+    config.dtype = str(classifier.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _clear(folder: Path) -> None:
+    """Removes weights of an earlier export: in another form or layout, they would be loaded instead of the new ones."""
+    if (folder / "config.json").exists() and not is_classifier(folder):
+        raise ValueError(f"'{folder}' holds another model, which would be lost: name another folder for the classifier")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in (BACKBONE, ADAPTER):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        file.unlink()

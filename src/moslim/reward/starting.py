@@ -1,0 +1,72 @@
+"""What a run starts from: a backbone that gets new heads, or a saved classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.links import LinkName
+from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression
+from moslim.reward.sharing import is_classifier, load_classifier
+
+DEFAULT_LOSSES: Mapping[LinkName, type[LevelLoss]] = {"softmax": CrossEntropy, "corn": Corn, "regression": Regression}
+"""The loss that a saved classifier is trained on with, and evaluated, if none is given."""
+
+
+def start_name(backbone: str | None, classifier: str | None) -> str:
+    """Returns what a run starts from, and refuses two starts, none, or one under the wrong name.
+
+    Args:
+        backbone: Hub name or folder of a backbone.
+        classifier: Hub name or folder of a saved classifier.
+
+    Raises:
+        ValueError: Both or neither is given, or ``backbone`` is a saved classifier, whose heads would be lost.
+    """
+    if classifier is not None:
+        if backbone is not None:
+            raise ValueError(
+                f"model.backbone = '{backbone}' and model.classifier = '{classifier}' are both given: a saved "
+                "classifier has its own backbone, so set model.backbone to null"
+            )
+        return classifier
+    if backbone is None:
+        raise ValueError("give model.backbone, to put new heads on, or model.classifier, a saved one to score with")
+    if is_classifier(backbone):
+        raise ValueError(
+            f"model.backbone = '{backbone}' is a saved classifier: give it as model.classifier, with model.backbone "
+            f"null, to use its heads, or '{backbone}/backbone' for new heads on its backbone"
+        )
+    return backbone
+
+
+def saved_classifier(
+    source: str, preferences: PreferenceSet, loss: LevelLoss | None, for_new_heads: Mapping[str, object]
+) -> PreferenceClassifier:
+    """Loads a saved classifier to go on from.
+
+    Args:
+        source: Hub name or folder.
+        preferences: The dimensions of the run.
+        loss: The run's loss; None if none was chosen.
+        for_new_heads: Arguments that only new heads can have, by name; all must be None or 0.
+
+    Raises:
+        ValueError: The classifier has other dimensions or another link, or such an argument is given.
+    """
+    for name, value in for_new_heads.items():
+        if value:
+            raise ValueError(f"model.{name} is for new heads, but those of '{source}' are made: leave it out")
+    classifier = load_classifier(source)
+    if classifier.preferences != preferences:
+        raise ValueError(
+            f"the classifier in '{source}' has the dimensions {classifier.preferences.to_dict()}, but `preferences` "
+            f"has {preferences.to_dict()}: give the same, in the same order"
+        )
+    if loss is not None and loss.link != classifier.config.link:
+        raise ValueError(
+            f"{type(loss).__name__} needs heads with the link '{loss.link}', but those of '{source}' have "
+            f"'{classifier.config.link}': leave model.loss out, or give one for that link"
+        )
+    return classifier

@@ -1,0 +1,152 @@
+"""Options of the Trainer mean for a policy what Lightning says they mean."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import SimpleProfiler
+
+from moslim.policy.engines import TorchEngine
+from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.optimizers import RLOO
+from tests.policy.runs import data, make, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+
+
+def sgd(rate):
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+
+@pytest.fixture
+def policy(preferences, lm, classifier):
+    def build(**options):
+        return make(preferences, lm, classifier, **options)
+
+    return build
+
+
+def moved(module, before):
+    return torch.cat([(value - before[name]).flatten() for name, value in weights(module).items()])
+
+
+def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(policy, preferences, tmp_path):
+    module, dtypes = policy(), []
+    start = copy.deepcopy(module.policy)
+    module.policy.lm_head.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
+    before = weights(module)
+    trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(module, data(preferences))
+    assert set(dtypes) == {torch.bfloat16}
+    assert {value.dtype for value in weights(module).values()} == {torch.float32}
+    assert module.rollout.old_logprobs.dtype == torch.float32
+    assert (module.logprobs - module.rows.old_logprobs).abs().max() < 0.3  # sampler and update: rounding only
+    found = module.rows
+    with torch.no_grad():
+        exact = answer_logprobs(start, found.input_ids, found.attention_mask, found.mask, 1.0, rows=12)
+    assert 1e-4 < (module.logprobs - exact).abs().max() < 0.3
+    assert moved(module, before).abs().max() > 0
+
+
+@pytest.mark.parametrize(("algorithm", "norm"), [("norm", 2), ("value", torch.inf)])
+def test_gradients_are_clipped(algorithm, norm, policy, preferences, tmp_path):
+    """With SGD at rate 1 the step is the gradient."""
+    steps = {}
+    for limit in (None, 0.01):
+        module = policy(optimizer=sgd(1.0))
+        before = weights(module)
+        options = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm}
+        trainer(tmp_path, max_steps=1, **options).fit(module, data(preferences))
+        steps[limit] = moved(module, before)
+    free, clipped = steps[None], steps[0.01]
+    assert free.norm(norm) > 0.1
+    assert clipped.norm(norm).item() == pytest.approx(0.01, rel=1e-3)
+    expected = free * (0.01 / free.norm()) if algorithm == "norm" else free.clamp(-0.01, 0.01)
+    torch.testing.assert_close(clipped, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_accumulated_minibatches_are_the_whole_rollout(policy, preferences, tmp_path):
+    results = []
+    for parts in (1, 2):
+        module = policy(minibatches=parts, optimizer=sgd(0.1), policy_optimizer=RLOO(kl_coef=0.05))
+        run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=parts)
+        run.fit(module, data(preferences))
+        assert run.global_step == 2 and len(module.trace) == 2 * parts
+        results.append(weights(module))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_fast_dev_run_takes_a_step_of_everything_and_writes_nothing(policy, preferences, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = policy(inner_epochs=2)
+    logger = CSVLogger(tmp_path, name="")
+    run = trainer(tmp_path, fast_dev_run=2, limit_val_batches=1.0, enable_checkpointing=True, logger=logger)
+    run.fit(module, data(preferences))
+    assert run.global_step == 2 and [step["new"] for step in module.trace] == [True, False]
+    assert "val/spearman" in run.callback_metrics
+    run.test(module, data(preferences), verbose=False)
+    assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("metrics.csv"))
+
+
+def test_overfit_batches_asks_the_same_in_every_epoch(policy, preferences, tmp_path):
+    class Asked(Callback):
+        seen = []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.seen.append((batch.input_ids.tolist(), batch.targets.tolist()))
+
+    asked, module = Asked(), policy()
+    run = trainer(tmp_path, overfit_batches=2, max_epochs=3, max_steps=-1, callbacks=[asked])
+    run.fit(module, data(preferences))
+    assert run.global_step == 6
+    assert asked.seen[0:2] == asked.seen[2:4] == asked.seen[4:6] and asked.seen[0] != asked.seen[1]
+    assert len({tuple(step["tokens"].flatten().tolist()) for step in module.trace}) == 6  # answered anew
+
+
+def test_limits_count_training_steps_not_rollouts(policy, preferences, tmp_path):
+    module = policy(inner_epochs=2)
+    run = trainer(tmp_path, max_epochs=2, max_steps=-1, limit_train_batches=3)
+    run.fit(module, data(preferences))
+    assert run.num_training_batches == 3 and run.global_step == 6
+    assert [step["key"] for step in module.trace] == [(0, 0), (0, 0), (0, 1), (1, 0), (1, 0), (1, 1)]
+    half = trainer(tmp_path, max_epochs=1, max_steps=-1, limit_train_batches=0.5)
+    half.fit(policy(), data(preferences))
+    assert half.global_step == 3  # of six
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_limits_of_evaluation(stage, policy, preferences, tmp_path):
+    class Counting(TorchEngine):
+        asked = []
+
+        def sample(self, model, input_ids, *args):
+            self.asked.append(len(input_ids))
+            return super().sample(model, input_ids, *args)
+
+    engine = Counting(4)
+    run = trainer(tmp_path, limit_val_batches=1, limit_test_batches=1)
+    getattr(run, stage)(policy(engine=engine), data(preferences, eval_batch_size=5), verbose=False)
+    assert engine.asked == [5] * (1 if stage == "validate" else 2)  # in a test, what it started from answers too
+
+
+def test_a_profiler_sees_the_steps(policy, preferences, tmp_path):
+    profiler = SimpleProfiler(dirpath=tmp_path, filename="profile")
+    trainer(tmp_path, max_steps=3, profiler=profiler).fit(policy(), data(preferences))
+    assert len(profiler.recorded_durations["run_training_batch"]) == 3
+    assert "run_training_batch" in (tmp_path / "fit-profile.txt").read_text()
+
+
+def test_anomaly_detection(policy, preferences, tmp_path):
+    run = trainer(tmp_path, max_steps=1, detect_anomaly=True)
+    run.fit(policy(), data(preferences))
+    assert run.global_step == 1
+
+
+def test_metrics_are_written_every_n_steps(policy, preferences, tmp_path):
+    logger = CSVLogger(tmp_path, name="")
+    trainer(tmp_path, max_steps=6, logger=logger, log_every_n_steps=2).fit(policy(), data(preferences))
+    lines = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()
+    steps = [line.split(",")[lines[0].split(",").index("step")] for line in lines[1:]]
+    assert steps == ["1", "3", "5"]
