@@ -203,7 +203,7 @@ def test_a_server_that_was_never_there_is_an_error_at_once(model, prompts, tmp_p
 
 
 def test_a_server_that_stays_away_ends_the_run(engine, server, adapted, prompts):
-    engine._servers[0].client.patience = 0.5
+    engine.servers[0].client.patience = 0.5
     sample(engine, adapted, prompts)
     server.failures = iter([503] * 1000)
     with (

@@ -69,7 +69,7 @@ class VLLMEngine(RolloutEngine):
             raise ValueError(f"engine.parity_answers is {parity_answers}: give at least 1")
         addresses = urls or ["http://127.0.0.1:8000"]
         clients = [Client(url, api_key_env, timeout, patience) for url in addresses]
-        self._servers = [VLLMServer(client, server_folder) for client in clients]
+        self.servers = [VLLMServer(client, server_folder) for client in clients]
         self._weights = WeightFolder(folder)
         self.tolerance = tolerance
         self.parity_answers = parity_answers
@@ -91,7 +91,7 @@ class VLLMEngine(RolloutEngine):
         requests = [Request(prompt, samples, _seed(row)) for prompt, row in zip(prompts, seeds.tolist(), strict=True)]
         version = self._weights.save(model)
         adapted = version is None or version.adapter
-        servers = own_servers(self._servers, process_count(), process_rank(), adapted)[: len(requests)]
+        servers = own_servers(self.servers, process_count(), process_rank(), adapted)[: len(requests)]
         bounds = [len(requests) * i // len(servers) for i in range(len(servers) + 1)]
         shares = [requests[start:end] for start, end in pairwise(bounds)]
         limits = Limits(self.max_new_tokens, self.temperature, eos_ids)
