@@ -109,7 +109,7 @@ class PreferenceClassifier(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: PreferenceClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: PreferenceClassifierConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
         self.head = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
         self.backbone = AutoModel.from_config(config.backbone) if backbone is None else backbone
