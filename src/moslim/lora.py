@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -58,9 +58,52 @@ def add_lora(
 
 def add_adapter(model: PeftModel, options: LoraOptions, name: str) -> list[nn.Parameter]:
     """Puts one more adapter on an adapted model and returns its weights; which one is active does not change."""
-    before = {id(p) for p in model.parameters()}
-    model.add_adapter(name, _peft_config(model.get_base_model(), options))
-    return [p for p in model.parameters() if id(p) not in before]
+    return _add(model, _peft_config(model.get_base_model(), options), name)
+
+
+def attach_adapter(
+    model: PeftModel, options: LoraConfig, weights: Mapping[str, Tensor], name: str, inside: str
+) -> list[nn.Parameter]:
+    """Puts a trained adapter, frozen, beside a model's own; which one is active does not change.
+
+    Args:
+        model: The adapted model.
+        options: Options of the trained adapter.
+        weights: Its weights; their names begin at the part of the model that it was trained on.
+        name: What it is called here.
+        inside: Name of that part in the model, such as ``model``.
+
+    Returns:
+        Its weights in the model.
+
+    Raises:
+        ValueError: The model lacks a layer that the adapter changes, or the adapter lacks a weight.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    # Whole names, not their last parts: these might also name layers that the adapter was not trained on.
+    layers = {f"{inside}.{key.partition('.lora_')[0]}" for key in weights}
+    unknown = layers - {layer for layer, _ in model.get_base_model().named_modules()}
+    if unknown:
+        raise ValueError(f"the adapter changes layers that the model lacks: {sorted(unknown)}")
+    own = deepcopy(options)
+    own.target_modules, own.lora_dropout, own.inference_mode = layers, 0.0, True
+    added = _add(model, own, name)
+    prefix = f"base_model.model.{inside}."
+    tensors = {prefix + key: tensor for key, tensor in weights.items()}
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if wanted.keys() != tensors.keys():
+        raise ValueError(f"the adapter's weights do not fit: {sorted(wanted.keys() ^ tensors.keys())}")
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    for parameter in added:
+        parameter.requires_grad_(False)
+    return added
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model less those of its adapters, by the names that they have without any adapter."""
+    named = model.named_parameters()
+    return {name.replace(".base_layer.", "."): p.detach() for name, p in named if "lora_" not in name}
 
 
 def merged(model: Any) -> Any:
@@ -76,6 +119,12 @@ def is_adapted(model: Any) -> bool:
 def unwrapped(model: Any) -> Any:
     """Returns the model without peft's wrapper; the adapter's layers are still in it."""
     return model.get_base_model() if is_adapted(model) else model
+
+
+def _add(model: PeftModel, config: LoraConfig, name: str) -> list[nn.Parameter]:
+    before = {id(p) for p in model.parameters()}
+    model.add_adapter(name, config)
+    return [p for p in model.parameters() if id(p) not in before]
 
 
 def _peft_config(model: Any, options: LoraOptions) -> LoraConfig:

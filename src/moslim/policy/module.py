@@ -27,11 +27,11 @@ from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.policy.scoring import group_scores, map_rewards
+from moslim.policy.sharing import Share, load_scorer
 from moslim.policy.state import load_run, save_run
 from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.preferences import PreferenceSet
-from moslim.reward.scorer import Scorer
 from moslim.sampling import PreferenceSampler
 from moslim.timing import Stopwatch
 
@@ -64,6 +64,9 @@ class PolicyTrainer(PolicyEvaluation):
             keeps the behaviour that nobody asked to change.
         missing_end_penalty: What an answer's score loses when it is cut at the length limit.
         lora: Train a low-rank adapter; None = train all weights.
+        share_backbone: Whether the classifier stands on the policy's frozen base, by an adapter of its own, instead of
+            a second copy of it. It must have been trained with LoRA on the model that the policy starts from, and be
+            exported with ``--form adapter``; ``lora`` must be given. ``auto``: if all that is so.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-6, or 1e-5 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
         report: Folder that receives a copy of the test's report, beside the one in the run's folder.
@@ -99,6 +102,7 @@ class PolicyTrainer(PolicyEvaluation):
         default_kl_coef: float = 0.0,
         missing_end_penalty: float = 1.0,
         lora: LoraOptions | None = None,
+        share_backbone: Share = "auto",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         report: str | None = None,
@@ -152,7 +156,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
         self.policy, self.critic = self.roles.policy, self.roles.critic
         self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
-        self.scorer = Scorer.from_pretrained(classifier)
+        self.scorer = load_scorer(classifier, share_backbone, self.roles, self.tokenizer)
         self.columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         mapping.bind(preferences)
         if judge is not None:
@@ -300,7 +304,8 @@ class PolicyTrainer(PolicyEvaluation):
         """Completes the weights and takes up the rollout.
 
         Raises:
-            ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
+            ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
+                stands on another backbone.
         """
-        restore_frozen(self, checkpoint)
         load_run(self, checkpoint)
+        restore_frozen(self, checkpoint)

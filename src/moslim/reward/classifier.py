@@ -120,7 +120,7 @@ class PreferenceClassifier(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: PreferenceClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: PreferenceClassifierConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
         inputs = _width(config.backbone) * len(config.pooling)
         widths = dict(zip(self.preferences.names, self.head_widths, strict=True))
