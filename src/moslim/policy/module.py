@@ -31,6 +31,7 @@ from moslim.policy.kl import k1
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.metrics import rollout_metrics
 from moslim.policy.optimizers import GroupScores, PolicyOptimizer
+from moslim.policy.packing import AnswerBatch, Passes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout, end_penalty
 from moslim.policy.state import load_run, save_run
@@ -64,7 +65,7 @@ class PolicyTrainer(RunModule):
         eval_samples: Answers to each prompt in validation and test.
         inner_epochs: Passes over a rollout.
         minibatches: Training steps per pass.
-        chunk_rows: Answers per forward pass of an update; they are sorted by length first.
+        passes: How log-probabilities of answers are computed; None = every fast way that the model allows.
         default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
             keeps the behaviour that nobody asked to change.
         missing_end_penalty: What an answer's score loses when it is cut at the length limit.
@@ -98,7 +99,7 @@ class PolicyTrainer(RunModule):
         eval_samples: int = 4,
         inner_epochs: int = 1,
         minibatches: int = 1,
-        chunk_rows: int = 32,
+        passes: Passes | None = None,
         default_kl_coef: float = 0.0,
         missing_end_penalty: float = 1.0,
         lora: LoraOptions | None = None,
@@ -115,10 +116,10 @@ class PolicyTrainer(RunModule):
         super().__init__()
         self.save_hyperparameters()
         keep_plain_hparams(self)
-        counts = (samples_per_prompt, eval_samples, inner_epochs, minibatches, chunk_rows)
+        counts = (samples_per_prompt, eval_samples, inner_epochs, minibatches)
         if min(counts) < 1:
             raise ValueError(
-                f"samples_per_prompt, eval_samples, inner_epochs, minibatches, chunk_rows are {counts}: give 1 or more"
+                f"samples_per_prompt, eval_samples, inner_epochs, minibatches are {counts}: give 1 or more"
             )
         if min(default_kl_coef, missing_end_penalty) < 0:
             raise ValueError(
@@ -134,7 +135,7 @@ class PolicyTrainer(RunModule):
         self.eval_samples = eval_samples
         self.inner_epochs = inner_epochs
         self.minibatches = minibatches
-        self.chunk_rows = chunk_rows
+        self.passes = passes or Passes()
         self.default_kl_coef = default_kl_coef
         self.missing_end_penalty = missing_end_penalty
         self.optimizer = optimizer
@@ -209,7 +210,7 @@ class PolicyTrainer(RunModule):
         rows = self._minibatch(self.rollout, batch_idx % self.batch_repeats)
         clock = Stopwatch(self.device)
         held = self.default_kl_coef > 0
-        now = forward(self.policy, self.roles, rows, self.engine.temperature, self.chunk_rows, held)
+        now = forward(self.policy, self.roles, rows, self.engine.temperature, self.passes, held)
         parts = self.policy_optimizer.loss(
             now.logprobs,
             rows.old_logprobs,
@@ -278,14 +279,8 @@ class PolicyTrainer(RunModule):
         if not self.policy_optimizer.needs_reference:
             return None
         with self.roles.reference() as reference:
-            return answer_logprobs(
-                reference,
-                answers.input_ids,
-                answers.attention_mask,
-                answers.completions.mask,
-                self.engine.temperature,
-                self.chunk_rows,
-            )
+            batch = AnswerBatch(answers.input_ids, answers.attention_mask, answers.completions.mask)
+            return answer_logprobs(reference, batch, self.engine.temperature, self.passes)
 
     def _map(self, probs: Tensor, targets: Tensor) -> MappedReward:
         """Rewards of this process's answers; the mapping sees those of all, and so needs not know of processes."""

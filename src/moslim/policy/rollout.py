@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moslim.data.types import Question
+from moslim.policy.packing import AnswerBatch
 
 
 @dataclass
@@ -60,6 +61,11 @@ class Rollout:
     def uninstructed(self) -> Tensor:
         """``[N]`` bool: the prompt asked for nothing."""
         return (self.targets < 0).all(dim=1)
+
+    @property
+    def batch(self) -> AnswerBatch:
+        """What a model is run over."""
+        return AnswerBatch(self.input_ids, self.attention_mask, self.mask)
 
     def rows(self, index: Tensor) -> Rollout:
         """The answers at positions ``index``."""

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslim.policy.logprobs import chunks_by_length, completion_logits, full_kl, token_logprobs
+from moslim.policy.logprobs import answer_states, plan, put
+from moslim.policy.packing import Passes
+from moslim.policy.predictor import Predictor
 from moslim.policy.processes import mean_over_processes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
@@ -29,32 +31,36 @@ class Forward:
     default_kl: Tensor | None
 
 
-def forward(policy: Any, roles: Roles, rows: Rollout, temperature: float, chunk_rows: int, default_kl: bool) -> Forward:
-    """Runs the policy over a rollout in chunks of like length.
+def forward(policy: Any, roles: Roles, rows: Rollout, temperature: float, passes: Passes, default_kl: bool) -> Forward:
+    """Runs the policy over a rollout.
 
     Args:
         policy: The policy.
         roles: Gives the reference.
         rows: ``N`` answers.
         temperature: The sampler's.
-        chunk_rows: Answers per forward pass.
+        passes: How the answers are computed.
         default_kl: Whether to compute the divergence on prompts without instruction.
     """
     uninstructed = rows.uninstructed if default_kl else torch.zeros_like(rows.uninstructed)
     logprobs = torch.zeros(rows.mask.shape, dtype=torch.float32, device=rows.mask.device)
-    divergences: list[Tensor] = []
-    batch = (rows.input_ids, rows.attention_mask, rows.mask, chunk_rows)
+    divergence = logprobs.new_zeros(())
+    predictor = Predictor(policy, passes.chunked_logprobs)
     for group, compared in ((~uninstructed, False), (uninstructed, True)):
-        for chunk in chunks_by_length(*batch, group.nonzero()[:, 0]):
-            inputs = (chunk.input_ids, chunk.attention_mask, chunk.mask.shape[1], temperature)
-            logits = completion_logits(policy, *inputs)
-            logprobs[chunk.index, : chunk.mask.shape[1]] = token_logprobs(logits, chunk.tokens, chunk.mask)
-            if compared:
-                with torch.no_grad(), roles.reference() as reference:
-                    wanted = completion_logits(reference, *inputs)
-                divergences.append(full_kl(logits[chunk.mask], wanted[chunk.mask]))
+        chosen = plan(policy, rows.batch, passes, group.nonzero()[:, 0])
+        references: list[tuple[Predictor, Tensor]] = []
+        if compared:
+            with torch.no_grad(), roles.reference() as reference:
+                other = Predictor(reference, passes.chunked_logprobs)
+                references = [(other, states) for _, states in answer_states(other, chosen)]
+        for number, (chunk, states) in enumerate(answer_states(predictor, chosen)):
+            wanted = (references[number][0], references[number][1][chunk.mask]) if compared else None
+            tokens = chunk.tokens[chunk.mask]
+            found = predictor.statistics(states[chunk.mask], tokens, temperature, reference=wanted)
+            put(logprobs, chunk, found.logprobs)
+            if found.kl is not None:
+                divergence = divergence + found.kl.sum()
     if not default_kl:
         return Forward(logprobs, None)
     tokens = mean_over_processes(rows.mask[uninstructed].sum())
-    divergence = torch.cat(divergences).sum() if divergences else logprobs.new_zeros(())
     return Forward(logprobs, divergence / tokens if tokens > 0 else None)

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from moslim.noise import derive_seed
 from moslim.policy.engines.torch_engine import TorchEngine, draw
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.packing import AnswerBatch, Passes
 from tests.policy.conftest import ARCHITECTURES, ENDS
 
 PAD, END = 0, 2
@@ -20,9 +21,10 @@ def seeds(rows: int, samples: int) -> torch.Tensor:
 
 
 def together(prompts, found):
-    """Prompt and answer as one batch, as the policy sees them."""
+    """Prompts and answers as one batch, as the policy sees them."""
     ids, mask = (x.repeat_interleave(len(found.tokens) // len(x), dim=0) for x in prompts)
-    return torch.cat([ids, found.tokens], dim=1), torch.cat([mask, found.mask.long()], dim=1)
+    attention = torch.cat([mask, found.mask.long()], dim=1)
+    return AnswerBatch(torch.cat([ids, found.tokens], dim=1), attention, found.mask)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -36,11 +38,12 @@ def test_greedy_answers_are_those_of_generate(models, prompts, kind):
     assert len(found.mask.sum(dim=1).unique()) > 1  # answers of several lengths
 
 
+@pytest.mark.parametrize("share", ["always", "never"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature):
+def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature, share):
     found = TorchEngine(12, temperature).sample(models[kind], *prompts, seeds(5, 3), EOS, PAD)
-    fresh = answer_logprobs(models[kind], *together(prompts, found), found.mask, temperature, rows=4)
+    fresh = answer_logprobs(models[kind], together(prompts, found), temperature, Passes(share_prompts=share))
     torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
     assert (found.logprobs[found.mask] < 0).all() and found.logprobs.dtype == torch.float32
     lengths = found.mask.sum(dim=1)
