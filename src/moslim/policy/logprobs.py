@@ -41,9 +41,9 @@ def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = 
         among: ``[M]`` positions to take; None = all.
     """
     tokens = passes.limit(batch.mask.device)
-    if passes.share_prompts != "never" and continues(model):
-        if passes.share_prompts == "always" or sharing_pays(batch, among):
-            return Plan([], list(shared_prompts(batch, tokens, among)))
+    wanted = passes.share_prompts == "always" or (passes.share_prompts == "auto" and sharing_pays(batch, among))
+    if wanted and continues(model):
+        return Plan([], list(shared_prompts(batch, tokens, among)))
     return Plan(list(chunks_by_length(batch, tokens, among)), [])
 
 
@@ -86,9 +86,10 @@ def _states(
 def _branch(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache that begins with some rows of another, which stays as it is; gradients flow into that."""
     branch = copy(cache)
-    branch.layers = [copy(layer) for layer in cache.layers]
-    for layer in branch.layers:
+    layers: list[Any] = [copy(layer) for layer in cache.layers]
+    for layer in layers:
         layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+    branch.layers = layers
     return branch
 
 

@@ -122,7 +122,7 @@ def chunks_by_length(batch: AnswerBatch, tokens: int, among: Tensor | None = Non
 
 
 def shared_prompts(batch: AnswerBatch, tokens: int, among: Tensor | None = None) -> Iterator[SharedPrompts]:
-    """Groups a batch by prompt; see :func:`chunks_by_length` for the arguments. Equal prompts are found by their ids."""
+    """Groups a batch by prompt, found by its ids; see :func:`chunks_by_length` for the arguments."""
     rows = torch.arange(len(batch.mask), device=batch.mask.device) if among is None else among
     if not len(rows):
         return

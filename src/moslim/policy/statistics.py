@@ -1,8 +1,8 @@
 """Log-probability, entropy and divergence of next-token distributions, with few logits in memory at a time.
 
-The logits of all answer tokens, tokens times vocabulary, are by far the largest tensor of an update. Here the last layer
-is applied to some tokens at a time, each row of logits is reduced to its numbers at once, and the backward pass makes
-the rows again (as in Cut Cross-Entropy, arXiv 2411.09009; here on any device, and with entropy and divergence).
+The logits of all answer tokens, tokens times vocabulary, are by far the largest tensor of an update. Here the last
+layer is applied to some tokens at a time, each row of logits is reduced to its numbers at once, and the backward pass
+makes the rows again (as in Cut Cross-Entropy, arXiv 2411.09009; here on any device, with entropy and divergence).
 """
 
 from __future__ import annotations
