@@ -64,7 +64,10 @@ def resident_weights(roles: Roles, scorer: Scorer) -> list[Weights]:
 
 def _by_place(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     """Tensors by where they lie in memory: tied weights lie in one place."""
-    return {tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size(): tensor for tensor in tensors}
+    return {
+        tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size(): tensor
+        for tensor in tensors
+    }
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
