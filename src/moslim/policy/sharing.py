@@ -115,9 +115,9 @@ def _shareable(classifier: str, roles: Roles, tokenizer: PreTrainedTokenizerBase
     return saved
 
 
-def _differences(one: PreTrainedConfig, other: PreTrainedConfig) -> str:
+def _differences(one: PreTrainedConfig | None, other: PreTrainedConfig) -> str:
     """Entries of two configurations that differ and matter to hidden states, or nothing."""
-    a, b = _relevant(one), _relevant(other)
+    a, b = _relevant(one) if one else {}, _relevant(other)
     names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     return ", ".join(f"{name} is {a.get(name)} there and {b.get(name)} here" for name in names)
 

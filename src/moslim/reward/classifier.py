@@ -112,7 +112,7 @@ class PreferenceClassifier(PreTrainedModel):
     def __init__(self, config: PreferenceClassifierConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
         self.head = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
-        self.backbone = AutoModel.from_config(config.backbone) if backbone is None else backbone
+        self.backbone: Any = AutoModel.from_config(config.backbone) if backbone is None else backbone
         if getattr(self.backbone, "pooler", None) is not None:
             self.backbone.pooler = None  # BERT's: not used here, and parameters without gradient stop DDP
         self.post_init()
