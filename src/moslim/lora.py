@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the names of the model under an adapter."""
+
+
 @dataclass
 class LoraOptions:
     """Options of an adapter.
@@ -64,12 +68,12 @@ def add_adapter(model: PeftModel, options: LoraOptions, name: str) -> list[nn.Pa
 def attach_adapter(
     model: PeftModel, options: LoraConfig, weights: Mapping[str, Tensor], name: str, inside: str
 ) -> list[nn.Parameter]:
-    """Puts a trained adapter, frozen, beside a model's own; which one is active does not change.
+    """Puts a trained adapter, frozen and without dropout, beside a model's own; which one is active does not change.
 
     Args:
         model: The adapted model.
         options: Options of the trained adapter.
-        weights: Its weights; their names begin at the part of the model that it was trained on.
+        weights: Its weights, by peft's names for an adapter of the part of the model that it was trained on.
         name: What it is called here.
         inside: Name of that part in the model, such as ``model``.
 
@@ -77,24 +81,21 @@ def attach_adapter(
         Its weights in the model.
 
     Raises:
-        ValueError: The model lacks a layer that the adapter changes, or the adapter lacks a weight.
+        ValueError: The layers that it changes are not those that it has weights for.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    # Whole names, not their last parts: these might also name layers that the adapter was not trained on.
-    layers = {f"{inside}.{key.partition('.lora_')[0]}" for key in weights}
-    unknown = layers - {layer for layer, _ in model.get_base_model().named_modules()}
-    if unknown:
-        raise ValueError(f"the adapter changes layers that the model lacks: {sorted(unknown)}")
-    own = deepcopy(options)
-    own.target_modules, own.lora_dropout, own.inference_mode = layers, 0.0, True
-    added = _add(model, own, name)
-    prefix = f"base_model.model.{inside}."
-    tensors = {prefix + key: tensor for key, tensor in weights.items()}
+    options = deepcopy(options)
+    options.lora_dropout, options.inference_mode = 0.0, True
+    added = _add(model, options, name)
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if wanted.keys() != tensors.keys():
-        raise ValueError(f"the adapter's weights do not fit: {sorted(wanted.keys() ^ tensors.keys())}")
-    set_peft_model_state_dict(model, tensors, adapter_name=name)
+    found = {f"{PEFT_PREFIX}{inside}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in weights.items()}
+    if wanted.keys() != found.keys():
+        raise ValueError(
+            f"the adapter '{name}' lacks the weights {sorted(wanted.keys() - found.keys())} and has "
+            f"{sorted(found.keys() - wanted.keys())}, which have no place: it is incomplete or its keys are renamed"
+        )
+    set_peft_model_state_dict(model, found, adapter_name=name)
     for parameter in added:
         parameter.requires_grad_(False)
     return added

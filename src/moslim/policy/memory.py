@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moslim.policy.roles import Role, Roles
 from moslim.reward.scorer import Scorer
 
+MIB = 2**20
 ROLES: tuple[Role, ...] = ("policy", "reference", "classifier", "critic")
 
 
@@ -44,31 +46,28 @@ def resident_weights(roles: Roles, scorer: Scorer) -> list[Weights]:
     for role in ROLES:
         if role == "critic" and roles.critic is None:
             continue
-        own = roles.weights(role)
-        if role == "classifier":
-            own += list(scorer.classifier.parameters())
-        unique = _by_place(own)
-        new = {place: tensor for place, tensor in unique.items() if place not in seen}
-        seen |= new.keys()
+        unique = _by_place([*roles.weights(role), *(scorer.classifier.parameters() if role == "classifier" else ())])
+        new = [tensor for place, tensor in unique.items() if place not in seen]
+        seen |= unique.keys()
         found.append(
             Weights(
                 role,
                 parameters=sum(tensor.numel() for tensor in unique.values()),
-                trained=sum(tensor.numel() for tensor in new.values() if tensor.requires_grad and role != "classifier"),
-                alone=_bytes(unique.values()),
-                added=_bytes(new.values()),
+                trained=sum(tensor.numel() for tensor in new if tensor.requires_grad and role != "classifier"),
+                alone=sum(tensor.nbytes for tensor in unique.values()),
+                added=sum(tensor.nbytes for tensor in new),
             )
         )
     return found
 
 
+def describe(weights: Iterable[Weights]) -> str:
+    """One line on what is resident."""
+    parts = [f"{own.role} {own.added / MIB:.1f} MiB (of {own.alone / MIB:.1f})" for own in weights]
+    return f"Weights held by role (of those that it reads): {', '.join(parts)}."
+
+
 def _by_place(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Tensors by where they lie in memory: tied weights lie in one place."""
-    return {
-        tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size(): tensor
-        for tensor in tensors
-    }
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """This process's part of each tensor, by where it lies in memory: tied weights lie in one place."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return {tensor.data_ptr(): tensor for tensor in local}

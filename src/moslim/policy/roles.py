@@ -120,13 +120,10 @@ class Roles:
 
         Gradients flow in the roles of policy and critic only; their backward pass may come after the context.
         """
-        if self._copy is not None:
-            yield self._copy if role == "reference" else self.policy
-            return
         before = self.active
         try:
             self._switch(role)
-            yield self.policy
+            yield self._copy if role == "reference" and self._copy is not None else self.policy
         finally:
             self._switch(before)
 
@@ -163,6 +160,8 @@ class Roles:
     def _switch(self, role: Role) -> None:
         """Makes a role's adapter, or none, the active one, and sets right which weights have gradients."""
         self.active = role
+        if not self.adapted:
+            return
         adapter = self._adapter(role)
         if adapter is None:
             self.policy.base_model.disable_adapter_layers()

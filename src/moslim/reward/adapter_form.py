@@ -1,9 +1,9 @@
-"""A classifier in the adapter form, as it lies in its folder; :mod:`moslim.reward.sharing` says which files that are."""
+"""A classifier in the adapter form, as it lies in its folder; :mod:`moslim.reward.sharing` lists the files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +21,6 @@ BACKBONE = "backbone"
 ADAPTER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"
-PEFT_PREFIX = "base_model.model."
-"""What peft puts before the names of the model under an adapter."""
 
 
 @dataclass
@@ -34,8 +32,7 @@ class SavedAdapter:
         config: The classifier's configuration.
         heads: Everything on top of the backbone, by its name in the classifier.
         options: The adapter's options.
-        weights: The adapter's weights; names begin at the backbone, such as
-            ``layers.0.self_attn.q_proj.lora_A.weight``.
+        weights: The adapter's weights, by peft's names for an adapter of the backbone.
         base: Hub name or folder of the base model in training.
         fingerprint: Of the base model's weights.
     """
@@ -54,13 +51,12 @@ class SavedAdapter:
         from peft import LoraConfig
 
         made_on = json.loads((folder / ADAPTER / BASE).read_text(encoding="utf-8"))
-        weights = load_file(folder / ADAPTER / ADAPTER_WEIGHTS)
         return cls(
             folder=folder,
             config=PreferenceClassifierConfig.from_pretrained(folder),
             heads=load_file(folder / HEADS),
             options=LoraConfig.from_pretrained(str(folder / ADAPTER)),
-            weights={name.removeprefix(PEFT_PREFIX): tensor for name, tensor in weights.items()},
+            weights=load_file(folder / ADAPTER / ADAPTER_WEIGHTS),
             base=made_on["name"],
             fingerprint=made_on["fingerprint"],
         )
@@ -76,8 +72,8 @@ class SavedAdapter:
         classifier.load_state_dict(self.heads, strict=False)
         return classifier
 
-    def check(self, wanted: Iterable[str]) -> None:
-        """Compares the names of the adapter's weights with those it needs.
+    def check(self, wanted: Collection[str]) -> None:
+        """Compares the names of the adapter's weights with those that it must have.
 
         Raises:
             ValueError: A weight is missing or renamed.
@@ -91,7 +87,7 @@ def heads(classifier: PreferenceClassifier) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(f"{BACKBONE}.")}
 
 
-def refuse_difference(found: Iterable[str], wanted: Iterable[str], file: Path) -> None:
+def refuse_difference(found: Collection[str], wanted: Collection[str], file: Path) -> None:
     """Compares the names of tensors in a file with those that are needed.
 
     Raises:

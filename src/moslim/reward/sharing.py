@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel
 
 from moslim.checkpoints import fingerprint
-from moslim.lora import base_weights
-from moslim.reward.adapter_form import ADAPTER, ADAPTER_WEIGHTS, BACKBONE, BASE, HEADS, PEFT_PREFIX, SavedAdapter, heads
+from moslim.lora import PEFT_PREFIX, base_weights
+from moslim.reward.adapter_form import ADAPTER, ADAPTER_WEIGHTS, BACKBONE, BASE, HEADS, SavedAdapter, heads
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceCla
             f"the right base model, which was '{saved.base}' in training"
         )
     adapted = get_peft_model(backbone, saved.options)
-    saved.check(name.removeprefix(PEFT_PREFIX) for name in get_peft_model_state_dict(adapted))
-    set_peft_model_state_dict(adapted, {PEFT_PREFIX + name: tensor for name, tensor in saved.weights.items()})
+    saved.check(get_peft_model_state_dict(adapted))
+    set_peft_model_state_dict(adapted, saved.weights)
     classifier.backbone = adapted.merge_and_unload()  # type: ignore[operator]
     return classifier.requires_grad_(True).eval()
 
