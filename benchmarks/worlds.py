@@ -99,7 +99,9 @@ class RandomQuestions(Source):
         """See the base class."""
         draw = random.Random(seed)
         least = len(vocabulary())
-        return [Example(" ".join(f"w{draw.randrange(least, self.words)}" for _ in range(self.length))) for _ in range(256)]
+        return [
+            Example(" ".join(f"w{draw.randrange(least, self.words)}" for _ in range(self.length))) for _ in range(256)
+        ]
 
 
 def tokenizer_of(world: World) -> PreTrainedTokenizerBase:

@@ -68,6 +68,14 @@ def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("passes", PASSES)
+def test_entropy_is_the_mean_over_answer_tokens(roles, rows, passes):
+    found = forward(roles.policy, roles, rows, 0.7, passes, default_kl=True).entropy
+    logits = roles.policy(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+    logp = (logits[:, 4:-1] / 0.7).log_softmax(dim=-1)
+    torch.testing.assert_close(found, -(logp.exp() * logp).sum(dim=-1)[rows.mask].mean())
+
+
 def test_at_the_start_the_default_has_not_moved(tokenizer, rows):
     roles = Roles(build_model("grouped", tokenizer), LORA)
     assert forward(roles.policy, roles, rows, 1.0, Passes(), default_kl=True).default_kl.item() == 0

@@ -220,6 +220,7 @@ class PolicyTrainer(RunModule):
             self.engine.max_new_tokens,
         )
         loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
+        metrics["train/entropy"] = now.entropy.detach()
         if now.default_kl is not None:
             loss = loss + self.default_kl_coef * now.default_kl
             metrics["train/default_kl"] = now.default_kl.detach()

@@ -25,10 +25,12 @@ class Forward:
         default_kl: Scalar with gradient: mean over the answer tokens of prompts without instruction of the exact
             KL(policy || reference), each process's part of it such that the mean over processes is that over all
             tokens; None if no process has such prompts or it was not asked for.
+        entropy: Scalar with gradient: mean over this process's answer tokens of the next-token entropy, nats.
     """
 
     logprobs: Tensor
     default_kl: Tensor | None
+    entropy: Tensor
 
 
 def forward(policy: Any, roles: Roles, rows: Rollout, temperature: float, passes: Passes, default_kl: bool) -> Forward:
@@ -44,7 +46,7 @@ def forward(policy: Any, roles: Roles, rows: Rollout, temperature: float, passes
     """
     uninstructed = rows.uninstructed if default_kl else torch.zeros_like(rows.uninstructed)
     logprobs = torch.zeros(rows.mask.shape, dtype=torch.float32, device=rows.mask.device)
-    divergence = logprobs.new_zeros(())
+    divergence, entropy = logprobs.new_zeros(2).unbind()
     predictor = Predictor(policy, passes.chunked_logprobs)
     for group, compared in ((~uninstructed, False), (uninstructed, True)):
         chosen = plan(policy, rows.batch, passes, group.nonzero()[:, 0])
@@ -56,11 +58,14 @@ def forward(policy: Any, roles: Roles, rows: Rollout, temperature: float, passes
         for number, (chunk, states) in enumerate(answer_states(predictor, chosen)):
             wanted = (references[number][0], references[number][1][chunk.mask]) if compared else None
             tokens = chunk.tokens[chunk.mask]
-            found = predictor.statistics(states[chunk.mask], tokens, temperature, reference=wanted)
+            found = predictor.statistics(states[chunk.mask], tokens, temperature, True, wanted)
             put(logprobs, chunk, found.logprobs)
+            if found.entropy is not None:
+                entropy = entropy + found.entropy.sum()
             if found.kl is not None:
                 divergence = divergence + found.kl.sum()
+    entropy = entropy / rows.mask.sum().clamp(min=1)
     if not default_kl:
-        return Forward(logprobs, None)
+        return Forward(logprobs, None, entropy)
     tokens = mean_over_processes(rows.mask[uninstructed].sum())
-    return Forward(logprobs, divergence / tokens if tokens > 0 else None)
+    return Forward(logprobs, divergence / tokens if tokens > 0 else None, entropy)
