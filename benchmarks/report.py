@@ -153,10 +153,11 @@ def throughput(result: dict[str, Any]) -> str:
     text = f"""
 ## Speed of the policy stage
 
-`{result["command"]}` on {result["machine"]["processor"]}, {result["machine"]["cores"]} cores, {result["threads"]} threads, no
-GPU; torch {versions["torch"]}, transformers {versions["transformers"]}, TRL {versions["trl"]}. Trainers take turns step by
-step on the same random weights, prompts, reward model, length limit, end tokens and KL coefficient, in float32; medians.
-"Plain" is this project with `passes: {{share_prompts: never, chunked_logprobs: false}}`. TRL runs with the fastest of
+`{result["command"]}` on {result["machine"]["processor"]}, {result["machine"]["cores"]} cores,
+{result["threads"]} threads, no GPU; torch {versions["torch"]}, transformers {versions["transformers"]},
+TRL {versions["trl"]}. Trainers take turns step by step on the same random weights, prompts, reward model, length limit,
+end tokens and KL coefficient, in float32; figures are medians. "Plain" is this project with
+`passes: {{share_prompts: never, chunked_logprobs: false}}`. TRL runs with the fastest of these settings:
 {", ".join(result[sizes[0]]["trl_s_per_step_by_settings"])}.
 
 """

@@ -139,7 +139,7 @@ def compare(world: World, folder: Path, repeats: int) -> dict[str, Any]:
     tried = {}
     for name, settings in TRL.items():
         try:
-            tried[name] = race({"trl": ("trl", settings)}, world, folder, 1)["trl"]["s_per_step"]
+            tried[name] = race({"trl": ("trl", settings)}, world, folder, 2)["trl"]["s_per_step"]
         except RuntimeError as error:
             tried[name] = None
             print(f"TRL with {name} does not run here: {error}", file=sys.stderr)
