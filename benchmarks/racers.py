@@ -53,7 +53,7 @@ class Turns(Callback):
         self.marks: dict[str, float] = {}
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.marks["start"] = wait()
+        self.marks["start"], self.marks["cpu"] = wait(), time.process_time()
 
     def on_before_backward(self, *_: Any) -> None:
         self.marks["backward"] = time.perf_counter()
@@ -69,7 +69,8 @@ class Turns(Callback):
         phases["optimizer"] = end - self.marks["optimizer"]
         seconds = end - self.marks["start"]
         phases["rest"] = seconds - sum(phases.values())
-        self.report(seconds=seconds, phases=phases, length=logged["train/length"])
+        cpu = time.process_time() - self.marks["cpu"]
+        self.report(seconds=seconds, cpu=cpu, phases=phases, length=logged["train/length"])
 
 
 def ours(world: World, folder: Path, steps: int, report: Report, settings: dict[str, Any]) -> None:
@@ -108,14 +109,15 @@ def trl(world: World, folder: Path, steps: int, report: Report, settings: dict[s
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy", padding_side="left")
 
     class Steps(TrainerCallback):
-        start = 0.0
+        start, cpu = 0.0, 0.0
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = wait()
+            self.start, self.cpu = wait(), time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds = time.perf_counter() - self.start
-            report(seconds=seconds, phases={}, length=trainer._metrics["train"]["completions/mean_length"][-1])
+            seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
+            length = trainer._metrics["train"]["completions/mean_length"][-1]
+            report(seconds=seconds, cpu=cpu, phases={}, length=length)
 
     parts = settings.pop("parts", 1)
     rows = world.prompts * world.samples

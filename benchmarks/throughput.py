@@ -110,7 +110,8 @@ def race(
     """Lets trainers take turns; the first step of each, which warms up, does not count.
 
     Returns:
-        By entrant: ``s_per_step``, ``phases``, ``mean_length``, ``tokens_per_s`` and ``peak_mb``.
+        By entrant: ``s_per_step``, ``cpu_s_per_step`` (of all threads), ``phases``, ``mean_length``, ``tokens_per_s``
+        and ``peak_mb``.
     """
     racers = {name: Racer(kind, world, folder, repeats + 1, own) for name, (kind, own) in entrants.items()}
     laps: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
@@ -125,6 +126,7 @@ def _summary(laps: list[dict[str, Any]], peak: float, world: World) -> dict[str,
     phases = {name: round(median(lap["phases"][name] for lap in laps), 4) for name in laps[0]["phases"]}
     return {
         "s_per_step": round(median(lap["seconds"] for lap in laps), 4),
+        "cpu_s_per_step": round(median(lap["cpu"] for lap in laps), 4),
         "phases": phases,
         "mean_length": round(sum(lap["length"] for lap in laps) / len(laps), 1),
         "tokens_per_s": round(median(answers * lap["length"] / lap["seconds"] for lap in laps), 1),
@@ -151,6 +153,7 @@ def compare(world: World, folder: Path, repeats: int) -> dict[str, Any]:
         "speedup": round(theirs["s_per_step"] / mine["s_per_step"], 2),
         "plain_s_per_step": plain["s_per_step"],
         "speedup_of_passes": round(plain["s_per_step"] / mine["s_per_step"], 2),
+        "cpu_s_per_step": {name: own["cpu_s_per_step"] for name, own in found.items()},
         "phases": mine["phases"],
         "plain_phases": plain["phases"],
         "tokens_per_s": {name: own["tokens_per_s"] for name, own in found.items()},

@@ -140,3 +140,31 @@ def test_temperature_zero_takes_the_most_likely_token_with_its_logprob_at_one():
 )
 def test_few_rows_move_when_others_leave(finished, places):
     assert survivors(torch.tensor([mark == "1" for mark in finished])).tolist() == places
+
+
+def test_a_text_that_ends_answers(models, prompts, tokenizer):
+    plain = TorchEngine(12).sample(models["llama"], *prompts, seeds(5, 8), EOS, PAD)
+    texts = [tokenizer.decode(row[keep]) for row, keep in zip(plain.tokens, plain.mask, strict=True)]
+    word = next(word for word in " ".join(texts).split() if sum(word in text for text in texts) > 2 and len(word) > 3)
+    engine = TorchEngine(12, stop_strings=[word, "never written"])
+    engine.bind(tokenizer)
+    found = engine.sample(models["llama"], *prompts, seeds(5, 8), EOS, PAD)
+    stopped = 0
+    for row, text in enumerate(texts):
+        own = tokenizer.decode(found.tokens[row, found.mask[row]])
+        length = int(found.mask[row].sum())
+        assert torch.equal(found.tokens[row, :length], plain.tokens[row, :length])  # until then it is the same answer
+        assert engine.before_stop(own) == text.partition(word)[0]
+        if word in text:
+            assert own.endswith(word) and found.ended[row]
+            stopped += 1
+        else:
+            assert own == text and found.ended[row] == plain.ended[row]
+    assert 2 < stopped < len(texts)
+
+
+def test_stop_strings_need_a_tokenizer_and_something_to_look_for(models, prompts):
+    with pytest.raises(RuntimeError, match="bind"):
+        TorchEngine(3, stop_strings=["x"]).sample(models["llama"], *prompts, seeds(5, 1), EOS, PAD)
+    with pytest.raises(ValueError, match="empty text"):
+        TorchEngine(3, stop_strings=["x", ""])

@@ -62,6 +62,7 @@ class TorchEngine(RolloutEngine):
     Args:
         max_new_tokens: Length limit of an answer, the end-of-sequence token included.
         temperature: Sampling temperature; 0 takes the most likely token.
+        stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
     """
 
     @torch.no_grad()
@@ -105,6 +106,8 @@ class TorchEngine(RolloutEngine):
             tokens[rows, step], logprobs[rows, step] = drawn, logprob
             lengths[rows] = step + 1
             finished = torch.isin(drawn, eos)
+            if self.stop_strings:
+                finished |= self._stopped(tokens[rows, : step + 1])
             if finished.any():
                 ended[rows[finished]] = True
                 keep = survivors(finished)
@@ -128,3 +131,12 @@ class TorchEngine(RolloutEngine):
         longest = int(lengths.max())
         mask = torch.arange(longest, device=device) < lengths[:, None]
         return Completions(tokens[:, :longest], mask, logprobs[:, :longest], ended)
+
+    def _stopped(self, tokens: Tensor) -> Tensor:
+        """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""
+        if self.tokenizer is None:
+            raise RuntimeError("an engine with stop_strings needs a tokenizer: call engine.bind(tokenizer) first")
+        longest = max(map(len, self.stop_strings)) + 1  # tokens are rarely empty, so no more can be part of one
+        texts = self.tokenizer.batch_decode(tokens[:, -longest:])
+        found = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(found, device=tokens.device)
