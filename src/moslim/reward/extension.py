@@ -58,13 +58,14 @@ def extended_classifier(
     return extended
 
 
-def refuse_change(config: PreferenceClassifierConfig, options: Mapping[str, Any]) -> None:
+def refuse_change(classifier: PreferenceClassifier, options: Mapping[str, Any]) -> None:
     """Raises a ValueError where a run wants features other than those that the old heads read.
 
     Args:
-        config: The classifier's configuration.
+        classifier: The classifier.
         options: ``pooling``, ``layer`` and ``max_length`` of the run; None = as they are.
     """
+    config = classifier.config
     saved = {"pooling": config.pooling, "layer": config.layer, "max_length": config.pair_length}
     for name, value in options.items():
         if value is not None and value != saved[name] and [value] != saved[name]:

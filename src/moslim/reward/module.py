@@ -143,7 +143,7 @@ class RewardClassifier(RunModule):
         self.seed = seed
         if extend is not None:
             model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout)
-            refuse_change(model.config, {"pooling": pooling, "layer": layer, "max_length": max_length})
+            refuse_change(model, {"pooling": pooling, "layer": layer, "max_length": max_length})
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
         elif classifier is not None:
             for_new_heads = {
