@@ -1,4 +1,4 @@
-"""Question: what does each policy optimizer reach on the quickstart's task, with as many rollouts as the quickstart has?
+"""Question: what does each policy optimizer reach on the quickstart's task, with as many rollouts as it has?
 
     make quickstart
     python benchmarks/optimizers.py --out benchmarks/results/optimizers.json

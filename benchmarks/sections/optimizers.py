@@ -30,6 +30,6 @@ def section(result: dict[str, Any]) -> str:
 ## Policy optimizers
 
 {circumstances_line(result)}
-The quickstart's policy stage with each optimizer, seed {result["seed"]}, the same number of rollouts, options not tuned.
+The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not tuned.
 
 {table(header, rows)}"""

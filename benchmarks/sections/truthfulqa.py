@@ -58,8 +58,8 @@ def _intervals(result: dict[str, Any]) -> str:
     words = result["baselines"]["tfidf_lr"]["auroc"]
     lead = [f"{head} {result['auroc'][head]['mean'] - words[head]['mean']:+.3f}" for head in HEADS]
     return (
-        f"AUROC above TF-IDF with logistic regression (0.08 asked for): {', '.join(lead)}. Above the regression head, 95% "
-        f"interval over questions, paired: {shown}."
+        f"AUROC above TF-IDF with logistic regression (0.08 asked for): {', '.join(lead)}. Above the regression head, "
+        f"95% interval over questions, paired: {shown}."
     )
 
 

@@ -120,21 +120,10 @@ class PreferenceClassifier(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: PreferenceClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: PreferenceClassifierConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
-        inputs = _width(config.backbone) * len(config.pooling)
-        widths = dict(zip(self.preferences.names, self.head_widths, strict=True))
-        added = {
-            head["dimension"]: HeadShape(widths.pop(head["dimension"]), head["hidden"], head["dropout"])
-            for head in config.added_heads
-        }
-        if config.head_hidden is None:
-            self.head: nn.Module = nn.Linear(inputs, sum(widths.values()))
-        else:
-            first = {n: HeadShape(width, config.head_hidden, config.head_dropout) for n, width in widths.items()}
-            self.head = OwnHeads(inputs, first)
-        self.added = OwnHeads(inputs, added)
-        self.backbone = AutoModel.from_config(config.backbone) if backbone is None else backbone
+        self.head, self.added = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
+        self.backbone: Any = AutoModel.from_config(config.backbone) if backbone is None else backbone
         if getattr(self.backbone, "pooler", None) is not None:
             self.backbone.pooler = None  # BERT's: not used here, and parameters without gradient stop DDP
         self.post_init()
@@ -257,11 +246,22 @@ class PreferenceClassifier(PreTrainedModel):
         """Probability of every level, ``[B, D, K]`` float32; 0 on levels that a dimension lacks."""
         logits = self(input_ids, attention_mask).logits
         probs = torch.zeros_like(logits)
-        for head, size in enumerate(
-            self.preferences.sizes
-        ):  # a wider head beside it must not change how one is rounded
+        for head, size in enumerate(self.preferences.sizes):  # padding must not change how a head's are rounded
             probs[:, head, :size] = logits[:, head, :size].softmax(-1)
         return probs
+
+
+def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, OwnHeads]:
+    """The heads that were trained together, and those that were added later."""
+    inputs = _width(config.backbone) * len(config.pooling)
+    added = {
+        head["dimension"]: HeadShape(widths.pop(head["dimension"]), head["hidden"], head["dropout"])
+        for head in config.added_heads
+    }
+    if config.head_hidden is None:
+        return nn.Linear(inputs, sum(widths.values())), OwnHeads(inputs, added)
+    first = {name: HeadShape(width, config.head_hidden, config.head_dropout) for name, width in widths.items()}
+    return OwnHeads(inputs, first), OwnHeads(inputs, added)
 
 
 def _width(config: Any) -> int:
