@@ -89,7 +89,7 @@ def test_naming_old_dimensions_evaluates_them_and_changes_nothing_else(saved: Pa
 
 
 def test_a_classifier_can_be_extended_again(saved: Path, tmp_path: Path) -> None:
-    extend(tmp_path / "one", saved, FILLER)
+    extend(tmp_path / "one", saved, FILLER, pooling=["mean", "max"], max_length=40)  # as they are: allowed
     extend(tmp_path / "two", tmp_path / "one" / "extended", {"third": FILLER["filler"]}, calibrate=False)
     one, two = (Scorer.from_pretrained(tmp_path / name / "extended") for name in ("one", "two"))
     assert list(two.preferences.names) == ["tone", "amount", "filler", "third"]
@@ -117,7 +117,7 @@ def test_the_code_for_use_without_moslim_knows_added_heads_and_several_poolings(
         ({**FILLER, "tone": ["bad", "fair", "good"]}, {}, "has the levels .*'fair'.* but"),
         (FILLER, {"trunk": "tuned"}, "leave model.trunk out"),
         (FILLER, {"loss": Corn()}, "Corn needs heads with the link 'corn'"),
-        (FILLER, {"pooling": "last"}, "model.pooling is for new heads"),
+        (FILLER, {"pooling": "last"}, "model.pooling is last, but the old heads were trained with .'mean', 'max'."),
         (FILLER, {"backbone": "some/model"}, "given at once"),
     ],
 )

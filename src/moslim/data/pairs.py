@@ -70,13 +70,12 @@ class Pairs(Dataset[Pair]):
         return self._encoded[draw.row]
 
     def lengths(self) -> list[int]:
-        """Characters of each row: near enough to its tokens to group rows of like length, and free."""
-        return [_characters(row) for row in self._rows]
+        """Tokens of each row, of its longer text where it has two; all rows are encoded for it."""
+        return [max(map(len, pair.texts)) for pair in self._all()]
 
     def budget(self, tokens: int) -> TokenBudget:
-        """Returns what batches of so many padded tokens need to know of the rows, which are all encoded for it."""
-        texts = [pair.texts for pair in self._all()]
-        return TokenBudget(tokens, [max(map(len, row)) for row in texts], [len(row) for row in texts])
+        """Returns what batches of so many padded tokens need to know of the rows."""
+        return TokenBudget(tokens, self.lengths(), [len(pair.texts) for pair in self._all()])
 
     def compute(self, features: Callable[[list[list[int]]], Tensor]) -> None:
         """Gives every pair its features, so that batches come with these instead of tokens.
@@ -197,8 +196,3 @@ def level_shares(rows: Sequence[Example], levels: Tensor, preferences: Preferenc
 def one_hot(levels: Tensor, width: int) -> Tensor:
     """Returns ``[B, D, width]`` float32 with a 1 on each label of ``[B, D]``; all 0 where it is -1."""
     return F.one_hot(levels.clamp(min=0), width).float() * (levels >= 0)[..., None]
-
-
-def _characters(row: Example) -> int:
-    question = row.question if isinstance(row.question, str) else "".join(m["content"] for m in row.question)
-    return len(question) + max(len(row.answer or ""), len(row.rejected or ""))

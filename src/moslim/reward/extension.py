@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import cast
+from typing import Any, cast
 
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
@@ -55,6 +56,23 @@ def extended_classifier(
     for d in new:
         extended.added[d.name].requires_grad_(True)
     return extended
+
+
+def refuse_change(classifier: PreferenceClassifier, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError where a run wants features other than those that the old heads read.
+
+    Args:
+        classifier: The classifier.
+        options: ``pooling``, ``layer`` and ``max_length`` of the run; None = as they are.
+    """
+    config = classifier.config
+    saved = {"pooling": config.pooling, "layer": config.layer, "max_length": config.pair_length}
+    for name, value in options.items():
+        if value is not None and value != saved[name] and [value] != saved[name]:
+            raise ValueError(
+                f"model.{name} is {value}, but the old heads were trained with {saved[name]}, which new ones share: "
+                "leave it out"
+            )
 
 
 def frozen_temperatures(classifier: PreferenceClassifier) -> dict[str, float]:

@@ -20,6 +20,10 @@ _PADDED_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Padded tokens of a forward pass; on a CPU, small batches stay in the cache."""
 
 
+_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Entries of a backbone's configuration that depend on where and how it was saved; its weights' type counts anyway."""
+
+
 def resolve_trunk(trunk: Trunk | None, extends: bool, adapts: bool) -> Trunk:
     """Returns whether the backbone is trained.
 
@@ -54,9 +58,9 @@ def cached_features(
         ``[N, H]`` float32 on the CPU.
     """
     config = classifier.config
-    key = trunk_key(
-        classifier.backbone, config.backbone.to_json_string(), config.pooling, config.layer, str(trainer.precision)
-    )
+    backbone = {name: value for name, value in config.backbone.to_dict().items() if name not in _ABOUT_FILES}
+    settings = sorted(backbone.items()), config.pooling, config.layer, str(trainer.precision)
+    key = trunk_key(classifier.backbone, *settings)
 
     def run() -> Tensor:
         with trainer.precision_plugin.forward_context():

@@ -36,7 +36,7 @@ from moslim.reward.evaluation.pairs import complete_weights
 from moslim.reward.evaluation.report import find_result, publish, scalars
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import Scores
-from moslim.reward.extension import extended_classifier, frozen_temperatures
+from moslim.reward.extension import extended_classifier, frozen_temperatures, refuse_change
 from moslim.reward.frozen import Trunk, cached_features, resolve_trunk
 from moslim.reward.held_out import HeldOut
 from moslim.reward.links import LINKS
@@ -47,7 +47,7 @@ from moslim.reward.pooling import Pooling
 from moslim.reward.predictions import prediction_rows, rows_scored
 from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, save_adapter, save_merged
-from moslim.reward.starting import DEFAULT_LOSSES, refuse_options, saved_classifier, start_name
+from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
 from moslim.reward.training_record import training_record
 
 _TEMPERATURES = "temperatures"
@@ -142,8 +142,8 @@ class RewardClassifier(RunModule):
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         if extend is not None:
-            refuse_options(extend, {"pooling": pooling, "layer": layer, "max_length": max_length})
             model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout)
+            refuse_change(model, {"pooling": pooling, "layer": layer, "max_length": max_length})
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
         elif classifier is not None:
             for_new_heads = {
