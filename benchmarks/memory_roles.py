@@ -12,8 +12,8 @@ PPO. Each form runs in a process of its own, through the `PolicyTrainer` and its
   `PolicyTrainer` has no such critic, so that this form is only loaded and takes no step
 
 `weights` are the storages of all parameters that the process holds, each counted once; they are found through the
-garbage collector, not through the accounting under test. Resident memory is the whole process's, as the kernel tells
-it: its growth by `loading`, and its `peak` while each role works in one training step. Linux only.
+garbage collector, not through the accounting under test. What is `resident` is the whole process's, as the kernel tells
+it: its growth by loading the models and reading every weight once, and its `peak` in one training step. Linux only.
 Last result: benchmarks/results/memory_roles.json.
 """
 
@@ -90,15 +90,18 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
     )
     # As most implementations of PPO have it; the PolicyTrainer's own critic is a head on the policy's trunk.
     critic = AutoModel.from_pretrained(folder / "start", dtype=torch.float32) if form == "four models" else None
-    found = {"weights": parameter_bytes(), "loading": resident_bytes() - before}
+    held = parameters()
+    weights = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in held}.values())
+    for parameter in held:
+        parameter.detach().sum()  # files are mapped into memory, and only what is read becomes resident
+    found = {"weights": weights, "resident": resident_bytes() - before}
     return found if critic is not None else {**found, **one_step(module, folder / form)}
 
 
-def parameter_bytes() -> int:
-    """Bytes of all storages that hold parameters, wherever in this process."""
+def parameters() -> list[torch.nn.Parameter]:
+    """All parameters that this process holds, wherever."""
     gc.collect()
-    parameters = [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
-    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}.values())
+    return [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
 
 
 def one_step(module: PolicyTrainer, folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def section(result: dict[str, Any]) -> str:
             f"{result['copies'][name]:.2f}",
             f"{found['weights'] / MIB:.0f}",
             f"{result['shared_to'][name]:.2f}" if name in result["shared_to"] else "1",
-            f"{found['loading'] / MIB:.0f}",
+            f"{found['resident'] / MIB:.0f}",
             f"{found['peak'] / MIB:.0f}" if "peak" in found else "-",
         ]
         for name, found in result["forms"].items()
@@ -32,13 +32,14 @@ def section(result: dict[str, Any]) -> str:
 
 {circumstances_line(result)}
 PPO on a Llama of {result["base_parameters"] / 1e6:.0f} million random float32 weights
-({result["base_bytes"] / MIB:.0f} MiB). `shared` is one base with adapters of policy and classifier, its adapters off as reference, and the critic as a head;
-`classifier apart` has the same classifier merged; in `full` all weights are trained and the reference is a copy;
-`four models` has a critic with a backbone of its own, besides. MiB; wanted: {result["wanted"]}.
+({result["base_bytes"] / MIB:.0f} MiB). `shared` is one base with adapters of policy and classifier, its adapters off as
+reference, and the critic as a head; `classifier apart` has the same classifier merged; in `full` all weights are trained
+and the reference is a copy; `four models` has a critic with a backbone of its own, besides. In MiB: `weights` are counted
+by storage, `resident` is how much the process grew by loading and reading them, `peak` the whole process's in the first
+training step. Wanted: {result["wanted"]}.
 
-{table(["form", "copies of the base", "weights", "shared form's share", "resident after loading", "peak"], forms)}
-Of a role, `alone` is what it would hold by itself, `added` what it adds to the roles above it; the peak is the whole
-process's while the role works, in the first training step. Without LoRA, gradients and optimizer states of all weights
-are part of it.
+{table(["form", "copies of the base", "weights", "shared form's share", "resident", "peak"], forms)}
+Of a role, `alone` is what it would hold by itself, `added` what it adds to the roles above it, and the peak is that while
+the role works. The policy's holds gradients and optimizer states: without LoRA, those of all weights.
 
 {table(["form", "role", "alone", "added", "peak"], roles)}"""
