@@ -1,14 +1,20 @@
 """Policy and classifier on one base: everything is as in the separate form, and what cannot share is refused."""
 
 import csv
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from moslim.callbacks.role_memory import FILE, RoleMemory
+from moslim.cli import run
 from moslim.lora import LoraOptions, add_lora, merged
 from moslim.models import load_causal_lm
 from moslim.policy.critic import CriticOptions
@@ -28,6 +34,7 @@ from tests.policy.runs import LORA, PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
+ROOT = Path(__file__).parents[2]
 OTHER_LAYERS = LoraOptions(rank=2, alpha=8.0, dropout=0.5, target_modules=["k_proj", "v_proj", "up_proj"])
 QUESTIONS = ["How do I clean the kettle?", "Why?", "How do I find the clock?"]
 ANSWERS = ["Hey pal, check this. Cheers.", "Greetings reader.", "Wipe it. Then rinse it. Cheers."]
@@ -198,8 +205,6 @@ def test_another_vocabulary_is_refused(lm, shareable, tmp_path):
 
 
 def test_a_damaged_adapter_is_an_error_even_where_one_may_choose(lm, shareable, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(shareable, tmp_path / "c")
     file = tmp_path / "c" / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -234,10 +239,10 @@ def test_a_run_is_that_of_the_separate_form(optimizer, preferences, lm, shareabl
             default_kl_coef=0.5,
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         )
-        run = trainer(tmp_path / str(share), max_steps=3)
-        run.fit(module, data(preferences))
+        runner = trainer(tmp_path / str(share), max_steps=3)
+        runner.fit(module, data(preferences))
         assert module.roles.shares_classifier == share
-        run.save_checkpoint(tmp_path / f"{share}.ckpt")
+        runner.save_checkpoint(tmp_path / f"{share}.ckpt")
         checkpoints.append(torch.load(tmp_path / f"{share}.ckpt", weights_only=True)["state_dict"].keys())
         with torch.no_grad():
             evaluated = [module.probabilities(answers) for answers in sampled(module, data(preferences))]
@@ -271,13 +276,12 @@ def test_resume_export_and_test_of_a_shared_run(preferences, lm, shareable, tmp_
     trainer(tmp_path, max_steps=4).fit(whole, data(preferences))
 
     first = make(preferences, lm, shareable, lora=LORA, policy_optimizer=PPO(critic_lora=OTHER_LAYERS))
-    run = trainer(tmp_path, max_steps=2)
-    run.fit(first, data(preferences))
+    runner = trainer(tmp_path, max_steps=2)
+    runner.fit(first, data(preferences))
     checkpoint = tmp_path / "two.ckpt"
-    run.save_checkpoint(checkpoint)
+    runner.save_checkpoint(checkpoint)
     resumed = make(preferences, lm, shareable, lora=LORA, policy_optimizer=PPO(critic_lora=OTHER_LAYERS))
-    run = trainer(tmp_path, max_steps=4)
-    run.fit(resumed, data(preferences), ckpt_path=checkpoint)
+    trainer(tmp_path, max_steps=4).fit(resumed, data(preferences), ckpt_path=checkpoint)
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
     with pytest.raises(ValueError, match=r"shared the policy's base.*share_backbone to true"):
@@ -293,6 +297,22 @@ def test_resume_export_and_test_of_a_shared_run(preferences, lm, shareable, tmp_
         torch.testing.assert_close(answer_logprobs(exported, *rows), learnt, atol=1e-5, rtol=0)
         assert (resumed.roles.reference_logprobs(*rows) - learnt).abs().max() > 1e-3
     assert not any("lora" in name for name, _ in AutoModel.from_pretrained(tmp_path / "export").named_parameters())
+
+
+def test_the_commands_of_the_page_share_a_base(tmp_path, monkeypatch):
+    page = re.sub(r" \\\n +", " ", (ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+    commands = [shlex.split(line) for line in re.findall(r"^    python main\.py (.+)$", page, re.MULTILINE)]
+    save_world(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    small = "--data.source.reward_rows 64 --data.source.bare_rows 16 --data.batch_size 8"
+    sizes = {"reward": small, "policy": SMALL_POLICY}
+    for command in commands:
+        kind = next(name for name in sizes if f"configs/quickstart/{name}.yaml" in command)
+        cli = run([*command, *shlex.split(f"{FEW_STEPS} {sizes[kind]}"), "--trainer.callbacks", "null"])
+    assert len(commands) == 3 and cli.model.roles.shares_classifier
+    assert (cli.model.run_folder / FILE).exists()
 
 
 # --- memory
