@@ -40,7 +40,8 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglo
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
 PRESETS = [path for path in CONFIGS if path.startswith("configs/data/")]  # run in tests/data/test_presets.py
 VLLM = "configs/engine/vllm.yaml"  # needs a server: run in tests/policy/engines/test_vllm_config.py
-RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, VLLM)]
+TRAINERS = [path for path in CONFIGS if path.startswith("configs/trainer/")]  # benchmarks/devices.py runs them
+RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, *TRAINERS, VLLM)]
 
 SMALL = {  # by the config that a command names first
     "configs/quickstart/starter.yaml": """--model.architecture.options.hidden_size 16

@@ -262,7 +262,7 @@ class RewardClassifier(RunModule):
             self.log_dict(self._calibrate())
 
     def on_train_end(self) -> None:
-        """Calibrates the final weights, unless the last validation has done so."""
+        """Calibrates the final weights, unless the last validation has done so, and writes ``last.ckpt`` anew."""
         if not self._calibrates or self._calibrated_at == self.global_step:
             return
         if not self.trainer.val_dataloaders:
@@ -279,6 +279,9 @@ class RewardClassifier(RunModule):
         measures = {key: value.item() for key, value in self._calibrate().items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(measures, self.global_step)
+        for saver in self.trainer.checkpoint_callbacks:  # they have had their turn
+            if saver.last_model_path:  # type: ignore[attr-defined]
+                self.trainer.save_checkpoint(saver.last_model_path)  # type: ignore[attr-defined]
 
     def on_test_epoch_end(self) -> None:
         """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
