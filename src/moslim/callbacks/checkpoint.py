@@ -37,5 +37,5 @@ class StepCheckpoint(ModelCheckpoint):
 
 def within_accumulation(trainer: Trainer) -> bool:
     """Whether gradients of finished batches wait for their optimizer step. An epoch's last batch always makes one."""
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
     return done % trainer.accumulate_grad_batches > 0 and done < trainer.num_training_batches
