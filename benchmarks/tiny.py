@@ -38,12 +38,12 @@ def save_models(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def policy_config(models: Path, optimizer: str, batch_size: int, **model: Any) -> dict[str, Any]:
+def policy_config(models: Path, name: str, batch_size: int, **model: Any) -> dict[str, Any]:
     """A run in which everything has a state: mapping, sampler, KL controller, momentum, critic.
 
     Args:
         models: Where :func:`save_models` wrote.
-        optimizer: Name of a policy optimizer.
+        name: Of a policy optimizer.
         batch_size: Prompts per process and rollout.
         model: More options of ``PolicyTrainer``; they win.
     """
@@ -54,7 +54,7 @@ def policy_config(models: Path, optimizer: str, batch_size: int, **model: Any) -
             "class_path": "moslim.mapping.TargetProbability",
             "init_args": {"scope": "running", "min_count": 6},
         },
-        "policy_optimizer": {"class_path": f"{_PACKAGE}.{optimizer}", "init_args": OPTIMIZERS[optimizer]},
+        "policy_optimizer": {"class_path": f"{_PACKAGE}.{name}", "init_args": OPTIMIZERS[name]},
         "engine": {"class_path": "moslim.policy.engines.TorchEngine", "init_args": {"max_new_tokens": 8}},
         "samples_per_prompt": 3,
         "default_kl_coef": 0.1,

@@ -80,7 +80,7 @@ class TorchEngine(RolloutEngine):
         noise = uniforms(seeds.flatten(), self.max_new_tokens)
         eos = torch.tensor(eos_ids, device=device)
         tokens = torch.full((total, self.max_new_tokens), pad_id, dtype=torch.long, device=device)
-        logprobs = torch.zeros((total, self.max_new_tokens), device=device)
+        logprobs = torch.zeros((total, self.max_new_tokens), dtype=torch.float32, device=device)
         lengths = torch.zeros(total, dtype=torch.long, device=device)
         ended = torch.zeros(total, dtype=torch.bool, device=device)
 
