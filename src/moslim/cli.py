@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from moslim.callbacks.dashboard import Dashboard, continue_run
 from moslim.callbacks.gauges import Gauges
+from moslim.callbacks.role_memory import RoleMemory
 from moslim.data.module import PreferenceDataModule
 from moslim.preferences import PreferenceSet
 from moslim.restore import newest_checkpoint
@@ -64,6 +65,7 @@ class MoslimCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(Gauges, "gauges")
+        parser.add_lightning_class_args(RoleMemory, "role_memory")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         # Linked when parsing, not when instantiating: so the hyper-parameters in a checkpoint are plain data.
         for part in ("model", "data"):

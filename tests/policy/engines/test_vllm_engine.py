@@ -12,6 +12,7 @@ from moslim.policy.engines import ParityError, TorchEngine, VLLMEngine
 from moslim.policy.engines.vllm_client import ServerError
 from moslim.policy.engines.vllm_engine import own_servers
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.packing import AnswerBatch, Passes
 from tests.policy.conftest import ENDS, build_model
 from tests.policy.engines.small_server import SmallServer
 from tests.policy.runs import LORA, data, make, trainer, weights
@@ -83,7 +84,7 @@ def test_tokens_are_the_server_s_and_logprobs_those_of_the_model(server, tmp_pat
     found = sample(engine, model, prompts, samples=3)
     ids, mask = (x.repeat_interleave(3, dim=0) for x in prompts)
     rows = torch.cat([ids, found.tokens], dim=1), torch.cat([mask, found.mask.long()], dim=1)
-    fresh = answer_logprobs(model, *rows, found.mask, temperature, 4)
+    fresh = answer_logprobs(model, AnswerBatch(*rows, found.mask), temperature, Passes())
     torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
     assert (found.tokens[~found.mask] == PAD).all() and (found.logprobs[~found.mask] == 0).all()
     lengths = found.mask.sum(dim=1)
