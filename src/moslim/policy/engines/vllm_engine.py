@@ -29,8 +29,8 @@ class VLLMEngine(RolloutEngine):
     are reloaded from a folder. The training process's own log-probabilities of some answers of every call are compared
     with the server's, so that a server with other weights cannot go unnoticed. ``docs/vllm.md`` says how to start one.
 
-    Answers are drawn from a seed per prompt, so that runs repeat while a server has nothing else to do; vLLM's rounding
-    depends on what else is in its batch, so on a busy server an answer may differ.
+    Answers are drawn from a seed per prompt, so that a rollout repeats on an idle server; but vLLM's rounding depends
+    on what else is in its batch, so that now and then an answer differs.
 
     Args:
         max_new_tokens: Length limit of an answer, the end-of-sequence token included.
