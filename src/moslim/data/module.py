@@ -162,8 +162,6 @@ class PreferenceDataModule(LightningDataModule):
         rows = self.rows(self._view, Split.PREDICT)
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
-        if self._view is View.REWARD:  # one record per row: its answer's
-            rows = [dataclasses.replace(row, rejected=None) for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows))
         asked = [known_levels(row, self.preferences) for row in rows]
