@@ -367,8 +367,7 @@ class RewardClassifier(RunModule):
     def _scorer(self) -> Scorer:
         """Scores texts with the classifier as it is, and as the data module encodes them."""
         scorer = Scorer(self.classifier, self.tokenizer)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
+        scorer.reserve(self.reserved)
         return scorer
 
     def _report(self, stage: str) -> None:
