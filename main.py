@@ -1,4 +1,4 @@
-"""``python main.py {fit,validate,test,predict,generate,export} --config ...``; ``--help`` explains each."""
+"""``python main.py {fit,validate,test,predict,generate,export,replay} --config ...``; ``--help`` explains each."""
 
 import gc
 

@@ -29,6 +29,12 @@ class RunModule(LightningModule):
         return self.trainer.global_step > 0 and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @property
+    def reserved(self) -> tuple[str, ...]:
+        """Strings by which a policy knows the instruction; none where no data module writes one."""
+        instruction = getattr(getattr(self.trainer, "datamodule", None), "instruction", None)
+        return () if instruction is None else instruction.reserved
+
+    @property
     def predictions_file(self) -> Path:
         """The file that ``predict`` writes."""
         return Path(self.predictions) if self.predictions else self.run_folder / "predictions.jsonl"

@@ -61,6 +61,11 @@ def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             counts["processed"] = counts["completed"] = counts["ready"] - 1
 
 
+def class_path(part: object) -> str:
+    """Full path of an object's class, by which a checkpoint notices that another class has taken its place."""
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """Hash of names, shapes and evenly spaced values, at bfloat16, so that a change of precision goes unnoticed."""
     digest = hashlib.sha256()

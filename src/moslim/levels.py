@@ -26,3 +26,9 @@ def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
     levels = torch.arange(probs.shape[-1], device=probs.device)
     distance = (levels - targets[..., None]).abs().to(probs.dtype)
     return (probs * distance).sum(-1).masked_fill(targets == INACTIVE, torch.nan)
+
+
+def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:
+    """Probability of the requested level: ``[B, D, K]`` and ``[B, D]`` to ``[B, D]``, NaN where none was requested."""
+    picked = probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return picked.masked_fill(targets == INACTIVE, torch.nan)

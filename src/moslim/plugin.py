@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol
 
 from lightning.pytorch import Callback
 
+from moslim.checkpoints import class_path
+
 
 class Plugin(Callback):
     """A pluggable part whose hooks the Trainer calls and whose state goes into every checkpoint.
@@ -25,7 +27,7 @@ class Plugin(Callback):
     @property
     def state_key(self) -> str:
         """Key of the state in a checkpoint: role, place and full class path, so that another class is noticed."""
-        return f"{self.role}{self.place}:{type(self).__module__}.{type(self).__qualname__}"
+        return f"{self.role}{self.place}:{class_path(self)}"
 
     @property
     def children(self) -> Sequence[Plugin]:

@@ -47,13 +47,13 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
-def mean_over_processes(number: Tensor) -> Tensor:
-    """Mean of a scalar over all processes (float32 or better, no gradient); every process must ask.
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes (float32 or better, no gradient); every process must ask, with its shape.
 
     Gradients are averaged over processes. So a loss that is a sum divided by the mean count has the gradient of the
     mean over the whole batch, though processes hold different numbers of tokens.
     """
-    mean = number.detach().to(torch.promote_types(number.dtype, torch.float32), copy=True)
+    mean = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True)
     count = process_count()
     if count > 1:
         torch.distributed.all_reduce(mean)

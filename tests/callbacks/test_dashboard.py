@@ -99,6 +99,22 @@ def test_checkpoints_and_answers_are_artifacts(boards):
     assert checkpoint in second.artifacts and answers not in second.artifacts  # no table fell into its two steps
 
 
+def test_the_report_of_a_classifier_s_test_is_an_artifact(folder, monkeypatch):
+    import wandb
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setenv("WANDB_DATA_DIR", str(folder))
+    run(
+        f"""test --config {ROOT}/configs/quickstart/reward.yaml --config {ROOT}/configs/logger/wandb.yaml {FEW_STEPS}
+        --data.source.reward_rows 16 --data.source.bare_rows 8 --dashboard.artifacts true
+        --trainer.logger.save_dir {folder}/tested""".split()
+    )
+    wandb.finish()
+    (path,) = folder.glob("tested/wandb/offline-run-*")
+    assert read(path).artifacts.items() >= {f"report-{read(path).id}": "report"}.items()
+
+
 def test_the_same_gauges_need_no_account(runs):
     folder, trainer = runs
     with open(folder / "outputs/quickstart/policy/version_0/metrics.csv", newline="") as file:

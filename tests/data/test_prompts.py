@@ -103,6 +103,8 @@ def test_delimiters_of_a_template_are_taken_out_of_questions(tokenizer, preferen
         [{"role": "<|end|>", "content": "a"}],
         [{"role": "user", "content": None}],
         [{"role": "user"}],
+        ["a"],
+        None,
     ],
 )
 def test_chats_that_cannot_be_questions(question):

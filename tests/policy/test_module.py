@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moslim.data.prompts import prompt_ids
 from moslim.evaluation.judges import GoldJudge
 from moslim.instructions import PreferenceInstruction
+from moslim.levels import requested_probability
 from moslim.mapping import TargetProbability
-from moslim.mapping.base import requested_probability
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.module import PolicyTrainer

@@ -91,9 +91,8 @@ class Dashboard(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        report = folder / "report.md"
-        parts = [report, folder / "steerability.json", *sorted(folder.glob("*.png"))] if report.exists() else []
-        self._store(trainer, "report", parts)
+        names = ("report.md", "steerability.json", "reward.json", "*.png")
+        self._store(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])
 
     def _store(self, trainer: Trainer, kind: str, paths: list[Path]) -> None:
         boards = _boards(trainer)

@@ -62,8 +62,7 @@ class Gauges(Callback):
         values = {**self._phase.laps, "time/step": self._step.read(), **memory(pl_module.device)}
         if rollout is not None:
             module: Any = pl_module
-            judge = None if module.judge is None or module.judge.proxy else module.judge
-            values |= level_offsets(rollout, module.preferences, judge)
+            values |= level_offsets(rollout, module.preferences, module.exact_judge)
         pl_module.log_dict(values, batch_size=1)
 
 

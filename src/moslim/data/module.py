@@ -14,6 +14,7 @@ from lightning.pytorch.loops.loop import _Loop
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moslim.checkpoints import class_path
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
 from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader
 from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
@@ -175,8 +176,6 @@ class PreferenceDataModule(LightningDataModule):
         rows = self.rows(self._view, Split.PREDICT)
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
-        if self._view is View.REWARD:  # one record per row: its answer's
-            rows = [dataclasses.replace(row, rejected=None) for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows))
         asked = [known_levels(row, self.preferences) for row in rows]
@@ -185,11 +184,11 @@ class PreferenceDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler, with its class; empty where it has none."""
         state = self.sampler.state_dict()
-        return {"class": _class_path(self.sampler), "sampler": state} if state else {}
+        return {"class": class_path(self.sampler), "sampler": state} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; another sampler than the checkpoint's starts anew."""
-        if state_dict.get("class") == _class_path(self.sampler):
+        if state_dict.get("class") == class_path(self.sampler):
             self.sampler.load_state_dict(state_dict["sampler"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -295,10 +294,6 @@ class PreferenceDataModule(LightningDataModule):
             seed = derive_seed(self.seed, index)
             requests += combination_requests(self.preferences, self.source, self.combinations, seed, unseen)
         return requests
-
-
-def _class_path(part: object) -> str:
-    return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
 def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:

@@ -23,11 +23,17 @@ def as_messages(question: Question) -> list[Message]:
     """Returns a question as a chat.
 
     Raises:
-        ValueError: The chat is empty, has an unknown role or lacks text, or does not end with a user turn.
+        ValueError: It is neither text nor a chat; or the chat is empty, has an unknown role or lacks text, or does not
+            end with a user turn.
     """
-    messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
+    if isinstance(question, str):
+        return [{"role": "user", "content": question}]
+    if not isinstance(question, list):
+        raise ValueError(f"the question is {question!r}: give a text or a list of messages")
+    messages = list(question)
     for i, message in enumerate(messages):
-        if message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
+        known = isinstance(message, dict) and message.get("role") in _ROLES
+        if not known or not isinstance(message.get("content"), str):
             raise ValueError(
                 f"message {i} of a question is {message}: it needs a role of {_ROLES} and a text as content"
             )

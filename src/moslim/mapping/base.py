@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moslim.plugin import Plugin
-from moslim.preferences import INACTIVE, PreferenceSet
+from moslim.preferences import PreferenceSet
 
 
 @dataclass
@@ -95,9 +95,3 @@ class MappingFunction(Plugin, ABC):
     def sizes(self, like: Tensor) -> Tensor:
         """Number of levels of each dimension, ``[D]`` int64, on the device of ``like``."""
         return torch.tensor(self.preferences.sizes, device=like.device)
-
-
-def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:
-    """Probability of the requested level: ``[B, D, K]`` and ``[B, D]`` to ``[B, D]``, NaN where none was requested."""
-    picked = probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return picked.masked_fill(targets == INACTIVE, torch.nan)

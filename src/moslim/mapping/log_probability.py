@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moslim.mapping.base import MappingFunction, requested_probability
+from moslim.levels import requested_probability
+from moslim.mapping.base import MappingFunction
 
 
 class LogProbability(MappingFunction):

@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moslim.mapping.base import MappingFunction, requested_probability
+from moslim.levels import requested_probability
+from moslim.mapping.base import MappingFunction
 from moslim.running import RunningLevels
 
 Scope = Literal["class", "batch", "group", "running"]

@@ -50,6 +50,11 @@ class PolicyEvaluation(RunModule):
         """The policy's tokenizer."""
         return load_tokenizer(self.model_path, self.trust_remote_code)
 
+    @property
+    def exact_judge(self) -> Judge | None:
+        """The judge, unless it is itself a learned model: what training rollouts may be measured by."""
+        return None if self.judge is None or self.judge.proxy else self.judge
+
     def settings(self) -> dict[str, Any]:
         """What a result is to be compared by; it goes into the report."""
         return {}

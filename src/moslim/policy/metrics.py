@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moslim.evaluation.judges import Judge
-from moslim.levels import expected_level
-from moslim.mapping.base import requested_probability
+from moslim.levels import expected_level, requested_probability
 from moslim.policy.kl import k1, k3
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet

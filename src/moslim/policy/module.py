@@ -192,8 +192,7 @@ class PolicyTrainer(PolicyEvaluation):
         """
         self.roles.to(self.device)
         self.scorer.to(self.device)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
+        self.scorer.reserve(self.reserved)
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
         accumulate = self.trainer.accumulate_grad_batches
@@ -276,8 +275,7 @@ class PolicyTrainer(PolicyEvaluation):
             returns=None if returns is None else returns.flatten(0, 1),
         )
         optimizer.observe(scores)
-        counted = self.judge if self.judge is not None and not self.judge.proxy else None
-        metrics = rollout_metrics(rollout, self.preferences, counted)
+        metrics = rollout_metrics(rollout, self.preferences, self.exact_judge)
         metrics |= self.reward_functions.metrics(rollout.per_dimension)
         asked = self._sampler.metrics() if self._sampler else {}
         shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}

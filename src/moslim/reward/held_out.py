@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from moslim.data.sources.overlap import question_key
 from moslim.data.types import Question
 
 
@@ -29,7 +30,7 @@ class HeldOut(Metric):
     def update(self, logits: Tensor, targets: Tensor, questions: Sequence[Question]) -> None:
         """Takes a batch: logits at temperature 1 and targets, both ``[B, D, K]``, and the ``B`` questions."""
         labelled = (targets > 0).any(-1).any(-1)
-        keys = torch.tensor([question_key(question) for question in questions], device=logits.device)
+        keys = torch.tensor([question_number(question) for question in questions], device=logits.device)
         self.logits.append(logits[labelled])
         self.targets.append(targets[labelled])
         self.questions.append(keys[labelled])
@@ -39,7 +40,7 @@ class HeldOut(Metric):
         return dim_zero_cat(self.logits), dim_zero_cat(self.targets), dim_zero_cat(self.questions)
 
 
-def question_key(question: Question) -> int:
-    """A number that stands for a question: the same in every process, and of 64 bits, so that no two share one."""
-    digest = hashlib.sha256(repr(question).encode()).digest()
+def question_number(question: Question) -> int:
+    """A number that stands for what :func:`question_key` calls one question: 64 bits, the same in every process."""
+    digest = hashlib.sha256(question_key(question).encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
 from moslim.preferences import PreferenceSet
+from moslim.processes import gathered
 from moslim.reward.losses import MISSING
 
 MEASURES = ("accuracy", "within_one", "mae", "kappa")
@@ -97,11 +97,7 @@ class SubsetMetrics:
 
         Every process must call it. A part may be unknown to some of them, so the names are exchanged first.
         """
-        names = set(self._parts)
-        if dist.is_available() and dist.is_initialized():
-            everyone: list[set[str]] = [set() for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, names)
-            names = set().union(*everyone)
+        names: set[str] = set().union(*gathered(set(self._parts)))
         result: dict[str, Tensor] = {}
         for name in sorted(names):
             prefix = f"{name}/" if name else ""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -27,6 +26,7 @@ from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
+from moslim.processes import mean_over_processes
 from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
@@ -207,7 +207,7 @@ class RewardClassifier(RunModule):
         """See Lightning."""
         scores = self._scores(batch)
         counts = self.loss.counts(batch.targets, self.preferences.sizes).sum(0)
-        everywhere = self._global_counts(torch.cat([counts, comparisons(batch.compared)[None]]))
+        everywhere = mean_over_processes(torch.cat([counts, comparisons(batch.compared)[None]]))
         total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
         names = zip(self.preferences.names, heads, counts.tolist(), strict=True)
         parts = {f"train/{name}/loss": head for name, head, count in names if count}
@@ -425,8 +425,7 @@ class RewardClassifier(RunModule):
     def _scorer(self) -> Scorer:
         """Scores texts with the classifier as it is, and as the data module encodes them."""
         scorer = Scorer(self.classifier, self.tokenizer)
-        data: Any = getattr(self.trainer, "datamodule", None)
-        scorer.reserve(data.instruction.reserved if hasattr(data, "instruction") else ())
+        scorer.reserve(self.reserved)
         return scorer
 
     def _report(self, stage: str) -> None:
@@ -437,14 +436,6 @@ class RewardClassifier(RunModule):
         """Expected level of the better answers less that of the worse, ``[P, D]``."""
         expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
         return expected[batch.better] - expected[batch.worse]
-
-    def _global_counts(self, counts: Tensor) -> Tensor:
-        """Counts over all processes, as this process's share: gradients are averaged over processes."""
-        if self.trainer.world_size == 1:
-            return counts
-        total = counts.clone()
-        dist.all_reduce(total)
-        return total / self.trainer.world_size
 
     @property
     def _calibrates(self) -> bool:

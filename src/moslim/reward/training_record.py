@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from moslim.checkpoints import class_path
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.sources.several import Several
@@ -52,4 +53,4 @@ def _described(source: Source) -> list[dict[str, Any]]:
         for one in chosen
         if isinstance(values[one.name], (str, int, float)) and values[one.name] != one.default
     }
-    return [{"class": f"{type(source).__module__}.{type(source).__qualname__}", "options": options}]
+    return [{"class": class_path(source), "options": options}]

@@ -120,9 +120,10 @@ def test_a_classifier_that_is_fooled_by_the_wording_loses_every_paraphrase(tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"question": 3}, "line 2: field 'question' is 3: give a text"),
+        ({"question": 3}, "line 2: the question is 3: give a text"),
+        ({"question": ["q"]}, "line 2: message 0 of a question is q"),
         ({"question": []}, "line 2: a question must end with a user turn"),
-        ({"paraphrases": ["p", None]}, "line 2: field 'question' is None"),
+        ({"paraphrases": ["p", None]}, "line 2: the question is None"),
         ({"answers": ["a"]}, r"line 2: field 'answers' is \['a'\]: give two or more texts"),
         ({"answers": ["a", "b", "c"]}, "line 2: 3 answers, where the first line has 2"),
         ({"preference": {}}, "line 2: field 'preference' is {}"),

@@ -20,7 +20,7 @@ from moslim.preferences import PreferenceSet
 from moslim.processes import gathered, process_count, process_rank
 from moslim.reporting import Result
 from moslim.reward.evaluation.choices import Choice, read_choices
-from moslim.reward.held_out import question_key
+from moslim.reward.held_out import question_number
 from moslim.statistics import bootstrap_interval
 
 Score = Callable[[Sequence[Question], Sequence[str]], Tensor]
@@ -81,7 +81,7 @@ def best_of_n(choices: Sequence[Choice], probs: Tensor, mapping: MappingFunction
     targets = torch.stack([choice.target for choice in choices])[prompt]
     right = torch.tensor([choice.right for choice in choices])[prompt]
     picks = right_picks(probs, targets, right, mapping)
-    keys = torch.tensor([question_key(choice.questions[0]) for choice in choices])
+    keys = torch.tensor([question_number(choice.questions[0]) for choice in choices])
     questions, question = keys.unique(return_inverse=True)
 
     def accuracy(weights: Tensor) -> Tensor:

@@ -67,7 +67,6 @@ def _choice(record: Record, preferences: PreferenceSet) -> Choice:
     try:
         questions = [asked, *(fields.get("paraphrases") or [])]
         for question in questions:
-            _check(isinstance(question, str | list), "question", question, "a text or a list of messages")
             as_messages(question)
         several = isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
         _check(several, "answers", answers, "two or more texts")

@@ -13,7 +13,7 @@ from moslim.data.types import PairBatch
 from moslim.levels import expected_level
 from moslim.preferences import PreferenceSet
 from moslim.processes import gathered
-from moslim.reward.held_out import question_key
+from moslim.reward.held_out import question_number
 
 _ROUNDING = 1e-5
 """Gaps up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
@@ -102,7 +102,7 @@ class Scores:
     def add(self, batch: PairBatch, probs: Tensor, raw: Tensor) -> None:
         """Takes a batch and its probabilities ``[B, D, K]``, calibrated and not. Unlabelled answers count in pairs."""
         probs, raw, targets = (values.detach().double().cpu() for values in (probs, raw, batch.targets))
-        question = torch.tensor([question_key(row.question) for row in batch.rows], dtype=torch.long)
+        question = torch.tensor([question_number(row.question) for row in batch.rows], dtype=torch.long)
         length = torch.tensor([len(row.answer or "") for row in batch.rows], dtype=torch.long)
         subsets = [row.subset for row in batch.rows]
         rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, question, length, subsets)
