@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from transformers.utils import logging as transformers_logging
 
+from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.dashboard import Dashboard, continue_run
 from moslim.callbacks.gauges import Gauges
 from moslim.callbacks.role_memory import RoleMemory
@@ -62,7 +63,7 @@ class MoslimCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--preferences", type=PreferenceSet, sub_configs=True, help="The dimensions in use.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(Gauges, "gauges")
         parser.add_lightning_class_args(RoleMemory, "role_memory")

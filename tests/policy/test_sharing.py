@@ -21,6 +21,7 @@ from moslim.policy.critic import CriticOptions
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.memory import resident_weights
 from moslim.policy.optimizers import PPO, RLOO
+from moslim.policy.packing import AnswerBatch
 from moslim.policy.roles import Roles, evaluating
 from moslim.policy.sharing import load_scorer
 from moslim.preferences import PreferenceSet
@@ -29,7 +30,7 @@ from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import save_adapter, save_merged
 from moslim.workbench.grammar import LEVELS
 from tests.policy.conftest import build_model
-from tests.policy.runs import LORA, data, make, trainer, weights
+from tests.policy.runs import LORA, PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
@@ -78,9 +79,9 @@ def learn(roles, batch, steps=2):
     optimizer = torch.optim.SGD(own, lr=0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = answer_logprobs(roles.policy, *batch, 1.0, 4).sum()
+        loss = answer_logprobs(roles.policy, batch, 1.0, PLAIN).sum()
         if roles.critic is not None:
-            loss = loss + roles.values(*batch, 4).square().sum()
+            loss = loss + roles.values(batch, PLAIN).square().sum()
         loss.backward()
         optimizer.step()
 
@@ -89,7 +90,7 @@ def learn(roles, batch, steps=2):
 def batch(tokenizer):
     ids = torch.randint(6, len(tokenizer), (5, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
-    return ids, torch.cat([torch.ones(5, 5, dtype=torch.long), mask.long()], dim=1), mask
+    return AnswerBatch(ids, torch.cat([torch.ones(5, 5, dtype=torch.long), mask.long()], dim=1), mask)
 
 
 # --- equal to the separate form
@@ -121,16 +122,16 @@ def test_scoring_in_the_midst_of_another_role_disturbs_nobody(lm, shareable, bat
     with torch.enable_grad():
         learn(roles, batch)
     expected = Scorer.from_pretrained(shareable).probabilities(QUESTIONS, ANSWERS)
-    start = answer_logprobs(AutoModelForCausalLM.from_pretrained(lm), *batch, 1.0, 4)
-    learnt = answer_logprobs(roles.policy, *batch, 1.0, 4)
+    start = answer_logprobs(AutoModelForCausalLM.from_pretrained(lm), batch, 1.0, PLAIN)
+    learnt = answer_logprobs(roles.policy, batch, 1.0, PLAIN)
     assert (learnt - start).abs().max() > 1e-3
     for role, own in (("policy", learnt), ("reference", start)):
         with roles.playing(role) as model, evaluating(model):
             torch.testing.assert_close(scorer.probabilities(QUESTIONS, ANSWERS), expected, atol=1e-5, rtol=0)
-            assert roles.active == role and torch.equal(answer_logprobs(model, *batch, 1.0, 4), own)
+            assert roles.active == role and torch.equal(answer_logprobs(model, batch, 1.0, PLAIN), own)
     with pytest.raises(ZeroDivisionError), roles.playing("classifier"):
         _ = 1 / 0
-    assert roles.active == "policy" and torch.equal(answer_logprobs(roles.policy, *batch, 1.0, 4), learnt)
+    assert roles.active == "policy" and torch.equal(answer_logprobs(roles.policy, batch, 1.0, PLAIN), learnt)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -143,10 +144,10 @@ def test_scoring_between_forward_and_backward_leaves_the_gradients(lm, shareable
         roles, scorer = build(lm, shareable, share, critic=critic, checkpointing=checkpointing)
         learn(roles, batch)
         names = trained(roles)
-        loss = answer_logprobs(roles.policy, *batch, 1.0, 4).sum()
+        loss = answer_logprobs(roles.policy, batch, 1.0, PLAIN).sum()
         if critic is not None:
             torch.nn.init.ones_(roles.critic.linear.weight)
-            loss = loss + roles.values(*batch, 4).sum()
+            loss = loss + roles.values(batch, PLAIN).sum()
         scorer.probabilities(QUESTIONS, ANSWERS)
         loss.backward()
         assert trained(roles) == names and all(".classifier." not in name for name in names)
@@ -290,7 +291,7 @@ def test_resume_export_and_test_of_a_shared_run(preferences, lm, shareable, tmp_
     resumed.export(str(tmp_path / "export"))
     resumed.tokenizer.save_pretrained(tmp_path / "export")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    rows = (resumed.rollout.input_ids, resumed.rollout.attention_mask, resumed.rollout.mask, 1.0, 4)
+    rows = (resumed.rollout.batch, 1.0, PLAIN)
     with torch.no_grad():
         learnt = answer_logprobs(resumed.policy, *rows)
         torch.testing.assert_close(answer_logprobs(exported, *rows), learnt, atol=1e-5, rtol=0)

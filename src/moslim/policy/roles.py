@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
 from moslim.models import checkpoint_activations
 from moslim.policy.critic import CriticOptions, ValueHead, last_hidden
-from moslim.policy.logprobs import answer_logprobs, chunks_by_length
+from moslim.policy.logprobs import answer_logprobs, put
+from moslim.policy.packing import AnswerBatch, Passes, chunks_by_length
 from moslim.reward.adapter_form import SavedAdapter
 
 Role = Literal["policy", "reference", "classifier", "critic"]
@@ -130,27 +131,24 @@ class Roles:
         """Gives the reference model; inside, no gradient may be taken."""
         return self.playing("reference")
 
-    def reference_logprobs(
-        self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, rows: int
-    ) -> Tensor:
+    def reference_logprobs(self, batch: AnswerBatch, temperature: float, passes: Passes) -> Tensor:
         """``[N, T]`` log-probabilities under the reference; see :func:`answer_logprobs` for the arguments."""
         with self.reference() as reference:
-            return answer_logprobs(reference, input_ids, attention_mask, mask, temperature, rows)
+            return answer_logprobs(reference, batch, temperature, passes)
 
-    def values(
-        self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, rows: int, among: Tensor | None = None
-    ) -> Tensor:
+    def values(self, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> Tensor:
         """The critic's values by passes of its own; see :func:`chunks_by_length` for the arguments.
 
         Returns:
             ``[N, T]`` float32, 0 where masked, or not ``among`` those asked for.
         """
         assert self.critic is not None
-        result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        result = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
         with self.playing("critic") as model:
-            for chunk in chunks_by_length(input_ids, attention_mask, mask, rows, among):
+            for chunk in chunks_by_length(batch, passes.limit(batch.mask.device), among):
                 hidden = last_hidden(model, chunk.input_ids, chunk.attention_mask)
-                result[chunk.index, : chunk.mask.shape[1]] = self.critic(hidden, chunk.mask)
+                before = hidden[:, -chunk.mask.shape[1] - 1 : -1]
+                put(result, chunk, self.critic(before[chunk.mask]))
         return result
 
     def _adapter(self, role: Role) -> Role | None:

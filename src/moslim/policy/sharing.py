@@ -42,11 +42,15 @@ class SharedBackbone(nn.Module):
         self._roles = roles
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> BaseModelOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False, output_hidden_states: bool = False
+    ) -> BaseModelOutput:
         """Hidden states ``[B, T, H]`` float32 of right-padded pairs ``[B, T]``, without gradient."""
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         with self._roles.playing("classifier") as model, evaluating(model):
-            found = trunk(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
-        return BaseModelOutput(last_hidden_state=found.last_hidden_state.float())
+            found = trunk(model)(**inputs, output_hidden_states=output_hidden_states)
+        layers = tuple(state.float() for state in found.hidden_states) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=found.last_hidden_state.float(), hidden_states=layers)
 
 
 def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrainedTokenizerBase) -> Scorer:
