@@ -84,7 +84,7 @@ class Scorer:
         rows = [self._encoder.encode(q, a) for q, a in zip(questions, answers, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sizes, device = self.preferences.sizes, self.classifier.device
-        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device)
+        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=torch.float32)
         batch_size = batch_size or (16 if device.type == "cpu" else 256)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
