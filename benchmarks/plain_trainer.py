@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
-import torch
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -34,7 +33,7 @@ def seconds_per_row(
     encoded = [
         {
             **tokenizer(row["question"], row["answer"], truncation=True, max_length=128),
-            "labels": torch.tensor([float(row[head]) for head in heads]),
+            "labels": [float(row[head]) for head in heads],
         }
         for row in rows
     ]

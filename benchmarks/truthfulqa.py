@@ -39,7 +39,8 @@ HEADS = ("truthful", "informative")
 TEST_QUESTIONS, VALIDATION_QUESTIONS = 160, 60
 LOSSES = {"cross_entropy": "CrossEntropy", "regression": "Regression"}
 FROZEN = ["--model.trunk", "frozen", "--model.pooling", "[mean, first, max]", "--model.head_hidden", "256"]
-FROZEN += ["--trainer.max_epochs", "12", "--trainer.precision", "32-true", "--model.optimizer.lr", "1e-3"]
+FROZEN += ["--model.layer", "4", "--data.batch_size", "256", "--trainer.max_epochs", "6"]
+FROZEN += ["--trainer.precision", "32-true", "--model.optimizer.lr", "1e-3"]
 
 Rows = list[dict[str, Any]]
 Scores = dict[str, np.ndarray]
@@ -195,12 +196,13 @@ def added(folder: Path, parts: dict[str, Rows], backbone: str, labels: int = 300
     """A classifier of one head that gets the other from a few hundred labels, on cached features."""
     cache = f"--model.cache={folder / 'features-added'}"
     one = ["--preferences.dimensions", "{truthful: [untruthful, truthful]}", f"--model.backbone={backbone}", cache]
-    # the second head's few rows: features of the same texts are in the cache already
+    one += ["--data.source.columns", "{truthful: truthful_votes}"]
     old, _, _ = fit(folder, "one-head", 0, *one, *FROZEN)
     few = folder / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in parts["train"][:labels]), encoding="utf-8")
     both_heads = "{truthful: [untruthful, truthful], informative: [uninformative, informative]}"
-    more = ["--preferences.dimensions", both_heads, f"--model.extend={old}", cache, "--trainer.max_epochs", "40"]
+    more = ["--preferences.dimensions", both_heads, f"--model.extend={old}", "--model.max_length", "null", cache]
+    more += ["--trainer.max_epochs", "40", "--trainer.check_val_every_n_epoch", "40"]
     new, seconds, _ = fit(folder, "two-heads", 0, *more, f"--data.source.path={few}", "--trainer.precision", "32-true")
     test = parts["test"]
     before, after = outputs(old, test)[0], outputs(new, test)[0]
