@@ -1,17 +1,20 @@
 # make quickstart   the whole path on the embedded world: starter, classifier, policy, test
 # make test         the test suite
 # make lint         ruff and mypy
+# make vllm-test    the policy stage through a real vLLM server, in an environment of its own
 SEED ?= 0
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN := $(BIN)/python main.py
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test vllm-test lint format clean
 
 help:  ## This list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
 
 # Made anew only when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt
@@ -30,6 +33,15 @@ quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the 
 test: $(READY)  ## The test suite
 	$(BIN)/python -m pytest
 
+# What is pinned there is complete, and the server's requirements have no place in the project's own environment.
+$(VLLM_READY): benchmarks/vllm_server/requirements.txt
+	$(PYTHON) -m venv --clear $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps -r benchmarks/vllm_server/requirements.txt
+	touch $@
+
+vllm-test: $(READY) $(VLLM_READY)  ## The policy stage through a real vLLM server on this machine (3 GB of packages)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vllm_quickstart.py --python $(VLLM_VENV)/bin/python
+
 lint: $(READY)  ## Style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -39,5 +51,5 @@ format: $(READY)  ## Put the code into shape
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean:  ## Remove the environment, not the outputs
-	rm -rf $(VENV)
+clean:  ## Remove the environments, not the outputs
+	rm -rf $(VENV) $(VLLM_VENV)

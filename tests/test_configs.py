@@ -39,7 +39,9 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
 PRESETS = [path for path in CONFIGS if path.startswith("configs/data/")]  # run in tests/data/test_presets.py
-RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS)]
+VLLM = "configs/engine/vllm.yaml"  # needs a server: run in tests/policy/engines/test_vllm_config.py
+TRAINERS = [path for path in CONFIGS if path.startswith("configs/trainer/")]  # benchmarks/devices.py runs them
+RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, *TRAINERS, VLLM)]
 
 SMALL = {  # by the config that a command names first
     "configs/quickstart/starter.yaml": """--model.architecture.options.hidden_size 16

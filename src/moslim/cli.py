@@ -17,8 +17,10 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from transformers.utils import logging as transformers_logging
 
+from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.dashboard import Dashboard, continue_run
 from moslim.callbacks.gauges import Gauges
+from moslim.callbacks.role_memory import RoleMemory
 from moslim.data.module import PreferenceDataModule
 from moslim.preferences import PreferenceSet
 from moslim.restore import newest_checkpoint
@@ -61,9 +63,10 @@ class MoslimCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--preferences", type=PreferenceSet, sub_configs=True, help="The dimensions in use.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(Gauges, "gauges")
+        parser.add_lightning_class_args(RoleMemory, "role_memory")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         # Linked when parsing, not when instantiating: so the hyper-parameters in a checkpoint are plain data.
         for part in ("model", "data"):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+
+
+PEFT_PREFIX = "base_model.model."
+"""What peft puts before the names of the model under an adapter."""
 
 
 @dataclass
@@ -58,9 +62,49 @@ def add_lora(
 
 def add_adapter(model: PeftModel, options: LoraOptions, name: str) -> list[nn.Parameter]:
     """Puts one more adapter on an adapted model and returns its weights; which one is active does not change."""
-    before = {id(p) for p in model.parameters()}
-    model.add_adapter(name, _peft_config(model.get_base_model(), options))
-    return [p for p in model.parameters() if id(p) not in before]
+    return _add(model, _peft_config(model.get_base_model(), options), name)
+
+
+def attach_adapter(
+    model: PeftModel, options: LoraConfig, weights: Mapping[str, Tensor], name: str, inside: str
+) -> list[nn.Parameter]:
+    """Puts a trained adapter, frozen and without dropout, beside a model's own; which one is active does not change.
+
+    Args:
+        model: The adapted model.
+        options: Options of the trained adapter.
+        weights: Its weights, by peft's names for an adapter of the part of the model that it was trained on.
+        name: What it is called here.
+        inside: Name of that part in the model, such as ``model``.
+
+    Returns:
+        Its weights in the model.
+
+    Raises:
+        ValueError: The layers that it changes are not those that it has weights for.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    options = deepcopy(options)
+    options.lora_dropout, options.inference_mode = 0.0, True
+    added = _add(model, options, name)
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    found = {f"{PEFT_PREFIX}{inside}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in weights.items()}
+    if wanted.keys() != found.keys():
+        raise ValueError(
+            f"the adapter '{name}' lacks the weights {sorted(wanted.keys() - found.keys())} and has "
+            f"{sorted(found.keys() - wanted.keys())}, which have no place: it is incomplete or its keys are renamed"
+        )
+    set_peft_model_state_dict(model, found, adapter_name=name)
+    for parameter in added:
+        parameter.requires_grad_(False)
+    return added
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model less those of its adapters, by the names that they have without any adapter."""
+    named = model.named_parameters()
+    return {name.replace(".base_layer.", "."): p.detach() for name, p in named if "lora_" not in name}
 
 
 def merged(model: Any) -> Any:
@@ -76,6 +120,12 @@ def is_adapted(model: Any) -> bool:
 def unwrapped(model: Any) -> Any:
     """Returns the model without peft's wrapper; the adapter's layers are still in it."""
     return model.get_base_model() if is_adapted(model) else model
+
+
+def _add(model: PeftModel, config: LoraConfig, name: str) -> list[nn.Parameter]:
+    before = {id(p) for p in model.parameters()}
+    model.add_adapter(name, config)
+    return [p for p in model.parameters() if id(p) not in before]
 
 
 def _peft_config(model: Any, options: LoraOptions) -> LoraConfig:

@@ -38,6 +38,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in one of the processes; every process must ask."""
+    if process_count() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
 def mean_over_processes(values: Tensor) -> Tensor:
     """Mean of a tensor over all processes (float32 or better, no gradient); every process must ask, with its shape.
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import warnings
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -11,11 +14,46 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from moslim.callbacks.replay import Replay, Replayed, StepTaken
 from moslim.callbacks.tables import render
 from moslim.policy.module import PolicyTrainer
+from moslim.processes import any_process
 from moslim.restore import restore
+from moslim.signals import FlagOnly
 
 
 class MoslimTrainer(Trainer):
-    """Lightning's Trainer with three more commands."""
+    """Lightning's Trainer with three more commands, and checkpoints that are whole or not there.
+
+    Args:
+        args: Lightning's.
+        kwargs: Lightning's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._signal_connector = FlagOnly(self)
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether one of the processes received SIGTERM; the loops ask in all of them at the same places."""
+        return any_process(self._signal_connector.received_sigterm, self.strategy.root_device)
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Writes a checkpoint beside its place and moves it there, so that a kill leaves the one before it.
+
+        Lightning writes into the system's temporary folder first; to move from there may mean to copy.
+        """
+        if "://" in str(filepath):  # a remote store's own writing is atomic
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            return
+        path = Path(self.strategy.broadcast(filepath))
+        part = path.with_name(f"{path.name}.part")
+        super().save_checkpoint(part, weights_only, storage_options)
+        if self.is_global_zero:
+            if path.is_dir():  # of a strategy whose checkpoints are folders
+                shutil.rmtree(path)
+            os.replace(part, path)
+        self.strategy.barrier()
 
     def generate(
         self,

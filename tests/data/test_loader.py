@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from moslim.data.loader import Draw, OrderedBatches, RepeatBatchSampler, ResumableLoader, ordered_batches
+from moslim.data.loader import (
+    Draw,
+    OrderedBatches,
+    RepeatBatchSampler,
+    ResumableLoader,
+    TokenBudget,
+    ordered_batches,
+)
 
 
 class Numbers(Dataset):
@@ -132,3 +139,55 @@ def test_a_draw_is_what_the_data_set_is_asked_for():
     sampler = RepeatBatchSampler(2, 2)
     sampler.set_epoch(6)
     assert sorted(next(iter(sampler))) == [Draw(6, 0), Draw(6, 1)]
+
+
+def budget_of(count, tokens):
+    generator = torch.Generator().manual_seed(0)
+    widths = torch.randint(5, 120, (count,), generator=generator).tolist()
+    texts = [2 if i % 7 == 0 else 1 for i in range(count)]
+    return TokenBudget(tokens, widths, texts)
+
+
+def cost(batch, budget):
+    return max(budget.widths[row] for row in batch) * sum(budget.texts[row] for row in batch)
+
+
+def test_a_token_budget_is_kept_with_little_padding_and_every_row():
+    budget = budget_of(2000, 1024)
+    sampler = RepeatBatchSampler(2000, 16, seed=1, budget=budget)
+    batches = rows(sampler)
+    assert len(batches) == len(sampler)
+    assert sorted(row for batch in batches for row in batch) == list(range(2000))
+    padded = sum(cost(batch, budget) for batch in batches)
+    assert padded < sum(width * texts for width, texts in zip(budget.widths, budget.texts, strict=True)) / 0.9
+    assert max(cost(batch, budget) for batch in batches) <= 1024
+    assert padded / len(batches) > 0.85 * 1024  # as full as can be
+    maxima = [max(budget.widths[row] for row in batch) for batch in batches]
+    assert maxima != sorted(maxima)
+
+
+def test_epochs_of_a_token_budget_mix_rows_anew_but_have_as_many_batches():
+    sampler = RepeatBatchSampler(300, 16, seed=1, stages=[i % 2 for i in range(300)], budget=budget_of(300, 600))
+    epochs = []
+    for epoch in range(5):
+        sampler.set_epoch(epoch)
+        epochs.append(rows(sampler))
+    assert {len(batches) for batches in epochs} == {len(sampler)}
+    assert len({frozenset(map(frozenset, batches)) for batches in epochs}) == 5
+    sampler.start = 4
+    assert rows(sampler) == epochs[4][4:]
+
+
+def test_the_ranks_of_a_token_budget_share_the_batch_of_one_process():
+    """But for a last batch with fewer rows than ranks, which joins the one before it."""
+    together = rows(RepeatBatchSampler(304, 1, seed=2, budget=budget_of(304, 1200)))
+    parts = [rows(RepeatBatchSampler(304, 1, 2, 1, rank, 3, budget=budget_of(304, 400))) for rank in range(3)]
+    assert [a + b + c for a, b, c in zip(*parts, strict=True)] == together
+    assert all(batch for part in parts for batch in part)
+
+
+def test_a_row_beyond_the_budget_makes_a_batch_of_its_own():
+    budget = TokenBudget(10, [50, 4, 4, 30], [1, 1, 1, 2])
+    assert sorted(map(sorted, rows(RepeatBatchSampler(4, 1, budget=budget)))) == [[0], [1, 2], [3]]
+    with pytest.raises(ValueError, match="too few for one batch of 1 on each of 5"):
+        RepeatBatchSampler(4, 1, ranks=5, budget=budget)

@@ -240,3 +240,24 @@ def test_to_device_moves_tensors_and_shares_the_rest(tokenizer, preferences):
     assert {t.device.type for t in (moved.input_ids, moved.attention_mask, moved.targets, moved.index)} == {"meta"}
     assert moved.questions is batch.questions
     assert batch == before
+
+
+def test_a_token_budget_makes_batches_of_like_cost_and_a_run_is_resumed_in_them(tokenizer, preferences, tmp_path):
+    options = {"token_budget": 24, "batch_size": 99}
+    module = Recorder(View.REWARD, tokenizer)
+    fit = trainer(max_epochs=2, limit_val_batches=0, callbacks=[Save(tmp_path)])
+    fit.fit(module, data(preferences, **options))
+    assert all(batch.input_ids.numel() <= 24 for batch in module.batches)
+    rows = [row.question for batch in module.batches for row in batch.rows]
+    assert len(rows) == 24 and len({len(batch.rows) for batch in module.batches}) > 1
+    assert sum((batch.attention_mask == 0).sum() for batch in module.batches) < 24
+
+    again = Recorder(View.REWARD, tokenizer)
+    fit = trainer(max_epochs=2, limit_val_batches=0)
+    fit.fit(again, data(preferences, **options), ckpt_path=tmp_path / "step-02.ckpt")
+    assert again.trace == module.trace[2:]
+
+
+def test_a_token_budget_needs_groups_of_like_length(preferences):
+    with pytest.raises(ValueError, match="token_budget = 512, group_by_length = False"):
+        data(preferences, token_budget=512, group_by_length=False)

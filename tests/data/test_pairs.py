@@ -53,7 +53,7 @@ def test_rejected_answers_are_rows_behind_the_others(tokenizer, preferences):
     assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 2], [3, 4])
     assert batch.compared.tolist() == [[True, True], [False, True]]
     assert batch.margins.tolist() == [0.5, 0.0]
-    assert pairs.lengths() == [8, 2, 2]
+    assert pairs.lengths() == [9, 6, 6]
 
 
 def test_a_vote_outside_the_levels_is_an_error(tokenizer, preferences):
@@ -81,5 +81,5 @@ def test_rows_need_answers(tokenizer):
         Pairs([ROWS[0], Example("why")], PairEncoder(tokenizer))
 
 
-def test_lengths_count_question_and_answer(tokenizer):
-    assert Pairs(ROWS, PairEncoder(tokenizer)).lengths() == [4, 1, 9]
+def test_lengths_are_tokens_of_question_and_answer(tokenizer):
+    assert Pairs(ROWS, PairEncoder(tokenizer)).lengths() == [7, 5, 8]

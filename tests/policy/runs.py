@@ -16,12 +16,15 @@ from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
 from moslim.policy.module import PolicyTrainer
 from moslim.policy.optimizers import RLOO
+from moslim.policy.packing import Passes
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
 from moslim.sampling import Reachable
 from moslim.trainer import MoslimTrainer
 
 LIMIT, BATCH, SAMPLES = 8, 4, 3
+PLAIN = Passes(share_prompts="never", chunked_logprobs=False)
+"""Every fast way switched off."""
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 
 
@@ -68,7 +71,7 @@ def make(preferences: PreferenceSet, lm: str, classifier: str, kind: type[Traced
         "engine": TorchEngine(LIMIT),
         "samples_per_prompt": SAMPLES,
         "eval_samples": 2,
-        "chunk_rows": 5,
+        "passes": Passes(tokens=80),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
     }
     torch.manual_seed(0)  # of an adapter's weights, which checkpoints hold

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from moslim.lora import merged
-from moslim.policy.critic import CriticOptions, ValueHead, hidden_states, last_hidden
+from moslim.policy.critic import CriticOptions, ValueHead, last_hidden
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.packing import AnswerBatch, Passes
 from moslim.policy.roles import Roles
 from tests.policy.conftest import ARCHITECTURES, build_model
-from tests.policy.runs import LORA
+from tests.policy.runs import LORA, PLAIN
 
 FORMS = {
     "head, full": (None, CriticOptions()),
@@ -24,7 +25,7 @@ def batch(tokenizer):
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
     attention = torch.cat([torch.ones(5, 5, dtype=torch.long), mask.long()], dim=1)
     attention[1, :3] = 0  # a shorter prompt, padded on the left
-    return ids, attention, mask
+    return AnswerBatch(ids, attention, mask)
 
 
 def build(form, tokenizer, kind="grouped"):
@@ -40,52 +41,54 @@ def trained(roles):
     return {name: p for name, p in roles.policy.named_parameters() if p.requires_grad}
 
 
-def test_a_head_values_the_state_before_each_token():
+def test_a_head_values_states():
     head = ValueHead(2)
-    hidden = torch.arange(12.0).reshape(1, 6, 2)  # three of the prompt, three of the answer
-    mask = torch.tensor([[True, True, False]])
-    assert head(hidden, mask).tolist() == [[0, 0, 0]]
+    states = torch.tensor([[4.0, 5.0], [6.0, 7.0]])
+    assert head(states).tolist() == [0, 0]
     head.linear.weight.data = torch.tensor([[1.0, 0.5]])
     head.linear.bias.data = torch.tensor([10.0])
-    assert head(hidden, mask).tolist() == [[10 + 4 + 2.5, 10 + 6 + 3.5, 0.0]]
-    assert head(hidden.bfloat16(), mask).dtype == torch.float32
+    assert head(states).tolist() == [10 + 4 + 2.5, 10 + 6 + 3.5]
+    assert head(states.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
+@torch.no_grad()
 def test_hidden_states_are_those_under_the_output_layer(kind, models, batch):
-    model, (ids, attention, _) = models[kind], batch
+    model, ids, attention = models[kind], batch.input_ids, batch.attention_mask
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
-    with torch.no_grad(), hidden_states(model) as found:
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
-        model(input_ids=ids[:1])
-    assert len(found) == 2
-    torch.testing.assert_close(model.get_output_embeddings()(found[0]), logits)
-    with torch.no_grad():
-        torch.testing.assert_close(last_hidden(model, ids, attention), found[0])
-        model(input_ids=ids)
-    assert len(found) == 2  # nothing is collected outside
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
+    torch.testing.assert_close(model.get_output_embeddings()(last_hidden(model, ids, attention)), logits)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("form", ["head, full", "head, lora"])
+@torch.no_grad()
+def test_each_token_is_valued_by_the_state_before_it(form, tokenizer, batch):
+    roles = build(form, tokenizer)
+    hidden = last_hidden(roles.policy, batch.input_ids, batch.attention_mask)
+    expected = roles.critic(hidden[:, 4:8]) * batch.mask  # prompts have five columns
+    torch.testing.assert_close(roles.values(batch, Passes()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 14, 40])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_values_do_not_depend_on_chunks_or_padding(form, rows, tokenizer, batch):
+def test_values_do_not_depend_on_chunks_or_padding(form, tokens, tokenizer, batch):
     roles = build(form, tokenizer)
-    ids, attention, mask = batch
-    found = roles.values(ids, attention, mask, rows)
-    expected = roles.values(ids, attention, mask, rows=100)
+    ids, attention, mask, passes = batch.input_ids, batch.attention_mask, batch.mask, Passes(tokens=tokens)
+    found = roles.values(batch, passes)
+    expected = roles.values(batch, Passes(tokens=1000))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    alone = roles.values(ids[1:2, 3:6], attention[1:2, 3:6], mask[1:2, :1], rows)
+    alone = roles.values(AnswerBatch(ids[1:2, 3:6], attention[1:2, 3:6], mask[1:2, :1]), passes)
     torch.testing.assert_close(found[1, :1], alone[0], atol=1e-5, rtol=1e-5)
     assert (found[~mask] == 0).all() and (found[mask] != 0).all()
-    some = roles.values(ids, attention, mask, rows, torch.tensor([0, 2]))
+    some = roles.values(batch, passes, torch.tensor([0, 2]))
     assert (some[[1, 3, 4]] == 0).all() and torch.allclose(some[[0, 2]], found[[0, 2]], atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_the_value_loss_trains(form, tokenizer, batch):
     roles = build(form, tokenizer)
-    loss = roles.values(*batch, rows=2).sum()
+    loss = roles.values(batch, Passes(tokens=18)).sum()
     with torch.no_grad(), roles.reference():
         pass  # passes of the reference in between do not stop the gradients
     loss.backward()
@@ -102,18 +105,18 @@ def test_a_critic_with_an_adapter_leaves_policy_and_reference_alone(tokenizer, m
     names = set(trained(roles))
     optimizer = torch.optim.SGD([*trained(roles).values(), *roles.critic.parameters()], lr=0.1)
     with torch.no_grad():
-        start = answer_logprobs(models["grouped"], *batch, 1.0, 5)
-        before = roles.values(*batch, rows=5)
+        start = answer_logprobs(models["grouped"], batch, 1.0, PLAIN)
+        before = roles.values(batch, PLAIN)
     for _ in range(3):
         optimizer.zero_grad()
-        roles.values(*batch, rows=5).square().sum().backward()
+        roles.values(batch, PLAIN).square().sum().backward()
         optimizer.step()
     with torch.no_grad():
-        assert not torch.allclose(roles.values(*batch, rows=5), before)
-        assert torch.equal(answer_logprobs(roles.policy, *batch, 1.0, 5), start)
-        assert torch.equal(roles.reference_logprobs(*batch, 1.0, 5), start)
+        assert not torch.allclose(roles.values(batch, PLAIN), before)
+        assert torch.equal(answer_logprobs(roles.policy, batch, 1.0, PLAIN), start)
+        assert torch.equal(roles.reference_logprobs(batch, 1.0, PLAIN), start)
         exported = merged(roles.policy)
-        torch.testing.assert_close(answer_logprobs(exported, *batch, 1.0, 5), start)
+        torch.testing.assert_close(answer_logprobs(exported, batch, 1.0, PLAIN), start)
     assert set(trained(roles)) == names and {".policy." in name for name in names} == {True, False}
 
 

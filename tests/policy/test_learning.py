@@ -55,7 +55,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_optimizer_learns(kind, preferences, lm, classifier, tmp_path):
-    options = {"samples_per_prompt": 8, "missing_end_penalty": 0.0, "chunk_rows": 32, "rate": 1e-2, **KINDS[kind]}
+    options = {"samples_per_prompt": 8, "missing_end_penalty": 0.0, "rate": 1e-2, **KINDS[kind]}
     module = make(preferences, lm, classifier, Bandit, mapping=Highest(), **options)
     watch = Paid()
     trainer(tmp_path, max_steps=15 * module.batch_repeats, callbacks=[watch]).fit(module, data(preferences))

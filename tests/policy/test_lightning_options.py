@@ -11,7 +11,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.optimizers import RLOO
-from tests.policy.runs import data, make, trainer, weights
+from tests.policy.runs import PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
@@ -44,7 +44,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(policy, 
     assert (module.logprobs - module.rows.old_logprobs).abs().max() < 0.3  # sampler and update: rounding only
     found = module.rows
     with torch.no_grad():
-        exact = answer_logprobs(start, found.input_ids, found.attention_mask, found.mask, 1.0, rows=12)
+        exact = answer_logprobs(start, found.batch, 1.0, PLAIN)
     assert 1e-4 < (module.logprobs - exact).abs().max() < 0.3
     assert moved(module, before).abs().max() > 0
 

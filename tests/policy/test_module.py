@@ -20,7 +20,7 @@ from moslim.policy.module import PolicyTrainer
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
-from tests.policy.runs import BATCH, LIMIT, LORA, SAMPLES, data, make, trainer, weights
+from tests.policy.runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
@@ -110,7 +110,7 @@ def test_what_a_rollout_holds(preferences, lm, classifier, tmp_path):
 
     start = AutoModelForCausalLM.from_pretrained(lm)
     with torch.no_grad():
-        reference = answer_logprobs(start, found.input_ids, found.attention_mask, found.mask, 1.0, rows=3)
+        reference = answer_logprobs(start, found.batch, 1.0, PLAIN)
     torch.testing.assert_close(found.reference_logprobs, reference, atol=1e-5, rtol=0)
     kl = (found.old_logprobs - reference).sum(dim=1)
     assert kl.abs().max() > 0.01
@@ -134,7 +134,7 @@ def test_the_first_step_is_the_policy_gradient(kind, preferences, lm, classifier
     found = module.rollout
 
     start = AutoModelForCausalLM.from_pretrained(lm)
-    logprobs = answer_logprobs(start, found.input_ids, found.attention_mask, found.mask, 1.0, rows=100)
+    logprobs = answer_logprobs(start, found.batch, 1.0, PLAIN)
     torch.testing.assert_close((logprobs - found.old_logprobs).exp(), torch.ones_like(logprobs), atol=1e-5, rtol=0)
     per_answer = (logprobs.sum(dim=1) * found.advantages).sum()
     scale = {"rloo": len(found), "grpo": found.mask.sum()}.get(kind, len(found) * LIMIT)
@@ -402,7 +402,7 @@ def test_answers_to_one_question_are_samples(preferences, lm, classifier, tmp_pa
         module.answer("How do I clean a kettle?", {"colour": 1})
 
 
-@pytest.mark.parametrize("name", ["samples_per_prompt", "eval_samples", "inner_epochs", "minibatches", "chunk_rows"])
+@pytest.mark.parametrize("name", ["samples_per_prompt", "eval_samples", "inner_epochs", "minibatches"])
 def test_counts_below_one_are_refused(name, preferences, lm, classifier):
     with pytest.raises(ValueError, match=f"{name}.*give 1 or more"):
         make(preferences, lm, classifier, **{name: 0})

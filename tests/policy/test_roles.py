@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moslim.lora import LoraOptions
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.packing import AnswerBatch, Passes
 from moslim.policy.roles import Roles, evaluating
 from tests.policy.conftest import build_model
 
@@ -25,7 +26,8 @@ def batch(tokenizer):
 
 def logprobs(model, batch):
     ids, attention, mask = batch
-    return answer_logprobs(model, ids, torch.cat([attention[:, :5], mask.long()], dim=1), mask, 1.0, rows=4)
+    whole = AnswerBatch(ids, torch.cat([attention[:, :5], mask.long()], dim=1), mask)
+    return answer_logprobs(model, whole, 1.0, Passes(tokens=32))
 
 
 def train(roles, batch, steps=3):

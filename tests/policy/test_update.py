@@ -4,19 +4,23 @@ import pytest
 import torch
 
 from moslim.lora import LoraOptions
-from moslim.policy.logprobs import answer_logprobs, completion_logits, full_kl
+from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.packing import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.policy.update import forward
 from tests.policy.conftest import build_model
+from tests.policy.runs import PLAIN
 
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
+PASSES = [PLAIN, Passes(), Passes(tokens=9, share_prompts="always"), Passes(tokens=20, share_prompts="never")]
 
 
 @pytest.fixture
 def rows(tokenizer):
     """Six answers, of which numbers 1, 2 and 5 are to prompts that ask for nothing."""
     ids = torch.randint(6, len(tokenizer), (6, 9), generator=torch.Generator().manual_seed(4))
+    ids[[3, 2], :5] = ids[[0, 1], :5]  # two pairs of answers to one prompt each
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3, 3])[:, None]
     attention = torch.cat([torch.ones(6, 5, dtype=torch.long), mask.long()], dim=1)
     targets = torch.tensor([[1, -1], [-1, -1], [-1, -1], [2, 0], [-1, 3], [-1, -1]])
@@ -38,28 +42,33 @@ def roles(request, tokenizer):
     return roles
 
 
-def run(roles, rows, chunk_rows, temperature=1.0, **options):
-    return forward(roles, rows, length=4, samples=1, temperature=temperature, chunk_rows=chunk_rows, **options)
+def run(roles, rows, passes, temperature=1.0, **options):
+    return forward(roles, rows, length=4, samples=1, temperature=temperature, passes=passes, **options)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 2, 6])
+def all_logits(model, rows):
+    """Of the plain form: what predicts each answer token."""
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "use_cache": False}
+    return model(**inputs).logits[:, 4:-1]
+
+
+@pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("default_kl", [True, False])
-def test_logprobs_are_those_of_the_whole_batch(roles, rows, chunk_rows, default_kl):
-    expected = answer_logprobs(roles.policy, rows.input_ids, rows.attention_mask, rows.mask, 0.7, rows=6)
-    found = run(roles, rows, chunk_rows, temperature=0.7, default_kl=default_kl)[0].logprobs
+def test_logprobs_are_those_of_the_whole_batch(roles, rows, passes, default_kl):
+    expected = answer_logprobs(roles.policy, rows.batch, 0.7, PLAIN)
+    found = run(roles, rows, passes, temperature=0.7, default_kl=default_kl)[0].logprobs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (found[~rows.mask] == 0).all()
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 2, 6])
-def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles, rows, chunk_rows):
-    _, found = run(roles, rows, chunk_rows, default_kl=True)
-    inputs = (rows.input_ids, rows.attention_mask, 4, 1.0)
-    mine = completion_logits(roles.policy, *inputs)
+@pytest.mark.parametrize("passes", PASSES)
+def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles, rows, passes):
+    _, found = run(roles, rows, passes, default_kl=True)
+    mine = all_logits(roles.policy, rows).log_softmax(dim=-1)
     with roles.reference() as reference, torch.no_grad():
-        theirs = completion_logits(reference, *inputs)
+        theirs = all_logits(reference, rows).log_softmax(dim=-1)
     chosen = rows.mask & torch.tensor([0, 1, 1, 0, 0, 1]).bool()[:, None]
-    expected = full_kl(mine, theirs)[chosen].mean()
+    expected = (mine.exp() * (mine - theirs)).sum(dim=-1)[chosen].mean()
     assert expected > 0.01
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     trained = [p for p in roles.policy.parameters() if p.requires_grad]
@@ -70,26 +79,26 @@ def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles
 
 def test_at_the_start_the_default_has_not_moved(tokenizer, rows):
     roles = Roles(build_model("grouped", tokenizer), LORA)
-    assert run(roles, rows, 3, default_kl=True)[1].item() == 0
+    assert run(roles, rows, PLAIN, default_kl=True)[1].item() == 0
 
 
 def test_without_such_prompts_or_weight_there_is_no_default_kl(roles, rows):
     instructed = rows.rows(torch.tensor([0, 3, 4]))
-    assert run(roles, instructed, 4, default_kl=True)[1] is None
-    assert run(roles, rows, 4, default_kl=False)[1] is None
+    assert run(roles, instructed, PLAIN, default_kl=True)[1] is None
+    assert run(roles, rows, PLAIN, default_kl=False)[1] is None
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 2, 6])
-def test_entropy_of_every_token(roles, rows, chunk_rows):
-    found = run(roles, rows, chunk_rows, temperature=0.7, entropy=True)[0].entropy
-    logits = completion_logits(roles.policy, rows.input_ids, rows.attention_mask, 4, 0.7)
+@pytest.mark.parametrize("passes", PASSES)
+def test_entropy_of_every_token(roles, rows, passes):
+    found = run(roles, rows, passes, temperature=0.7, entropy=True)[0].entropy
+    logits = all_logits(roles.policy, rows) / 0.7
     expected = torch.distributions.Categorical(logits=logits).entropy() * rows.mask
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert run(roles, rows, chunk_rows)[0].entropy is None
+    assert run(roles, rows, passes)[0].entropy is None
     assert torch.autograd.grad(found.sum(), [p for p in roles.policy.parameters() if p.requires_grad])
 
 
-def passes(roles):
+def counted_passes(roles):
     """Counts the answers that go through the policy."""
     counts = []
 
@@ -102,21 +111,21 @@ def passes(roles):
 
 def test_answers_that_nothing_needs_are_skipped(roles, rows):
     rows.used = torch.tensor([False, False, True, True, False, True])
-    counts = passes(roles)
-    update, _ = run(roles, rows, 6)
+    counts = counted_passes(roles)
+    update, _ = run(roles, rows, PLAIN)
     assert counts == [3] and update.mask.any(dim=1).tolist() == rows.used.tolist()
-    expected = answer_logprobs(roles.policy, rows.input_ids, rows.attention_mask, rows.mask, 1.0, rows=6)
+    expected = answer_logprobs(roles.policy, rows.batch, 1.0, PLAIN)
     torch.testing.assert_close(update.logprobs, expected * rows.used[:, None], atol=1e-5, rtol=0)
     counts.clear()
-    _, kl = run(roles, rows, 6, default_kl=True)  # the default is held on answers that are not used, too
+    _, kl = run(roles, rows, PLAIN, default_kl=True)  # the default is held on answers that are not used, too
     assert sum(counts) == 4 + (3 if roles.adapted else 0)
     rows.used[:] = True
-    torch.testing.assert_close(kl, run(roles, rows, 6, default_kl=True)[1])
+    torch.testing.assert_close(kl, run(roles, rows, PLAIN, default_kl=True)[1])
 
 
 def test_a_batch_of_which_nothing_is_used_still_has_a_gradient(roles, rows):
     rows.used = torch.zeros(6, dtype=torch.bool)
-    update, _ = run(roles, rows, 6)
+    update, _ = run(roles, rows, PLAIN)
     assert not update.mask.any()
     gradients = torch.autograd.grad(
         (update.logprobs * update.mask).sum(), [p for p in roles.policy.parameters() if p.requires_grad]
@@ -132,7 +141,7 @@ def test_a_hand_made_divergence(tokenizer, rows):
         model.lm_head.weight.data.zero_()
     size = len(tokenizer)
     roles.policy.lm_head.register_forward_hook(lambda _, __, out: out + math.log(3) * (torch.arange(size) == 7))
-    found = run(roles, rows, 6, default_kl=True)[1].item()
+    found = run(roles, rows, PLAIN, default_kl=True)[1].item()
     p = 3 / (size + 2)
     expected = p * math.log(p * size) + (1 - p) * math.log(size / (size + 2))
     assert found == pytest.approx(expected, rel=1e-4)

@@ -1,3 +1,4 @@
+import csv
 import json
 from pathlib import Path
 
@@ -154,9 +155,9 @@ def test_weights_that_no_validation_has_seen_are_calibrated_at_the_end(
         module = make(preferences, backbone)
         run = trainer(tmp_path, max_steps=8, logger=CSVLogger(tmp_path), **interval)
         run.fit(module, data(preferences))
-        logged = (Path(run.log_dir) / "metrics.csv").read_text().splitlines()
-        last = dict(zip(logged[0].split(","), logged[-1].split(","), strict=True))
-        found.append((module.classifier.config.temperatures, last["val/calibration/tone/brier/after"]))
+        with (Path(run.log_dir) / "metrics.csv").open() as file:
+            logged = [row["val/calibration/tone/brier/after"] for row in csv.DictReader(file)]
+        found.append((module.classifier.config.temperatures, [value for value in logged if value][-1]))
     assert found[0] == found[1]
 
 

@@ -203,9 +203,9 @@ def test_a_source_without_rows_is_an_error(preferences: PreferenceSet, saved: st
 
 
 def test_what_a_run_starts_from_must_be_clear(preferences: PreferenceSet, backbone: str, saved: str) -> None:
-    with pytest.raises(ValueError, match=r"give model\.backbone, .* or model\.classifier"):
+    with pytest.raises(ValueError, match=r"give model\.backbone, .* model\.classifier, .* or model\.extend"):
         RewardClassifier(preferences)
-    with pytest.raises(ValueError, match=r"both given"):
+    with pytest.raises(ValueError, match=r"given at once"):
         RewardClassifier(preferences, backbone, saved)
     with pytest.raises(ValueError, match=r"is a saved classifier: give it as model\.classifier"):
         RewardClassifier(preferences, saved)
@@ -224,7 +224,7 @@ def test_a_saved_classifier_brings_its_heads_and_their_loss(
     folder = save(preferences, backbone, tmp_path / "corn", 0, link="corn", pooling="mean", max_length=20)
     module = RewardClassifier(preferences, classifier=folder)
     assert type(module.loss) is Corn and type(RewardClassifier(preferences, backbone).loss) is CrossEntropy
-    assert module.classifier.config.pooling == "mean" and module.pair_limit == 20
+    assert module.classifier.config.pooling == ["mean"] and module.pair_limit == 20
     assert module.classifier.training and all(p.requires_grad for p in module.classifier.parameters())
     again = RewardClassifier(preferences, f"{folder}/backbone", loss=Corn())
     assert torch.equal(again.classifier.backbone.norm.weight, module.classifier.backbone.norm.weight)

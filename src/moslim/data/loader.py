@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,6 +23,25 @@ class Rows(Protocol):
 
 _WINDOW = 50
 """Batches among which rows of like length are grouped."""
+
+
+_ALIKE = 1.06
+"""Ratio of lengths up to which rows of a token budget count as equally long."""
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """Batches by what they cost instead of by rows.
+
+    Args:
+        tokens: Most tokens of a rank's batch, padding included; a row that is longer makes a batch of its own.
+        widths: Tokens of each row; of its longest text, where it has several.
+        texts: Texts of each row.
+    """
+
+    tokens: int
+    widths: Sequence[int]
+    texts: Sequence[int]
 
 
 class Draw(NamedTuple):
@@ -58,6 +79,43 @@ def shuffled_batches(
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def budget_batches(
+    rows: Sequence[int], budget: TokenBudget, generator: torch.Generator, ranks: int = 1
+) -> list[list[int]]:
+    """Cuts all rows into batches of like length, in random order.
+
+    Rows whose lengths are within 6% of each other are mixed anew by each generator. The number of batches is the same
+    for all generators, as a schedule needs it.
+
+    Args:
+        rows: The rows' numbers, at least one per rank.
+        budget: Length and price of every row of the data set.
+        generator: What makes the order.
+        ranks: Number of processes that share a batch; each has at least one row of it.
+    """
+    kinds = {row: (_length_class(budget.widths[row]), budget.texts[row]) for row in rows}
+    widest: dict[int, int] = {}
+    for row, (length, _) in kinds.items():
+        widest[length] = max(widest.get(length, 0), budget.widths[row])
+    shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    batches: list[list[int]] = [[]]
+    texts = 0
+    for row in sorted(shuffled, key=kinds.__getitem__):  # stable: the kinds stand in the same order in every epoch
+        texts += budget.texts[row]
+        if len(batches[-1]) >= ranks and texts * widest[kinds[row][0]] > budget.tokens * ranks:
+            batches.append([])
+            texts = budget.texts[row]
+        batches[-1].append(row)
+    if len(batches) > 1 and len(batches[-1]) < ranks:
+        tail = batches.pop()
+        batches[-1] += tail
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _length_class(width: int) -> int:
+    return int(math.log(max(width, 1), _ALIKE))
+
+
 def ordered_batches(rows: int, size: int, ranks: int) -> list[list[int]]:
     """Cuts the rows, in order, into batches. A last one with fewer rows than ranks joins the one before it.
 
@@ -89,6 +147,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         lengths: Length of each row, to group rows of like length.
         stages: Stage of each row: an epoch goes through stage after stage. None: all rows are of one.
         same_epochs: Whether every epoch is like the first, as ``Trainer(overfit_batches=...)`` asks for.
+        budget: What batches may cost, instead of ``batch_size`` and ``lengths``; no row is dropped then.
 
     Raises:
         ValueError: A stage has too few rows for a single batch, or there is not one stage per row.
@@ -105,21 +164,24 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         lengths: Sequence[int] | None = None,
         stages: Sequence[int] | None = None,
         same_epochs: bool = False,
+        budget: TokenBudget | None = None,
     ) -> None:
         staged = [0] * rows if stages is None else stages
         if len(staged) != rows:
             raise ValueError(f"stages has {len(staged)} entries for {rows} rows")
         self._stages = [[row for row in range(rows) if staged[row] == stage] for stage in sorted(set(staged))]
         fewest = min(map(len, self._stages), default=0)
-        if fewest < batch_size * ranks:
+        least = 1 if budget else batch_size
+        if fewest < least * ranks:
             which = " of one stage" if len(self._stages) > 1 else ""
             raise ValueError(
-                f"there are only {fewest} training rows{which}, too few for one batch of {batch_size} on each of "
+                f"there are only {fewest} training rows{which}, too few for one batch of {least} on each of "
                 f"{ranks} processes: lower batch_size"
             )
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.rank, self.ranks, self.lengths = rank, ranks, lengths
-        self.same_epochs = same_epochs
+        self.same_epochs, self.budget = same_epochs, budget
+        self._count = len(self._batches(torch.Generator()))
         self.epoch = 0
         self.start = 0
         self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`, never on the batch sampler
@@ -129,17 +191,24 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(len(rows) // (self.batch_size * self.ranks) for rows in self._stages) * self.repeats
+        return self._count * self.repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """Yields the batches of the epoch from number ``start`` on; ``start`` is then 0 again."""
         start, self.start = self.start, 0
         epoch = 0 if self.same_epochs else self.epoch
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
-        size = self.batch_size * self.ranks
-        batches = [batch for rows in self._stages for batch in shuffled_batches(rows, size, generator, self.lengths)]
+        batches = self._batches(torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
         for number in range(start, len(self)):
             yield [Draw(epoch, row) for row in share(batches[number // self.repeats], self.rank, self.ranks)]
+
+    def _batches(self, generator: torch.Generator) -> list[list[int]]:
+        """The global batches of an epoch; how many there are does not depend on the generator."""
+        if self.budget is not None:
+            return [
+                batch for rows in self._stages for batch in budget_batches(rows, self.budget, generator, self.ranks)
+            ]
+        size = self.batch_size * self.ranks
+        return [batch for rows in self._stages for batch in shuffled_batches(rows, size, generator, self.lengths)]
 
 
 class ResumableLoader(DataLoader[Any]):

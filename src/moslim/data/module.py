@@ -35,8 +35,9 @@ class PreferenceDataModule(LightningDataModule):
     """Serves the rows of one source to whatever module is trained, so one ``data:`` block fits every config.
 
     The module says what it wants in its attribute ``batch_view``, and gives its ``tokenizer`` and, for a policy,
-    ``batch_repeats``: how often each training batch is to be yielded in a row. The Trainer must leave the sampler
-    alone (``use_distributed_sampler: false``): batches are shared out to processes here.
+    ``batch_repeats``: how often each training batch is to be yielded in a row. A classifier with a frozen backbone
+    gives ``row_features``, a function from the ids of all rows to what stands for them in batches. The Trainer must
+    leave the sampler alone (``use_distributed_sampler: false``): batches are shared out to processes here.
 
     | view | train | validation | test | predict |
     |---|---|---|---|---|
@@ -52,6 +53,8 @@ class PreferenceDataModule(LightningDataModule):
         eval_batch_size: Rows of a batch in validation, test and predict, per process.
         max_length: Most tokens of a prompt (policy view) or pair (other views). The question loses its start.
         group_by_length: Whether pairs of like length share a training batch, for less padding.
+        token_budget: Most tokens, padding included, of a training batch of pairs per process, instead of a number of
+            rows. Pairs of like length share a batch, and all rows are used.
         validation_questions: Questions of the policy's level sweep in validation; taken from the training rows if
             the source has no validation rows.
         test_questions: Questions of the policy's test; None for all.
@@ -63,7 +66,8 @@ class PreferenceDataModule(LightningDataModule):
         workers: Processes that prepare training batches; 0 prepares them in the main process.
 
     Raises:
-        ValueError: ``scramble`` with a batch of one, where there is nothing to exchange.
+        ValueError: ``scramble`` with a batch of one, where there is nothing to exchange, or ``token_budget`` without
+            ``group_by_length``.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class PreferenceDataModule(LightningDataModule):
         eval_batch_size: int = 64,
         max_length: int | None = None,
         group_by_length: bool = True,
+        token_budget: int | None = None,
         validation_questions: int = 8,
         test_questions: int | None = None,
         combinations: int = 2,
@@ -86,6 +91,11 @@ class PreferenceDataModule(LightningDataModule):
         super().__init__()
         if scramble and batch_size < 2:
             raise ValueError("scramble exchanges levels within a batch, so it needs a batch_size of two or more")
+        if token_budget is not None and (token_budget < 1 or not group_by_length):
+            raise ValueError(
+                f"token_budget = {token_budget}, group_by_length = {group_by_length}: a budget is a positive number of "
+                "tokens, and its batches hold rows of like length; leave token_budget out, or group_by_length on"
+            )
         self.preferences = preferences
         self.source = source
         self.instruction = instruction or Tags()
@@ -94,6 +104,7 @@ class PreferenceDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.group_by_length = group_by_length
+        self.token_budget = token_budget
         self.validation_questions = validation_questions
         self.test_questions = test_questions
         self.combinations = combinations
@@ -122,19 +133,21 @@ class PreferenceDataModule(LightningDataModule):
         rows = self.rows(self._view, Split.TRAIN)
         self._close_finished_epoch()
         dataset: SampledPrompts | Pairs
-        lengths = start_epoch = None
+        lengths = start_epoch = budget = None
         if self._view is View.POLICY:
             dataset = SampledPrompts(rows, self.preferences, self.sampler, self.source, self.seed)
             start_epoch = dataset.start_epoch
         else:
-            dataset = self._pairs(rows)
-            lengths = dataset.lengths() if self.group_by_length else None
+            dataset = self._read_pairs(rows)
+            if not dataset.computed:  # features are all of one length
+                budget = dataset.budget(self.token_budget) if self.token_budget else None
+                lengths = dataset.lengths() if self.group_by_length and budget is None else None
         repeats: int = getattr(self._module, "batch_repeats", 1)
         rank, ranks = self._processes
         stages = [row.stage for row in rows]
         overfit = bool(self.trainer.overfit_batches)  # type: ignore[union-attr]  # set dynamically
         sampler = RepeatBatchSampler(
-            len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages, same_epochs=overfit
+            len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages, overfit, budget
         )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
         collate = self._collate(self.scramble)
@@ -143,7 +156,7 @@ class PreferenceDataModule(LightningDataModule):
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
         if self._view is not View.POLICY:
-            return self._in_order(self._pairs(self.rows(self._view, Split.VALIDATION)))
+            return self._in_order(self._read_pairs(self.rows(self._view, Split.VALIDATION)))
         rows = self.rows(View.POLICY, Split.VALIDATION) or self.rows(View.POLICY, Split.TRAIN)
         chosen = spread(rows, self.validation_questions)
         return self._in_order(requested(chosen, [sweep_requests(self.preferences)] * len(chosen)))
@@ -152,7 +165,7 @@ class PreferenceDataModule(LightningDataModule):
         """Test rows in order; for a policy, sweeps, the default and combinations. No loader if there are no rows."""
         rows = self.rows(self._view, Split.TEST)
         if self._view is not View.POLICY:
-            return self._in_order(self._pairs(rows))
+            return self._in_order(self._read_pairs(rows))
         chosen = spread(rows, len(rows) if self.test_questions is None else self.test_questions)
         return self._in_order(requested(chosen, [self._test_requests(index) for index, _ in chosen]))
 
@@ -236,6 +249,14 @@ class PreferenceDataModule(LightningDataModule):
 
     def _pairs(self, rows: list[Example]) -> Pairs:
         return Pairs(rows, self._encoder(self.max_length))
+
+    def _read_pairs(self, rows: list[Example]) -> Pairs:
+        """Pairs for learning and measuring, with features where the module makes them once, not in every batch."""
+        pairs = self._pairs(rows)
+        features: Callable[[list[list[int]]], Tensor] | None = getattr(self._module, "row_features", None)
+        if features is not None and rows:
+            pairs.compute(features)
+        return pairs
 
     def _encoder(self, max_length: int | None) -> PairEncoder:
         reserved = (*RESERVED, *self.instruction.reserved)

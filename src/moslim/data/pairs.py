@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moslim.data.loader import Draw
+from moslim.data.loader import Draw, TokenBudget
 from moslim.data.prompts import PairEncoder, pad
 from moslim.data.types import Example, PairBatch, TextBatch
 from moslim.preferences import Preference, PreferenceSet
@@ -25,12 +25,20 @@ class Pair:
         answer: Ids of the answer and its end token.
         row: The example, as the source gave it.
         rejected: Ids of prompt and rejected answer, if the row has one.
+        features: What a frozen backbone made of the pair, ``[H]``, and of the rejected one; empty = to be run.
     """
 
     prompt: list[int]
     answer: list[int]
     row: Example
     rejected: list[int] | None = None
+    features: list[Tensor] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Ids of the pair and, if there is one, of the rejected pair."""
+        pair = self.prompt + self.answer
+        return [pair] if self.rejected is None else [pair, self.rejected]
 
 
 class Pairs(Dataset[Pair]):
@@ -62,8 +70,31 @@ class Pairs(Dataset[Pair]):
         return self._encoded[draw.row]
 
     def lengths(self) -> list[int]:
-        """Characters of each row: near enough to its tokens to group rows of like length, and free."""
-        return [_characters(row) for row in self._rows]
+        """Tokens of each row, of its longer text where it has two; all rows are encoded for it."""
+        return [max(map(len, pair.texts)) for pair in self._all()]
+
+    def budget(self, tokens: int) -> TokenBudget:
+        """Returns what batches of so many padded tokens need to know of the rows."""
+        return TokenBudget(tokens, self.lengths(), [len(pair.texts) for pair in self._all()])
+
+    def compute(self, features: Callable[[list[list[int]]], Tensor]) -> None:
+        """Gives every pair its features, so that batches come with these instead of tokens.
+
+        Args:
+            features: Returns ``[N, H]`` of ``N`` lists of ids.
+        """
+        pairs = self._all()
+        found = iter(features([ids for pair in pairs for ids in pair.texts]).unbind())
+        for pair in pairs:
+            pair.features = [next(found) for _ in pair.texts]
+
+    @property
+    def computed(self) -> bool:
+        """Whether pairs have features."""
+        return bool(len(self) and self[Draw(0, 0)].features)
+
+    def _all(self) -> list[Pair]:
+        return [self[Draw(0, row)] for row in range(len(self))]
 
 
 @dataclass
@@ -74,14 +105,19 @@ class CollateRewards:
     pad: int
 
     def __call__(self, pairs: list[Pair]) -> PairBatch:
-        """Right-pads the pairs, and the rejected answers after them.
+        """Right-pads the pairs, and the rejected answers after them; or stacks the features of all.
 
         Raises:
             ValueError: A label or vote is a level that the dimension lacks.
         """
-        encoded = [pair.prompt + pair.answer for pair in pairs]
-        rejected = {i: pair.rejected for i, pair in enumerate(pairs) if pair.rejected is not None}
-        ids, mask = pad([*encoded, *rejected.values()], self.pad, left=False)
+        rejected = [i for i, pair in enumerate(pairs) if pair.rejected is not None]
+        places = [(pair, 0) for pair in pairs] + [(pairs[i], 1) for i in rejected]
+        features = None
+        if pairs[0].features:
+            features = torch.stack([pair.features[place] for pair, place in places])
+            ids = mask = torch.zeros(len(places), 0, dtype=torch.long)
+        else:
+            ids, mask = pad([pair.texts[place] for pair, place in places], self.pad, left=False)
         rows = [pair.row for pair in pairs]
         better = [rows[i] for i in rejected]
         rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in better]
@@ -92,10 +128,11 @@ class CollateRewards:
             levels,
             level_shares(rows, levels, self.preferences),
             rows,
-            better=torch.tensor(list(rejected), dtype=torch.long),
+            better=torch.tensor(rejected, dtype=torch.long),
             worse=torch.arange(len(pairs), len(rows)),
             compared=torch.tensor([self._compared(row) for row in better], dtype=torch.bool).view(-1, levels.shape[1]),
             margins=torch.tensor([row.margin for row in better], dtype=torch.float32),
+            features=features,
         )
 
     def _compared(self, row: Example) -> list[bool]:
@@ -159,8 +196,3 @@ def level_shares(rows: Sequence[Example], levels: Tensor, preferences: Preferenc
 def one_hot(levels: Tensor, width: int) -> Tensor:
     """Returns ``[B, D, width]`` float32 with a 1 on each label of ``[B, D]``; all 0 where it is -1."""
     return F.one_hot(levels.clamp(min=0), width).float() * (levels >= 0)[..., None]
-
-
-def _characters(row: Example) -> int:
-    question = row.question if isinstance(row.question, str) else "".join(m["content"] for m in row.question)
-    return len(question) + max(len(row.answer or ""), len(row.rejected or ""))

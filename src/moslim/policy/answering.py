@@ -36,7 +36,7 @@ class Answers:
         input_ids: ``[N, P + T]`` prompts and answers.
         attention_mask: ``[N, P + T]``.
         questions: ``N`` questions without the instruction.
-        texts: ``N`` decoded answers, without special tokens.
+        texts: ``N`` decoded answers, without special tokens and stop strings.
     """
 
     completions: Completions
@@ -63,6 +63,7 @@ class Answerer:
 
     def __init__(self, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> None:
         self.engine = engine
+        engine.bind(tokenizer)
         self.tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._pad_id = pad_id(tokenizer)
@@ -87,5 +88,5 @@ class Answerer:
             torch.cat([prompts, found.tokens], dim=1),
             torch.cat([prompt_mask, found.mask.to(prompt_mask.dtype)], dim=1),
             [question for question in batch.questions for _ in range(samples)],
-            self.tokenizer.batch_decode(spoken, skip_special_tokens=True),
+            [self.engine.before_stop(text) for text in self.tokenizer.batch_decode(spoken, skip_special_tokens=True)],
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +34,9 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Values of the states in which the tokens of answers were chosen.
-
-        Args:
-            hidden: ``[N, P + T, H]`` of prompts and answers.
-            mask: ``[N, T]`` bool, answer tokens.
-
-        Returns:
-            ``[N, T]`` float32, 0 where masked.
-        """
-        before = hidden[:, -mask.shape[1] - 1 : -1]
-        return self.linear(before.to(self.linear.weight.dtype))[..., 0].float() * mask
+    def forward(self, states: Tensor) -> Tensor:
+        """Values of states in which tokens were chosen: ``[M, H]`` to ``[M]`` float32."""
+        return self.linear(states.to(self.linear.weight.dtype))[..., 0].float()
 
 
 def trunk(model: Any) -> Any:
@@ -61,14 +50,3 @@ def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     found: Tensor = trunk(model)(**inputs, use_cache=False).last_hidden_state
     return found
-
-
-@contextmanager
-def hidden_states(model: Any) -> Iterator[list[Tensor]]:
-    """Collects the trunk's last hidden states of every pass inside, so that a value head needs no pass of its own."""
-    found: list[Tensor] = []
-    handle = trunk(model).register_forward_hook(lambda _, __, output: found.append(output.last_hidden_state))
-    try:
-        yield found
-    finally:
-        handle.remove()

@@ -3,137 +3,117 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
-
-def completion_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int, temperature: float) -> Tensor:
-    """Tempered logits at the positions that predict the last ``length`` tokens.
-
-    Args:
-        model: Causal language model in the Hugging Face form.
-        input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
-        attention_mask: ``[N, P + T]``.
-        length: Number of answer tokens ``T``.
-        temperature: The sampler's temperature; 0 (greedy) is taken as 1.
-
-    Returns:
-        ``[N, T, V]`` in the model's dtype.
-    """
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=length + 1,
-    )
-    logits = output.logits[:, :-1]
-    return logits if temperature in (0, 1) else logits / temperature
-
-
-def _negative_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    return cross_entropy(logits.float(), tokens, reduction="none")
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, mask: Tensor, chunk: int = 4096) -> Tensor:
-    """Log-probabilities of ``tokens``; padding is skipped and costs nothing.
-
-    Args:
-        logits: ``[N, T, V]``.
-        tokens: ``[N, T]``.
-        mask: ``[N, T]`` bool.
-        chunk: Tokens whose float32 log-softmax is held at a time.
-
-    Returns:
-        ``[N, T]`` float32, 0 where masked.
-    """
-    flat, wanted = logits[mask], tokens[mask]
-    parts = []
-    for start in range(0, len(wanted), chunk):
-        piece, target = flat[start : start + chunk], wanted[start : start + chunk]
-        if torch.is_grad_enabled() and len(wanted) > chunk:
-            parts.append(checkpoint(_negative_logprobs, piece, target, use_reentrant=False))
-        else:
-            parts.append(_negative_logprobs(piece, target))
-    negative = torch.cat(parts) if parts else flat.new_zeros(0, dtype=torch.float32)
-    return torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter(mask, -negative)
+from moslim.policy.packing import (
+    AnswerBatch,
+    Chunk,
+    Passes,
+    SharedPrompts,
+    chunks_by_length,
+    shared_prompts,
+    sharing_pays,
+)
+from moslim.policy.predictor import Predictor, continues
 
 
 @dataclass
-class Chunk:
-    """Some answers of a batch, without the columns that are padding in all of them.
+class Plan:
+    """Which forward passes a batch takes: answers with their prompts, or continuing shared ones."""
+
+    whole: list[Chunk]
+    shared: list[SharedPrompts]
+
+
+def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> Plan:
+    """Chooses the forward passes.
 
     Args:
-        index: ``[C]`` where they stand in the batch.
-        input_ids: ``[C, P' + T']``.
-        attention_mask: ``[C, P' + T']``.
-        mask: ``[C, T']`` bool, answer tokens.
-    """
-
-    index: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    mask: Tensor
-
-    @property
-    def tokens(self) -> Tensor:
-        """``[C, T']`` answer tokens."""
-        return self.input_ids[:, -self.mask.shape[1] :]
-
-
-def chunks_by_length(
-    input_ids: Tensor, attention_mask: Tensor, mask: Tensor, rows: int, among: Tensor | None = None
-) -> Iterator[Chunk]:
-    """Cuts a batch into chunks of like length: little padding is computed, and a chunk fits the cache.
-
-    Args:
-        input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
-        attention_mask: ``[N, P + T]``.
-        mask: ``[N, T]`` bool, answer tokens.
-        rows: Answers per chunk.
+        model: The model that will take a gradient through them, if any does.
+        batch: ``N`` answers.
+        passes: How they may be computed.
         among: ``[M]`` positions to take; None = all.
     """
-    positions = torch.arange(len(mask), device=mask.device) if among is None else among
-    order = positions[mask[positions].sum(dim=1).argsort(stable=True)]
-    for index in order.split(rows) if len(order) else ():
-        own = mask[index]
-        longest = int(own.sum(dim=1).max())
-        attention = attention_mask[index, : attention_mask.shape[1] - mask.shape[1] + longest]
-        first = int(attention.any(dim=0).nonzero()[0])
-        yield Chunk(index, input_ids[index, first : attention.shape[1]], attention[:, first:], own[:, :longest])
+    tokens = passes.limit(batch.mask.device)
+    wanted = passes.share_prompts == "always" or (passes.share_prompts == "auto" and sharing_pays(batch, among))
+    if wanted and continues(model):
+        return Plan([], list(shared_prompts(batch, tokens, among)))
+    return Plan(list(chunks_by_length(batch, tokens, among)), [])
 
 
-def answer_logprobs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, rows: int
+def answer_states(predictor: Predictor, plan: Plan) -> Iterator[tuple[Chunk, Tensor]]:
+    """Runs a model over answers.
+
+    Returns:
+        For each chunk, what predicts its tokens: ``[C, T', H or V]``.
+    """
+    for chunk in plan.whole:
+        yield chunk, _states(predictor, chunk.mask.shape[1] + 1, chunk.input_ids, chunk.attention_mask)[:, :-1]
+    for prompts in plan.shared:
+        yield from _continued(predictor, prompts)
+
+
+def _continued(predictor: Predictor, prompts: SharedPrompts) -> Iterator[tuple[Chunk, Tensor]]:
+    """Computes each prompt once; the gradients of all its answers meet in its keys and values."""
+    cache = DynamicCache(config=predictor.model.config)
+    last = _states(predictor, 1, prompts.input_ids, prompts.attention_mask, cache)
+    for chunk, owners in zip(prompts.chunks, prompts.owners, strict=True):
+        states = last.index_select(0, owners)
+        width = chunk.mask.shape[1] - 1  # the last token predicts nothing that is asked for
+        if width:
+            ids, attention = chunk.tokens[:, :-1], chunk.attention_mask[:, :-1]
+            states = torch.cat([states, _states(predictor, width, ids, attention, _branch(cache, owners))], dim=1)
+        yield chunk, states
+
+
+def _states(
+    predictor: Predictor, keep: int, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
 ) -> Tensor:
-    """Log-probabilities of whole answers; see :func:`chunks_by_length` for the arguments.
+    """States at the last ``keep`` positions; the mask also covers what the cache holds."""
+    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
+    if cache is None:
+        return predictor.states(keep, **inputs, use_cache=False)
+    return predictor.states(keep, **inputs, past_key_values=cache, use_cache=True)
+
+
+def _branch(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A cache that begins with some rows of another, which stays as it is; gradients flow into that."""
+    branch = copy(cache)
+    layers: list[Any] = [copy(layer) for layer in cache.layers]
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
+    branch.layers = layers
+    return branch
+
+
+def answer_logprobs(model: Any, batch: AnswerBatch, temperature: float, passes: Passes) -> Tensor:
+    """Log-probabilities of whole answers.
+
+    Args:
+        model: Causal language model in the Hugging Face form.
+        batch: ``N`` answers.
+        temperature: The sampler's; 0 (greedy) is taken as 1.
+        passes: How they are computed.
 
     Returns:
         ``[N, T]`` float32, 0 where masked.
     """
-    result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    for chunk in chunks_by_length(input_ids, attention_mask, mask, rows):
-        width = chunk.mask.shape[1]
-        logits = completion_logits(model, chunk.input_ids, chunk.attention_mask, width, temperature)
-        result[chunk.index, :width] = token_logprobs(logits, chunk.tokens, chunk.mask)
+    predictor = Predictor(model, passes.chunked_logprobs)
+    result = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
+    for chunk, states in answer_states(predictor, plan(model, batch, passes)):
+        found = predictor.statistics(states[chunk.mask], chunk.tokens[chunk.mask], temperature)
+        put(result, chunk, found.logprobs)
     return result
 
 
-def full_kl(logits: Tensor, reference: Tensor) -> Tensor:
-    """Exact KL divergence of two next-token distributions, ``sum_v p(v) (log p(v) - log q(v))``.
-
-    Args:
-        logits: ``[.., V]`` of ``p``, the policy.
-        reference: ``[.., V]`` of ``q``.
-
-    Returns:
-        ``[..]`` float32, nats.
-    """
-    p, q = logits.float().log_softmax(dim=-1), reference.float().log_softmax(dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1)
+def put(target: Tensor, chunk: Chunk, values: Tensor) -> None:
+    """Writes one number per answer token of a chunk into ``[N, T]``."""
+    rows = torch.zeros_like(chunk.mask, dtype=values.dtype).masked_scatter(chunk.mask, values)
+    target[chunk.index, : chunk.mask.shape[1]] = rows

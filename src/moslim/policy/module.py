@@ -23,15 +23,16 @@ from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
 from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
 from moslim.policy.optimizers import PolicyOptimizer
+from moslim.policy.packing import AnswerBatch, Passes
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.policy.scoring import group_scores, map_rewards
+from moslim.policy.sharing import Share, load_scorer
 from moslim.policy.state import load_run, save_run
 from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.preferences import PreferenceSet
-from moslim.reward.scorer import Scorer
 from moslim.sampling import PreferenceSampler
 from moslim.timing import Stopwatch
 
@@ -59,11 +60,14 @@ class PolicyTrainer(PolicyEvaluation):
         eval_samples: Answers to each prompt in validation and test.
         inner_epochs: Passes over a rollout.
         minibatches: Training steps per pass.
-        chunk_rows: Answers per forward pass of an update; they are sorted by length first.
+        passes: How log-probabilities of answers are computed; None = every fast way that the model allows.
         default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
             keeps the behaviour that nobody asked to change.
         missing_end_penalty: What an answer's score loses when it is cut at the length limit.
         lora: Train a low-rank adapter; None = train all weights.
+        share_backbone: Whether the classifier stands on the policy's frozen base, by an adapter of its own, instead of
+            a second copy of it. It must have been trained with LoRA on the model that the policy starts from, and be
+            exported with ``--form adapter``; ``lora`` must be given. ``auto``: if all that is so.
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-6, or 1e-5 with LoRA.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
         report: Folder that receives a copy of the test's report, beside the one in the run's folder.
@@ -95,10 +99,11 @@ class PolicyTrainer(PolicyEvaluation):
         eval_samples: int = 4,
         inner_epochs: int = 1,
         minibatches: int = 1,
-        chunk_rows: int = 32,
+        passes: Passes | None = None,
         default_kl_coef: float = 0.0,
         missing_end_penalty: float = 1.0,
         lora: LoraOptions | None = None,
+        share_backbone: Share = "auto",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         report: str | None = None,
@@ -112,10 +117,10 @@ class PolicyTrainer(PolicyEvaluation):
         super().__init__()
         self.save_hyperparameters()
         keep_plain_hparams(self)
-        counts = (samples_per_prompt, eval_samples, inner_epochs, minibatches, chunk_rows)
+        counts = (samples_per_prompt, eval_samples, inner_epochs, minibatches)
         if min(counts) < 1:
             raise ValueError(
-                f"samples_per_prompt, eval_samples, inner_epochs, minibatches, chunk_rows are {counts}: give 1 or more"
+                f"samples_per_prompt, eval_samples, inner_epochs, minibatches are {counts}: give 1 or more"
             )
         if min(default_kl_coef, missing_end_penalty) < 0:
             raise ValueError(
@@ -137,7 +142,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.eval_samples = eval_samples
         self.inner_epochs = inner_epochs
         self.minibatches = minibatches
-        self.chunk_rows = chunk_rows
+        self.passes = passes or Passes()
         self.default_kl_coef = default_kl_coef
         self.missing_end_penalty = missing_end_penalty
         self.optimizer = optimizer
@@ -152,7 +157,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
         self.policy, self.critic = self.roles.policy, self.roles.critic
         self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
-        self.scorer = Scorer.from_pretrained(classifier)
+        self.scorer = load_scorer(classifier, share_backbone, self.roles, self.tokenizer)
         self.columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         mapping.bind(preferences)
         if judge is not None:
@@ -212,7 +217,7 @@ class PolicyTrainer(PolicyEvaluation):
             length=self.engine.max_new_tokens,
             samples=self.samples_per_prompt,
             temperature=self.engine.temperature,
-            chunk_rows=self.chunk_rows,
+            passes=self.passes,
             entropy=self.policy_optimizer.needs_entropy,
             default_kl=self.default_kl_coef > 0,
         )
@@ -239,11 +244,11 @@ class PolicyTrainer(PolicyEvaluation):
         probs = self.probabilities(answers)
         clock.lap("time/reward")
         found, optimizer = answers.completions, self.policy_optimizer
-        rows = (answers.input_ids, answers.attention_mask, found.mask)
-        passes = (*rows, self.engine.temperature, self.chunk_rows)
-        reference = self.roles.reference_logprobs(*passes) if optimizer.needs_reference else None
+        rows, temperature = AnswerBatch(answers.input_ids, answers.attention_mask, found.mask), self.engine.temperature
+        with_reference = optimizer.needs_reference
+        reference = self.roles.reference_logprobs(rows, temperature, self.passes) if with_reference else None
         clock.lap("time/reference")
-        values = self.roles.values(*rows, self.chunk_rows) if self.roles.critic is not None else None
+        values = self.roles.values(rows, self.passes) if self.roles.critic is not None else None
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
         mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
         mapped = self.reward_functions.join(mapped, self.reward_functions(answers, targets), self.mapping.is_mean)
@@ -298,7 +303,8 @@ class PolicyTrainer(PolicyEvaluation):
         """Completes the weights and takes up the rollout.
 
         Raises:
-            ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
+            ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
+                stands on another backbone.
         """
-        restore_frozen(self, checkpoint)
         load_run(self, checkpoint)
+        restore_frozen(self, checkpoint)

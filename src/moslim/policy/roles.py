@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moslim.lora import LoraOptions, add_adapter, add_lora
+from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
 from moslim.models import checkpoint_activations
 from moslim.policy.critic import CriticOptions, ValueHead, last_hidden
-from moslim.policy.logprobs import answer_logprobs, chunks_by_length
+from moslim.policy.logprobs import answer_logprobs, put
+from moslim.policy.packing import AnswerBatch, Passes, chunks_by_length
+from moslim.reward.adapter_form import SavedAdapter
+
+Role = Literal["policy", "reference", "classifier", "critic"]
 
 
 class Roles:
-    """The policy; the reference as a frozen copy of it, or as the same weights with the adapter off; a critic, if any.
+    """The policy and who shares its weights.
+
+    With LoRA there is one frozen base: policy, critic and classifier are adapters or heads on it, and the reference is
+    the base with the adapters off. Otherwise all weights are trained and the reference is a frozen copy.
 
     It is no ``nn.Module``: the reference is neither trained nor saved, so it stays out of the module's parameters.
     ``policy`` and ``critic`` (a value head) are for the module to register.
@@ -27,6 +34,9 @@ class Roles:
         lora: Train a low-rank adapter; None trains all weights, and the reference is a copy.
         gradient_checkpointing: Compute the policy's activations twice to save memory.
         critic: What the policy optimizer asks for; None = no critic.
+
+    Attributes:
+        active: Whose passes the policy's model makes at present.
 
     Raises:
         ValueError: The critic's adapter has no frozen base to stand on, or would be lost in recomputed activations.
@@ -44,13 +54,16 @@ class Roles:
             checkpoint_activations(model)
             model.train()  # transformers recomputes activations in training mode only
         self.policy: Any = add_lora(model, lora, name="policy") if lora else model
-        self._trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.critic = ValueHead(model.config.hidden_size) if critic else None
         self.critic_shares_trunk = critic is not None and critic.lora is None
+        self.active: Role = "policy"
+        self._adapters: dict[Role, list[nn.Parameter]] = {}
+        if lora is not None:
+            self._adapters["policy"] = [p for p in self.policy.parameters() if p.requires_grad]
         if critic is not None and critic.lora is not None:
             _check_critic_lora(lora, gradient_checkpointing)
-            self._trained += add_adapter(self.policy, critic.lora, name="critic")
-            self._activate_policy()
+            self._adapters["critic"] = add_adapter(self.policy, critic.lora, name="critic")
+            self._switch("policy")
         _disable_dropout(self.policy)
 
     @property
@@ -58,61 +71,108 @@ class Roles:
         """Whether the policy is an adapter on a frozen base."""
         return self._copy is None
 
+    def attach(self, classifier: SavedAdapter) -> None:
+        """Puts a classifier's adapter, frozen, on the policy's base; :mod:`moslim.policy.sharing` asks before.
+
+        Raises:
+            ValueError: The adapter does not fit the base.
+        """
+        inside = self.policy.get_base_model().base_model_prefix
+        self._adapters["classifier"] = attach_adapter(
+            self.policy, classifier.options, classifier.weights, "classifier", inside
+        )
+        self._switch("policy")
+
+    @property
+    def shares_classifier(self) -> bool:
+        """Whether the reward classifier is an adapter on the policy's base."""
+        return "classifier" in self._adapters
+
     def to(self, device: torch.device) -> None:
         """Moves the reference; the policy is moved as part of the module."""
         if self._copy is not None:
             self._copy.to(device)
 
     def frozen(self) -> dict[str, Tensor]:
-        """The weights that are never trained: the reference, or the base under the adapter."""
-        model = self.policy if self._copy is None else self._copy
-        return {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        """The reference's weights, which are never trained, by names that do not depend on adapters."""
+        return base_weights(self.policy if self._copy is None else self._copy)
+
+    def weights(self, role: Role) -> list[Tensor]:
+        """All weights that a pass in a role reads, its head and what it shares with others included.
+
+        For the classifier, those on the policy's base, without its heads; none if it shares nothing.
+        """
+        if role == "classifier" and not self.shares_classifier:
+            return []
+        if role == "reference" and self._copy is not None:
+            return list(self._copy.parameters())
+        others = {id(p) for name, own in self._adapters.items() if name != self._adapter(role) for p in own}
+        head = self.critic.parameters() if role == "critic" and self.critic is not None else ()
+        return [*(p for p in self.policy.parameters() if id(p) not in others), *head]
+
+    def adapter(self, role: Role) -> list[Tensor]:
+        """The weights of a role's own adapter; none if it has none."""
+        return list(self._adapters.get(role, ()))
 
     @contextmanager
-    def reference(self) -> Iterator[Any]:
-        """Gives the reference model; inside, no gradient may be taken."""
-        if self._copy is not None:
-            yield self._copy
-        else:
-            try:
-                with self.policy.disable_adapter():
-                    yield self.policy
-            finally:
-                self._activate_policy()
+    def playing(self, role: Role) -> Iterator[Any]:
+        """Gives a role's model. Such contexts may be nested; what was active before is so again afterwards.
 
-    def reference_logprobs(
-        self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, temperature: float, rows: int
-    ) -> Tensor:
+        Gradients flow in the roles of policy and critic only; their backward pass may come after the context.
+        """
+        before = self.active
+        try:
+            self._switch(role)
+            yield self._copy if role == "reference" and self._copy is not None else self.policy
+        finally:
+            self._switch(before)
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """Gives the reference model; inside, no gradient may be taken."""
+        return self.playing("reference")
+
+    def reference_logprobs(self, batch: AnswerBatch, temperature: float, passes: Passes) -> Tensor:
         """``[N, T]`` log-probabilities under the reference; see :func:`answer_logprobs` for the arguments."""
         with self.reference() as reference:
-            return answer_logprobs(reference, input_ids, attention_mask, mask, temperature, rows)
+            return answer_logprobs(reference, batch, temperature, passes)
 
-    def values(
-        self, input_ids: Tensor, attention_mask: Tensor, mask: Tensor, rows: int, among: Tensor | None = None
-    ) -> Tensor:
+    def values(self, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> Tensor:
         """The critic's values by passes of its own; see :func:`chunks_by_length` for the arguments.
 
         Returns:
             ``[N, T]`` float32, 0 where masked, or not ``among`` those asked for.
         """
         assert self.critic is not None
-        result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        if not self.critic_shares_trunk:
-            self.policy.set_adapter("critic")
-        try:
-            for chunk in chunks_by_length(input_ids, attention_mask, mask, rows, among):
-                hidden = last_hidden(self.policy, chunk.input_ids, chunk.attention_mask)
-                result[chunk.index, : chunk.mask.shape[1]] = self.critic(hidden, chunk.mask)
-        finally:
-            self._activate_policy()
+        result = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
+        with self.playing("critic") as model:
+            for chunk in chunks_by_length(batch, passes.limit(batch.mask.device), among):
+                hidden = last_hidden(model, chunk.input_ids, chunk.attention_mask)
+                before = hidden[:, -chunk.mask.shape[1] - 1 : -1]
+                put(result, chunk, self.critic(before[chunk.mask]))
         return result
 
-    def _activate_policy(self) -> None:
-        """Whoever made a pass: the policy answers, and gradients reach all that is trained."""
-        if self.adapted:
-            self.policy.set_adapter("policy")
-        for parameter in self._trained:  # peft stops the gradients of the adapters that are not active
-            parameter.requires_grad_(True)
+    def _adapter(self, role: Role) -> Role | None:
+        """The adapter that a role needs; a critic without one of its own reads the policy's trunk."""
+        if role == "reference":
+            return None
+        return role if role in self._adapters else "policy"
+
+    def _switch(self, role: Role) -> None:
+        """Makes a role's adapter, or none, the active one, and sets right which weights have gradients."""
+        self.active = role
+        if not self.adapted:
+            return
+        adapter = self._adapter(role)
+        if adapter is None:
+            self.policy.base_model.disable_adapter_layers()
+        else:
+            self.policy.base_model.enable_adapter_layers()
+            self.policy.set_adapter(adapter)
+        # peft stops the gradients of adapters that are not active, which still have a backward pass before them, and
+        # lets those of the active one flow.
+        for name, own in self._adapters.items():
+            for parameter in own:
+                parameter.requires_grad_(adapter is not None and name != "classifier")
 
 
 def _check_critic_lora(lora: LoraOptions | None, gradient_checkpointing: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moslim.data.types import Question
 from moslim.noise import derive_seed
+from moslim.policy.packing import AnswerBatch
 
 
 @dataclass
@@ -75,6 +76,11 @@ class Rollout:
         if self.advantages.dim() == 1:
             return self.advantages
         return (self.advantages * self.mask).sum(dim=1) / self.mask.sum(dim=1)
+
+    @property
+    def batch(self) -> AnswerBatch:
+        """What a model is run over."""
+        return AnswerBatch(self.input_ids, self.attention_mask, self.mask)
 
     def rows(self, index: Tensor) -> Rollout:
         """The answers at positions ``index``."""

@@ -18,7 +18,12 @@ _KEY = "policy_run"
 def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     """Adds every process's rollout, the classes of the plug-ins and fingerprints of the frozen models."""
     rollouts = gathered(module.rollout.state() if module.rollout else None)
-    checkpoint[_KEY] = {"plugins": _plugins(module), "frozen": _fingerprints(module), "rollouts": rollouts}
+    checkpoint[_KEY] = {
+        "plugins": _plugins(module),
+        "shares_classifier": module.roles.shares_classifier,
+        "frozen": _fingerprints(module),
+        "rollouts": rollouts,
+    }
 
 
 def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
@@ -34,6 +39,12 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         raise ValueError(
             f"the checkpoint was trained with {', '.join(saved['plugins'])}; this run has "
             f"{', '.join(_plugins(module))}; set model.reset_state to true to start their state anew"
+        )
+    shared = saved.get("shares_classifier", False)
+    if shared != module.roles.shares_classifier:
+        raise ValueError(
+            f"the checkpoint was trained with a classifier that {'shared' if shared else 'did not share'} the policy's "
+            f"base: give the same classifier and set model.share_backbone to {str(shared).lower()}"
         )
     for role, found in _fingerprints(module).items():
         if saved["frozen"][role] != found:
@@ -67,5 +78,6 @@ def _plugins(module: PolicyTrainer) -> list[str]:
 
 
 def _fingerprints(module: PolicyTrainer) -> dict[str, str]:
-    frozen = module.roles.frozen()
-    return {"reference": fingerprint(frozen), "classifier": fingerprint(dict(module.scorer.classifier.state_dict()))}
+    shared = {str(number): tensor for number, tensor in enumerate(module.roles.adapter("classifier"))}
+    classifier = {**module.scorer.classifier.state_dict(), **shared}
+    return {"reference": fingerprint(module.roles.frozen()), "classifier": fingerprint(classifier)}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
-from moslim.policy.critic import hidden_states
-from moslim.policy.logprobs import chunks_by_length, completion_logits, full_kl, token_logprobs
+from moslim.policy.logprobs import answer_states, plan, put
 from moslim.policy.optimizers import UpdateBatch
+from moslim.policy.packing import Passes
+from moslim.policy.predictor import Predictor
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.processes import mean_over_processes
@@ -21,11 +20,11 @@ def forward(
     length: int,
     samples: int,
     temperature: float,
-    chunk_rows: int,
+    passes: Passes,
     entropy: bool = False,
     default_kl: bool = False,
 ) -> tuple[UpdateBatch, Tensor | None]:
-    """Runs policy and critic over a rollout in chunks of like length. Answers that nothing needs are skipped.
+    """Runs policy and critic over a rollout. Answers that nothing needs are skipped.
 
     Args:
         roles: Policy, critic and reference.
@@ -33,7 +32,7 @@ def forward(
         length: The engine's length limit.
         samples: Answers per prompt.
         temperature: The sampler's.
-        chunk_rows: Answers per forward pass.
+        passes: How the answers are computed.
         entropy: Whether to compute the entropy of the (tempered) distributions.
         default_kl: Whether to compute the divergence on prompts without instruction.
 
@@ -47,31 +46,31 @@ def forward(
     if not needed.any():
         needed[0] = True  # its mask is empty, but every process must have a gradient, be it zero
     logprobs = torch.zeros(rows.mask.shape, dtype=torch.float32, device=rows.mask.device)
+    predictor = Predictor(roles.policy, passes.chunked_logprobs)
     entropies = torch.zeros_like(logprobs) if entropy else None
-    values = torch.zeros_like(logprobs) if roles.critic_shares_trunk else None
-    divergences: list[Tensor] = []
-    batch = (rows.input_ids, rows.attention_mask, rows.mask, chunk_rows)
+    # the states that predict tokens are what a critic on the policy's trunk reads, too
+    values = torch.zeros_like(logprobs) if roles.critic_shares_trunk and predictor.head is not None else None
+    divergence = logprobs.new_zeros(())
     for group, compared in ((needed & ~uninstructed, False), (uninstructed, True)):
-        for chunk in chunks_by_length(*batch, group.nonzero()[:, 0]):
-            width = chunk.mask.shape[1]
-            place = (chunk.index, slice(width))
-            inputs = (chunk.input_ids, chunk.attention_mask, width, temperature)
-            reading: AbstractContextManager[list[Tensor]] = nullcontext([])
-            if values is not None:
-                reading = hidden_states(roles.policy)
-            with reading as hidden:
-                logits = completion_logits(roles.policy, *inputs)
-            logprobs[place] = token_logprobs(logits, chunk.tokens, chunk.mask)
-            if entropies is not None:
-                entropies[place] = token_entropy(logits, chunk.mask)
+        chosen = plan(roles.policy, rows.batch, passes, group.nonzero()[:, 0])
+        references: list[tuple[Predictor, Tensor]] = []
+        if compared:
+            with torch.no_grad(), roles.reference() as reference:
+                other = Predictor(reference, passes.chunked_logprobs)
+                references = [(other, states) for _, states in answer_states(other, chosen)]
+        for number, (chunk, states) in enumerate(answer_states(predictor, chosen)):
+            wanted = (references[number][0], references[number][1][chunk.mask]) if compared else None
+            read = states[chunk.mask]
+            found = predictor.statistics(read, chunk.tokens[chunk.mask], temperature, entropy, wanted)
+            put(logprobs, chunk, found.logprobs)
+            if entropies is not None and found.entropy is not None:
+                put(entropies, chunk, found.entropy)
             if values is not None and roles.critic is not None:
-                values[place] = roles.critic(hidden[-1], chunk.mask)
-            if compared:
-                with torch.no_grad(), roles.reference() as reference:
-                    wanted = completion_logits(reference, *inputs)
-                divergences.append(full_kl(logits[chunk.mask], wanted[chunk.mask]))
+                put(values, chunk, roles.critic(read))
+            if found.kl is not None:
+                divergence = divergence + found.kl.sum()
     if roles.critic is not None and values is None:
-        values = roles.values(*batch, needed.nonzero()[:, 0])
+        values = roles.values(rows.batch, passes, needed.nonzero()[:, 0])
     update = UpdateBatch(
         logprobs=logprobs,
         old=rows.old_logprobs,
@@ -88,12 +87,4 @@ def forward(
     if not default_kl:
         return update, None
     tokens = mean_over_processes(rows.mask[uninstructed].sum())
-    divergence = torch.cat(divergences).sum() if divergences else logprobs.new_zeros(())
     return update, divergence / tokens if tokens > 0 else None
-
-
-def token_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Entropy of next-token distributions in nats: ``[N, T, V]`` to ``[N, T]`` float32, 0 where masked."""
-    logp = logits[mask].float().log_softmax(dim=-1)
-    entropy = -(logp.exp() * logp).sum(dim=-1)
-    return torch.zeros(mask.shape, dtype=torch.float32, device=logits.device).masked_scatter(mask, entropy)

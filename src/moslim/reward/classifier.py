@@ -6,7 +6,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +19,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils.generic import ModelOutput
 
 from moslim.preferences import PreferenceSet
-from moslim.reward.heads import HeadLinear, MlpHeads
+from moslim.reward.heads import HeadLinear, HeadShape, OwnHeads
 from moslim.reward.links import LINKS, LinkName
-
-Pooling = Literal["last", "mean"]
+from moslim.reward.pooling import Pooling, pool
 
 
 class PreferenceClassifierConfig(PreTrainedConfig):
@@ -32,15 +31,19 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         backbone: Configuration of the backbone, or its dictionary form.
         dimensions: ``[name, [level names]]`` per dimension. A list, because dictionaries are saved with sorted
             keys and the order of the heads would be lost.
-        pooling: ``last`` (hidden state of the last token) or ``mean`` (over all tokens).
+        pooling: What the heads read (:mod:`moslim.reward.pooling`); several kinds are put side by side.
+        layer: Backbone layer whose hidden states are pooled, counted from 1; None = the last.
         pair_length: Tokens of a question-answer pair that the classifier was trained on; None = no limit.
         link: How a head's outputs become level probabilities (:mod:`moslim.reward.links`).
         head_hidden: Width of each head's hidden layer; None = the heads are slices of one linear layer.
         head_dropout: Dropout on the hidden layers.
+        added_heads: The last dimensions, if they came to a trained classifier later: for each ``dimension``, and
+            ``hidden`` and ``dropout`` of its head, which is a network of its own.
         temperatures: What each head's logits are divided by in evaluation mode; None = all 1.
 
     Raises:
-        ValueError: The link is unknown, or there is not one temperature per dimension.
+        ValueError: The link is unknown, there is not one temperature per dimension, or the added heads are not the
+            last.
     """
 
     model_type = "moslim_preference_classifier"
@@ -50,11 +53,13 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         self,
         backbone: PreTrainedConfig | dict[str, Any] | None = None,
         dimensions: list[list[Any]] | None = None,
-        pooling: Pooling = "last",
+        pooling: Pooling | list[Pooling] = "last",
+        layer: int | None = None,
         pair_length: int | None = None,
         link: LinkName = "softmax",
         head_hidden: int | None = None,
         head_dropout: float = 0.0,
+        added_heads: list[dict[str, Any]] | None = None,
         temperatures: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -65,12 +70,17 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         # A copy: the base class resets the attention choice of nested configurations, also of one in use.
         self.backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else deepcopy(backbone)
         self.dimensions = [[name, list(levels)] for name, levels in dimensions or []]
-        self.pooling = pooling
+        self.pooling: list[Pooling] = [pooling] if isinstance(pooling, str) else list(pooling)
+        self.layer = layer
         self.pair_length = pair_length
         self.link = link
         self.head_hidden = head_hidden
         self.head_dropout = head_dropout
+        self.added_heads = added_heads or []
         self.temperatures = temperatures
+        added = [head["dimension"] for head in self.added_heads]
+        if added != [name for name, _ in self.dimensions][len(self.dimensions) - len(added) :]:
+            raise ValueError(f"added_heads are {added}: they must be the last of the dimensions {self.dimensions}")
         names = [f"{name}: {level}" for name, levels in self.dimensions for level in levels]
         if names:
             kwargs["id2label"] = dict(enumerate(names))
@@ -95,8 +105,9 @@ class PreferenceClassifierOutput(ModelOutput):
 class PreferenceClassifier(PreTrainedModel):
     """Sorts a question-answer pair into a level on every dimension (MOSLIM, arXiv 2505.20336).
 
-    The heads are slices of one linear layer, ``head``, or a small network each, ``head.{dimension}``. The instruction
-    that asks for levels is never part of the input.
+    The heads are slices of one linear layer, ``head``, or a small network each, ``head.{dimension}``. Those that were
+    added to a trained classifier are ``added.{dimension}``: layers of their own, so that the others' outputs stay as
+    they were, to the last bit. The instruction that asks for levels is never part of the input.
 
     Args:
         config: The configuration.
@@ -109,10 +120,10 @@ class PreferenceClassifier(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: PreferenceClassifierConfig, backbone: PreTrainedModel | None = None) -> None:
+    def __init__(self, config: PreferenceClassifierConfig, backbone: nn.Module | None = None) -> None:
         super().__init__(config)
-        self.head = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
-        self.backbone = AutoModel.from_config(config.backbone) if backbone is None else backbone
+        self.head, self.added = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
+        self.backbone: Any = AutoModel.from_config(config.backbone) if backbone is None else backbone
         if getattr(self.backbone, "pooler", None) is not None:
             self.backbone.pooler = None  # BERT's: not used here, and parameters without gradient stop DDP
         self.post_init()
@@ -133,7 +144,8 @@ class PreferenceClassifier(PreTrainedModel):
         backbone: str | Path | PreTrainedModel,
         preferences: PreferenceSet,
         *,
-        pooling: Pooling | None = None,
+        pooling: Pooling | list[Pooling] | None = None,
+        layer: int | None = None,
         max_length: int | None = None,
         link: LinkName = "softmax",
         head_hidden: int | None = None,
@@ -147,6 +159,7 @@ class PreferenceClassifier(PreTrainedModel):
                 loaded model.
             preferences: The dimensions.
             pooling: None: ``last`` for decoders, ``mean`` for encoders.
+            layer: Backbone layer that is read; None = the last.
             max_length: Most tokens of a pair, kept in the configuration for the scorer.
             link: How a head's outputs become level probabilities; losses say which they need.
             head_hidden: Width of each head's hidden layer; None = one linear layer for all heads.
@@ -154,7 +167,7 @@ class PreferenceClassifier(PreTrainedModel):
             trust_remote_code: Whether code from the backbone's repository may run.
 
         Raises:
-            ValueError: The backbone is an encoder-decoder, or its folder lacks weights.
+            ValueError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
         """
         if isinstance(backbone, PreTrainedModel):
             trunk = cast(PreTrainedModel, backbone.base_model)
@@ -165,10 +178,13 @@ class PreferenceClassifier(PreTrainedModel):
             _refuse_missing([key for key in report["missing_keys"] if not key.startswith("pooler.")], str(backbone))
         if trunk.config.is_encoder_decoder:
             raise ValueError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
+        if layer is not None and not 1 <= layer <= trunk.config.num_hidden_layers:
+            raise ValueError(f"layer = {layer}: '{backbone}' has layers 1 to {trunk.config.num_hidden_layers}")
         config = PreferenceClassifierConfig(
             backbone=trunk.config,
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
             pooling=pooling or ("last" if _is_causal(trunk.config) else "mean"),
+            layer=layer,
             pair_length=max_length,
             link=link,
             head_hidden=head_hidden,
@@ -197,19 +213,19 @@ class PreferenceClassifier(PreTrainedModel):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""
-        last = self.config.pooling == "last"
-        cache = {"use_cache": False} if last else {}  # encoders need not know the argument
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **cache).last_hidden_state
-        if last:
-            position = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-            end = (attention_mask * position).argmax(1)
-            return hidden[torch.arange(len(end), device=end.device), end]
-        mask = attention_mask[..., None].to(hidden.dtype)
-        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        cache = {"use_cache": False} if _is_causal(self.config.backbone) else {}  # encoders need not know the argument
+        layer = self.config.layer
+        states = {} if layer is None else {"output_hidden_states": True}
+        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **cache, **states)
+        hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        return pool(hidden, attention_mask, self.config.pooling)
 
     def classify(self, features: Tensor) -> PreferenceClassifierOutput:
         """Classifies pooled hidden states ``[B, H]``."""
-        parts = self.head(features).float().split(self.head_widths, dim=-1)
+        raw = self.head(features)
+        if len(self.added):
+            raw = torch.cat([raw, self.added(features)], dim=-1)
+        parts = raw.float().split(self.head_widths, dim=-1)
         widest = max(self.head_widths)
         scores = torch.stack([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)
         logits = LINKS[self.config.link].logits(scores, self.preferences.sizes)
@@ -228,14 +244,24 @@ class PreferenceClassifier(PreTrainedModel):
 
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Probability of every level, ``[B, D, K]`` float32; 0 on levels that a dimension lacks."""
-        return self(input_ids, attention_mask).logits.softmax(-1)
+        logits = self(input_ids, attention_mask).logits
+        probs = torch.zeros_like(logits)
+        for head, size in enumerate(self.preferences.sizes):  # padding must not change how a head's are rounded
+            probs[:, head, :size] = logits[:, head, :size].softmax(-1)
+        return probs
 
 
-def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> nn.Module:
-    inputs = _width(config.backbone)
+def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, OwnHeads]:
+    """The heads that were trained together, and those that were added later."""
+    inputs = _width(config.backbone) * len(config.pooling)
+    added = {
+        head["dimension"]: HeadShape(widths.pop(head["dimension"]), head["hidden"], head["dropout"])
+        for head in config.added_heads
+    }
     if config.head_hidden is None:
-        return nn.Linear(inputs, sum(widths.values()))
-    return MlpHeads(inputs, config.head_hidden, widths, config.head_dropout)
+        return nn.Linear(inputs, sum(widths.values())), OwnHeads(inputs, added)
+    first = {name: HeadShape(width, config.head_hidden, config.head_dropout) for name, width in widths.items()}
+    return OwnHeads(inputs, first), OwnHeads(inputs, added)
 
 
 def _width(config: Any) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moslim.base import RunModule
 from moslim.checkpoints import drop_frozen, fingerprint, keep_epoch_open, keep_plain_hparams, restore_frozen
+from moslim.data.prompts import pad_id
 from moslim.data.types import Example, PairBatch, View
 from moslim.jsonlines import JsonLines
 from moslim.lora import LoraOptions, add_lora, is_adapted, merged, unwrapped
@@ -27,7 +28,7 @@ from moslim.optim import configure
 from moslim.preferences import PreferenceSet
 from moslim.processes import mean_over_processes
 from moslim.reward.calibration import calibrate
-from moslim.reward.classifier import Pooling, PreferenceClassifier
+from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.evaluation.choices import Choice
@@ -35,11 +36,14 @@ from moslim.reward.evaluation.pairs import complete_weights
 from moslim.reward.evaluation.report import find_result, publish, scalars
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import Scores
+from moslim.reward.extension import extended_classifier, frozen_temperatures, refuse_change
+from moslim.reward.frozen import Trunk, cached_features, resolve_trunk
 from moslim.reward.held_out import HeldOut
 from moslim.reward.links import LINKS
 from moslim.reward.losses import CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.model_card import ModelCard, predict_config
+from moslim.reward.pooling import Pooling
 from moslim.reward.predictions import prediction_rows, rows_scored
 from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, save_adapter, save_merged
@@ -58,15 +62,24 @@ class RewardClassifier(RunModule):
         backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads.
         classifier: Hub name or folder of a saved classifier to score with or train on, instead of a backbone. Heads,
             link, pooling and length are its own.
+        extend: Hub name or folder of a saved classifier that gets a head for each dimension it lacks, instead of a
+            backbone. Nothing else of it is trained: its own heads go on as they are, and keep their temperatures.
+            ``preferences`` names the new dimensions; old ones that it names too are evaluated.
+        trunk: Whether the backbone is trained. ``frozen``: it runs over every row once, its pooled hidden states are
+            kept in ``cache``, and heads train on these in seconds. None = frozen with ``extend``, else tuned.
+        cache: Folder of those hidden states; None = ``features`` in ``trainer.default_root_dir``.
         loss: What is minimised on rows with levels; None = :class:`CrossEntropy`.
         pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
-        pooling: What the heads read: the hidden state of the ``last`` token, or the ``mean`` over tokens, which finds
-            and counts things in the text with far less training; None = last for decoders, mean for encoders.
+        pooling: What the heads read: the hidden state of the ``last`` or ``first`` token, the ``mean`` or ``max`` over
+            tokens, which find and count things in the text with far less training, or several of these side by side,
+            which helps heads on a frozen backbone; None = last for decoders, mean for encoders.
+        layer: Backbone layer whose hidden states the heads read, counted from 1. From a middle one, heads on a frozen
+            backbone often learn more than from the last; None = the last.
         head_hidden: Width of a hidden layer that each head gets for itself; None = linear heads.
         head_dropout: Dropout on the hidden layers.
         calibrate: Fit one temperature per head on the validation rows, with which the saved classifier comes.
         lora: Train low-rank adapters and the heads; None = train all weights.
-        optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, or 1e-4 with LoRA.
+        optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, 1e-4 with LoRA, 1e-3 for heads alone.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
         pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
         best_of: A best-of-n evaluation that the test runs, besides; None = none.
@@ -86,9 +99,13 @@ class RewardClassifier(RunModule):
         preferences: PreferenceSet,
         backbone: str | None = None,
         classifier: str | None = None,
+        extend: str | None = None,
+        trunk: Trunk | None = None,
+        cache: str | None = None,
         loss: LevelLoss | None = None,
         pairs: BradleyTerry | None = None,
-        pooling: Pooling | None = None,
+        pooling: Pooling | list[Pooling] | None = None,
+        layer: int | None = None,
         head_hidden: int | None = None,
         head_dropout: float = 0.0,
         calibrate: bool = True,
@@ -109,7 +126,9 @@ class RewardClassifier(RunModule):
         self.save_hyperparameters()
         keep_plain_hparams(self)
         self.preferences = preferences
-        self.start = start_name(backbone, classifier)
+        self.start = start_name(backbone, classifier, extend)
+        self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
+        self.cache = cache
         self.pairs = pairs or BradleyTerry()
         self.calibrate = calibrate
         self.lora = lora
@@ -122,8 +141,17 @@ class RewardClassifier(RunModule):
         self.predictions = predictions
         self.trust_remote_code = trust_remote_code
         self.seed = seed
-        if classifier is not None:
-            for_new_heads = {"pooling": pooling, "head_hidden": head_hidden, "head_dropout": head_dropout}
+        if extend is not None:
+            model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout)
+            refuse_change(model, {"pooling": pooling, "layer": layer, "max_length": max_length})
+            self.loss = loss or DEFAULT_LOSSES[model.config.link]()
+        elif classifier is not None:
+            for_new_heads = {
+                "pooling": pooling,
+                "layer": layer,
+                "head_hidden": head_hidden,
+                "head_dropout": head_dropout,
+            }
             model = saved_classifier(classifier, preferences, loss, for_new_heads)
             model.config.pair_length = max_length or model.config.pair_length
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
@@ -133,6 +161,7 @@ class RewardClassifier(RunModule):
                 self.start,
                 preferences,
                 pooling=pooling,
+                layer=layer,
                 max_length=max_length,
                 link=self.loss.link,
                 head_hidden=head_hidden,
@@ -140,9 +169,13 @@ class RewardClassifier(RunModule):
                 trust_remote_code=trust_remote_code,
             )
         model.train()  # it is loaded in evaluation mode, without dropout
+        if self.trunk == "frozen":
+            model.backbone.requires_grad_(False)
+        self._columns = preferences.columns_in(model.preferences, "classifier")
+        self._kept_temperatures = frozen_temperatures(model)
         if gradient_checkpointing:
             checkpoint_activations(model)
-        self.classifier: Any = add_lora(model, lora, trained_whole=["head"]) if lora else model
+        self.classifier: Any = add_lora(model, lora, trained_whole=["head", "added"]) if lora else model
         self._metrics = SubsetMetrics(preferences)
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
@@ -159,11 +192,11 @@ class RewardClassifier(RunModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
-        rate = 1e-4 if self.lora else 1e-5
+        rate = 1e-3 if self.trunk == "frozen" else 1e-4 if self.lora else 1e-5
         return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, D, K]`` of pairs ``[B, T]``; ``-inf`` on levels that a dimension lacks."""
+        """Logits ``[B, D, K]`` of pairs ``[B, T]``, of all heads; ``-inf`` on levels that a dimension lacks."""
         return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
@@ -184,6 +217,10 @@ class RewardClassifier(RunModule):
             parts |= {"train/pairs/loss": loss.detach(), "train/pairs/accuracy": pair_accuracy(gaps, batch.compared)}
             total = total + self.pairs.weight * loss
         self.log_dict({"train/loss": total.detach(), **parts}, batch_size=len(batch.rows))
+        if batch.features is None:
+            size = batch.attention_mask.numel()
+            padding = 1 - batch.attention_mask.sum() / size
+            self.log("train/padding", padding, on_step=False, on_epoch=True, batch_size=size)
         return total
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -194,9 +231,9 @@ class RewardClassifier(RunModule):
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        self._log_loss(output.scores, batch, "test")
-        self._tested.add(batch, output.logits.softmax(-1), self._logits(output.scores).softmax(-1))
+        logits, scores = self._output(batch)
+        self._log_loss(scores, batch, "test")
+        self._tested.add(batch, logits.softmax(-1), self._logits(scores).softmax(-1))
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation counted."""
@@ -225,11 +262,11 @@ class RewardClassifier(RunModule):
             self.log_dict(self._calibrate())
 
     def on_train_end(self) -> None:
-        """Calibrates the final weights, unless the last validation has done so."""
+        """Calibrates the final weights, unless the last validation has done so, and writes ``last.ckpt`` anew."""
         if not self._calibrates or self._calibrated_at == self.global_step:
             return
         if not self.trainer.val_dataloaders:
-            self.classifier.config.temperatures = None  # those of a checkpoint were for other weights
+            self._set_temperatures({})  # those of a checkpoint were for other weights
             rank_zero_warn("the classifier is saved without calibration: there was no validation to fit it on")
             return
         self._held_out.reset()
@@ -242,6 +279,9 @@ class RewardClassifier(RunModule):
         measures = {key: value.item() for key, value in self._calibrate().items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(measures, self.global_step)
+        for saver in self.trainer.checkpoint_callbacks:  # they have had their turn
+            if saver.last_model_path:  # type: ignore[attr-defined]
+                self.trainer.save_checkpoint(saver.last_model_path)  # type: ignore[attr-defined]
 
     def on_test_epoch_end(self) -> None:
         """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
@@ -257,7 +297,7 @@ class RewardClassifier(RunModule):
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch; the records are written to the file of ``predictions``."""
         probs = self.classifier.probabilities(batch.input_ids, batch.attention_mask)
-        return prediction_rows(batch.rows, probs, self.preferences)
+        return prediction_rows(batch.rows, probs, unwrapped(self.classifier).preferences)
 
     @property
     def pair_limit(self) -> int | None:
@@ -273,6 +313,14 @@ class RewardClassifier(RunModule):
         """Goes on with the file of an interrupted ``predict``, behind the rows that were left out."""
         keep, self._scored = self._scored, 0
         return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
+
+    @property
+    def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
+        """What makes the features of all rows at once, if the backbone is frozen; in a dry run, batches do."""
+        if self.trunk == "tuned" or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        folder = Path(self.cache or Path(self.trainer.default_root_dir) / "features")
+        return partial(cached_features, self.classifier, pad_id(self.tokenizer), folder, self.trainer)
 
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
@@ -335,14 +383,24 @@ class RewardClassifier(RunModule):
         config = unwrapped(self.classifier).config.to_dict()
         return {
             "weights": self._weights(),
-            "configuration": {key: config[key] for key in ("dimensions", "pooling", "link", "temperatures")},
+            "configuration": {key: config[key] for key in ("dimensions", "pooling", "layer", "link", "temperatures")},
             "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
             "precision": str(self.trainer.precision),
         }
 
+    def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""
+        if batch.features is None:
+            output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        else:
+            output = self.classifier.classify(batch.features.to(self.classifier.dtype))
+        widest = max(map(LINKS[self.loss.link].width, self.preferences.sizes))
+        levels = max(self.preferences.sizes)
+        return output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest]
+
     def _scores(self, batch: PairBatch) -> Tensor:
         """The heads' raw outputs ``[B, D, S]``."""
-        return self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask).scores
+        return self._output(batch)[1]
 
     def _logits(self, scores: Tensor) -> Tensor:
         """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
@@ -388,9 +446,15 @@ class RewardClassifier(RunModule):
     def _hold_out(self, scores: Tensor, batch: PairBatch) -> None:
         self._held_out.update(self._logits(scores), batch.targets, [row.question for row in batch.rows])
 
+    def _set_temperatures(self, fitted: dict[str, float]) -> None:
+        """Takes temperatures by dimension; heads that are not trained keep theirs."""
+        found = fitted | self._kept_temperatures
+        names = unwrapped(self.classifier).preferences.names
+        self.classifier.config.temperatures = [found.get(name, 1.0) for name in names] if found else None
+
     def _calibrate(self) -> dict[str, Tensor]:
         """Puts temperatures into the classifier, and returns what they improve, to be logged."""
         fitted = calibrate(*self._held_out.compute(), self.preferences)
-        self.classifier.config.temperatures = fitted.temperatures
+        self._set_temperatures(dict(zip(self.preferences.names, fitted.temperatures, strict=True)))
         self._calibrated_at = self.global_step
         return {f"val/calibration/{key}": value for key, value in fitted.measures.items()}

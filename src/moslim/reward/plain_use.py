@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.data.prompts import begins_with, end_id
 from moslim.reward.classifier import PreferenceClassifierConfig
+from moslim.reward.pooling import Pooling
 from moslim.reward.sharing import Form
 
 _BACKBONES: dict[Form, str] = {
@@ -14,10 +15,22 @@ _BACKBONES: dict[Form, str] = {
     base = AutoModel.from_pretrained(json.load(file)["name"], dtype=torch.float32)
 backbone = PeftModel.from_pretrained(base, f"{folder}/adapter").eval()""",
 }
-_POOLED = {"last": "hidden[-1]", "mean": "hidden.mean(0)"}
-_LINEAR = """        raw, outputs = outputs[:WIDTH], outputs[WIDTH:]"""
-_MLP = """        weights = [heads[f"head.{name}.{part}"] for part in ("0.weight", "0.bias", "3.weight", "3.bias")]
-        raw = F.linear(F.gelu(F.linear(features, *weights[:2])), *weights[2:])"""
+_POOLED: dict[Pooling, str] = {
+    "last": "hidden[-1]",
+    "mean": "hidden.mean(0)",
+    "first": "hidden[0]",
+    "max": "hidden.amax(0)",
+}
+_SLICE = "raw, outputs = outputs[:WIDTH], outputs[WIDTH:]"
+_OWN = """def own_head(name, features):
+    \"\"\"Raw outputs of a head that is a network of its own.\"\"\"
+    if f"{name}.weight" in heads:
+        return F.linear(features, heads[f"{name}.weight"], heads[f"{name}.bias"])
+    hidden = F.gelu(F.linear(features, heads[f"{name}.0.weight"], heads[f"{name}.0.bias"]))
+    return F.linear(hidden, heads[f"{name}.3.weight"], heads[f"{name}.3.bias"])
+
+
+"""
 _LINKS = {
     "softmax": ("len(levels)", "raw"),
     "corn": ("len(levels) - 1", "(F.pad(F.logsigmoid(raw).cumsum(0), (1, 0)) + F.pad(F.logsigmoid(-raw), (0, 1)))"),
@@ -49,6 +62,16 @@ def plain_use(config: PreferenceClassifierConfig, tokenizer: PreTrainedTokenizer
     width, logits = _LINKS[config.link]
     linear = config.head_hidden is None
     outputs = '    outputs = F.linear(features, heads["head.weight"], heads["head.bias"])\n' if linear else ""
+    hidden = "backbone(input_ids=torch.tensor([ids])).last_hidden_state"
+    if config.layer is not None:
+        hidden = f"backbone(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[{config.layer}]"
+    pooled = [_POOLED[kind] for kind in config.pooling]
+    features = pooled[0] if len(pooled) == 1 else f"torch.cat([{', '.join(pooled)}])"
+    raw = _SLICE.replace("WIDTH", width) if linear else 'raw = own_head(f"head.{name}", features)'
+    if added := [head["dimension"] for head in config.added_heads]:
+        own = 'raw = own_head(f"added.{name}", features)'
+        raw = f"if name in {added}:\n            {own}\n        else:\n            {raw}"
+    own_head = _OWN if "own_head" in raw else ""
     temperature = "" if config.temperatures is None else ' / config["temperatures"][number]'
     peft = "from peft import PeftModel\n" if form == "adapter" else ""
     return f"""import json
@@ -66,17 +89,17 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 {_BACKBONES[form]}
 
 
-@torch.no_grad()
+{own_head}@torch.no_grad()
 def score(question, answer):
     \"\"\"Probability of every level, by dimension.\"\"\"
     prompt = {prompt}
     ids = {beginning}tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids += tokenizer(answer, add_special_tokens=False)["input_ids"] + [{end_id(tokenizer)}]  # the answer's end
-    hidden = backbone(input_ids=torch.tensor([ids])).last_hidden_state[0].float()
-    features = {_POOLED[config.pooling]}
+    hidden = {hidden}[0].float()
+    features = {features}
 {outputs}    result = {{}}
     for number, (name, levels) in enumerate(config["dimensions"]):
-{(_LINEAR.replace("WIDTH", width) if linear else _MLP)}
+        {raw}
         logits = {logits}{temperature}
         result[name] = dict(zip(levels, logits.softmax(0).tolist()))
     return result

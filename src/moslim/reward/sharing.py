@@ -16,18 +16,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel
 
 from moslim.checkpoints import fingerprint
+from moslim.lora import PEFT_PREFIX, base_weights
+from moslim.reward.adapter_form import ADAPTER, ADAPTER_WEIGHTS, BACKBONE, BASE, HEADS, SavedAdapter, heads
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
 if TYPE_CHECKING:
@@ -35,13 +35,7 @@ if TYPE_CHECKING:
 
 Form = Literal["merged", "adapter"]
 
-HEADS = "heads.safetensors"
-BACKBONE = "backbone"
-ADAPTER = "adapter"
-_BASE = "base.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PEFT_PREFIX = "base_model.model."
 
 
 def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
@@ -52,10 +46,10 @@ def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
         folder: Where to; what an earlier export left there is replaced.
     """
     _clear(folder)
-    heads = _heads(classifier)
-    save_file(heads, folder / HEADS, metadata={"format": "pt"})
+    top = heads(classifier)
+    save_file(top, folder / HEADS, metadata={"format": "pt"})
     classifier.backbone.save_pretrained(folder / BACKBONE)
-    places = dict.fromkeys(heads, HEADS)
+    places = dict.fromkeys(top, HEADS)
     for file in sorted((folder / BACKBONE).glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
             places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
@@ -77,7 +71,7 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
     """
     from peft import get_peft_model_state_dict
 
-    inside = f"{_PEFT_PREFIX}{BACKBONE}."
+    inside = f"{PEFT_PREFIX}{BACKBONE}."
     tensors = get_peft_model_state_dict(adapted)
     others = sorted(name for name in tensors if not name.startswith(inside))
     if others:
@@ -87,16 +81,12 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
     options = deepcopy(adapted.peft_config[adapted.active_adapter])
     options.base_model_name_or_path = base
     options.save_pretrained(str(folder / ADAPTER))
-    tensors = {_PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / ADAPTER / _ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     classifier: Any = adapted.get_base_model()
-    frozen = {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in classifier.backbone.named_parameters()
-        if "lora_" not in name
-    }
-    _write_json(folder / ADAPTER / _BASE, {"name": base, "fingerprint": fingerprint(frozen)})
-    save_file(_heads(classifier), folder / HEADS, metadata={"format": "pt"})
+    made_on = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
+    _write_json(folder / ADAPTER / BASE, made_on)
+    save_file(heads(classifier), folder / HEADS, metadata={"format": "pt"})
     _save_config(classifier, folder)
 
 
@@ -112,12 +102,25 @@ def load_classifier(source: str | Path, base: str | Path | None = None) -> Prefe
         ValueError: A weight is missing or renamed, the base model is another one, or ``base`` is given for a
             classifier that needs none.
     """
-    folder = _local(source)
-    if (folder / ADAPTER).is_dir():
-        return _load_adapted(folder, base)
+    saved = saved_adapter(source)
+    if saved is not None:
+        return _load_adapted(saved, base)
     if base is not None:
         raise ValueError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
-    return PreferenceClassifier.from_pretrained(folder)
+    return PreferenceClassifier.from_pretrained(_local(source))
+
+
+def saved_adapter(source: str | Path) -> SavedAdapter | None:
+    """Reads a classifier in the adapter form; None if it is in the merged form.
+
+    Args:
+        source: Folder or Hub name.
+
+    Raises:
+        FileNotFoundError: There is no such classifier.
+    """
+    folder = _local(source)
+    return SavedAdapter.read(folder) if (folder / ADAPTER).is_dir() else None
 
 
 def is_classifier(source: str | Path) -> bool:
@@ -126,24 +129,19 @@ def is_classifier(source: str | Path) -> bool:
     return config.get("model_type") == PreferenceClassifierConfig.model_type
 
 
-def _load_adapted(folder: Path, base: str | Path | None) -> PreferenceClassifier:
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceClassifier:
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    made_on = json.loads((folder / ADAPTER / _BASE).read_text(encoding="utf-8"))
-    backbone = _load_base(str(base or made_on["name"]), folder)
-    classifier = PreferenceClassifier(PreferenceClassifierConfig.from_pretrained(folder), backbone)
-    if fingerprint(dict(backbone.named_parameters())) != made_on["fingerprint"]:
+    backbone = _load_base(str(base or saved.base), saved.folder)
+    classifier = saved.classifier(backbone)
+    if fingerprint(base_weights(backbone)) != saved.fingerprint:
         raise ValueError(
-            f"the adapter in '{folder}' was trained on other weights than those of '{base or made_on['name']}': give "
-            f"the right base model, which was '{made_on['name']}' in training"
+            f"the adapter in '{saved.folder}' was trained on other weights than those of '{base or saved.base}': give "
+            f"the right base model, which was '{saved.base}' in training"
         )
-    heads = load_file(folder / HEADS)
-    _refuse_difference(heads, _heads(classifier), folder / HEADS)
-    classifier.load_state_dict(heads, strict=False)
-    adapted = get_peft_model(backbone, LoraConfig.from_pretrained(str(folder / ADAPTER)))
-    weights = load_file(folder / ADAPTER / _ADAPTER_WEIGHTS)
-    _refuse_difference(weights, get_peft_model_state_dict(adapted), folder / ADAPTER / _ADAPTER_WEIGHTS)
-    set_peft_model_state_dict(adapted, weights)
+    adapted = get_peft_model(backbone, saved.options)
+    saved.check(get_peft_model_state_dict(adapted))
+    set_peft_model_state_dict(adapted, saved.weights)
     classifier.backbone = adapted.merge_and_unload()  # type: ignore[operator]
     return classifier.requires_grad_(True).eval()
 
@@ -169,21 +167,6 @@ def _local(source: str | Path) -> Path:
         raise FileNotFoundError(
             f"there is no classifier '{source}': it is no folder here, and the Hub gives none ({error})"
         ) from error
-
-
-def _heads(classifier: PreferenceClassifier) -> dict[str, Tensor]:
-    """Everything on top of the backbone."""
-    state = classifier.state_dict()
-    return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(f"{BACKBONE}.")}
-
-
-def _refuse_difference(found: Iterable[str], wanted: Iterable[str], file: Path) -> None:
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if missing or unknown:
-        raise ValueError(
-            f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its "
-            "keys are renamed"
-        )
 
 
 def _save_config(classifier: PreferenceClassifier, folder: Path) -> None:

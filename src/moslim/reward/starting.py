@@ -14,31 +14,36 @@ DEFAULT_LOSSES: Mapping[LinkName, type[LevelLoss]] = {"softmax": CrossEntropy, "
 """The loss that a saved classifier is trained on with, and evaluated, if none is given."""
 
 
-def start_name(backbone: str | None, classifier: str | None) -> str:
-    """Returns what a run starts from, and refuses two starts, none, or one under the wrong name.
+def start_name(backbone: str | None, classifier: str | None, extend: str | None = None) -> str:
+    """Returns what a run starts from, and refuses several starts, none, or one under the wrong name.
 
     Args:
         backbone: Hub name or folder of a backbone.
         classifier: Hub name or folder of a saved classifier.
+        extend: Hub name or folder of a saved classifier that gets more heads.
 
     Raises:
-        ValueError: Both or neither is given, or ``backbone`` is a saved classifier, whose heads would be lost.
+        ValueError: Not exactly one is given, or ``backbone`` is a saved classifier, whose heads would be lost.
     """
-    if classifier is not None:
-        if backbone is not None:
-            raise ValueError(
-                f"model.backbone = '{backbone}' and model.classifier = '{classifier}' are both given: a saved "
-                "classifier has its own backbone, so set model.backbone to null"
-            )
-        return classifier
-    if backbone is None:
-        raise ValueError("give model.backbone, to put new heads on, or model.classifier, a saved one to score with")
-    if is_classifier(backbone):
+    options = {"backbone": backbone, "classifier": classifier, "extend": extend}
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) > 1:
+        named = " and ".join(f"model.{name} = '{value}'" for name, value in given.items())
+        raise ValueError(
+            f"{named} are given at once, but a run has one start, and a saved classifier its own backbone: set the "
+            "others to null"
+        )
+    if not given:
+        raise ValueError(
+            "give model.backbone, to put new heads on, model.classifier, a saved one to score with or train on, or "
+            "model.extend, a saved one to add dimensions to"
+        )
+    if backbone is not None and is_classifier(backbone):
         raise ValueError(
             f"model.backbone = '{backbone}' is a saved classifier: give it as model.classifier, with model.backbone "
             f"null, to use its heads, or '{backbone}/backbone' for new heads on its backbone"
         )
-    return backbone
+    return next(iter(given.values()))
 
 
 def saved_classifier(
@@ -55,18 +60,28 @@ def saved_classifier(
     Raises:
         ValueError: The classifier has other dimensions or another link, or such an argument is given.
     """
-    for name, value in for_new_heads.items():
-        if value:
-            raise ValueError(f"model.{name} is for new heads, but those of '{source}' are made: leave it out")
+    refuse_options(source, for_new_heads)
     classifier = load_classifier(source)
     if classifier.preferences != preferences:
         raise ValueError(
             f"the classifier in '{source}' has the dimensions {classifier.preferences.to_dict()}, but `preferences` "
             f"has {preferences.to_dict()}: give the same, in the same order"
         )
+    refuse_other_link(source, classifier, loss)
+    return classifier
+
+
+def refuse_options(source: str, options: Mapping[str, object]) -> None:
+    """Raises a ValueError where an option is given that a saved classifier has decided already."""
+    for name, value in options.items():
+        if value:
+            raise ValueError(f"model.{name} is for new heads, but those of '{source}' are made: leave it out")
+
+
+def refuse_other_link(source: str, classifier: PreferenceClassifier, loss: LevelLoss | None) -> None:
+    """Raises a ValueError where a loss does not fit the heads of a saved classifier."""
     if loss is not None and loss.link != classifier.config.link:
         raise ValueError(
             f"{type(loss).__name__} needs heads with the link '{loss.link}', but those of '{source}' have "
             f"'{classifier.config.link}': leave model.loss out, or give one for that link"
         )
-    return classifier

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -45,13 +46,25 @@ def test_tokens_within_the_room_are_written_in_place():
     assert len(set(places[:4])) == 1 and places[4] != places[3] and places[5] == places[4]
 
 
-def test_dropped_rows_do_not_write_into_the_others():
+@pytest.mark.parametrize("kept", [[2, 0], [0, 2], [2, 1], [1]])
+def test_dropped_rows_do_not_write_into_the_others(kept):
     layer = GrowingLayer(room=4)
     layer.update(*states(3, 5, 0))
     before = layer.update(*states(3, 1, 1))[0].clone()
-    layer.batch_select_indices(torch.tensor([2, 0]))
-    keys, _ = layer.update(*states(2, 1, 2))
-    assert torch.equal(keys[:, :, :6], before[[2, 0]])
+    place = layer.keys.data_ptr()
+    layer.batch_select_indices(torch.tensor(kept))
+    keys, _ = layer.update(*states(len(kept), 1, 2))
+    assert torch.equal(keys[:, :, :6], before[kept]) and keys.data_ptr() == place
+
+
+def test_repeated_rows_have_room_at_once():
+    layer = GrowingLayer(room=4)
+    before = layer.update(*states(2, 5, 0))[0].clone()
+    layer.batch_repeat_interleave(3)
+    place = layer.keys.data_ptr()
+    for step in range(4):
+        keys, _ = layer.update(*states(6, 1, step))
+    assert torch.equal(keys[:, :, :5], before.repeat_interleave(3, dim=0)) and keys.data_ptr() == place
 
 
 def test_layers_of_another_kind_stay_as_they_are():

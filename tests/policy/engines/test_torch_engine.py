@@ -7,8 +7,9 @@ import torch
 from transformers import GenerationConfig
 
 from moslim.noise import derive_seed
-from moslim.policy.engines.torch_engine import TorchEngine, draw
+from moslim.policy.engines.torch_engine import TorchEngine, draw, survivors
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.packing import AnswerBatch, Passes
 from tests.policy.conftest import ARCHITECTURES, ENDS
 
 PAD, END = 0, 2
@@ -20,9 +21,10 @@ def seeds(rows: int, samples: int) -> torch.Tensor:
 
 
 def together(prompts, found):
-    """Prompt and answer as one batch, as the policy sees them."""
+    """Prompts and answers as one batch, as the policy sees them."""
     ids, mask = (x.repeat_interleave(len(found.tokens) // len(x), dim=0) for x in prompts)
-    return torch.cat([ids, found.tokens], dim=1), torch.cat([mask, found.mask.long()], dim=1)
+    attention = torch.cat([mask, found.mask.long()], dim=1)
+    return AnswerBatch(torch.cat([ids, found.tokens], dim=1), attention, found.mask)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -36,11 +38,12 @@ def test_greedy_answers_are_those_of_generate(models, prompts, kind):
     assert len(found.mask.sum(dim=1).unique()) > 1  # answers of several lengths
 
 
+@pytest.mark.parametrize("share", ["always", "never"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature):
+def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature, share):
     found = TorchEngine(12, temperature).sample(models[kind], *prompts, seeds(5, 3), EOS, PAD)
-    fresh = answer_logprobs(models[kind], *together(prompts, found), found.mask, temperature, rows=4)
+    fresh = answer_logprobs(models[kind], together(prompts, found), temperature, Passes(share_prompts=share))
     torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
     assert (found.logprobs[found.mask] < 0).all() and found.logprobs.dtype == torch.float32
     lengths = found.mask.sum(dim=1)
@@ -76,13 +79,12 @@ def test_one_token_is_the_whole_limit(models, prompts):
     assert torch.equal(found.ended, torch.isin(found.tokens[:, 0], torch.tensor(EOS)))
 
 
-@pytest.mark.parametrize("keep_finished", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("kind", ["grouped", "gpt2"])
-def test_an_answer_depends_on_its_prompt_and_seed_alone(models, prompts, kind, keep_finished):
+def test_an_answer_depends_on_its_prompt_and_seed_alone(models, prompts, kind):
     ids, mask = prompts
     own = seeds(5, 4)
     whole = TorchEngine(12).sample(models[kind], ids, mask, own, EOS, PAD)
-    engine = TorchEngine(12, keep_finished=keep_finished)
+    engine = TorchEngine(12)
     for part in (torch.tensor([4, 2, 0, 1, 3]), torch.tensor([3]), torch.tensor([4, 0]), torch.tensor([2])):
         kept = mask[part].any(dim=0)  # another batch has another amount of padding
         found = engine.sample(models[kind], ids[part][:, kept], mask[part][:, kept], own[part], EOS, PAD)
@@ -130,3 +132,39 @@ def test_the_extremes_of_the_noise_draw_possible_tokens():
 def test_temperature_zero_takes_the_most_likely_token_with_its_logprob_at_one():
     tokens, logprobs = draw(torch.tensor([[0.0, math.log(3.0)]]), 0, torch.tensor([0.01]))
     assert tokens.tolist() == [1] and logprobs.item() == pytest.approx(math.log(0.75))
+
+
+@pytest.mark.parametrize(
+    ("finished", "places"),
+    [("0000", [0, 1, 2, 3]), ("1000", [3, 1, 2]), ("0001", [0, 1, 2]), ("1101", [2]), ("1010", [3, 1]), ("11", [])],
+)
+def test_few_rows_move_when_others_leave(finished, places):
+    assert survivors(torch.tensor([mark == "1" for mark in finished])).tolist() == places
+
+
+def test_a_text_that_ends_answers(models, prompts, tokenizer):
+    plain = TorchEngine(12).sample(models["llama"], *prompts, seeds(5, 8), EOS, PAD)
+    texts = [tokenizer.decode(row[keep]) for row, keep in zip(plain.tokens, plain.mask, strict=True)]
+    word = next(word for word in " ".join(texts).split() if sum(word in text for text in texts) > 2 and len(word) > 3)
+    engine = TorchEngine(12, stop_strings=[word, "never written"])
+    engine.bind(tokenizer)
+    found = engine.sample(models["llama"], *prompts, seeds(5, 8), EOS, PAD)
+    stopped = 0
+    for row, text in enumerate(texts):
+        own = tokenizer.decode(found.tokens[row, found.mask[row]])
+        length = int(found.mask[row].sum())
+        assert torch.equal(found.tokens[row, :length], plain.tokens[row, :length])  # until then it is the same answer
+        assert engine.before_stop(own) == text.partition(word)[0]
+        if word in text:
+            assert own.endswith(word) and found.ended[row]
+            stopped += 1
+        else:
+            assert own == text and found.ended[row] == plain.ended[row]
+    assert 2 < stopped < len(texts)
+
+
+def test_stop_strings_need_a_tokenizer_and_something_to_look_for(models, prompts):
+    with pytest.raises(RuntimeError, match="bind"):
+        TorchEngine(3, stop_strings=["x"]).sample(models["llama"], *prompts, seeds(5, 1), EOS, PAD)
+    with pytest.raises(ValueError, match="empty text"):
+        TorchEngine(3, stop_strings=["x", ""])

@@ -2,5 +2,6 @@
 
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.torch_engine import TorchEngine
+from moslim.policy.engines.vllm_engine import ParityError, VLLMEngine
 
-__all__ = ["Completions", "RolloutEngine", "TorchEngine"]
+__all__ = ["Completions", "ParityError", "RolloutEngine", "TorchEngine", "VLLMEngine"]

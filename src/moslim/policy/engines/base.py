@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -15,7 +17,7 @@ class Completions:
 
     Args:
         tokens: ``[N, T]`` int64, pad after the end.
-        mask: ``[N, T]`` bool, true up to and including the end-of-sequence token.
+        mask: ``[N, T]`` bool, true up to and including the token that ends the answer.
         logprobs: ``[N, T]`` float32, log-probability of each token under the sampler; 0 where masked.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.
     """
@@ -33,15 +35,28 @@ class RolloutEngine(ABC):
         max_new_tokens: Length limit of an answer, the end-of-sequence token included.
         temperature: Sampling temperature; 0 takes the most likely token. Log-probabilities, here and in
             training, are those of the tempered distribution, so that sampler and trainer agree.
+        stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
     """
 
-    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0) -> None:
+    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, stop_strings: Sequence[str] = ()) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"engine.max_new_tokens is {max_new_tokens}: give at least 1")
         if temperature < 0:
             raise ValueError(f"engine.temperature is {temperature}: give 0 (greedy) or more")
         self.max_new_tokens = max_new_tokens
+        if any(not text for text in stop_strings):
+            raise ValueError("engine.stop_strings holds an empty text: it would end every answer at once")
         self.temperature = temperature
+        self.stop_strings = tuple(stop_strings)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Takes the policy's tokenizer, by which texts that end an answer are recognised."""
+        self.tokenizer = tokenizer
+
+    def before_stop(self, text: str) -> str:
+        """An answer's text without what ended it."""
+        return min((text.partition(stop)[0] for stop in self.stop_strings), key=len, default=text)
 
     @abstractmethod
     def sample(

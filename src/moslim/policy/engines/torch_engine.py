@@ -1,7 +1,8 @@
 """The default engine: a short loop over the Hugging Face model.
 
 Faster than ``generate`` in four places: each prompt is prefilled once and its cache repeated for its samples, the cache
-grows in place, tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave.
+grows in place, tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave at
+once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Ten
     Returns:
         Tokens ``[B]`` and their log-probabilities ``[B]``.
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    logits = logits.float()
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
     if temperature == 0:
         tokens = logprobs.argmax(dim=-1)
     else:
@@ -37,19 +41,29 @@ def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Ten
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
+def survivors(finished: Tensor) -> Tensor:
+    """Places of the rows that go on, such that few rows move: those from the end fill the gaps.
+
+    Args:
+        finished: ``[B]`` bool.
+
+    Returns:
+        ``[A]`` int64: the row that is to stand at each place.
+    """
+    places = torch.arange(int((~finished).sum()), device=finished.device)
+    gaps = finished[: len(places)].nonzero()[:, 0]
+    places[gaps] = len(places) + (~finished[len(places) :]).nonzero()[:, 0]
+    return places
+
+
 class TorchEngine(RolloutEngine):
     """Samples with the policy's own weights, in this process.
 
     Args:
         max_new_tokens: Length limit of an answer, the end-of-sequence token included.
         temperature: Sampling temperature; 0 takes the most likely token.
-        keep_finished: Finished answers stay in the batch until they are more than this share of it; dropping
-            copies the cache, so that dropping each one at once costs more than it saves.
+        stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
     """
-
-    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, keep_finished: float = 0.2) -> None:
-        super().__init__(max_new_tokens, temperature)
-        self.keep_finished = keep_finished
 
     @torch.no_grad()
     def sample(
@@ -66,7 +80,7 @@ class TorchEngine(RolloutEngine):
         noise = uniforms(seeds.flatten(), self.max_new_tokens)
         eos = torch.tensor(eos_ids, device=device)
         tokens = torch.full((total, self.max_new_tokens), pad_id, dtype=torch.long, device=device)
-        logprobs = torch.zeros((total, self.max_new_tokens), device=device)
+        logprobs = torch.zeros((total, self.max_new_tokens), dtype=torch.float32, device=device)
         lengths = torch.zeros(total, dtype=torch.long, device=device)
         ended = torch.zeros(total, dtype=torch.bool, device=device)
 
@@ -89,20 +103,20 @@ class TorchEngine(RolloutEngine):
 
         for step in range(self.max_new_tokens):
             drawn, logprob = draw(logits, self.temperature, noise[rows, step])
-            running = ~ended[rows]
-            here = rows[running]
-            tokens[here, step], logprobs[here, step] = drawn[running], logprob[running]
-            lengths[here] += 1
-            ended[here] = torch.isin(drawn[running], eos)
-            alive = ~ended[rows]
-            count = int(alive.sum())
-            if count == 0 or step == self.max_new_tokens - 1:
-                break
-            if count < (1 - self.keep_finished) * len(rows):
-                keep = alive.nonzero()[:, 0]
+            tokens[rows, step], logprobs[rows, step] = drawn, logprob
+            lengths[rows] = step + 1
+            finished = torch.isin(drawn, eos)
+            if self.stop_strings:
+                finished |= self._stopped(tokens[rows, : step + 1])
+            if finished.any():
+                ended[rows[finished]] = True
+                keep = survivors(finished)
+                if not len(keep):
+                    break
                 cache.batch_select_indices(keep)
-                rows, drawn, position = rows[keep], drawn[keep], position[keep]
-                attention = attention[keep]
+                rows, drawn, position, attention = rows[keep], drawn[keep], position[keep], attention[keep]
+            if step == self.max_new_tokens - 1:
+                break
             position = position + 1
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
             logits = model(
@@ -117,3 +131,12 @@ class TorchEngine(RolloutEngine):
         longest = int(lengths.max())
         mask = torch.arange(longest, device=device) < lengths[:, None]
         return Completions(tokens[:, :longest], mask, logprobs[:, :longest], ended)
+
+    def _stopped(self, tokens: Tensor) -> Tensor:
+        """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""
+        if self.tokenizer is None:
+            raise RuntimeError("an engine with stop_strings needs a tokenizer: call engine.bind(tokenizer) first")
+        longest = max(map(len, self.stop_strings)) + 1  # tokens are rarely empty, so no more can be part of one
+        texts = self.tokenizer.batch_decode(tokens[:, -longest:])
+        found = [any(stop in text for stop in self.stop_strings) for text in texts]
+        return torch.tensor(found, device=tokens.device)

@@ -1,0 +1,35 @@
+"""Section on benchmarks/optimizers.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import circumstances_line, met, table
+
+
+def section(result: dict[str, Any]) -> str:
+    """Returns the section."""
+    runs = {name: run for name, run in result.items() if isinstance(run, dict) and "dimensions" in run}
+    rows = [
+        [
+            name,
+            met(run["mean"]["spearman"], ">= 0.8"),
+            f"{min(d['spearman'] for d in run['dimensions'].values()):.3f}",
+            f"{run['mean']['exact']:.3f}",
+            f"{run['mean']['within_one']:.3f}",
+            f"{run['mean']['mae']:.3f}",
+            f"{run['reward']['gap']['after']:.3f}",
+            f"{run['tokens'] / 1e6:.2f}",
+            f"{run['seconds']:.0f}",
+        ]
+        for name, run in runs.items()
+    ]
+    header = ["optimizer", "mean Spearman (>= 0.8)", "lowest", "exact", "within one", "MAE", "proxy less gold"]
+    header += ["million tokens sampled", "seconds of fit"]
+    return f"""
+## Policy optimizers
+
+{circumstances_line(result)}
+The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not tuned.
+
+{table(header, rows)}"""

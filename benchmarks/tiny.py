@@ -1,0 +1,85 @@
+"""A policy, a classifier and a config small enough to train in a second, for benchmarks of what a run computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moslim.models import Architecture, WorkbenchTokenizer
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier
+from moslim.workbench.grammar import LEVELS
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+_ADAPTIVE = {"class_path": "moslim.policy.kl_controllers.AdaptiveKL", "init_args": {"target": 0.01}}
+_PACKAGE = "moslim.policy.optimizers"
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "RLOO": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
+    "ReinforcePlusPlus": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
+    "GRPO": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
+    "PPO": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
+    "OnlineDPO": {"beta": 0.1},
+}
+"""Name and options of every policy optimizer; where it can have a KL controller, it has one."""
+
+
+def save_models(folder: Path) -> None:
+    """Writes ``lm`` and ``classifier`` with random weights; the latter has clear-cut opinions."""
+    tokenizer = WorkbenchTokenizer().load()
+    torch.manual_seed(0)
+    language_model = Architecture("llama", WorkbenchTokenizer(), {**SIZES, "initializer_range": 0.3}).build(tokenizer)
+    classifier = PreferenceClassifier.from_backbone(language_model, PreferenceSet(LEVELS))
+    torch.nn.init.normal_(classifier.head.weight, std=0.5)
+    for model, name in ((language_model, "lm"), (classifier, "classifier")):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def policy_config(models: Path, name: str, batch_size: int, **model: Any) -> dict[str, Any]:
+    """A run in which everything has a state: mapping, sampler, KL controller, momentum, critic.
+
+    Args:
+        models: Where :func:`save_models` wrote.
+        name: Of a policy optimizer.
+        batch_size: Prompts per process and rollout.
+        model: More options of ``PolicyTrainer``; they win.
+    """
+    options = {
+        "model": str(models / "lm"),
+        "classifier": str(models / "classifier"),
+        "mapping": {
+            "class_path": "moslim.mapping.TargetProbability",
+            "init_args": {"scope": "running", "min_count": 6},
+        },
+        "policy_optimizer": {"class_path": f"{_PACKAGE}.{name}", "init_args": OPTIMIZERS[name]},
+        "engine": {"class_path": "moslim.policy.engines.TorchEngine", "init_args": {"max_new_tokens": 8}},
+        "samples_per_prompt": 3,
+        "default_kl_coef": 0.1,
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.0}},
+    }
+    return {
+        "preferences": {"dimensions": {name: list(LEVELS[name]) for name in ("warmth", "verbosity")}},
+        "model": {"class_path": "moslim.policy.module.PolicyTrainer", "init_args": {**options, **model}},
+        "data": {
+            "class_path": "moslim.data.module.PreferenceDataModule",
+            "init_args": {
+                "source": {"class_path": "moslim.data.sources.workbench.Workbench", "init_args": {"policy_rows": 48}},
+                "sampler": {
+                    "class_path": "moslim.sampling.ErrorWeighted",
+                    "init_args": {"active": [0.25, 0.5, 0.25]},
+                },
+                "batch_size": batch_size,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+        },
+    }

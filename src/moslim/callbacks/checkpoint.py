@@ -1,0 +1,41 @@
+"""When checkpoints are written: between optimizer steps, never within the accumulation of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Lightning's, with the same options; the command line adds it to every run.
+
+    A checkpoint does not hold half-summed gradients. So one that is due within ``trainer.accumulate_grad_batches`` is
+    written after the optimizer step that follows, and none is written where an exception comes in between.
+    """
+
+    _postponed = False
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return super()._should_skip_saving_checkpoint(trainer) or within_accumulation(trainer)
+
+    def _should_save_on_exception(self, trainer: Trainer) -> bool:
+        return super()._should_save_on_exception(trainer) and not within_accumulation(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._postponed = within_accumulation(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._postponed and not within_accumulation(trainer):
+            self.on_validation_end(trainer, pl_module)
+
+
+def within_accumulation(trainer: Trainer) -> bool:
+    """Whether gradients of finished batches wait for their optimizer step. An epoch's last batch always makes one."""
+    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    return done % trainer.accumulate_grad_batches > 0 and done < trainer.num_training_batches

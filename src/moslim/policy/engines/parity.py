@@ -1,0 +1,46 @@
+"""Do the trainer and an engine that runs elsewhere hold the same policy?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslim.policy.engines.base import Completions
+
+
+def logprob_difference(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, found: Completions, rows: Tensor, temperature: float
+) -> float:
+    """Largest absolute difference between an engine's log-probabilities and those of a forward pass here.
+
+    Args:
+        model: The policy, in eval mode.
+        input_ids: ``[B, P]`` prompts, left-padded.
+        attention_mask: ``[B, P]``.
+        found: The engine's ``N = B * n`` answers, those of one prompt adjacent.
+        rows: ``[R]`` the answers to compare.
+        temperature: The sampler's; 0 (greedy) is taken as 1.
+
+    Returns:
+        A number; NaN where either side gave one.
+    """
+    owners = rows // (len(found.tokens) // len(input_ids))
+    tokens, mask = found.tokens[rows], found.mask[rows]
+    attention = torch.cat([attention_mask[owners], mask.to(attention_mask.dtype)], dim=1)
+    logits = model(
+        input_ids=torch.cat([input_ids[owners], tokens], dim=1),
+        attention_mask=attention,
+        position_ids=(attention.cumsum(dim=1) - 1).clamp(min=0),
+        use_cache=False,
+        logits_to_keep=tokens.shape[1] + 1,
+    ).logits[:, :-1]
+    every = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    own = every.gather(-1, tokens[..., None])[..., 0]
+    return float((own - found.logprobs[rows])[mask].abs().max())
+
+
+def spread(start: int, end: int, count: int) -> Tensor:
+    """At most ``count`` whole numbers, spread evenly over ``start .. end - 1``."""
+    return torch.linspace(start, end - 1, min(count, end - start)).round().long()

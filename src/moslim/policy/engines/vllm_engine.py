@@ -1,0 +1,162 @@
+"""Sampling by vLLM servers: other processes, or other hosts, than the one that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moslim.policy.engines.base import Completions, RolloutEngine
+from moslim.policy.engines.parity import logprob_difference, spread
+from moslim.policy.engines.vllm_client import Client, ServerError
+from moslim.policy.engines.vllm_server import Answer, Limits, Request, VLLMServer
+from moslim.policy.engines.vllm_weights import WeightFolder
+from moslim.processes import process_count, process_rank
+
+
+class ParityError(ServerError):
+    """Trainer and server give other log-probabilities to the same tokens."""
+
+
+class VLLMEngine(RolloutEngine):
+    """Samples with running vLLM servers, which get the policy's weights whenever these have changed.
+
+    An adapter is pushed under a new name and from a new folder per version, and its predecessor unloaded; all weights
+    are reloaded from a folder. The training process's own log-probabilities of some answers of every call are compared
+    with the server's, so that a server with other weights cannot go unnoticed. ``docs/vllm.md`` says how to start one.
+
+    Answers are drawn from a seed per prompt, so that a rollout repeats on an idle server; but vLLM's rounding depends
+    on what else is in its batch, so that now and then an answer differs.
+
+    Args:
+        max_new_tokens: Length limit of an answer, the end-of-sequence token included.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        urls: Addresses of servers that were started with the model that training starts from. Prompts are split over
+            them; training processes share them out. None = ``[http://127.0.0.1:8000]``.
+        folder: Where weights are put for the servers; all hosts must see it.
+        server_folder: Path of that folder on the servers' hosts; None = the same.
+        api_key_env: Name of the environment variable that holds the servers' API key.
+        tolerance: Largest accepted difference of two log-probabilities. The default suits float32; bfloat16 needs more.
+        parity_answers: Answers per server and call that are compared.
+        timeout: Seconds that a server may take to answer a prompt.
+        patience: Seconds to wait for a server that stops answering; one that is restarted gets its weights again.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        urls: list[str] | None = None,
+        folder: str = "outputs/vllm",
+        server_folder: str | None = None,
+        api_key_env: str = "VLLM_API_KEY",
+        tolerance: float = 1e-3,
+        parity_answers: int = 4,
+        timeout: float = 600.0,
+        patience: float = 300.0,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature)
+        if urls == []:
+            raise ValueError("engine.urls is empty: give at least one server's address")
+        if parity_answers < 1:
+            raise ValueError(f"engine.parity_answers is {parity_answers}: give at least 1")
+        addresses = urls or ["http://127.0.0.1:8000"]
+        clients = [Client(url, api_key_env, timeout, patience) for url in addresses]
+        self.servers = [VLLMServer(client, server_folder) for client in clients]
+        self._weights = WeightFolder(folder)
+        self.tolerance = tolerance
+        self.parity_answers = parity_answers
+        self.difference = 0.0
+        """Largest difference of two log-probabilities in the last call."""
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        seeds: Tensor,
+        eos_ids: list[int],
+        pad_id: int,
+    ) -> Completions:
+        samples = seeds.shape[1]
+        prompts = [row[keep].tolist() for row, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+        requests = [Request(prompt, samples, _seed(row)) for prompt, row in zip(prompts, seeds.tolist(), strict=True)]
+        version = self._weights.save(model)
+        adapted = version is None or version.adapter
+        servers = own_servers(self.servers, process_count(), process_rank(), adapted)[: len(requests)]
+        bounds = [len(requests) * i // len(servers) for i in range(len(servers) + 1)]
+        shares = [requests[start:end] for start, end in pairwise(bounds)]
+        limits = Limits(self.max_new_tokens, self.temperature, eos_ids)
+        with ThreadPoolExecutor(len(servers)) as pool:
+            found = list(pool.map(lambda server, share: server.answers(version, share, limits), servers, shares))
+        self._weights.forget()
+
+        answers = [answer for share in found for group in share for answer in group]
+        completions = _completions(answers, eos_ids, pad_id, input_ids.device)
+        self.difference = 0.0
+        for server, (start, end) in zip(servers, pairwise(bounds), strict=True):
+            rows = spread(start * samples, end * samples, self.parity_answers)
+            difference = logprob_difference(model, input_ids, attention_mask, completions, rows, self.temperature)
+            if not difference <= self.tolerance:  # so written, NaN fails too
+                raise ParityError(self._disagreement(server.url, difference))
+            self.difference = max(self.difference, difference)
+        return completions
+
+    def _disagreement(self, url: str, difference: float) -> str:
+        return (
+            f"trainer and {url} differ by {difference:.3g} in the log-probability of the same token; "
+            f"engine.tolerance is {self.tolerance:g}. The server was started with another model, computes in another "
+            "dtype (--dtype), or returns log-probabilities before temperature (--logprobs-mode processed_logprobs). "
+            "If it is rounding only, raise the tolerance"
+        )
+
+
+def own_servers(servers: list[VLLMServer], processes: int, rank: int, adapted: bool) -> list[VLLMServer]:
+    """The servers that one of several training processes uses; there may be more of them than processes, or fewer.
+
+    Args:
+        servers: All servers.
+        processes: Number of processes.
+        rank: Which of them asks.
+        adapted: Whether an adapter is trained, of which a server can hold several.
+
+    Raises:
+        ValueError: A process would overwrite the weights of a server while another samples.
+    """
+    if len(servers) >= processes:
+        return servers[rank::processes]
+    if not adapted:
+        raise ValueError(
+            f"{processes} processes train all weights, but engine.urls names {len(servers)} servers: give each process "
+            "its own, or train an adapter (lora)"
+        )
+    return [servers[rank % len(servers)]]
+
+
+def _seed(seeds: Sequence[int]) -> int:
+    """The seed of a prompt's first answer; vLLM counts up from it, within int64."""
+    return seeds[0] % 2**62
+
+
+def _completions(answers: Sequence[Answer], eos_ids: list[int], pad_id: int, device: torch.device) -> Completions:
+    longest = max(len(answer.tokens) for answer in answers)
+    padding = [longest - len(answer.tokens) for answer in answers]
+    pairs = list(zip(answers, padding, strict=True))
+    tokens = [answer.tokens + [pad_id] * pad for answer, pad in pairs]
+    logprobs = [answer.logprobs + [0.0] * pad for answer, pad in pairs]
+    mask = [[True] * len(answer.tokens) + [False] * pad for answer, pad in pairs]
+    ended = [answer.tokens[-1] in eos_ids for answer in answers]
+    return Completions(
+        torch.tensor(tokens, device=device),
+        torch.tensor(mask, device=device),
+        torch.tensor(logprobs, dtype=torch.float32, device=device),
+        torch.tensor(ended, device=device),
+    )

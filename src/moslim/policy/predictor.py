@@ -1,0 +1,125 @@
+"""A language model as two parts: the trunk, whose hidden states predict the next tokens, and the last layer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from moslim.policy.statistics import Statistics, of_hidden, of_logits
+
+_PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Predictor:
+    """Computes what predicts next tokens: hidden states where the last layer is all that follows, else logits.
+
+    Args:
+        model: Causal language model in the Hugging Face form, with or without an adapter.
+        chunked: Whether the last layer may be kept apart, so that few logits are in memory at a time.
+    """
+
+    def __init__(self, model: Any, chunked: bool) -> None:
+        self.model = model
+        self.head = last_layer(model) if chunked else None
+
+    def states(self, keep: int, **inputs: Any) -> Tensor:
+        """``[B, keep, H or V]`` hidden states or logits at the last positions.
+
+        Args:
+            keep: Number of positions.
+            inputs: Ids, mask, positions and cache, as the model's forward takes them.
+        """
+        if self.head is None:
+            return self.model(**inputs, logits_to_keep=keep).logits
+        return _inner(self.model).base_model(**inputs).last_hidden_state[:, -keep:]
+
+    def statistics(
+        self,
+        states: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        entropy: bool = False,
+        reference: tuple[Predictor, Tensor] | None = None,
+    ) -> Statistics:
+        """What the states say of tokens.
+
+        Args:
+            states: ``[M, H or V]``.
+            tokens: ``[M]``.
+            temperature: The sampler's; 0 (greedy) is taken as 1.
+            entropy: Whether to compute it.
+            reference: Who else predicts the same tokens, and with which states ``[M, H or V]``.
+        """
+        temperature = temperature or 1.0
+        other, wanted = reference or (self, None)
+        if self.head is None or other.head is None:
+            wanted = None if wanted is None else other._logits(wanted)
+            return of_logits(self._logits(states), tokens, temperature, entropy, wanted)
+        return of_hidden(
+            states, self.head, tokens, temperature, entropy, None if wanted is None else (wanted, other.head)
+        )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return states if self.head is None else self.head(states)
+
+
+def last_layer(model: Any) -> nn.Linear | None:
+    """The linear layer that turns hidden states into logits; None where something else happens to these or to it.
+
+    Some models cap or scale their logits, scale what the layer is given, or have an adapter, hooks or a sharded weight
+    on it. So the layer's kind is looked at, and the model is tried once with made-up logits.
+    """
+    inner = _inner(model)
+    head = inner.get_output_embeddings()
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return None
+    if type(head.weight) is not nn.Parameter or head.weight.shape != (head.out_features, head.in_features):
+        return None
+    if inner not in _PLAIN:
+        _PLAIN[inner] = inner.base_model is not inner and _nothing_else_happens(inner, head)
+    return head if _PLAIN[inner] else None
+
+
+@torch.no_grad()
+def _nothing_else_happens(model: Any, head: nn.Linear) -> bool:
+    made_up = torch.linspace(-90, 90, 2 * head.out_features).to(head.weight).reshape(1, 2, -1)
+    given: list[Tensor] = []
+
+    def replace(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> Tensor:
+        given.append(inputs[0])
+        return made_up
+
+    ids = torch.tensor([[0, 1]], device=head.weight.device)
+    handle = head.register_forward_hook(replace)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.equal(logits, made_up) and torch.allclose(hidden, given[0], rtol=1e-3, atol=1e-5)
+
+
+def continues(model: Any) -> bool:
+    """Whether answers can continue a prompt's keys and values with a gradient.
+
+    Not with layers that keep a recurrent state, nor while activations are computed twice, which goes without a cache.
+    """
+    inner = _inner(model)
+    takes_cache = "past_key_values" in inspect.signature(inner.base_model.forward).parameters
+    if not takes_cache or inner.config.is_encoder_decoder:
+        return False
+    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
+        return False
+    kinds = {type(layer) for layer in DynamicCache(config=inner.config).layers}
+    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def _inner(model: Any) -> Any:
+    """The model under an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,183 @@
+"""Log-probability, entropy and divergence of next-token distributions, with few logits in memory at a time.
+
+The logits of all answer tokens, tokens times vocabulary, are by far the largest tensor of an update. Here the last
+layer is applied to some tokens at a time, each row of logits is reduced to its numbers at once, and the backward pass
+makes the rows again (as in Cut Cross-Entropy, arXiv 2411.09009; here on any device, with entropy and divergence).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+HELD_LOGITS = 1 << 22
+"""Numbers in the largest tensor over the vocabulary: 16 MiB in float32."""
+
+
+@dataclass
+class Statistics:
+    """What is known of ``M`` tokens. All float32.
+
+    Args:
+        logprobs: ``[M]`` log-probability of the token, ``log p(y)``.
+        entropy: ``[M]`` of the distribution it was drawn from, ``-sum_v p(v) log p(v)``, nats; None if not asked for.
+        kl: ``[M]`` exact divergence from a reference, ``sum_v p(v) (log p(v) - log q(v))``, nats; None without one.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    kl: Tensor | None = None
+
+
+def of_logits(
+    logits: Tensor, tokens: Tensor, temperature: float, entropy: bool = False, reference: Tensor | None = None
+) -> Statistics:
+    """The plain form, with every logit in memory.
+
+    Args:
+        logits: ``[M, V]``.
+        tokens: ``[M]``.
+        temperature: Above 0; divides the logits, the reference's too.
+        entropy: Whether to compute it.
+        reference: ``[M, V]`` logits of the reference.
+    """
+    logp = (logits.float() / temperature).log_softmax(dim=-1)
+    result = Statistics(logp.gather(-1, tokens[:, None])[:, 0])
+    if entropy:
+        result.entropy = -(logp.exp() * logp).sum(dim=-1)
+    if reference is not None:
+        logq = (reference.float() / temperature).log_softmax(dim=-1)
+        result.kl = (logp.exp() * (logp - logq)).sum(dim=-1)
+    return result
+
+
+def of_hidden(
+    hidden: Tensor,
+    head: nn.Linear,
+    tokens: Tensor,
+    temperature: float,
+    entropy: bool = False,
+    reference: tuple[Tensor, nn.Linear] | None = None,
+    held: int = HELD_LOGITS,
+) -> Statistics:
+    """The same from hidden states, a few rows of logits at a time.
+
+    Args:
+        hidden: ``[M, H]``.
+        head: The model's last layer.
+        tokens: ``[M]``.
+        temperature: Above 0.
+        entropy: Whether to compute it.
+        reference: The reference's hidden states ``[M, H]`` and last layer; no gradient flows into them.
+        held: Most logits in memory at a time; at least one row is.
+    """
+    rows = max(1, held // head.out_features)
+    own = _operands(hidden, head)
+    other = (None, None, None) if reference is None else _operands(*reference)
+    logprobs, entropies, kl = _OfHidden.apply(rows, temperature, entropy, tokens, *own, *other)  # type: ignore[no-untyped-call]
+    return Statistics(logprobs, entropies if entropy else None, None if reference is None else kl)
+
+
+def _operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input, weight and bias in the type in which they are multiplied."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    return hidden.to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = linear(hidden, weight, bias).float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _parts(length: int, rows: int) -> Iterator[slice]:
+    return (slice(start, start + rows) for start in range(0, length, rows))
+
+
+class _OfHidden(torch.autograd.Function):
+    """With ``z`` the tempered logits: d log p(y) / dz = 1_y - p;  dH / dz = -p (log p + H);
+    dKL / dz = p (log p - log q - KL).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: int,
+        temperature: float,
+        entropy: bool,
+        tokens: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *reference: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        entropies, kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+        for part in _parts(len(hidden), rows):
+            logp = _logits(hidden[part], weight, bias, temperature).log_softmax(dim=-1)
+            logprobs[part] = logp.gather(-1, tokens[part, None])[:, 0]
+            if entropy:
+                entropies[part] = -(logp.exp() * logp).sum(dim=-1)
+            if reference[0] is not None:
+                logq = _reference(reference, part, temperature)
+                kl[part] = (logp.exp() * (logp - logq)).sum(dim=-1)
+        ctx.rows, ctx.temperature = rows, temperature
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(tokens, hidden, weight, bias, entropies, kl, *reference)
+        return logprobs, entropies, kl
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, to_logprobs: Tensor | None, to_entropy: Tensor | None, to_kl: Tensor | None) -> Any:
+        tokens, hidden, weight, bias, entropies, kl, *reference = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[4] else None
+        # Many parts are added up: in float32, whatever the weights are.
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[5] else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[6] else None
+        for part in _parts(len(hidden), ctx.rows):
+            logits = _logits(hidden[part], weight, bias, ctx.temperature)
+            if to_entropy is None and to_kl is None:
+                slope, to_logits = hidden.new_zeros(len(logits), 1, dtype=torch.float32), logits.softmax(dim=-1)
+            else:
+                logp = logits.log_softmax(dim=-1)
+                slope, to_logits = torch.zeros_like(logp), logp.exp()
+                if to_entropy is not None:
+                    slope -= to_entropy[part, None] * (logp + entropies[part, None])
+                if to_kl is not None:
+                    logq = _reference(reference, part, ctx.temperature)
+                    slope += to_kl[part, None] * (logp - logq - kl[part, None])
+            if to_logprobs is not None:
+                slope -= to_logprobs[part, None]
+            to_logits *= slope
+            if to_logprobs is not None:
+                to_logits.scatter_add_(1, tokens[part, None], to_logprobs[part, None])
+            if ctx.temperature != 1:
+                to_logits /= ctx.temperature
+            if to_bias is not None:
+                to_bias += to_logits.sum(dim=0)
+            factor = to_logits.to(weight.dtype)
+            if to_hidden is not None:
+                torch.mm(factor, weight, out=to_hidden[part])
+            if to_weight is not None:
+                _add_product(to_weight, factor.T, hidden[part])
+        grads = (to_hidden, to_weight, to_bias)
+        own = (None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True))
+        return None, None, None, None, *own, *(None for _ in reference)
+
+
+def _reference(operands: Any, part: slice, temperature: float) -> Tensor:
+    hidden, weight, bias = operands
+    return _logits(hidden[part], weight, bias, temperature).log_softmax(dim=-1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,87 @@
+"""More dimensions for a classifier that is trained already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, cast
+
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
+from moslim.reward.losses import LevelLoss
+from moslim.reward.sharing import load_classifier
+from moslim.reward.starting import refuse_other_link
+
+
+def extended_classifier(
+    source: str, preferences: PreferenceSet, loss: LevelLoss | None, hidden: int | None, dropout: float
+) -> PreferenceClassifier:
+    """Loads a saved classifier and puts untrained heads beside its own.
+
+    The new dimensions come behind the old ones. Only their heads are trainable: nothing else changes, so the old ones
+    put out what they did, to the last bit.
+
+    Args:
+        source: Hub name or folder.
+        preferences: The new dimensions and, if they are to be evaluated as well, old ones.
+        loss: The run's loss; None if none was chosen.
+        hidden: Width of a new head's hidden layer; None = linear.
+        dropout: Dropout on it.
+
+    Raises:
+        ValueError: No dimension is new, an old one has other levels now, or the loss needs heads of another kind.
+    """
+    old = load_classifier(source)
+    new = [d for d in preferences.dimensions if d.name not in old.preferences.names]
+    if not new:
+        raise ValueError(
+            f"`preferences` names {', '.join(preferences.names)}, for which '{source}' has heads already: name a "
+            "dimension to add, or give the folder as model.classifier to train on"
+        )
+    for dimension in preferences.dimensions:
+        if dimension not in new and dimension != old.preferences[dimension.name]:
+            raise ValueError(
+                f"dimension '{dimension.name}' has the levels {list(dimension.levels)} in `preferences`, but "
+                f"{list(old.preferences[dimension.name].levels)} in '{source}': give those, or leave it out"
+            )
+    refuse_other_link(source, old, loss)
+    config = cast(PreferenceClassifierConfig, deepcopy(old.config))
+    config.dimensions += [[d.name, list(d.levels)] for d in new]
+    config.added_heads += [{"dimension": d.name, "hidden": hidden, "dropout": dropout} for d in new]
+    if config.temperatures is not None:
+        config.temperatures += [1.0] * len(new)
+    extended = PreferenceClassifier(PreferenceClassifierConfig(**config.to_dict()), old.backbone)
+    extended.load_state_dict(old.state_dict(), strict=False)
+    extended.requires_grad_(False)
+    for d in new:
+        extended.added[d.name].requires_grad_(True)
+    return extended
+
+
+def refuse_change(classifier: PreferenceClassifier, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError where a run wants features other than those that the old heads read.
+
+    Args:
+        classifier: The classifier.
+        options: ``pooling``, ``layer`` and ``max_length`` of the run; None = as they are.
+    """
+    config = classifier.config
+    saved = {"pooling": config.pooling, "layer": config.layer, "max_length": config.pair_length}
+    for name, value in options.items():
+        if value is not None and value != saved[name] and [value] != saved[name]:
+            raise ValueError(
+                f"model.{name} is {value}, but the old heads were trained with {saved[name]}, which new ones share: "
+                "leave it out"
+            )
+
+
+def frozen_temperatures(classifier: PreferenceClassifier) -> dict[str, float]:
+    """Returns the temperature in use, by dimension, of the heads that are not trained."""
+    names = classifier.preferences.names
+    temperatures = classifier.config.temperatures or [1.0] * len(names)
+    heads = [dict(classifier.added).get(name, classifier.head) for name in names]
+    return {
+        name: temperature
+        for name, temperature, head in zip(names, temperatures, heads, strict=True)
+        if not any(parameter.requires_grad for parameter in head.parameters())
+    }

@@ -1,0 +1,113 @@
+"""A classifier's backbone as something that turns texts into features and learns nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from moslim.data.prompts import pad
+from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.features import FeatureCache, Ids, trunk_key
+
+Trunk = Literal["tuned", "frozen"]
+
+_PADDED_TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Padded tokens of a forward pass; on a CPU, small batches stay in the cache."""
+
+
+_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
+"""Entries of a backbone's configuration that depend on where and how it was saved; its weights' type counts anyway."""
+
+
+def resolve_trunk(trunk: Trunk | None, extends: bool, adapts: bool) -> Trunk:
+    """Returns whether the backbone is trained.
+
+    Args:
+        trunk: What the run says; None = it follows from the rest.
+        extends: Whether heads are added to a saved classifier.
+        adapts: Whether the backbone gets low-rank adapters.
+
+    Raises:
+        ValueError: A backbone that must stay as it is would be trained.
+    """
+    if extends and trunk == "tuned":
+        raise ValueError("model.extend leaves the backbone as it is, for the old heads: leave model.trunk out")
+    if adapts and (extends or trunk == "frozen"):
+        raise ValueError("model.lora trains the backbone, which is frozen here: set model.lora to null")
+    return "frozen" if extends else trunk or "tuned"
+
+
+def cached_features(
+    classifier: PreferenceClassifier, pad_id: int, folder: Path, trainer: Trainer, rows: Sequence[Ids]
+) -> Tensor:
+    """Features of texts; the first process of a machine makes and saves what is missing, the others read it.
+
+    Args:
+        classifier: The classifier.
+        pad_id: What stands on padding.
+        folder: Where features are kept.
+        trainer: The run's Trainer, all of whose processes must ask.
+        rows: Token ids of ``N`` texts.
+
+    Returns:
+        ``[N, H]`` float32 on the CPU.
+    """
+    config = classifier.config
+    backbone = {name: value for name, value in config.backbone.to_dict().items() if name not in _ABOUT_FILES}
+    settings = sorted(backbone.items()), config.pooling, config.layer, str(trainer.precision)
+    key = trunk_key(classifier.backbone, *settings)
+
+    def run() -> Tensor:
+        with trainer.precision_plugin.forward_context():
+            return run_trunk(classifier, rows, pad_id)
+
+    cache = FeatureCache(folder, key)
+    if trainer.local_rank > 0:
+        trainer.strategy.barrier("features")
+    features = cache(rows, run)
+    if trainer.local_rank == 0:
+        trainer.strategy.barrier("features")
+    return features
+
+
+@torch.no_grad()
+def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int) -> Tensor:
+    """Runs the backbone once over texts, without dropout.
+
+    Args:
+        classifier: The classifier.
+        rows: Token ids of ``N`` texts.
+        pad_id: What stands on padding.
+
+    Returns:
+        ``[N, H]`` float32 on the CPU, in the order of the rows.
+    """
+    training = classifier.backbone.training
+    classifier.backbone.eval()
+    device = classifier.device
+    features = torch.empty(0)
+    for chosen in like_length(list(map(len, rows)), _PADDED_TOKENS.get(device.type, _PADDED_TOKENS["cuda"])):
+        ids, mask = pad([rows[i] for i in chosen], pad_id, left=False)
+        found = classifier.features(ids.to(device), mask.to(device)).float().cpu()
+        if not len(features):
+            features = torch.empty(len(rows), found.shape[1])
+        features[chosen] = found
+    classifier.backbone.train(training)
+    return features
+
+
+def like_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Yields the rows in groups of like length, each of at most so many padded tokens, or a single row."""
+    group: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if group and (len(group) + 1) * lengths[row] > tokens:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group

@@ -1,0 +1,82 @@
+"""Checkpoints of runs that are stopped at bad moments: within an accumulation, and while one is being written."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from moslim.callbacks.checkpoint import StepCheckpoint
+from tests.policy.runs import data, make, trainer, weights
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*The dirpath has changed.*"),
+]
+
+SUMMED = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "max_steps": 4}
+
+
+def test_a_stop_within_an_accumulation_goes_back_to_the_step_before_it(preferences, lm, classifier, tmp_path):
+    """Checkpoints are due after every batch, at a validation, after a resumption and at the exception."""
+
+    def fit(stop_at=None, ckpt_path=None, **options):
+        module = make(preferences, lm, classifier, inner_epochs=2)
+        module.stop_at, module.stop = stop_at, RuntimeError("stop")
+        every = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_exception": True}
+        savers = [
+            StepCheckpoint(tmp_path, "a{step}", **every),
+            StepCheckpoint(tmp_path, "b{step}", every_n_epochs=1, save_top_k=-1),
+        ]
+        run = trainer(tmp_path, **{**SUMMED, **options}, callbacks=savers)
+        run.fit(module, data(preferences), ckpt_path=ckpt_path, weights_only=True)
+        return module
+
+    whole = fit()
+    for path in tmp_path.glob("*.ckpt"):
+        path.unlink()
+    validated = {"val_check_interval": 1, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+    for stop_at, done in (
+        ((0, 3), 2),
+        ((0, 5), 4),
+    ):  # each within an accumulation, the second one soon after a resumption
+        newest = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+        with pytest.raises(RuntimeError, match="stop"):
+            fit(stop_at, newest, **validated)
+        for path in tmp_path.glob("*.ckpt"):
+            loop = torch.load(path, weights_only=True)["loops"]["fit_loop"]
+            assert loop["epoch_loop.batch_progress"]["current"]["processed"] % 2 == 0, path
+        assert list(tmp_path.glob(f"a*{done // 2}*.ckpt")) and list(tmp_path.glob("b*.ckpt"))
+    newest = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    resumed = fit(None, newest)
+    assert len(resumed.trace) == 4
+    assert [step["loss"] for step in resumed.trace] == [step["loss"] for step in whole.trace[4:]]
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, data(preferences))
+    path = tmp_path / "last.ckpt"
+    run.save_checkpoint(path)
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:
+
+        def half_then_die(source, target):  # how a move to another file system begins
+            Path(target).write_bytes(Path(source).read_bytes()[: len(before) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        shutil.move = half_then_die
+        run.save_checkpoint(path)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert path.read_bytes() == before
+    run.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["global_step"] == 1

@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.optim import AdamW
+
+from moslim.data.module import PreferenceDataModule
+from moslim.data.types import Split, View
+from moslim.lora import LoraOptions
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.frozen import like_length, run_trunk
+from moslim.reward.module import RewardClassifier
+from moslim.reward.scorer import Scorer
+
+from .conftest import ComparedSource, WordSource
+
+POOLING = ["mean", "first", "max"]
+
+
+def make(preferences: PreferenceSet, backbone: str, **options: object) -> RewardClassifier:
+    torch.manual_seed(0)
+    heads = {"head_hidden": 16, "head_dropout": 0.1, "pooling": POOLING}
+    optimizer = lambda parameters: AdamW(parameters, lr=1e-2)  # noqa: E731
+    return RewardClassifier(preferences, backbone, trunk="frozen", optimizer=optimizer, **{**heads, **options})
+
+
+def data(preferences: PreferenceSet, batch_size: int = 12) -> PreferenceDataModule:
+    source = ComparedSource(labelled=True)
+    return PreferenceDataModule(preferences, source, batch_size=batch_size, eval_batch_size=16)
+
+
+def trainer(folder: Path, **options: object) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    plain = {"enable_checkpointing": False, "num_sanity_val_steps": 1, "use_distributed_sampler": False}
+    return Trainer(default_root_dir=folder, **{**quiet, **plain, "max_epochs": -1, "max_steps": 40, **options})
+
+
+def refuse(self: PreferenceClassifier, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the backbone must not run")
+
+
+def test_heads_learn_from_cached_features_and_the_backbone_stays(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(preferences, backbone)
+    before = {name: p.clone() for name, p in module.classifier.backbone.named_parameters()}
+    run = trainer(tmp_path, max_steps=100)
+    run.fit(module, data(preferences))
+    assert run.callback_metrics["val/tone/accuracy"] > 0.9 and run.callback_metrics["val/amount/accuracy"] > 0.7
+    assert "train/padding" not in run.callback_metrics  # there are no tokens
+    assert all(torch.equal(p, before[name]) for name, p in module.classifier.backbone.named_parameters())
+    assert len(list((tmp_path / "features").iterdir())) == 1  # training and validation have the same texts here
+
+    again = make(preferences, backbone)
+    with monkeypatch.context() as patched:
+        patched.setattr(PreferenceClassifier, "features", refuse)
+        trainer(tmp_path, max_steps=100).fit(again, data(preferences))
+    for name, parameter in module.state_dict().items():
+        assert torch.equal(again.state_dict()[name], parameter), name
+
+
+def test_the_saved_classifier_pools_as_the_heads_have_learnt_it(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    module = make(preferences, backbone, layer=1, output=str(tmp_path / "classifier"), cache=str(tmp_path / "kept"))
+    run = trainer(tmp_path)
+    run.fit(module, data(preferences))
+    assert (tmp_path / "kept").is_dir() and not (tmp_path / "features").exists()
+    scorer = Scorer.from_pretrained(tmp_path / "classifier")
+    assert (scorer.classifier.config.pooling, scorer.classifier.config.layer) == (POOLING, 1)
+    rows = WordSource().rows(View.REWARD, Split.VALIDATION, preferences, 0)
+    probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
+
+    ids = [scorer._encoder.encode(row.question, row.answer or "") for row in rows]
+    features = run_trunk(module.classifier.eval(), ids, 0)
+    heads = module.classifier.classify(features).logits.softmax(-1)
+    torch.testing.assert_close(probs, heads)
+
+
+def test_the_trunk_runs_in_groups_of_like_length_without_dropout(preferences: PreferenceSet, backbone: str) -> None:
+    assert list(like_length([5, 1, 9, 2, 2, 30], 10)) == [[1, 3, 4], [0], [2], [5]]
+    classifier = make(preferences, backbone).classifier.train()
+    rows = [[3, 4, 5], [6], [7, 8], [3] * 9]
+    alone = torch.cat([run_trunk(classifier, [row], 0) for row in rows])
+    torch.testing.assert_close(run_trunk(classifier, rows, 0), alone)
+    assert alone.shape == (4, 3 * 32)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    whole = make(preferences, backbone)
+    trainer(tmp_path, max_steps=8).fit(whole, data(preferences))
+    cut = make(preferences, backbone)
+    run = trainer(tmp_path, max_steps=5)
+    run.fit(cut, data(preferences))
+    run.save_checkpoint(tmp_path / "5.ckpt")
+    assert not [key for key in torch.load(tmp_path / "5.ckpt")["state_dict"] if "backbone" in key]
+    resumed = make(preferences, backbone)
+    trainer(tmp_path, max_steps=8).fit(resumed, data(preferences), ckpt_path=tmp_path / "5.ckpt", weights_only=True)
+    for name, parameter in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], parameter), name
+    assert resumed.classifier.config.temperatures == whole.classifier.config.temperatures
+
+
+def test_two_processes_share_the_cache_and_train_as_one_does(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    def train(batch_size: int, **options: object) -> torch.Tensor:
+        folder = tmp_path / str(batch_size)
+        module = make(preferences, backbone, head_dropout=0.0, output=str(folder / "classifier"))
+        trainer(folder, max_steps=3, **options).fit(module, data(preferences, batch_size))
+        assert len(list((folder / "features").iterdir())) == 1
+        ids = torch.tensor([[3, 5, 7, 2]])
+        return Scorer.from_pretrained(folder / "classifier").classifier(ids, torch.ones_like(ids)).scores
+
+    torch.testing.assert_close(train(6, devices=2, strategy="ddp_fork"), train(12))
+
+
+def test_a_dry_run_caches_nothing(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    trainer(tmp_path, fast_dev_run=True).fit(make(preferences, backbone), data(preferences))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_frozen_backbone_has_no_adapter(preferences: PreferenceSet, backbone: str) -> None:
+    with pytest.raises(ValueError, match=r"set model\.lora to null"):
+        make(preferences, backbone, lora=LoraOptions(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has layers 1 to 2"):
+        make(preferences, backbone, layer=3)
