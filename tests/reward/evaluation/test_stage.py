@@ -177,7 +177,7 @@ def test_a_bad_file_is_refused_before_anything_is_scored(
 ) -> None:
     with Path(choices).open("a") as file:
         file.write("{}\n")
-    with pytest.raises(ValueError, match=r"choices\.jsonl, line 4: field 'question' is None"):
+    with pytest.raises(ValueError, match=r"choices\.jsonl, line 4: the question is None"):
         measured(preferences, backbone, tmp_path, best_of=BestOf(choices), callbacks=[Refusing()])
 
 
