@@ -1,15 +1,19 @@
-"""Weights in shards, one per process, by PyTorch's FSDP2: Lightning's ``ModelParallelStrategy`` leaves it to modules."""
+"""Weights in shards, one per process, by PyTorch's FSDP2; Lightning's ``ModelParallelStrategy`` asks modules for it."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+
+from moslim.processes import process_rank
 
 
 def shard_mesh(module: LightningModule) -> DeviceMesh | None:
@@ -86,6 +90,27 @@ class StepShards:
         """
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device), use_cache=False)
         self._rooted = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are kept in shards."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def outline(model: Any) -> Any:
+    """A copy of a model that is not sharded yet, with the same configuration and without the numbers in its weights."""
+    tensors = {id(b): b.to("meta") for b in model.buffers()}
+    tensors |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, {**tensors, id(model.config): model.config})
+
+
+def fill(outlined: Any, model: nn.Module) -> Any:
+    """Collects a sharded model's weights in the first process, in an outline of it. Every process must ask."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if process_rank() == 0:
+        outlined.load_state_dict(weights, assign=True)
+    return outlined
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Values of states in which tokens were chosen: ``[M, H]`` to ``[M]``, float32 or finer."""
-        return widened(self.linear(states.to(self.linear.weight.dtype))[..., 0])
+        values = self.linear(states.to(self.linear.weight.dtype))[..., 0]
+        return widened(values).clone()  # a view could lose the hooks of FSDP
 
 
 def trunk(model: Any) -> Any:
