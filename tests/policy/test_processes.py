@@ -11,7 +11,7 @@ from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
 from moslim.processes import gathered, mean_over_processes, process_count
 from tests.forked import in_two, sharded
-from tests.policy.runs import BATCH, data, make, trainer
+from tests.policy.runs import BATCH, LORA, data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
@@ -109,13 +109,22 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
     assert unequal > 0
 
 
-def test_resuming_two_processes_gives_each_its_own_rollout(preferences, lm, classifier, tmp_path):
-    options = {"inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+def some_steps(folder, resumed, lora, preferences, lm, classifier, strategy="ddp_fork"):
+    options = {"lora": lora, "inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+    run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], strategy=strategy, devices=2)
+    module = make(preferences, lm, classifier, **options)
+    run.fit(module, data(preferences, batch_size=BATCH // 2), ckpt_path=resumed, weights_only=True)
+
+
+def sharded_some_steps(*arguments):
+    some_steps(*arguments, strategy=sharded())
+
+
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", None), ("fsdp", None), ("fsdp", LORA)])
+def test_resuming_two_processes_gives_each_its_own_rollout(strategy, lora, preferences, lm, classifier, tmp_path):
     for name, resumed in (("whole", None), ("resumed", tmp_path / "whole" / "1.ckpt")):
-        folder = tmp_path / name
-        run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], **TWO)
-        module_data = data(preferences, batch_size=BATCH // 2)
-        run.fit(make(preferences, lm, classifier, **options), module_data, ckpt_path=resumed, weights_only=True)
+        arguments = (tmp_path / name, resumed, lora, preferences, lm, classifier)
+        some_steps(*arguments) if strategy == "ddp" else in_two(sharded_some_steps, *arguments)
     assert not (tmp_path / "resumed" / "1.ckpt").exists()
     for step in (2, 3):
         files = (tmp_path / name / f"{step}.ckpt" for name in ("whole", "resumed"))
@@ -126,15 +135,28 @@ def test_resuming_two_processes_gives_each_its_own_rollout(preferences, lm, clas
             assert mine["answers"] == theirs["answers"] and mine["key"] == theirs["key"]
             assert torch.equal(mine["advantages"], theirs["advantages"])
         assert again["callbacks"] == whole["callbacks"]
+        ((mine,), (theirs,)) = again["optimizer_states"], whole["optimizer_states"]
+        assert mine["state"].keys() == theirs["state"].keys()
+        for number, state in theirs["state"].items():
+            assert all(torch.equal(mine["state"][number][key], value) for key, value in state.items())
+
+
+def report(folder, preferences, lm, classifier, **options):
+    module = make(preferences, lm, classifier)
+    trainer(folder, **options).test(module, data(preferences, eval_batch_size=7), verbose=False)
+
+
+def sharded_report(*arguments):
+    report(*arguments, strategy=sharded(), devices=2)
 
 
 def test_two_processes_write_the_report_that_one_writes(preferences, lm, classifier, tmp_path):
-    results = []
-    for name, options in (("one", {}), ("two", TWO)):
-        folder = tmp_path / name
-        module = make(preferences, lm, classifier)
-        trainer(folder, **options).test(module, data(preferences, eval_batch_size=7), verbose=False)
-        results.append(json.loads((folder / "steerability.json").read_text()))
+    report(tmp_path / "one", preferences, lm, classifier)
+    report(tmp_path / "ddp", preferences, lm, classifier, **TWO)
+    in_two(sharded_report, tmp_path / "fsdp", preferences, lm, classifier)
+    results = [json.loads((tmp_path / name / "steerability.json").read_text()) for name in ("one", "ddp", "fsdp")]
     rewards = [result.pop("reward") for result in results]
-    assert results[0] == results[1] and rewards[0]["gold"] == rewards[1]["gold"]
-    assert rewards[0]["proxy"] == pytest.approx(rewards[1]["proxy"], abs=2e-6)
+    assert results[0] == results[1] == results[2]
+    for reward in rewards[1:]:
+        assert reward["gold"] == rewards[0]["gold"]
+        assert reward["proxy"] == pytest.approx(rewards[0]["proxy"], abs=2e-6)
