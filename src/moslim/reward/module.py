@@ -185,7 +185,9 @@ class RewardClassifier(RunModule):
         self._calibrated_at = 0
         self._record: dict[str, Any] = {}
         self._scored = 0
-        self._outline: Any = None
+        self._collect: Callable[
+            [Any], Any
+        ]  # from a sharded classifier to a whole one; no module, which would be trained
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -203,7 +205,7 @@ class RewardClassifier(RunModule):
             return
         if self.trunk == "frozen":
             raise ValueError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
-        self._outline = outline(self.classifier)
+        self._collect = partial(fill, outline(self.classifier))
         shard(unwrapped(self.classifier), mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
 
@@ -346,7 +348,7 @@ class RewardClassifier(RunModule):
             return
         sharded = self.classifier
         if is_sharded(sharded):
-            self.classifier = fill(self._outline, sharded)
+            self.classifier = self._collect(sharded)
         if self.trainer.is_global_zero:
             self._record = training_record(self.trainer, self.preferences)
             self.export(folder)
