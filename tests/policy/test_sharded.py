@@ -8,6 +8,7 @@ from moslim.callbacks.guards import Guards
 from moslim.mapping import TargetProbability
 from moslim.policy.engines import VLLMEngine
 from moslim.policy.optimizers import PPO
+from moslim.sharding import shard
 from tests.forked import in_two, sharded
 from tests.policy.runs import BATCH, LORA, data, make, trainer
 
@@ -74,3 +75,10 @@ def refused(folder, preferences, lm, classifier):
 def test_what_cannot_be_sharded_is_refused(preferences, lm, classifier, tmp_path):
     in_two(refused, tmp_path, preferences, lm, classifier)
     assert len(list(tmp_path.glob("refused.*"))) == 2
+
+
+def test_a_model_that_names_no_blocks_is_refused(lm):
+    model = AutoModelForCausalLM.from_pretrained(lm)
+    model._no_split_modules = set()
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not name its blocks"):
+        shard(model, None)
