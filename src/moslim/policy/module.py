@@ -17,6 +17,7 @@ from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
 from moslim.models import eos_ids, load_causal_lm
 from moslim.optim import configure
+from moslim.packing import AnswerBatch
 from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
 from moslim.policy.ahead import TrainingAnswers
 from moslim.policy.answering import Answerer, Purpose
@@ -26,7 +27,7 @@ from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
 from moslim.policy.off_policy import OffPolicy, staleness_metrics, with_logprobs
 from moslim.policy.optimizers import PolicyOptimizer
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
 from moslim.models import checkpoint_activations
-from moslim.policy.critic import CriticOptions, ValueHead, last_hidden
-from moslim.policy.logprobs import answer_logprobs, put
-from moslim.policy.packing import AnswerBatch, Passes, chunks_by_length
+from moslim.packing import AnswerBatch
+from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead
+from moslim.policy.logprobs import answer_logprobs, answer_states, plan, put
+from moslim.policy.passes import Passes
 from moslim.reward.adapter_form import SavedAdapter
 
 Role = Literal["policy", "reference", "classifier", "critic"]
@@ -137,7 +138,7 @@ class Roles:
             return answer_logprobs(reference, batch, temperature, passes)
 
     def values(self, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> Tensor:
-        """The critic's values by passes of its own; see :func:`chunks_by_length` for the arguments.
+        """The critic's values by passes of its own; see :func:`plan` for the arguments.
 
         Returns:
             ``[N, T]`` float32, 0 where masked, or not ``among`` those asked for.
@@ -145,10 +146,8 @@ class Roles:
         assert self.critic is not None
         result = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
         with self.playing("critic") as model:
-            for chunk in chunks_by_length(batch, passes.limit(batch.mask.device), among):
-                hidden = last_hidden(model, chunk.input_ids, chunk.attention_mask)
-                before = hidden[:, -chunk.mask.shape[1] - 1 : -1]
-                put(result, chunk, self.critic(before[chunk.mask]))
+            for chunk, states in answer_states(TrunkReader(model), plan(model, batch, passes, among)):
+                put(result, chunk, self.critic(states[chunk.mask]))
         return result
 
     def _adapter(self, role: Role) -> Role | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moslim.data.types import Question
 from moslim.noise import derive_seed
-from moslim.policy.packing import AnswerBatch
+from moslim.packing import AnswerBatch
 
 
 @dataclass

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moslim.policy.logprobs import answer_states, plan, put
 from moslim.policy.optimizers import UpdateBatch
-from moslim.policy.packing import Passes
+from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout

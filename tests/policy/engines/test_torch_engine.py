@@ -5,9 +5,10 @@ import torch
 from transformers import GenerationConfig
 
 from moslim.noise import derive_seed
+from moslim.packing import AnswerBatch
 from moslim.policy.engines.torch_engine import TorchEngine, survivors
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from tests.policy.conftest import ARCHITECTURES, ENDS
 
 PAD, END = 0, 2
