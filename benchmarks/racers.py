@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -199,6 +198,12 @@ def trl(world: World, folder: Path, steps: int, report: Report, settings: dict[s
     trainer.train()
 
 
+def peak_kib() -> int:
+    """Most memory that was resident; the operating system's usual count begins with the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def asked(world: World, folder: Path, steps: int) -> list[list[dict[str, str]]]:
     """The prompts of our run, in its order, as chats.
 
@@ -234,7 +239,7 @@ def main() -> None:
         trl(world, folder, steps, report, settings)
     else:
         {"ours": ours, "earlier": earlier}[specification["racer"]](world, folder, steps, [Turns(report)], settings)
-    report(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    report(peak_mb=peak_kib() / 1024)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def fastest_trl(world: World) -> dict[str, Any]:
 
 
 def compare(world: World, repeats: int, made: dict[str, Any], settings: str, earlier: Path | None) -> dict[str, Any]:
-    """A step of ours, of ours without fast ways, and of TRL with the fastest of its ``settings``, which are ``made``."""
+    """A step of ours, of ours without fast ways, and of TRL with the fastest of its settings, which are ``made``."""
     trl = made[settings]["fastest"]
     entrants = {"ours": OURS, "trl": Entrant("trl", TRL[trl]), "plain": PLAIN}
     if earlier is not None:
@@ -173,9 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
     parser.add_argument("--repeats", type=int, default=7, help="steps that count, per trainer")
     parser.add_argument("--earlier", type=Path, help="folder that holds an earlier version in src/")
-    parser.add_argument(
-        "--parts", nargs="+", choices=list(parts({}, 1, None)), help="which to make; those left out: all"
-    )
+    parser.add_argument("--parts", nargs="+", choices=list(parts({}, 1, None)), help="which to make, if not all")
     args = parser.parse_args()
     if find_spec("trl") is None:
         parser.error("TRL is not installed: pip install -e '.[benchmarks]'")
