@@ -21,6 +21,7 @@ BENCHMARKS = (
     "truthfulqa",
     "optimizers",
     "throughput",
+    "policy_stage",
     "memory_roles",
     "resume_matrix",
     "devices",
