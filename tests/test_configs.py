@@ -52,7 +52,11 @@ SMALL = {  # by the config that a command names first
     "configs/reward/helpsteer2.yaml": "--trainer.accumulate_grad_batches 1 --data.batch_size 4",
     "configs/policy/helpsteer2_rloo.yaml": SMALL_POLICY,
 }
-NEEDS = {"configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml"}
+NEEDS = {
+    "configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml",
+    "configs/reward/refresh.yaml": "configs/reward/helpsteer2.yaml",
+    "configs/quickstart/refresh.yaml": "configs/quickstart/policy.yaml",
+}
 
 HELPSTEER = ["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
 QWEN_TEMPLATE = (
@@ -91,6 +95,15 @@ def save_ratings(folder: Path) -> None:
     for split, count in (("train", 48), ("validation", 8)):
         with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in ratings(count))
+
+
+def save_labelled(file: Path) -> None:
+    """A policy's answers with people's labels, in the schema that ``configs/reward/refresh.yaml`` reads."""
+    rows = [
+        {"question": f"Why {i}?", "answer": "So.", "requested": {"verbosity": i % 5}, **dict.fromkeys(HELPSTEER, i % 3)}
+        for i in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save_qwen(folder: Path) -> None:
@@ -161,6 +174,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     (folder / "configs").symlink_to(ROOT / "configs")
     save_world(folder)
     save_ratings(folder / "nvidia/HelpSteer2")
+    save_labelled(folder / "labelled.jsonl")
     save_qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
@@ -293,6 +307,14 @@ def test_tests_write_their_report_where_the_config_says(run_folder: RunFolder) -
         for command, cli in zip(commands(path), run_folder.launched(path), strict=True):
             if command[0] == "test" and is_overridden("test_step", cli.model) and getattr(cli.model, "report", None):
                 assert (run_folder.folder / cli.model.report / "steerability.json").exists(), path
+
+
+@pytest.mark.parametrize("path", ["configs/quickstart/refresh.yaml", "configs/reward/refresh.yaml"])
+def test_a_refreshed_classifier_is_tested_on_what_was_requested(path: str, run_folder: RunFolder) -> None:
+    fitted, tested = run_folder.launched(path)
+    found = {name for name in tested.trainer.callback_metrics if name.startswith("test/requests/")}
+    assert {"test/requests/mean/proxy", "test/requests/mean/gold", "test/requests/mean/gap"} <= found
+    assert fitted is None or fitted.model.start == "outputs/helpsteer2/reward/classifier"
 
 
 # --- a real model's and data set's code path

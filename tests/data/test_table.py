@@ -405,6 +405,39 @@ def test_nothing_is_said_of_good_rows(write, recwarn):
     assert [str(warning.message) for warning in recwarn] == []
 
 
+# --- what a policy was asked for
+
+
+def test_requested_levels(write):
+    path = write(
+        '{"question": "a", "answer": "b", "requested": {"size": 2, "other": 7}}\n'
+        '{"question": "c", "answer": "d", "requested": {"size": null, "heat": 0}}\n'
+        '{"question": "e", "answer": "f", "requested": null, "size": 0, "heat": 1}\n',
+        "answers.jsonl",
+    )
+    wanted = [{"size": 2}, {"heat": 0}, {}]
+    assert [row.requested for row in rows(Table(path, requested="requested"))] == wanted
+    scored = Table(predict=path, requested="requested").stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0)
+    assert [row.requested for row in scored] == wanted
+    assert [row.requested for row in rows(Table(path))] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ('{"size": 3}', r"line 1, field 'requested': value 3 is level 3, outside 0\.\.2 of dimension 'size'"),
+        ('{"size": "big"}', r"line 1, field 'requested': value 'big' is not a number"),
+        ("2", r"line 1, field 'requested': 2 is no object with the level of each dimension"),
+    ],
+)
+def test_errors_in_requested_levels(requested, message, write):
+    path = write(f'{{"question": "a", "answer": "b", "size": 0, "heat": 0, "requested": {requested}}}', "answers.jsonl")
+    with pytest.raises(ValueError, match=message):
+        rows(Table(path, requested="requested"))
+    with pytest.raises(ValueError, match=r"line 1: no field 'asked'.*in `requested` of the Table"):
+        rows(Table(path, requested="asked"))
+
+
 # --- rows to score
 
 

@@ -109,7 +109,7 @@ class PolicyEvaluation(RunModule):
         keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
         answers = self.answerer(self.policy, batch, keys, 1)
         return [
-            {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
+            {"question": question, "requested": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
             for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
         ]
 

@@ -86,7 +86,7 @@ class Labels:
             return _yes_and_no(value, find(record.fields, self.counts[dimension.name]), where)
         values = value if isinstance(value, list) else [value]
         scale = self.scales.get(dimension.name, Scale())
-        return [_level(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
+        return [level_of(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
 
 
 def levels_of(votes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -99,7 +99,18 @@ def several(votes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {name: given for name, given in votes.items() if len(given) > 1}
 
 
-def _level(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
+def level_of(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
+    """Returns the level that a value is on a scale.
+
+    Args:
+        value: The value, which is not missing.
+        scale: What makes a level of it.
+        dimension: What it is a level of.
+        where: Where it stands, for error messages.
+
+    Raises:
+        ValueError: It is no level of the dimension.
+    """
     try:
         level = scale.level(value)
     except ValueError as error:
