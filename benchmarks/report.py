@@ -18,6 +18,7 @@ the command named beside it.
 
 BENCHMARKS = (
     "quickstart",
+    "refresh",
     "truthfulqa",
     "optimizers",
     "throughput",

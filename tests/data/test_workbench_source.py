@@ -197,14 +197,14 @@ def test_a_policy_s_answers_are_labelled_and_keep_what_was_requested(samples, tm
     path = tmp_path / "answers.jsonl"
     records = [
         {"question": "How do I grow the rose?", "requested": {"warmth": 4}, "answer": f"Good luck. {i}"}
-        for i in range(10)
+        for i in range(9)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    source = small(samples=[samples, str(path)])
+    source = small(samples=[str(path), samples])
     trained = [row for row in rows(source, View.REWARD) if row.requested]
     kept = [row for row in rows(source, View.REWARD, Split.TEST) if row.subset == "samples"]
-    assert [row.answer[-1] for row in trained] == list("12346789") and {row.stage for row in trained} == {2}
-    assert [row.requested for row in kept] == [{}] * 4 + [{"warmth": 4}] * 2
+    assert [row.answer[-1] for row in trained] == list("1234678") and {row.stage for row in trained} == {2}
+    assert [row.requested for row in kept] == [{"warmth": 4}] * 2 + [{}] * 4
     assert {row.levels["warmth"] for row in trained} == {1}
 
 

@@ -33,7 +33,7 @@ TEST_FORMS = 2
 _WHOLE_ANSWERS = 2
 """Stage of the reward view in which whole answers come, after lone steps and bare steps."""
 _SAMPLES_HELD_BACK = 5
-"""Every how many of the starter's samples one is kept for validation."""
+"""Every how many of a file's samples one is kept for validation."""
 
 
 class Workbench(Source):
@@ -135,11 +135,10 @@ class Workbench(Source):
 
     def _pairs(self, split: Split, rng: random.Random) -> list[Example]:
         topics = self.topics(held_out=False)
-        every = self._sampled()
-        sampled = [row for i, row in enumerate(every) if i % _SAMPLES_HELD_BACK]
+        sampled = self._sampled(held_back=False)
         if split is not Split.TRAIN:
             trained = {(row.question, row.answer) for row in sampled}
-            fresh = [row for row in every[::_SAMPLES_HELD_BACK] if (row.question, row.answer) not in trained]
+            fresh = [row for row in self._sampled(held_back=True) if (row.question, row.answer) not in trained]
             known = set(topics)
             tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
             return [*_labelled(fresh, "samples"), *tricks]
@@ -160,12 +159,12 @@ class Workbench(Source):
         topic = rng.choice(topics)
         return Example(ask(topic, rng.randrange(len(QUESTIONS))), kind(topic, topics, rng), stage=stage)
 
-    def _sampled(self) -> list[Example]:
+    def _sampled(self, held_back: bool) -> list[Example]:
         rows = []
         for path in map(Path, self.samples):
             if not path.exists():
                 raise ValueError(f"data.source.samples: no file {path}; `main.py predict` writes it")
-            rows += _read(path)
+            rows += [row for i, row in enumerate(_read(path)) if (i % _SAMPLES_HELD_BACK == 0) == held_back]
         return rows
 
 
