@@ -397,6 +397,15 @@ def test_oddities_are_said_once_for_a_table(write):
     assert "rows.csv: no training row has a label for dimension 'heat' (field 'heat')" in said[3]
 
 
+def test_a_label_that_is_not_a_number_is_missing_and_said(write):
+    path = write("question,answer,size,heat\na,b,1,\nb,c,NaN,0\nc,d,nan,1\n")
+    with pytest.warns(UserWarning, match=r"^2 of 3 rows: field 'size' is NaN, .*\(first: .*rows.csv, line 3\)$"):
+        assert [row.levels for row in rows(Table(path))] == [{"size": 1}, {"heat": 0}, {"heat": 1}]
+    path = write('{"question": "a", "answer": "b", "size": [1, NaN], "heat": null}', "rows.jsonl")
+    with pytest.warns(UserWarning, match=r"^1 of 1 rows: field 'size' is NaN"):
+        assert rows(Table(path)) == [Example("a", "b", {"size": 1})]
+
+
 def test_nothing_is_said_of_good_rows(write, recwarn):
     path = write("question,answer,size,heat\na,b,1,0\nb,c,2,1\n")
     for view in View:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moslim.data.sources.fields import find, has_column, require
 from moslim.data.sources.records import Record
-from moslim.data.sources.scale import Scale, is_missing
+from moslim.data.sources.scale import Scale, is_missing, is_nan
 from moslim.data.sources.votes import agreed_level
 from moslim.data.types import Example
 from moslim.preferences import Dimension, PreferenceSet
@@ -62,6 +62,14 @@ class Labels:
             if votes:
                 found[dimension.name] = tuple(votes)
         return found
+
+    def not_numbers(self, record: Record, preferences: PreferenceSet) -> list[str]:
+        """Returns the columns of labels where a row has NaN."""
+        paths = [path for name in preferences.names for path in self.paths(name)]
+        found = {path: find(record.fields, path) for path in paths}
+        return [
+            path for path, value in found.items() if any(map(is_nan, value if isinstance(value, list) else [value]))
+        ]
 
     def warn_if_constant(self, table: str, rows: Sequence[Example], names: Sequence[str]) -> None:
         """Warns of dimensions whose labels are all the same in a table, or that none of its rows has a label for."""

@@ -248,6 +248,8 @@ class Table(Source):
         required = [name for name in preferences.names if view is View.REWARD and self._must_be_labelled(name)]
         votes = self.labels.votes(record, preferences, required)
         example.levels, example.votes = levels_of(votes), several(votes)
+        for path in self.labels.not_numbers(record, preferences):
+            notices.add(f"field '{path}' is NaN, which is no label", record.place)
         if self.subset is not None:
             example.subset = str(require(record, self.subset, "subset"))
         rejected, compared, margin = self.comparisons.read(record, preferences)
