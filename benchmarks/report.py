@@ -20,6 +20,7 @@ BENCHMARKS = (
     "quickstart",
     "truthfulqa",
     "optimizers",
+    "ablation",
     "throughput",
     "memory_roles",
     "resume_matrix",
