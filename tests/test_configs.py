@@ -256,6 +256,13 @@ def test_the_quickstart_s_gates_ask_for_metrics_that_are_there(run_folder: RunFo
     assert run_folder.launched("configs/quickstart/reward.yaml")[0] is None
 
 
+@pytest.mark.parametrize("path", ["configs/quickstart/policy.yaml", "configs/policy/helpsteer2_rloo.yaml"])
+def test_a_policy_s_training_that_is_stopped_can_go_on(path: str) -> None:
+    config = yaml.safe_load((ROOT / path).read_text())
+    every = config.get("checkpoint", {}).get("every_n_train_steps") or config["trainer"]["val_check_interval"]
+    assert 5 * every <= config["trainer"]["max_steps"]
+
+
 def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(run_folder: RunFolder) -> None:
     policy = run_folder.launched("configs/quickstart/policy.yaml")[0].config_dump
     control = run_folder.launched("configs/quickstart/scrambled.yaml")[0].config_dump
