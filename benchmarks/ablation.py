@@ -3,10 +3,10 @@
     make ablation
 
 One factor at a time: every config in configs/experiment/ over the quickstart's policy, three seeds, each with a starter
-and a classifier of its own. A cell makes a third of the quickstart's rollouts, with a schedule as short, and every arm
-as many answers. They are measured on another fold than the one that the quickstart reports on, so that its parts may
-be chosen by the outcome. Each finished cell is a file in benchmarks/results/cells/, recognised by a hash of its
-configs: the work goes on where it stopped.
+and a classifier of its own. A cell makes a third of the quickstart's rollouts or less, with a schedule as short, and
+every arm as many answers. They are measured on another fold than the one that the quickstart reports on, so that its
+parts may be chosen by the outcome. Each finished cell is a file in benchmarks/results/ablation/, recognised by a hash
+of its configs: the work goes on where it stopped.
 Last result: benchmarks/results/ablation.json, shown in docs/benchmarks.md.
 """
 
@@ -21,7 +21,7 @@ from cells import DEFAULT, Cell, World, arms, finish
 from common import RESULTS, circumstances, write
 
 FOLD = 1
-PART = 3
+ROLLOUTS = 88
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:
@@ -48,16 +48,17 @@ def main() -> None:
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="no cell is begun after these")
     parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
     args = parser.parse_args()
-    worlds = [World(seed, FOLD) for seed in args.seeds]
-    finish([Cell(arm, world, PART) for world in worlds for arm in args.arms], args.jobs, args.limit_minutes)
+    cells = {arm: [Cell(arm, World(seed, FOLD), "ablation", ROLLOUTS) for seed in args.seeds] for arm in every}
+    by_seed = zip(*(cells[arm] for arm in args.arms), strict=True)
+    finish([cell for row in by_seed for cell in row], args.jobs, args.limit_minutes)
 
-    found: dict[str, Any] = {factor: {} for factor in factors}
-    for factor, names in factors.items():
-        for arm in names:
-            kept = {str(world.seed): Cell(arm, world, PART).kept for world in worlds}
-            found[factor][arm] = {seed: figures(result) for seed, result in kept.items() if result is not None}
-    default = Cell(DEFAULT, worlds[0], PART)
-    write(args.out, {**circumstances(), "rollouts": default.rollouts, "answers": default.answers, "factors": found})
+    def kept(arm: str) -> dict[str, dict[str, float]]:
+        results = {str(cell.world.seed): cell.kept for cell in cells[arm]}
+        return {seed: figures(result) for seed, result in results.items() if result is not None}
+
+    found = {factor: {arm: kept(arm) for arm in names} for factor, names in factors.items()}
+    answers = cells[DEFAULT][0].answers
+    write(args.out, {**circumstances(), "rollouts": ROLLOUTS, "answers": answers, "factors": found})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +75,17 @@ class Cell:
     Args:
         arm: What differs from the quickstart: a file under configs/experiment/, without its ending, or ``default``.
         world: What it stands on.
-        part: One in how many of the quickstart's rollouts it makes; the schedule of the rate is as short.
+        purpose: Name of the folder that its result is kept in.
+        rollouts: How often prompts are answered and learnt from; the schedule of the rate is as long. None = as the
+            configs say.
     """
 
     arm: str
     world: World
-    part: int = 1
+    purpose: str
+    rollouts: int | None = None
 
-    @cached_property
+    @property
     def layers(self) -> list[str]:
         """The configs, the quickstart's first."""
         return [POLICY] if self.arm == DEFAULT else [POLICY, f"configs/experiment/{self.arm}.yaml"]
@@ -91,8 +93,7 @@ class Cell:
     @property
     def file(self) -> Path:
         """Where its result is kept."""
-        folder = RESULTS / "cells" / f"fold-{self.world.fold}-part-{self.part}"
-        return folder / f"{self.arm.replace('/', '-')}-{self.world.seed}.json"
+        return RESULTS / self.purpose / f"{self.arm.replace('/', '-')}-{self.world.seed}.json"
 
     @property
     def kept(self) -> dict[str, Any] | None:
@@ -103,35 +104,38 @@ class Cell:
     @property
     def key(self) -> str:
         """What a result is recognised by: a hash of all that its configs say, those of its classifier included."""
-        parts = [fingerprint(STARTER, REWARD, *self.layers), self.world.seed, self.world.fold, self.part]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        contents = [read(layer) for layer in self.layers]
+        for content in contents:
+            content["trainer"].pop("max_steps", None)
+        return digest([fingerprint(STARTER, REWARD), contents, self.steps, self.world.seed, self.world.fold])
 
-    @cached_property
-    def rollouts(self) -> int:
-        """How often prompts are answered and learnt from."""
-        return self._option("trainer.max_steps") // self._repeats // self.part
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self._option("trainer.max_steps") if self.rollouts is None else self.rollouts * self._repeats
 
     @property
     def answers(self) -> int:
         """Sampled in training: every arm's are as many."""
-        return self.rollouts * self._option("data.batch_size") * self._option("model.samples_per_prompt")
+        rollouts = self.steps // self._repeats
+        return rollouts * self._option("data.batch_size") * self._option("model.samples_per_prompt")
 
     def result(self) -> dict[str, Any]:
         """Trains and tests it: what the report says, tokens sampled, seconds of training."""
-        folder = f"{self.world.folder}/part-{self.part}/{self.arm}"
+        folder = f"{self.world.folder}/{self.purpose}/{self.arm}"
         shutil.rmtree(ROOT / folder, ignore_errors=True)
         options = [word for layer in self.layers for word in ("--config", layer)]
         options += ["--trainer.default_root_dir", folder, "--model.report", f"{folder}/report"]
         options += ["--model.model", f"{self.world.folder}/starter/model"]
         options += ["--model.classifier", f"{self.world.folder}/reward/classifier"]
-        options += ["--trainer.max_steps", str(self.rollouts * self._repeats), *self.world.options]
-        start = time.perf_counter()
+        options += ["--trainer.max_steps", str(self.steps), *self.world.options]
+        key, start = self.key, time.perf_counter()
         run(["fit", *options], folder)
         seconds = time.perf_counter() - start
         run(["test", *options, "--ckpt_path", "last"], folder)
         report = json.loads((ROOT / folder / "report/steerability.json").read_text(encoding="utf-8"))
         return {
-            "key": self.key,
+            "key": key,
             "answers": self.answers,
             "tokens": round(mean_length(ROOT / folder) * self.answers),
             "seconds": round(seconds, 1),
@@ -157,7 +161,12 @@ def read(config: str) -> dict[str, Any]:
 
 def fingerprint(*configs: str) -> str:
     """A hash of what configs say; comments and the order of keys do not matter."""
-    return hashlib.sha256(json.dumps([read(one) for one in configs], sort_keys=True).encode()).hexdigest()[:16]
+    return digest([read(one) for one in configs])
+
+
+def digest(contents: list[Any]) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def arms() -> dict[str, list[str]]:

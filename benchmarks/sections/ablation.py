@@ -24,9 +24,9 @@ def section(result: dict[str, Any]) -> str:
 ## Ablation: the quickstart's policy with another part
 
 {circumstances_line(result)}
-A third of the quickstart's rollouts ({result["rollouts"]}, of {result["answers"]} answers in all), so that scores are
-lower than its own; every arm samples as many answers. Each seed has its own starter and classifier. Held-out questions
-of another fold than the one reported above, so that a default may be chosen by this table. The arms are the files in
+Every arm makes {result["rollouts"]} rollouts, {result["answers"]} answers in all: a third of the quickstart's or less,
+so that scores are lower than its own. Each seed has its own starter and classifier. Held-out questions of another fold
+than the one reported above, so that a default may be chosen by this table. The arms are the files in
 `configs/experiment/`, options not tuned.
 
 {table(header, rows)}
