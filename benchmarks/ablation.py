@@ -52,13 +52,18 @@ def main() -> None:
     by_seed = zip(*(cells[arm] for arm in args.arms), strict=True)
     finish([cell for row in by_seed for cell in row], args.jobs, args.limit_minutes)
 
-    def kept(arm: str) -> dict[str, dict[str, float]]:
-        results = {str(cell.world.seed): cell.kept for cell in cells[arm]}
-        return {seed: figures(result) for seed, result in results.items() if result is not None}
-
-    found = {factor: {arm: kept(arm) for arm in names} for factor, names in factors.items()}
+    found: dict[str, Any] = {factor: {arm: {} for arm in names} for factor, names in factors.items()}
+    failed = {}
+    for factor, names in factors.items():
+        for cell in (cell for arm in names for cell in cells[arm]):
+            result, seed = cell.kept or {}, str(cell.world.seed)
+            if "failed" in result:
+                failed[f"{cell.arm}, seed {seed}"] = result["failed"]
+            elif result:
+                found[factor][cell.arm][seed] = figures(result)
     answers = cells[DEFAULT][0].answers
-    write(args.out, {**circumstances(), "rollouts": ROLLOUTS, "answers": answers, "factors": found})
+    sizes = {"rollouts": ROLLOUTS, "answers": answers}
+    write(args.out, {**circumstances(), **sizes, "factors": found, "failed": failed})
 
 
 if __name__ == "__main__":

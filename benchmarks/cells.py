@@ -51,6 +51,16 @@ class World:
         """What every command of this world is given."""
         return ["--seed_everything", str(self.seed), "--data.source.fold", str(self.fold)]
 
+    @property
+    def models(self) -> list[str]:
+        """What a policy's command is given to stand on it."""
+        return [
+            "--model.model",
+            f"{self.folder}/starter/model",
+            "--model.classifier",
+            f"{self.folder}/reward/classifier",
+        ]
+
     def make(self) -> None:
         """Trains starter and classifier, unless they are there from the same configs."""
         mark, contents = ROOT / self.folder / "made.txt", fingerprint(STARTER, REWARD)
@@ -126,9 +136,7 @@ class Cell:
         shutil.rmtree(ROOT / folder, ignore_errors=True)
         options = [word for layer in self.layers for word in ("--config", layer)]
         options += ["--trainer.default_root_dir", folder, "--model.report", f"{folder}/report"]
-        options += ["--model.model", f"{self.world.folder}/starter/model"]
-        options += ["--model.classifier", f"{self.world.folder}/reward/classifier"]
-        options += ["--trainer.max_steps", str(self.steps), *self.world.options]
+        options += ["--trainer.max_steps", str(self.steps), *self.world.models, *self.world.options]
         key, start = self.key, time.perf_counter()
         run(["fit", *options], folder)
         seconds = time.perf_counter() - start
@@ -184,7 +192,11 @@ def run(arguments: list[str], folder: str) -> None:
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=one_thread, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise RuntimeError(f"main.py {' '.join(arguments)} failed: see {log}")
+        raise CommandFailed(log.read_text(encoding="utf-8").strip().splitlines()[-1])
+
+
+class CommandFailed(Exception):
+    """A command ended with an error: most often a guard or a gate. Holds the last line that it printed."""
 
 
 def mean_length(folder: Path) -> float:
@@ -207,9 +219,13 @@ def finish(cells: Sequence[Cell], jobs: int, minutes: float) -> None:
 
     def one(cell: Cell) -> None:
         if time.monotonic() - start < 60 * minutes:
-            result = cell.result()
+            try:
+                result = cell.result()
+            except CommandFailed as failure:
+                result = {"key": cell.key, "failed": str(failure)}
             write(cell.file, result)
-            print(f"{cell.arm}, seed {cell.world.seed}: Spearman {result['mean']['spearman']:.3f}", flush=True)
+            found = result.get("failed") or f"Spearman {result['mean']['spearman']:.3f}"
+            print(f"{cell.arm}, seed {cell.world.seed}: {found}", flush=True)
 
     missing = [cell for cell in cells if cell.kept is None]
     with ThreadPoolExecutor(jobs) as pool:

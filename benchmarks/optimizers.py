@@ -38,7 +38,7 @@ def main() -> None:
     world = World(args.seed, args.fold)
     cells = {name: Cell(ARMS[name], world, args.out.stem) for name in args.names}
     finish(list(cells.values()), args.jobs, args.limit_minutes)
-    found = {name: cell.kept for name, cell in cells.items() if cell.kept is not None}
+    found = {name: cell.kept for name, cell in cells.items() if cell.kept}
     write(args.out, {**circumstances(), "seed": args.seed, "fold": args.fold, **found})
 
 

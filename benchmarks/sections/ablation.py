@@ -19,6 +19,7 @@ def section(result: dict[str, Any]) -> str:
     factors: dict[str, dict[str, Runs]] = result["factors"]
     default = factors["default"]["default"]
     rows = [row(factor, arm, runs, default) for factor, arms in factors.items() for arm, runs in arms.items() if runs]
+    failed = "".join(f"\n`{cell}` did not come to its end: {why}\n" for cell, why in result["failed"].items())
     header = ["factor", "arm", "mean Spearman", "less the default's", "exact", "MAE", "several at once", "shift", "gap"]
     return f"""
 ## Ablation: the quickstart's policy with another part
@@ -36,7 +37,7 @@ shift: largest change of a level where nothing is asked for; gap: the classifier
 less the share that is met.
 
 {verdict(factors)}
-"""
+{failed}"""
 
 
 def row(factor: str, arm: str, runs: Runs, default: Runs) -> list[str]:
