@@ -21,6 +21,7 @@ BENCHMARKS = (
     "refresh",
     "truthfulqa",
     "optimizers",
+    "ablation",
     "throughput",
     "memory_roles",
     "resume_matrix",
