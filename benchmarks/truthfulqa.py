@@ -255,8 +255,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "truthfulqa.json")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    work, backbone = args.work, args.backbone or minilm()
+    work = args.work
     work.mkdir(parents=True, exist_ok=True)
+    backbone = args.backbone or minilm(work / "encoder")
     parts = split(args.data, work)
     result = {**circumstances(), "rows": {part: len(rows) for part, rows in parts.items()}}
     depends = [CONFIG.read_text(encoding="utf-8"), backbone, result["versions"], result["rows"]]
