@@ -14,6 +14,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
+FROZEN = ["--config", str(ROOT / "configs/reward/frozen.yaml"), "--model.layer=4", "--trainer.precision=32-true"]
+"""The shipped layer for heads on cached features, on the encoder's fourth of six layers: the best one on validation."""
+
 Row = list[str]
 
 

@@ -3,12 +3,12 @@
     pip install -e '.[benchmarks]'
     python benchmarks/levels.py --data DIR --out benchmarks/results/levels.json
 
-Two data sets. ``workbench``: answers of the embedded world with the noisy votes of three raters, tested on exact levels;
-a small encoder learns from random weights. ``openassistant``: ``rated_replies.jsonl.gz`` in ``DIR``, volunteers' mean
-ratings cut into five levels by the preset; MiniLM, frozen (a hidden layer per head on cached features) or tuned. A cell
-is a ``fit`` and a ``test`` of the command line; calibrated and raw figures come from the same weights. On the workbench
-the test is best-of-four, too. What is measured is kept under ``--work``, cell by cell: a call that was stopped goes on
-there.
+Two data sets. ``workbench``: answers of the embedded world with the noisy votes of three raters, tested on exact
+levels; a small encoder learns from random weights. ``openassistant``: ``rated_replies.jsonl.gz`` in ``DIR``, the mean
+ratings of volunteers, cut into five levels by the preset; MiniLM, frozen (a hidden layer per head on cached features) or
+tuned. A cell is a ``fit`` and a ``test`` of the command line; calibrated and raw figures come from the same weights. On
+the workbench the test is best-of-four, too. What is measured is kept under ``--work``, cell by cell: a call that was
+stopped goes on there.
 Last result: benchmarks/results/levels.json, shown in docs/benchmarks.md.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from common import RESULTS, ROOT, circumstances, minilm, once, write
+from common import FROZEN, RESULTS, ROOT, circumstances, minilm, once, write
 from rated_answers import save_encoder, save_rated
 from transformers.utils import logging as transformers_logging
 
@@ -36,13 +36,12 @@ RATED = ("quality", "helpfulness")
 """The dimensions of OpenAssistant that are reported; its classifier has the preset's six."""
 ENCODER = (64, 2)
 """Width and layers of the encoder on the workbench, where its size is not what is compared."""
-ENCODERS = ((16, 1), (32, 1), (64, 2), (128, 4))
+ENCODERS = ((16, 1), ENCODER, (128, 3))
 LABELS = ("votes", "agreed", "exact")
 """Columns of the training table that the workbench's classifier can learn from: soft targets, what the raters come to,
 and the truth."""
-FROZEN = ["--model.trunk", "frozen", "--model.pooling", "[mean, first, max]", "--model.head_hidden", "256"]
-FROZEN += ["--model.layer", "4", "--data.batch_size", "64", "--trainer.max_epochs", "12"]
-FROZEN += ["--trainer.precision", "32-true", "--model.optimizer.lr", "1e-3"]
+FEW_ROWS = ["--data.batch_size=64", "--trainer.max_epochs=12"]
+"""Heads on features: more steps than the frozen layer's, for so few rows."""
 
 Cell = dict[str, Any]
 
@@ -52,9 +51,8 @@ def measured(task: str, heads: Sequence[str], seed: int, options: Sequence[str])
     config = str(ROOT / f"benchmarks/levels_{task}.yaml")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        cli = run(
-            ["fit", "--config", config, f"--trainer.default_root_dir={folder}", f"--seed_everything={seed}", *options]
-        )
+        places = [f"--trainer.default_root_dir={folder}", f"--seed_everything={seed}"]
+        cli = run(["fit", "--config", config, *options, *places])
         cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
         result = json.loads((cli.model.run_folder / "reward.json").read_text(encoding="utf-8"))
     best_of = result["best_of"]
@@ -128,9 +126,9 @@ class Bench:
 
     def openassistant(self, loss: str, seed: int, frozen: bool) -> Cell:
         """MiniLM on OpenAssistant's replies."""
-        options = [f"--data.source.path={self.data / 'rated_replies.jsonl.gz'}", "--data.source.test_share=0.3"]
+        options = [*FROZEN, *FEW_ROWS, f"--model.cache={self.work / 'features'}"] if frozen else []
+        options += [f"--data.source.path={self.data / 'rated_replies.jsonl.gz'}", "--data.source.test_share=0.3"]
         options += [f"--model.backbone={minilm(self.work / 'encoder')}", f"--model.loss=moslim.reward.losses.{loss}"]
-        options += [f"--model.cache={self.work / 'features'}", *FROZEN] if frozen else []
         name = f"openassistant-{loss}-{'frozen' if frozen else 'tuned'}-{seed}"
         return self._once(name, "openassistant", RATED, seed, options)
 

@@ -19,6 +19,7 @@ the command named beside it.
 BENCHMARKS = (
     "quickstart",
     "truthfulqa",
+    "levels",
     "optimizers",
     "throughput",
     "memory_roles",

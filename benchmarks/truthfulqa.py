@@ -19,13 +19,14 @@ import json
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, circumstances, minilm, once, write
+from common import FROZEN, RESULTS, ROOT, circumstances, minilm, once, write
 from plain_trainer import Clock, seconds_per_row
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -41,9 +42,6 @@ CONFIG = ROOT / "benchmarks/truthfulqa.yaml"
 HEADS = ("truthful", "informative")
 TEST_QUESTIONS, VALIDATION_QUESTIONS = 160, 60
 LOSSES = {"cross_entropy": "CrossEntropy", "regression": "Regression"}
-FROZEN = ["--model.trunk", "frozen", "--model.pooling", "[mean, first, max]", "--model.head_hidden", "256"]
-FROZEN += ["--model.layer", "4", "--data.batch_size", "256", "--trainer.max_epochs", "6"]
-FROZEN += ["--trainer.precision", "32-true", "--model.optimizer.lr", "1e-3"]
 
 Rows = list[dict[str, Any]]
 Scores = dict[str, np.ndarray]
@@ -67,8 +65,15 @@ def split(data: Path, folder: Path) -> dict[str, Rows]:
     return parts
 
 
-def fit(folder: Path, name: str, seed: int, *options: str) -> tuple[Path, float, MoslimCLI]:
+def fit(folder: Path, name: str, seed: int, *options: str, layer: Sequence[str] = ()) -> tuple[Path, float, MoslimCLI]:
     """Trains a classifier by the command line's own code.
+
+    Args:
+        folder: Where the tables of :func:`split` are and the run's folder goes.
+        name: Of the run.
+        seed: Of the run.
+        options: What else the command line says.
+        layer: The same, of what is laid over the config before anything else is said.
 
     Returns:
         Its folder, the seconds of the whole command but for the start of Python, and the command's parts.
@@ -78,7 +83,7 @@ def fit(folder: Path, name: str, seed: int, *options: str) -> tuple[Path, float,
     places = [f"--data.source.{key}={folder / part}.jsonl" for key, part in files.items()]
     places += [f"--trainer.default_root_dir={out}", f"--model.output={out / 'classifier'}"]
     start = time.perf_counter()
-    cli = run(["fit", "--config", str(CONFIG), *places, f"--seed_everything={seed}", *options])
+    cli = run(["fit", "--config", str(CONFIG), *layer, *places, f"--seed_everything={seed}", *options])
     return out / "classifier", time.perf_counter() - start, cli
 
 
@@ -203,9 +208,9 @@ def frozen(folder: Path, parts: dict[str, Rows], backbone: str) -> dict[str, Any
     """Heads on cached features: the run that makes the cache, and the second, which reads it."""
     shutil.rmtree(folder / "features", ignore_errors=True)  # of a call that was stopped
     cache = f"--model.cache={folder / 'features'}"
-    options = (f"--model.backbone={backbone}", cache, *FROZEN)
-    first = fit(folder, "frozen", 0, *options)[1]
-    classifier, second, _ = fit(folder, "frozen-again", 0, *options)
+    options = (f"--model.backbone={backbone}", cache)
+    first = fit(folder, "frozen", 0, *options, layer=FROZEN)[1]
+    classifier, second, _ = fit(folder, "frozen-again", 0, *options, layer=FROZEN)
     probs, _ = outputs(classifier, parts["test"])
     found = {head: probs[:, i, 1].numpy() for i, head in enumerate(HEADS)}
     return {"seconds": second, "seconds_with_cache_to_make": first, "auroc": auroc(parts["test"], found)}
@@ -216,12 +221,12 @@ def added(folder: Path, parts: dict[str, Rows], backbone: str, labels: int = 300
     cache = f"--model.cache={folder / 'features'}"
     one = ["--preferences.dimensions", "{truthful: [untruthful, truthful]}", f"--model.backbone={backbone}", cache]
     one += ["--data.source.columns", "{truthful: truthful_votes}"]
-    old, _, _ = fit(folder, "one-head", 0, *one, *FROZEN)
+    old, _, _ = fit(folder, "one-head", 0, *one, layer=FROZEN)
     few = folder / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in parts["train"][:labels]), encoding="utf-8")
     both_heads = "{truthful: [untruthful, truthful], informative: [uninformative, informative]}"
     more = ["--preferences.dimensions", both_heads, f"--model.extend={old}", "--model.max_length", "null", cache]
-    more += ["--trainer.max_epochs", "40", "--trainer.check_val_every_n_epoch", "40"]
+    more += ["--trainer.max_epochs", "40", "--trainer.check_val_every_n_epoch", "40", "--model.optimizer.lr", "1e-3"]
     new, seconds, _ = fit(folder, "two-heads", 0, *more, f"--data.source.path={few}", "--trainer.precision", "32-true")
     test = parts["test"]
     before, after = outputs(old, test)[0], outputs(new, test)[0]
