@@ -5,9 +5,9 @@
 
 Two data sets. ``workbench``: answers of the embedded world with the noisy votes of three raters, tested on exact
 levels; a small encoder learns from random weights. ``openassistant``: ``rated_replies.jsonl.gz`` in ``DIR``, the mean
-ratings of volunteers, cut into five levels by the preset; MiniLM, frozen (a hidden layer per head on cached features) or
-tuned. A cell is a ``fit`` and a ``test`` of the command line; calibrated and raw figures come from the same weights. On
-the workbench the test is best-of-four, too. What is measured is kept under ``--work``, cell by cell: a call that was
+ratings of volunteers, cut into five levels by the preset; MiniLM, frozen (a hidden layer per head, on cached features)
+or tuned. A cell is a ``fit`` and a ``test`` of the command line; calibrated and raw figures come from the same weights.
+On the workbench the test is best-of-four, too. What is measured is kept under ``--work``, cell by cell: a call that was
 stopped goes on there.
 Last result: benchmarks/results/levels.json, shown in docs/benchmarks.md.
 """
@@ -29,6 +29,7 @@ from rated_answers import save_encoder, save_rated
 from transformers.utils import logging as transformers_logging
 
 from moslim.cli import run
+from moslim.data.types import Split, View
 from moslim.workbench.grammar import LEVELS
 
 LOSSES = ("CrossEntropy", "SoftOrdinal", "Corn", "Regression")
@@ -42,6 +43,10 @@ LABELS = ("votes", "agreed", "exact")
 and the truth."""
 FEW_ROWS = ["--data.batch_size=64", "--trainer.max_epochs=12"]
 """Heads on features: more steps than the frozen layer's, for so few rows."""
+
+CONFIGS = ("benchmarks/levels_*.yaml", "configs/data/openassistant.yaml", "configs/reward/frozen.yaml")
+
+MEASURED = (Split.TRAIN, Split.VALIDATION, Split.TEST)
 
 Cell = dict[str, Any]
 
@@ -59,6 +64,7 @@ def measured(task: str, heads: Sequence[str], seed: int, options: Sequence[str])
     return {
         "heads": {name: head_figures(result, name) for name in heads},
         "best_of": best_of and {"as asked": best_of["accuracy"], "paraphrased": best_of["paraphrases"]["accuracy"]},
+        "rows": {split.value: len(cli.datamodule.rows(View.REWARD, split)) for split in MEASURED},
         "seconds": time.perf_counter() - start,
     }
 
@@ -90,6 +96,7 @@ def over_seeds(cells: Sequence[Cell]) -> Cell:
 
     return {
         "seeds": len(cells),
+        "rows": cells[0]["rows"],
         "seconds": round(mean(c["seconds"] for c in cells), 1),
         "heads": {name: head(name) for name in cells[0]["heads"]},
         "std": {key: spread(key) for key in ("kappa", "rps")},
@@ -147,8 +154,8 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     args.work.mkdir(parents=True, exist_ok=True)
     result = circumstances()
-    layers = sorted((ROOT / "benchmarks").glob("levels_*.yaml"))
-    bench = Bench(args.work, args.data, [result["versions"], *(path.read_text(encoding="utf-8") for path in layers)])
+    texts = [path.read_text(encoding="utf-8") for name in CONFIGS for path in sorted(ROOT.glob(name))]
+    bench = Bench(args.work, args.data, [result["versions"], *texts])
     seeds, tuned = args.seeds, args.tuned_seeds
     result["workbench"] = {loss: over_seeds([bench.workbench(loss, seed) for seed in seeds]) for loss in LOSSES}
     result["labels"] = {

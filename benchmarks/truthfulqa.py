@@ -265,9 +265,10 @@ def main() -> None:
     backbone = args.backbone or minilm(work / "encoder")
     parts = split(args.data, work)
     result = {**circumstances(), "rows": {part: len(rows) for part, rows in parts.items()}}
-    depends = [CONFIG.read_text(encoding="utf-8"), backbone, result["versions"], result["rows"]]
-    result["frozen"] = once(work, "frozen", [depends, FROZEN], lambda: frozen(work, parts, backbone))
-    result["added_head"] = once(work, "added", [depends, FROZEN], lambda: added(work, parts, backbone))
+    depends = [CONFIG.read_text(encoding="utf-8"), args.backbone, result["versions"], result["rows"]]
+    layer = [*FROZEN, Path(FROZEN[1]).read_text(encoding="utf-8")]
+    result["frozen"] = once(work, "frozen", [depends, layer], lambda: frozen(work, parts, backbone))
+    result["added_head"] = once(work, "added", [depends, layer], lambda: added(work, parts, backbone))
     result |= once(work, "throughput", depends, lambda: throughput(work, parts, backbone))
     runs: dict[str, list[dict[str, Any]]] = {loss: [] for loss in LOSSES}
     for seed in args.seeds:

@@ -22,11 +22,12 @@ def section(result: dict[str, Any]) -> str:
 Kappa has quadratic weights; RPS is the ranked probability score, lower is better. Means over heads and seeds; after ±
 the standard deviation over seeds.
 
-Loss on the embedded world: 3000 answers with the votes of three raters whose errors have a standard deviation of one
-level, tested on exact levels. Best of four: share of prompts of which the one answer that fits gets the highest reward.
+Loss on the embedded world: {_rows(result["workbench"])}. Three raters label the training rows, with errors of a standard
+deviation of one level; the others have exact levels. Best of four: share of prompts of which the one answer that fits
+gets the highest reward.
 
 {_losses(result["workbench"])}
-Loss and trunk on OpenAssistant (867 replies to train on), MiniLM, heads quality and helpfulness:
+Loss and trunk on OpenAssistant: {_rows(result["openassistant"]["frozen"])}; MiniLM, heads quality and helpfulness:
 
 {_trunks(result["openassistant"])}
 Within-one accuracy there, 95% interval over questions, beside always saying the test rows' most frequent level:
@@ -42,6 +43,11 @@ come to, or the exact level:
 Size of the embedded world's classifier (cross-entropy):
 
 {_sizes(result["sizes"])}"""
+
+
+def _rows(cells: dict[str, Cell]) -> str:
+    rows = next(iter(cells.values()))["rows"]
+    return f"{rows['train']} rows to train on, {rows['validation']} to calibrate with, {rows['test']} to test"
 
 
 def _mean(cell: Cell, key: str) -> float:
