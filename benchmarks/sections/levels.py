@@ -22,9 +22,9 @@ def section(result: dict[str, Any]) -> str:
 Kappa has quadratic weights; RPS is the ranked probability score, lower is better. Means over heads and seeds; after ±
 the standard deviation over seeds.
 
-Loss on the embedded world: {_rows(result["workbench"])}. Three raters label the training rows, with errors of a standard
-deviation of one level; the others have exact levels. Best of four: share of prompts of which the one answer that fits
-gets the highest reward.
+Loss on the embedded world: {_rows(result["workbench"])}. Three raters label the training rows, with errors of a
+standard deviation of one level; the others have exact levels. Best of four: share of prompts of which the one answer
+that fits gets the highest reward.
 
 {_losses(result["workbench"])}
 Loss and trunk on OpenAssistant: {_rows(result["openassistant"]["frozen"])}; MiniLM, heads quality and helpfulness:
