@@ -20,6 +20,7 @@ BENCHMARKS = (
     "quickstart",
     "refresh",
     "truthfulqa",
+    "levels",
     "optimizers",
     "ablation",
     "throughput",
