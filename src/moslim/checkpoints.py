@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moslim.sharding import whole
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
@@ -44,7 +46,8 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
             "the checkpoint was trained on other frozen weights than those loaded now: "
             "give the same backbone and the same set of trained parameters"
         )
-    checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
+    if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
+        checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
 
 
 def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -73,10 +76,13 @@ def class_path(part: object) -> str:
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Hash of names, shapes and evenly spaced values, at bfloat16, so that a change of precision goes unnoticed."""
+    """Hash of names, shapes and evenly spaced values, at bfloat16, so that a change of precision goes unnoticed.
+
+    Where tensors are in shards, every process must ask.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().flatten()
+        values = whole(tensor.detach()).flatten()
         sample = values[:: max(1, len(values) // _SAMPLE)].to(torch.bfloat16).cpu()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())

@@ -73,6 +73,7 @@ class PolicyEvaluation(RunModule):
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted evaluation collected."""
         self._sweep.clear()
+        self.roles.gather()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -82,6 +83,7 @@ class PolicyEvaluation(RunModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the measures of steerability under ``val/``."""
+        self.roles.release()
         found = measures(self._sweep.gathered("policy"), self.preferences)
         values = {f"val/{name}": value for name, value in found["mean"].items()}
         for dimension, own in found["dimensions"].items():
@@ -96,6 +98,7 @@ class PolicyEvaluation(RunModule):
 
     def on_test_epoch_end(self) -> None:
         """Writes the steerability report into the run's folder, and a copy of it where ``report`` says."""
+        self.roles.release()
         policy, base = self._sweep.gathered("policy"), self._sweep.gathered("base")
         judge = self.judge.info if self.judge else TRAINING_CLASSIFIER
         result = steerability(policy, base, self.preferences, judge, self.settings())

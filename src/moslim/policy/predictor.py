@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from moslim.policy.statistics import Statistics, of_hidden, of_logits
+from moslim.precision import at_least_float32
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -27,6 +28,11 @@ class Predictor:
     def __init__(self, model: Any, chunked: bool) -> None:
         self.model = model
         self.head = last_layer(model) if chunked else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed from its outputs."""
+        return at_least_float32(self.model.dtype)
 
     def states(self, keep: int, **inputs: Any) -> Tensor:
         """``[B, keep, H or V]`` hidden states or logits at the last positions.

@@ -49,6 +49,7 @@ from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, save_adapter, save_merged
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
 from moslim.reward.training_record import training_record
+from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
 
 _TEMPERATURES = "temperatures"
 _RECORD = "training_record"
@@ -184,11 +185,27 @@ class RewardClassifier(RunModule):
         self._calibrated_at = 0
         self._record: dict[str, Any] = {}
         self._scored = 0
+        self._outline: Any = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of what the run started from."""
         return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
+
+    def configure_model(self) -> None:
+        """Puts the weights into shards, where the strategy wants that.
+
+        Raises:
+            ValueError: The backbone is frozen: its cached features leave nothing worth sharding.
+        """
+        mesh = shard_mesh(self)
+        if mesh is None or is_sharded(self.classifier):
+            return
+        if self.trunk == "frozen":
+            raise ValueError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
+        self._outline = outline(self.classifier)
+        shard(unwrapped(self.classifier), mesh)
+        self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -325,9 +342,15 @@ class RewardClassifier(RunModule):
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
         folder = self.output_folder
-        if self.trainer.is_global_zero and self.was_trained:
+        if not self.was_trained:
+            return
+        sharded = self.classifier
+        if is_sharded(sharded):
+            self.classifier = fill(self._outline, sharded)
+        if self.trainer.is_global_zero:
             self._record = training_record(self.trainer, self.preferences)
             self.export(folder)
+        self.classifier = sharded
 
     @property
     def output_folder(self) -> Path:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
+from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.sharing import load_classifier
@@ -79,12 +80,14 @@ class Scorer:
             batch_size: Pairs per forward pass; None = 16 on a CPU, where small batches stay in the cache, else 256.
 
         Returns:
-            ``[N, D, K]`` float32 on the classifier's device, in the order given; 0 on levels that a dimension lacks.
+            ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
+            dimension lacks.
         """
         rows = [self._encoder.encode(q, a) for q, a in zip(questions, answers, strict=True)]
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sizes, device = self.preferences.sizes, self.classifier.device
-        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=torch.float32)
+        dtype = at_least_float32(self.classifier.dtype)
+        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=dtype)
         batch_size = batch_size or (16 if device.type == "cpu" else 256)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ class Completions:
     Args:
         tokens: ``[N, T]`` int64, pad after the end.
         mask: ``[N, T]`` bool, true up to and including the token that ends the answer.
-        logprobs: ``[N, T]`` float32, log-probability of each token under the sampler; 0 where masked.
+        logprobs: ``[N, T]`` float32 or finer, log-probability of each token under the sampler; 0 where masked.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.
     """
 
@@ -37,6 +37,9 @@ class RolloutEngine(ABC):
             training, are those of the tempered distribution, so that sampler and trainer agree.
         stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
     """
+
+    in_process: ClassVar[bool] = True
+    """Whether it computes with the model that it is given, not with copies of the weights elsewhere."""
 
     def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, stop_strings: Sequence[str] = ()) -> None:
         if max_new_tokens < 1:

@@ -15,6 +15,7 @@ from torch import Tensor
 from moslim.noise import uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.cache import growing_cache
+from moslim.precision import at_least_float32, widened
 
 
 def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Ten
     Returns:
         Tokens ``[B]`` and their log-probabilities ``[B]``.
     """
-    logits = logits.float()
+    logits = widened(logits)
     if temperature not in (0, 1):
         logits = logits / temperature
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -80,7 +81,6 @@ class TorchEngine(RolloutEngine):
         noise = uniforms(seeds.flatten(), self.max_new_tokens)
         eos = torch.tensor(eos_ids, device=device)
         tokens = torch.full((total, self.max_new_tokens), pad_id, dtype=torch.long, device=device)
-        logprobs = torch.zeros((total, self.max_new_tokens), dtype=torch.float32, device=device)
         lengths = torch.zeros(total, dtype=torch.long, device=device)
         ended = torch.zeros(total, dtype=torch.bool, device=device)
 
@@ -96,6 +96,7 @@ class TorchEngine(RolloutEngine):
         )
         cache.batch_repeat_interleave(samples)
         logits = prefill.logits[:, -1].repeat_interleave(samples, dim=0)
+        logprobs = torch.zeros(tokens.shape, dtype=at_least_float32(logits.dtype), device=device)
         attention = attention_mask.repeat_interleave(samples, dim=0)
         position = positions[:, -1:].repeat_interleave(samples, dim=0)
         padded = not bool(attention_mask.all())
