@@ -113,6 +113,7 @@ class PromptBatch:
         questions: The ``B`` neutralised questions, without the instruction.
         kinds: What each prompt is there for in evaluation (``sweep``, ``default``, ``seen``, ``unseen``);
             empty strings in training.
+        following: In training, the next batch of the epoch that holds other prompts, where the module asks for it.
     """
 
     input_ids: Tensor
@@ -121,6 +122,7 @@ class PromptBatch:
     index: Tensor
     questions: list[Question]
     kinds: list[str]
+    following: PromptBatch | None = None
 
 
 @dataclass
