@@ -31,7 +31,7 @@ from moslim.data.types import Split, View
 from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import RLOO
-from moslim.policy.packing import Passes
+from moslim.policy.passes import Passes
 from moslim.trainer import MoslimTrainer
 
 RATE, KL = 1e-6, 0.05

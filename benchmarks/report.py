@@ -18,8 +18,11 @@ the command named beside it.
 
 BENCHMARKS = (
     "quickstart",
+    "refresh",
     "truthfulqa",
+    "levels",
     "optimizers",
+    "ablation",
     "throughput",
     "memory_roles",
     "resume_matrix",

@@ -131,7 +131,7 @@ def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     run.fit(module, data(preferences))
     temperatures = module.classifier.config.temperatures
     assert len(temperatures) == 2 and all(0.1 <= t <= 10 and t != 1 for t in temperatures)
-    kinds = [f"{name}/{stage}" for name in ("ece", "brier", "rps") for stage in ("before", "after")]
+    kinds = [f"{name}/{stage}" for name in ("ece", "classwise_ece", "brier", "rps") for stage in ("before", "after")]
     wanted = {f"val/calibration/{dimension}/{kind}" for dimension in preferences.names for kind in kinds}
     assert wanted <= run.callback_metrics.keys()
     assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == temperatures

@@ -274,7 +274,7 @@ class RewardClassifier(RunModule):
         """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
 
         Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
-        ``val/calibration/{dimension}/{ece, brier, rps}/{before, after}``.
+        ``val/calibration/{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``.
         """
         self._report("val")
         if self._calibrates:
