@@ -15,7 +15,7 @@ from moslim.data.types import PromptBatch, View
 from moslim.evaluation.judges import Judge
 from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
-from moslim.models import eos_ids, load_causal_lm
+from moslim.models import eos_ids, fuse_kernels, load_causal_lm
 from moslim.optim import configure
 from moslim.packing import AnswerBatch
 from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
@@ -79,6 +79,7 @@ class PolicyTrainer(PolicyEvaluation):
         report: Folder that receives a copy of the test's report, beside the one in the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         gradient_checkpointing: Save memory by computing activations twice.
+        liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
         dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too.
         reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
         trust_remote_code: Whether code from the model's repository may run.
@@ -116,6 +117,7 @@ class PolicyTrainer(PolicyEvaluation):
         report: str | None = None,
         predictions: str | None = None,
         gradient_checkpointing: bool = False,
+        liger: bool = False,
         dtype: Dtype = "float32",
         reset_state: bool = False,
         trust_remote_code: bool = False,
@@ -162,6 +164,8 @@ class PolicyTrainer(PolicyEvaluation):
         self.seed = seed
 
         start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype))
+        if liger:
+            fuse_kernels(start)
         self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
         self.policy, self.critic = self.roles.policy, self.roles.critic
         self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
