@@ -2,8 +2,9 @@
 
     python benchmarks/devices.py
 
-Twenty steps of SGD in double precision with every policy optimizer, once in one process, once in two of half the batch
-size (configs/trainer/ddp.yaml on CPU). After each step the sampled answers and the trained weights are compared.
+Twenty steps of SGD in double precision with every policy optimizer, in one process, and in two of half the batch size
+with DDP and with FSDP2 (configs/trainer/, on CPU). After each step the sampled answers and the trained weights are
+compared.
 Last result: benchmarks/results/devices.json.
 """
 
@@ -21,18 +22,21 @@ from processes import Launch
 from tiny import OPTIMIZERS, policy_config, save_models
 
 STEPS, PROMPTS, WANTED, LIMIT = 20, 4, 1e-5, 240.0
+STRATEGIES = ("ddp", "fsdp")
 
 
-def train(folder: Path, models: Path, optimizer: str, processes: int) -> list[dict[str, Any]]:
-    """Runs it and returns its checkpoints, one per step."""
+def train(folder: Path, models: Path, optimizer: str, strategy: str | None = None) -> list[dict[str, Any]]:
+    """Runs it, in two processes if a strategy is named, and returns its checkpoints, one per step."""
+    processes = 1 if strategy is None else 2
     folder.mkdir(parents=True)
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     config = policy_config(models, optimizer, PROMPTS // processes, optimizer=sgd)
-    config["trainer"] |= {"default_root_dir": str(folder), "precision": "64-true", "max_steps": STEPS}
+    config["model"]["init_args"]["dtype"] = "float64"
+    config["trainer"] |= {"default_root_dir": str(folder), "max_steps": STEPS}
     config["checkpoint"] = {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}", "save_last": False}
     (folder / "config.json").write_text(json.dumps(config))
-    several = ["--config", str(ROOT / "configs/trainer/ddp.yaml"), "--trainer.devices", str(processes)]
-    command = ["fit", "--config", str(folder / "config.json"), *(several if processes > 1 else [])]
+    several = ["--config", str(ROOT / f"configs/trainer/{strategy}.yaml"), "--trainer.devices", "2"] if strategy else []
+    command = ["fit", "--config", str(folder / "config.json"), *several]
     Launch(command, processes, folder / "log.txt").wait(LIMIT)
     files = folder / "version_0/checkpoints"
     return [torch.load(files / f"step={step}.ckpt", weights_only=True) for step in range(1, STEPS + 1)]
@@ -54,6 +58,7 @@ def compare(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "devices.json")
+    parser.add_argument("--only", default="", help="cells whose name begins like this")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
@@ -61,9 +66,12 @@ def main() -> None:
         models = Path(temporary) / "models"
         save_models(models)
         for name in OPTIMIZERS:
-            runs = [train(Path(temporary) / f"{name}{count}", models, name, count) for count in (1, 2)]
-            found[f"{name}/ddp"] = compare(*runs)
-            print(f"{name}/ddp: {found[f'{name}/ddp']}", flush=True)
+            strategies = [strategy for strategy in STRATEGIES if f"{name}/{strategy}".startswith(options.only)]
+            alone = train(Path(temporary) / name, models, name) if strategies else []
+            for strategy in strategies:
+                cell = f"{name}/{strategy}"
+                found[cell] = compare(alone, train(Path(temporary) / cell.replace("/", "-"), models, name, strategy))
+                print(f"{cell}: {found[cell]}", flush=True)
     write(options.out, {**circumstances(), "steps": STEPS, "wanted": WANTED, "cells": found})
     if not all(cell["same_answers"] and cell["largest"] <= WANTED for cell in found.values()):
         raise SystemExit("two processes do not train what one does")

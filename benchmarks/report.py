@@ -18,8 +18,11 @@ the command named beside it.
 
 BENCHMARKS = (
     "quickstart",
+    "refresh",
     "truthfulqa",
+    "levels",
     "optimizers",
+    "ablation",
     "throughput",
     "policy_stage",
     "memory_roles",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moslim.precision import at_least_float32
+
 
 def process_count() -> int:
     """Number of processes that train together."""
@@ -48,13 +50,24 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes (float32 or better, no gradient); every process must ask, with its shape.
+    """Mean of a tensor over all processes (float32 or finer, no gradient); every process must ask, with its shape.
 
     Gradients are averaged over processes. So a loss that is a sum divided by the mean count has the gradient of the
     mean over the whole batch, though processes hold different numbers of tokens.
     """
-    mean = values.detach().to(torch.promote_types(values.dtype, torch.float32), copy=True)
+    mean = values.detach().to(at_least_float32(values.dtype), copy=True)
     count = process_count()
     if count > 1:
         torch.distributed.all_reduce(mean)
     return mean / count
+
+
+def shared_count(counted: Tensor) -> Tensor:
+    """Mean over all processes of how many entries are true: what to divide a sum by, see :func:`mean_over_processes`.
+
+    It is below 1 where there are fewer than processes, and never 0: if there are none at all, one is counted.
+
+    Args:
+        counted: Any shape, bool; every process must ask.
+    """
+    return mean_over_processes(counted.sum()).clamp(min=1 / process_count())

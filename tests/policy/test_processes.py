@@ -10,7 +10,8 @@ from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
 from moslim.processes import gathered, mean_over_processes, process_count
-from tests.policy.runs import BATCH, data, make, trainer
+from tests.forked import in_two, sharded
+from tests.policy.runs import BATCH, LORA, data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
@@ -49,6 +50,10 @@ PARTS = {
         "default_kl_coef": 0.5,
     },
     "pairs": lambda: {"mapping": TargetProbability(scope="batch"), "policy_optimizer": OnlineDPO(min_margin=0.5)},
+    "a single pair, fewer than processes": lambda: {
+        "mapping": TargetProbability(scope="batch"),
+        "policy_optimizer": OnlineDPO(min_margin=2.0),
+    },
     "groups left out": lambda: {
         "mapping": TargetProbability(scope="batch"),
         "policy_optimizer": GRPO(min_spread=0.6, scale="batch", reduction="grpo"),
@@ -60,27 +65,41 @@ PARTS = {
 }
 
 
+def steps(folder, kind, preferences, lm, classifier, batch_size, strategy="auto", **options):
+    """Two steps of plain gradient descent: each is the gradient, neither more nor less."""
+    sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}
+    module = make(preferences, lm, classifier, **PARTS[kind](), **sgd)
+    run = trainer(folder, max_steps=2, callbacks=[SaveEachStep(folder)], strategy=strategy, **options)
+    run.fit(module, data(preferences, batch_size=batch_size))
+
+
+def sharded_steps(*arguments):
+    steps(*arguments, strategy=sharded(), devices=2)
+
+
 @pytest.mark.parametrize("kind", PARTS)
 def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm, classifier, tmp_path):
-    found = {}
-    for name, size, options in (("one", BATCH, {}), ("two", BATCH // 2, TWO)):
-        folder = tmp_path / name
-        sgd = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}  # a step is the gradient, neither more nor less
-        module = make(preferences, lm, classifier, **PARTS[kind](), **sgd)
-        run = trainer(folder, max_steps=2, callbacks=[SaveEachStep(folder)], **options)
-        run.fit(module, data(preferences, batch_size=size))
-        found[name] = [torch.load(folder / f"{step}.ckpt", weights_only=True) for step in (1, 2)]
-    start, unequal = make(preferences, lm, classifier, **PARTS[kind]()).state_dict(), 0
-    for one, two in zip(found["one"], found["two"], strict=True):
+    start = make(preferences, lm, classifier, **PARTS[kind]()).state_dict()
+    parts = (kind, preferences, lm, classifier)
+    steps(tmp_path / "one", *parts, BATCH)
+    steps(tmp_path / "ddp", *parts, BATCH // 2, strategy="ddp_fork", devices=2)
+    in_two(sharded_steps, tmp_path / "fsdp", *parts, BATCH // 2)
+    found = {
+        name: [torch.load(tmp_path / name / f"{step}.ckpt", weights_only=True) for step in (1, 2)]
+        for name in ("one", "ddp", "fsdp")
+    }
+    unequal = 0
+    for name, one, two in [(n, *both) for n in ("ddp", "fsdp") for both in zip(found["one"], found[n], strict=True)]:
         ((whole,), halves) = (saved["policy_run"]["rollouts"] for saved in (one, two))
         assert len(halves) == 2
-        assert whole["answers"] == halves[0]["answers"] + halves[1]["answers"]
-        for name in ("rewards", "advantages", "probs"):
-            torch.testing.assert_close(torch.cat([half[name] for half in halves]), whole[name], atol=1e-5, rtol=1e-4)
+        assert whole["answers"] == halves[0]["answers"] + halves[1]["answers"], name
+        for part in ("rewards", "advantages", "probs"):
+            torch.testing.assert_close(torch.cat([half[part] for half in halves]), whole[part], atol=1e-5, rtol=1e-4)
         unequal += abs(len(halves[0]["mask"].nonzero()) - len(halves[1]["mask"].nonzero()))
-        for name, value in one["state_dict"].items():
-            moved = (value - start[name]).abs().max()
-            assert moved > 0 and (two["state_dict"][name] - value).abs().max() < 1e-4 * moved, name
+        assert two["state_dict"].keys() == one["state_dict"].keys()
+        for weight, value in one["state_dict"].items():
+            moved = (value - start[weight]).abs().max()
+            assert moved > 0 and (two["state_dict"][weight] - value).abs().max() < 1e-4 * moved, (name, weight)
         assert one["callbacks"].keys() == two["callbacks"].keys()
         for key, state in one["callbacks"].items():
             if "factor" in state:
@@ -90,13 +109,22 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
     assert unequal > 0
 
 
-def test_resuming_two_processes_gives_each_its_own_rollout(preferences, lm, classifier, tmp_path):
-    options = {"inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+def some_steps(folder, resumed, lora, preferences, lm, classifier, strategy="ddp_fork"):
+    options = {"lora": lora, "inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+    run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], strategy=strategy, devices=2)
+    module = make(preferences, lm, classifier, **options)
+    run.fit(module, data(preferences, batch_size=BATCH // 2), ckpt_path=resumed, weights_only=True)
+
+
+def sharded_some_steps(*arguments):
+    some_steps(*arguments, strategy=sharded())
+
+
+@pytest.mark.parametrize(("strategy", "lora"), [("ddp", None), ("fsdp", None), ("fsdp", LORA)])
+def test_resuming_two_processes_gives_each_its_own_rollout(strategy, lora, preferences, lm, classifier, tmp_path):
     for name, resumed in (("whole", None), ("resumed", tmp_path / "whole" / "1.ckpt")):
-        folder = tmp_path / name
-        run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], **TWO)
-        module_data = data(preferences, batch_size=BATCH // 2)
-        run.fit(make(preferences, lm, classifier, **options), module_data, ckpt_path=resumed, weights_only=True)
+        arguments = (tmp_path / name, resumed, lora, preferences, lm, classifier)
+        some_steps(*arguments) if strategy == "ddp" else in_two(sharded_some_steps, *arguments)
     assert not (tmp_path / "resumed" / "1.ckpt").exists()
     for step in (2, 3):
         files = (tmp_path / name / f"{step}.ckpt" for name in ("whole", "resumed"))
@@ -107,15 +135,28 @@ def test_resuming_two_processes_gives_each_its_own_rollout(preferences, lm, clas
             assert mine["answers"] == theirs["answers"] and mine["key"] == theirs["key"]
             assert torch.equal(mine["advantages"], theirs["advantages"])
         assert again["callbacks"] == whole["callbacks"]
+        ((mine,), (theirs,)) = again["optimizer_states"], whole["optimizer_states"]
+        assert mine["state"].keys() == theirs["state"].keys()
+        for number, state in theirs["state"].items():
+            assert all(torch.equal(mine["state"][number][key], value) for key, value in state.items())
+
+
+def report(folder, preferences, lm, classifier, **options):
+    module = make(preferences, lm, classifier)
+    trainer(folder, **options).test(module, data(preferences, eval_batch_size=7), verbose=False)
+
+
+def sharded_report(*arguments):
+    report(*arguments, strategy=sharded(), devices=2)
 
 
 def test_two_processes_write_the_report_that_one_writes(preferences, lm, classifier, tmp_path):
-    results = []
-    for name, options in (("one", {}), ("two", TWO)):
-        folder = tmp_path / name
-        module = make(preferences, lm, classifier)
-        trainer(folder, **options).test(module, data(preferences, eval_batch_size=7), verbose=False)
-        results.append(json.loads((folder / "steerability.json").read_text()))
+    report(tmp_path / "one", preferences, lm, classifier)
+    report(tmp_path / "ddp", preferences, lm, classifier, **TWO)
+    in_two(sharded_report, tmp_path / "fsdp", preferences, lm, classifier)
+    results = [json.loads((tmp_path / name / "steerability.json").read_text()) for name in ("one", "ddp", "fsdp")]
     rewards = [result.pop("reward") for result in results]
-    assert results[0] == results[1] and rewards[0]["gold"] == rewards[1]["gold"]
-    assert rewards[0]["proxy"] == pytest.approx(rewards[1]["proxy"], abs=2e-6)
+    assert results[0] == results[1] == results[2]
+    for reward in rewards[1:]:
+        assert reward["gold"] == rewards[0]["gold"]
+        assert reward["proxy"] == pytest.approx(rewards[0]["proxy"], abs=2e-6)

@@ -19,6 +19,7 @@ from moslim.reward.comparisons import BradleyTerry
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
+from tests.forked import in_two, sharded
 
 from .conftest import ComparedSource, WordSource, save_backbone
 
@@ -130,7 +131,7 @@ def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     run.fit(module, data(preferences))
     temperatures = module.classifier.config.temperatures
     assert len(temperatures) == 2 and all(0.1 <= t <= 10 and t != 1 for t in temperatures)
-    kinds = [f"{name}/{stage}" for name in ("ece", "brier", "rps") for stage in ("before", "after")]
+    kinds = [f"{name}/{stage}" for name in ("ece", "classwise_ece", "brier", "rps") for stage in ("before", "after")]
     wanted = {f"val/calibration/{dimension}/{kind}" for dimension in preferences.names for kind in kinds}
     assert wanted <= run.callback_metrics.keys()
     assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == temperatures
@@ -157,7 +158,11 @@ def test_weights_that_no_validation_has_seen_are_calibrated_at_the_end(
         run.fit(module, data(preferences))
         with (Path(run.log_dir) / "metrics.csv").open() as file:
             logged = [row["val/calibration/tone/brier/after"] for row in csv.DictReader(file)]
-        found.append((module.classifier.config.temperatures, [value for value in logged if value][-1]))
+        last = [value for value in logged if value][-1]
+        card = (Path(run.log_dir) / "classifier" / "README.md").read_text().split("## Calibration")[1]
+        tone = next(line for line in card.splitlines() if line.startswith("| tone |"))
+        assert tone.split(" | ")[3].endswith(f" to {float(last):.3f}")  # not what an earlier validation found
+        found.append((module.classifier.config.temperatures, last))
     assert found[0] == found[1]
 
 
@@ -294,24 +299,74 @@ def test_scoring_has_no_dropout(preferences: PreferenceSet, backbone: str, tmp_p
     assert runs[0] == runs[1]
 
 
-def test_two_processes_train_as_one_does(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+def few_steps(folder: Path, preferences: PreferenceSet, backbone: str, batch_size: int, **options: object) -> None:
+    """Three steps of plain gradient descent, with comparisons; the classifier is saved in the folder."""
+    module = RewardClassifier(preferences, backbone, optimizer=lambda p: SGD(p, lr=0.5), output=str(folder))
+    with torch.no_grad():
+        module.classifier.head.weight.fill_(0.1)
+    source = ComparedSource(labelled=True)
+    stage = PreferenceDataModule(preferences, source, batch_size=batch_size, eval_batch_size=5)
+    trainer(folder, max_steps=3, val_check_interval=3, **options).fit(module, stage)
+
+
+def sharded_few_steps(*arguments: object) -> None:
+    few_steps(*arguments, strategy=sharded(), devices=2)  # type: ignore[arg-type]
+
+
+def test_two_processes_train_as_one_does(preferences: PreferenceSet, tmp_path: Path) -> None:
     """Heads and comparisons are averaged over the whole batch, however it is spread over processes."""
     plain = tmp_path / "without_dropout"
     save_backbone(plain, seed=0, dropout=0.0)
+    few_steps(tmp_path / "one", preferences, str(plain), 12)
+    few_steps(tmp_path / "ddp", preferences, str(plain), 6, devices=2, strategy="ddp_fork")
+    in_two(sharded_few_steps, tmp_path / "fsdp", preferences, str(plain), 6)
 
-    def train(batch_size: int, **options: object) -> tuple[dict[str, torch.Tensor], list[float]]:
-        folder = tmp_path / str(batch_size)
-        module = RewardClassifier(preferences, str(plain), optimizer=lambda p: SGD(p, lr=0.5), output=str(folder))
-        with torch.no_grad():
-            module.classifier.head.weight.fill_(0.1)
-        source = ComparedSource(labelled=True)
-        stage = PreferenceDataModule(preferences, source, batch_size=batch_size, eval_batch_size=5)
-        trainer(tmp_path, max_steps=3, val_check_interval=3, **options).fit(module, stage)
+    def saved(name: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+        folder = tmp_path / name
         config = json.loads((folder / "config.json").read_text())
         weights = load_file(folder / "heads.safetensors") | load_file(folder / "backbone" / "model.safetensors")
+        assert config["architectures"] == ["PreferenceClassifier"]
         return weights, config["temperatures"]
 
-    one = train(12)
-    two = train(6, devices=2, strategy="ddp_fork")
-    torch.testing.assert_close(two[0], one[0], atol=1e-6, rtol=1e-5)
-    assert two[1] == pytest.approx(one[1], rel=1e-3)
+    one = saved("one")
+    for two in (saved("ddp"), saved("fsdp")):
+        torch.testing.assert_close(two[0], one[0], atol=1e-6, rtol=1e-5)
+        assert two[1] == pytest.approx(one[1], rel=1e-3)
+
+
+def sharded_adapter(folder: Path, resumed: Path | None, preferences: PreferenceSet, backbone: str) -> None:
+    module = make(preferences, backbone, lora=LORA, output=str(folder / "classifier"))
+    few = {"limit_val_batches": 1, "limit_test_batches": 1, "num_sanity_val_steps": 0}
+    run = trainer(folder, max_steps=2 if resumed is None else 4, strategy=sharded(), devices=2, **few)
+    run.fit(module, data(preferences), ckpt_path=resumed)
+    run.save_checkpoint(folder / "end.ckpt")
+    if resumed:
+        run.test(module, data(preferences), verbose=False)
+
+
+def test_an_adapter_in_shards_goes_on_from_a_checkpoint_and_is_saved_merged(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    in_two(sharded_adapter, tmp_path / "first", None, preferences, backbone)
+    in_two(sharded_adapter, tmp_path / "then", tmp_path / "first" / "end.ckpt", preferences, backbone)
+    kept = torch.load(tmp_path / "then" / "end.ckpt", weights_only=True)
+    assert kept["global_step"] == 4
+    module = make(preferences, backbone, lora=LORA)
+    module.on_load_checkpoint(kept)
+    module.load_state_dict(kept["state_dict"])
+    module.export(tmp_path / "exported")
+    exported, saved = (Scorer.from_pretrained(tmp_path / name) for name in ("exported", "then/classifier"))
+    questions, answers = ["a b", "c"], ["d e", "f"]
+    torch.testing.assert_close(saved.probabilities(questions, answers), exported.probabilities(questions, answers))
+    report = json.loads((tmp_path / "then" / "reward.json").read_text())
+    assert report["dimensions"].keys() >= {"tone", "amount"}
+
+
+def sharded_heads(folder: Path, preferences: PreferenceSet, backbone: str) -> None:
+    with pytest.raises(ValueError, match="only heads are trained"):
+        module = make(preferences, backbone, trunk="frozen")
+        trainer(folder, max_steps=1, strategy=sharded(), devices=2).fit(module, data(preferences))
+
+
+def test_a_frozen_trunk_is_not_sharded(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+    in_two(sharded_heads, tmp_path, preferences, backbone)

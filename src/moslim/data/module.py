@@ -180,7 +180,7 @@ class PreferenceDataModule(LightningDataModule):
             rows = [dataclasses.replace(row, answer="") for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows))
-        asked = [known_levels(row, self.preferences) for row in rows]
+        asked = [known_levels(row.levels, self.preferences) for row in rows]
         return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
 
     def state_dict(self) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Example:
         rejected: Another answer to the question, which people liked less than ``answer``.
         compared: Dimensions that this comparison speaks about; empty = all.
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
+        requested: Level by dimension name that a policy was asked for when it gave the answer.
         id: What the source calls the row, carried into predictions.
     """
 
@@ -63,6 +64,7 @@ class Example:
     rejected: str | None = None
     compared: tuple[str, ...] = ()
     margin: float = 0.0
+    requested: Mapping[str, int] = field(default_factory=dict)
     id: str | int | None = None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moslim.lora import LoraOptions
+from moslim.precision import widened
 
 
 @dataclass
@@ -35,8 +36,9 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Values of states in which tokens were chosen: ``[M, H]`` to ``[M]`` float32."""
-        return self.linear(states.to(self.linear.weight.dtype))[..., 0].float()
+        """Values of states in which tokens were chosen: ``[M, H]`` to ``[M]``, float32 or finer."""
+        values = self.linear(states.to(self.linear.weight.dtype))[..., 0]
+        return widened(values).clone()  # a view could lose the hooks of FSDP
 
 
 def trunk(model: Any) -> Any:

@@ -76,6 +76,7 @@ class PolicyEvaluation(RunModule):
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted evaluation collected."""
         self._sweep.clear()
+        self.roles.gather()
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -85,6 +86,7 @@ class PolicyEvaluation(RunModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the measures of steerability under ``val/``."""
+        self.roles.release()
         found = measures(self._sweep.gathered("policy"), self.preferences)
         values = {f"val/{name}": value for name, value in found["mean"].items()}
         for dimension, own in found["dimensions"].items():
@@ -99,6 +101,7 @@ class PolicyEvaluation(RunModule):
 
     def on_test_epoch_end(self) -> None:
         """Writes the steerability report into the run's folder, and a copy of it where ``report`` says."""
+        self.roles.release()
         policy, base = self._sweep.gathered("policy"), self._sweep.gathered("base")
         judge = self.judge.info if self.judge else TRAINING_CLASSIFIER
         result = steerability(policy, base, self.preferences, judge, self.settings())
@@ -112,7 +115,7 @@ class PolicyEvaluation(RunModule):
         keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
         answers = self.answerer(self.policy, batch, keys, 1)
         return [
-            {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
+            {"question": question, "requested": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
             for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
         ]
 

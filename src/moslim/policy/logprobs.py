@@ -95,10 +95,10 @@ def answer_logprobs(model: Any, batch: AnswerBatch, temperature: float, passes: 
         passes: How they are computed.
 
     Returns:
-        ``[N, T]`` float32, 0 where masked.
+        ``[N, T]`` float32 or finer, 0 where masked.
     """
     predictor = Predictor(model, passes.chunked_logprobs)
-    result = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
+    result = torch.zeros(batch.mask.shape, dtype=predictor.dtype, device=batch.mask.device)
     for chunk, states in answer_states(predictor, plan(model, batch, passes)):
         found = predictor.statistics(states[chunk.mask], chunk.tokens[chunk.mask], temperature)
         put(result, chunk, found.logprobs)

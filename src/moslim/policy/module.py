@@ -38,9 +38,10 @@ from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.preferences import PreferenceSet
 from moslim.sampling import PreferenceSampler
+from moslim.sharding import shard_mesh
 from moslim.timing import Stopwatch
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class PolicyTrainer(PolicyEvaluation):
@@ -79,7 +80,7 @@ class PolicyTrainer(PolicyEvaluation):
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         gradient_checkpointing: Save memory by computing activations twice.
         liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
-        dtype: Of the weights.
+        dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too.
         reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
         trust_remote_code: Whether code from the model's repository may run.
         seed: Seed of all that is drawn.
@@ -207,8 +208,11 @@ class PolicyTrainer(PolicyEvaluation):
         Raises:
             ValueError: Gradient accumulation would mix answers of different policies in one step.
         """
-        self.roles.to(self.device)
-        self.scorer.to(self.device)
+        device = self.trainer.strategy.root_device  # the module itself has not been moved yet
+        self.roles.to(device, self.trainer.precision_plugin.convert_module)
+        self.scorer.to(device)
+        if self.roles.policy.dtype == torch.float64 or self.trainer.precision == "64-true":
+            self.scorer.classifier.double()
         self.scorer.reserve(self.reserved)
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
@@ -220,8 +224,30 @@ class PolicyTrainer(PolicyEvaluation):
                 f"{self.batch_repeats}, or be a multiple of it: an optimizer step would end in the middle of a rollout"
             )
 
+    def configure_model(self) -> None:
+        """Puts the weights into shards, where the strategy wants that.
+
+        Raises:
+            ValueError: The engine samples in other processes, which it gives whole weights.
+        """
+        mesh = shard_mesh(self)
+        if mesh is None or self.roles.sharded:
+            return
+        if not self.engine.in_process:
+            raise ValueError(
+                f"engine {type(self.engine).__name__} samples with copies of the policy's weights, which the strategy "
+                "keeps in shards: take TorchEngine, or another strategy"
+            )
+        self.roles.shard(mesh)
+        self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
+
+    def on_after_backward(self) -> None:
+        """Ends the part of a step that needs whole weights."""
+        self.roles.release()
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
+        self.roles.gather()
         key = (self.current_epoch, batch_idx // self.batch_repeats)
         if self.rollout is None or self.rollout.key != key:
             stateful = own_parts([self.mapping, self.policy_optimizer])
@@ -327,6 +353,7 @@ class PolicyTrainer(PolicyEvaluation):
         keep_epoch_open(self.trainer, checkpoint)
         drop_frozen(self, checkpoint)
         save_run(self, checkpoint)
+        self.roles.gather_again()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the weights and takes up the rollout.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moslim import caches
 from moslim.policy.statistics import Statistics, of_hidden, of_logits
+from moslim.precision import at_least_float32
 
 _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -25,6 +26,11 @@ class Predictor:
     def __init__(self, model: Any, chunked: bool) -> None:
         self.model = model
         self.head = last_layer(model) if chunked else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed from its outputs."""
+        return at_least_float32(self.model.dtype)
 
     def states(self, keep: int, **inputs: Any) -> Tensor:
         """``[B, keep, H or V]`` hidden states or logits at the last positions.

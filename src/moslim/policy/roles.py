@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
+from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
 from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead
 from moslim.policy.logprobs import answer_logprobs, answer_states, plan, put
 from moslim.policy.passes import Passes
+from moslim.precision import at_least_float32
 from moslim.reward.adapter_form import SavedAdapter
+from moslim.sharding import StepShards
 
 Role = Literal["policy", "reference", "classifier", "critic"]
 
@@ -55,15 +58,16 @@ class Roles:
             checkpoint_activations(model)
             model.train()  # transformers recomputes activations in training mode only
         self.policy: Any = add_lora(model, lora, name="policy") if lora else model
-        self.critic = ValueHead(model.config.hidden_size) if critic else None
+        self.critic = ValueHead(model.config.hidden_size).to(at_least_float32(model.dtype)) if critic else None
         self.critic_shares_trunk = critic is not None and critic.lora is None
         self.active: Role = "policy"
-        self._adapters: dict[Role, list[nn.Parameter]] = {}
+        self._adapters: dict[Role, list[str]] = {}  # names: sharding puts other parameters in their places
+        self._shards: list[StepShards] = []
         if lora is not None:
-            self._adapters["policy"] = [p for p in self.policy.parameters() if p.requires_grad]
+            self._adapters["policy"] = [name for name, p in self.policy.named_parameters() if p.requires_grad]
         if critic is not None and critic.lora is not None:
             _check_critic_lora(lora, gradient_checkpointing)
-            self._adapters["critic"] = add_adapter(self.policy, critic.lora, name="critic")
+            self._adapters["critic"] = self._names(add_adapter(self.policy, critic.lora, name="critic"))
             self._switch("policy")
         _disable_dropout(self.policy)
 
@@ -79,9 +83,8 @@ class Roles:
             ValueError: The adapter does not fit the base.
         """
         inside = self.policy.get_base_model().base_model_prefix
-        self._adapters["classifier"] = attach_adapter(
-            self.policy, classifier.options, classifier.weights, "classifier", inside
-        )
+        added = attach_adapter(self.policy, classifier.options, classifier.weights, "classifier", inside)
+        self._adapters["classifier"] = self._names(added)
         self._switch("policy")
 
     @property
@@ -89,10 +92,40 @@ class Roles:
         """Whether the reward classifier is an adapter on the policy's base."""
         return "classifier" in self._adapters
 
-    def to(self, device: torch.device) -> None:
-        """Moves the reference; the policy is moved as part of the module."""
+    def to(self, device: torch.device, convert: Callable[[nn.Module], nn.Module]) -> None:
+        """Moves the reference and gives it the run's precision, as the module's weights are given it."""
         if self._copy is not None:
-            self._copy.to(device)
+            self._copy = convert(self._copy).to(device)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights only, but for the time of a step."""
+        return bool(self._shards)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Puts the weights of all roles into shards, see :class:`StepShards`."""
+        models = (unwrapped(self.policy), self.critic, self._copy)
+        self._shards = [StepShards(model, mesh) for model in models if model is not None]
+
+    def gather(self) -> None:
+        """Makes sharded weights whole for a step; those of a reference that is a copy, when it is first asked."""
+        for shards in self._trained_shards:
+            shards.gather()
+
+    def gather_again(self) -> None:
+        """Makes whole what was so before a checkpoint was written, which puts weights into shards."""
+        for shards in self._shards:
+            if shards.whole:
+                shards.gather()
+
+    def release(self) -> None:
+        """Leaves sharded weights in shards, after a step."""
+        for shards in self._shards:
+            shards.release()
+
+    @property
+    def _trained_shards(self) -> list[StepShards]:
+        return self._shards if self._copy is None else self._shards[:-1]
 
     def frozen(self) -> dict[str, Tensor]:
         """The reference's weights, which are never trained, by names that do not depend on adapters."""
@@ -107,13 +140,13 @@ class Roles:
             return []
         if role == "reference" and self._copy is not None:
             return list(self._copy.parameters())
-        others = {id(p) for name, own in self._adapters.items() if name != self._adapter(role) for p in own}
+        others = {id(p) for other in self._adapters if other != self._adapter(role) for p in self.adapter(other)}
         head = self.critic.parameters() if role == "critic" and self.critic is not None else ()
         return [*(p for p in self.policy.parameters() if id(p) not in others), *head]
 
     def adapter(self, role: Role) -> list[Tensor]:
         """The weights of a role's own adapter; none if it has none."""
-        return list(self._adapters.get(role, ()))
+        return [self.policy.get_parameter(name) for name in self._adapters.get(role, ())]
 
     @contextmanager
     def playing(self, role: Role) -> Iterator[Any]:
@@ -124,7 +157,10 @@ class Roles:
         before = self.active
         try:
             self._switch(role)
-            yield self._copy if role == "reference" and self._copy is not None else self.policy
+            copied = role == "reference" and self._copy is not None
+            if copied and self._shards:
+                self._shards[-1].gather()
+            yield self._copy if copied else self.policy
         finally:
             self._switch(before)
 
@@ -141,11 +177,11 @@ class Roles:
         """The critic's values by passes of its own; see :func:`plan` for the arguments.
 
         Returns:
-            ``[N, T]`` float32, 0 where masked, or not ``among`` those asked for.
+            ``[N, T]`` float32 or finer, 0 where masked, or not ``among`` those asked for.
         """
         assert self.critic is not None
-        result = torch.zeros(batch.mask.shape, dtype=torch.float32, device=batch.mask.device)
         with self.playing("critic") as model:
+            result = torch.zeros(batch.mask.shape, dtype=at_least_float32(model.dtype), device=batch.mask.device)
             for chunk, states in answer_states(TrunkReader(model), plan(model, batch, passes, among)):
                 put(result, chunk, self.critic(states[chunk.mask]))
         return result
@@ -169,9 +205,13 @@ class Roles:
             self.policy.set_adapter(adapter)
         # peft stops the gradients of adapters that are not active, which still have a backward pass before them, and
         # lets those of the active one flow.
-        for name, own in self._adapters.items():
-            for parameter in own:
-                parameter.requires_grad_(adapter is not None and name != "classifier")
+        for other in self._adapters:
+            for parameter in self.adapter(other):
+                parameter.requires_grad_(adapter is not None and other != "classifier")
+
+    def _names(self, parameters: list[nn.Parameter]) -> list[str]:
+        wanted = {id(parameter) for parameter in parameters}
+        return [name for name, parameter in self.policy.named_parameters() if id(parameter) in wanted]
 
 
 def _check_critic_lora(lora: LoraOptions | None, gradient_checkpointing: bool) -> None:

@@ -24,10 +24,11 @@ class Rollout:
         input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
         attention_mask: ``[N, P + T]``.
         mask: ``[N, T]`` bool, answer tokens up to and including the end-of-sequence token.
-        old_logprobs: ``[N, T]`` float32, under the policy when it began to learn from them; 0 where masked.
-        reference_logprobs: ``[N, T]`` float32, or None where no KL is asked for.
+        old_logprobs: ``[N, T]`` float32 or finer, as all that follows; under the policy when it began to learn from
+            them; 0 where masked.
+        reference_logprobs: ``[N, T]``, or None where no KL is asked for.
         targets: ``[N, D]`` int64, requested levels, -1 = not mentioned.
-        probs: ``[N, D, K]`` float32, the classifier's level probabilities.
+        probs: ``[N, D, K]``, the classifier's level probabilities.
         per_dimension: ``[N, D + F]`` rewards of the dimensions, then of the reward functions, NaN where inactive.
         rewards: ``[N]`` total rewards.
         advantages: ``[N]`` or ``[N, T]``, as the policy optimizer gives them.

@@ -14,6 +14,7 @@ from moslim.checkpoints import fingerprint
 from moslim.lora import base_weights
 from moslim.policy.critic import trunk
 from moslim.policy.roles import Roles, evaluating
+from moslim.precision import widened
 from moslim.reward.adapter_form import SavedAdapter
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import saved_adapter
@@ -51,13 +52,16 @@ class SharedBackbone(nn.Module):
         use_cache: bool = False,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        """Hidden states ``[B, T, H]`` float32 of pairs ``[B, T]``, or of answers behind cached prompts; no gradient."""
+        """Hidden states ``[B, T, H]``, float32 or finer, of pairs ``[B, T]``, or of answers behind cached prompts.
+
+        Without gradient.
+        """
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         inputs |= {"position_ids": position_ids, "past_key_values": past_key_values}
         with self._roles.playing("classifier") as model, evaluating(model):
             found = trunk(model)(**inputs, output_hidden_states=output_hidden_states)
-        layers = tuple(state.float() for state in found.hidden_states) if output_hidden_states else None
-        return BaseModelOutput(last_hidden_state=found.last_hidden_state.float(), hidden_states=layers)
+        layers = tuple(widened(state) for state in found.hidden_states) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=widened(found.last_hidden_state), hidden_states=layers)
 
 
 def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrainedTokenizerBase) -> Scorer:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from moslim.precision import at_least_float32, widened
+
 HELD_LOGITS = 1 << 22
 """Numbers in the largest tensor over the vocabulary: 16 MiB in float32."""
 
 
 @dataclass
 class Statistics:
-    """What is known of ``M`` tokens. All float32.
+    """What is known of ``M`` tokens. All float32, or float64 where the model is.
 
     Args:
         logprobs: ``[M]`` log-probability of the token, ``log p(y)``.
@@ -47,12 +49,12 @@ def of_logits(
         entropy: Whether to compute it.
         reference: ``[M, V]`` logits of the reference.
     """
-    logp = (logits.float() / temperature).log_softmax(dim=-1)
+    logp = (widened(logits) / temperature).log_softmax(dim=-1)
     result = Statistics(logp.gather(-1, tokens[:, None])[:, 0])
     if entropy:
         result.entropy = -(logp.exp() * logp).sum(dim=-1)
     if reference is not None:
-        logq = (reference.float() / temperature).log_softmax(dim=-1)
+        logq = (widened(reference) / temperature).log_softmax(dim=-1)
         result.kl = (logp.exp() * (logp - logq)).sum(dim=-1)
     return result
 
@@ -92,7 +94,7 @@ def _operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = linear(hidden, weight, bias).float()
+    logits = widened(linear(hidden, weight, bias))
     return logits if temperature == 1 else logits.div_(temperature)
 
 
@@ -117,7 +119,7 @@ class _OfHidden(torch.autograd.Function):
         bias: Tensor | None,
         *reference: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        logprobs = hidden.new_zeros(len(hidden), dtype=at_least_float32(hidden.dtype))
         entropies, kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
         for part in _parts(len(hidden), rows):
             logp = _logits(hidden[part], weight, bias, temperature).log_softmax(dim=-1)
@@ -137,13 +139,13 @@ class _OfHidden(torch.autograd.Function):
     def backward(ctx: Any, to_logprobs: Tensor | None, to_entropy: Tensor | None, to_kl: Tensor | None) -> Any:
         tokens, hidden, weight, bias, entropies, kl, *reference = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[4] else None
-        # Many parts are added up: in float32, whatever the weights are.
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[5] else None
-        to_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[6] else None
+        wide = at_least_float32(hidden.dtype)  # in which the many parts are added up, whatever the weights are
+        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[5] else None
+        to_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[6] else None
         for part in _parts(len(hidden), ctx.rows):
             logits = _logits(hidden[part], weight, bias, ctx.temperature)
             if to_entropy is None and to_kl is None:
-                slope, to_logits = hidden.new_zeros(len(logits), 1, dtype=torch.float32), logits.softmax(dim=-1)
+                slope, to_logits = hidden.new_zeros(len(logits), 1, dtype=wide), logits.softmax(dim=-1)
             else:
                 logp = logits.log_softmax(dim=-1)
                 slope, to_logits = torch.zeros_like(logp), logp.exp()

@@ -47,8 +47,8 @@ def forward(
     needed = rows.used | uninstructed
     if not needed.any():
         needed[0] = True  # its mask is empty, but every process must have a gradient, be it zero
-    logprobs = torch.zeros(rows.mask.shape, dtype=torch.float32, device=rows.mask.device)
     predictor = Predictor(roles.policy, passes.chunked_logprobs)
+    logprobs = torch.zeros(rows.mask.shape, dtype=predictor.dtype, device=rows.mask.device)
     entropies = torch.zeros_like(logprobs) if entropy else None
     # the states that predict tokens are what a critic on the policy's trunk reads, too
     values = torch.zeros_like(logprobs) if roles.critic_shares_trunk and predictor.head is not None else None

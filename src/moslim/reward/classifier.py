@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import ModelOutput
 
+from moslim.precision import widened
 from moslim.preferences import PreferenceSet
 from moslim.reward.heads import HeadLinear, HeadShape, OwnHeads
 from moslim.reward.links import LINKS, LinkName
@@ -93,9 +94,9 @@ class PreferenceClassifierOutput(ModelOutput):
     """What the classifier returns.
 
     Args:
-        logits: ``[B, D, K]`` float32, ``K`` the largest number of levels; ``-inf`` on levels that a dimension lacks.
-            Their softmax are the level probabilities, in evaluation mode calibrated ones.
-        scores: ``[B, D, S]`` float32, the heads' raw outputs, ``S`` the widest; ``-inf`` fills up the others.
+        logits: ``[B, D, K]`` float32 or finer, ``K`` the largest number of levels; ``-inf`` on levels that a dimension
+            lacks. Their softmax are the level probabilities, in evaluation mode calibrated ones.
+        scores: ``[B, D, S]`` float32 or finer, the heads' raw outputs, ``S`` the widest; ``-inf`` fills up the others.
     """
 
     logits: Tensor | None = None
@@ -231,7 +232,7 @@ class PreferenceClassifier(PreTrainedModel):
         raw = self.head(features)
         if len(self.added):
             raw = torch.cat([raw, self.added(features)], dim=-1)
-        parts = raw.float().split(self.head_widths, dim=-1)
+        parts = widened(raw).split(self.head_widths, dim=-1)
         widest = max(self.head_widths)
         scores = torch.stack([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)
         logits = LINKS[self.config.link].logits(scores, self.preferences.sizes)
@@ -249,7 +250,7 @@ class PreferenceClassifier(PreTrainedModel):
         return self.classify(self.features(input_ids, attention_mask))
 
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Probability of every level, ``[B, D, K]`` float32; 0 on levels that a dimension lacks."""
+        """Probability of every level, ``[B, D, K]`` float32 or finer; 0 on levels that a dimension lacks."""
         return self.level_probabilities(self(input_ids, attention_mask).logits)
 
     def level_probabilities(self, logits: Tensor) -> Tensor:

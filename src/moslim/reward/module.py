@@ -49,6 +49,7 @@ from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, save_adapter, save_merged
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
 from moslim.reward.training_record import training_record
+from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
 
 _TEMPERATURES = "temperatures"
 _RECORD = "training_record"
@@ -182,13 +183,31 @@ class RewardClassifier(RunModule):
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
         self._calibrated_at = 0
+        self._calibration: dict[str, Tensor] = {}
         self._record: dict[str, Any] = {}
         self._scored = 0
+        # From a sharded classifier to a whole one; a function, since a module would be trained.
+        self._collect: Callable[[Any], Any]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of what the run started from."""
         return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
+
+    def configure_model(self) -> None:
+        """Puts the weights into shards, where the strategy wants that.
+
+        Raises:
+            ValueError: The backbone is frozen: its cached features leave nothing worth sharding.
+        """
+        mesh = shard_mesh(self)
+        if mesh is None or is_sharded(self.classifier):
+            return
+        if self.trunk == "frozen":
+            raise ValueError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
+        self._collect = partial(fill, outline(self.classifier))
+        shard(unwrapped(self.classifier), mesh)
+        self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -255,7 +274,7 @@ class RewardClassifier(RunModule):
         """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
 
         Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
-        ``val/calibration/{dimension}/{ece, brier, rps}/{before, after}``.
+        ``val/calibration/{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``.
         """
         self._report("val")
         if self._calibrates:
@@ -325,9 +344,15 @@ class RewardClassifier(RunModule):
     def on_fit_end(self) -> None:
         """Saves the classifier, unless nothing was trained or the run was a dry one."""
         folder = self.output_folder
-        if self.trainer.is_global_zero and self.was_trained:
-            self._record = training_record(self.trainer, self.preferences)
+        if not self.was_trained:
+            return
+        sharded = self.classifier
+        if is_sharded(sharded):
+            self.classifier = self._collect(sharded)
+        if self.trainer.is_global_zero:
+            self._record = training_record(self.trainer, self.preferences, self._calibration)
             self.export(folder)
+        self.classifier = sharded
 
     @property
     def output_folder(self) -> Path:
@@ -354,7 +379,7 @@ class RewardClassifier(RunModule):
         """Keeps trained weights only, the temperatures, and what the model card says of the training."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
         if self.was_trained:
-            self._record = training_record(self.trainer, self.preferences)
+            self._record = training_record(self.trainer, self.preferences, self._calibration)
         checkpoint[_RECORD] = self._record
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
@@ -457,4 +482,5 @@ class RewardClassifier(RunModule):
         fitted = calibrate(*self._held_out.compute(), self.preferences)
         self._set_temperatures(dict(zip(self.preferences.names, fitted.temperatures, strict=True)))
         self._calibrated_at = self.global_step
-        return {f"val/calibration/{key}": value for key, value in fitted.measures.items()}
+        self._calibration = {f"val/calibration/{key}": value for key, value in fitted.measures.items()}
+        return self._calibration

@@ -13,6 +13,7 @@ from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
 from moslim.packing import SharePrompts, pass_tokens, sharing_pays
+from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.prefix import can_share, joined, shared_features
@@ -87,7 +88,8 @@ class Scorer:
                 enough tokens are saved. Backbones that cannot compute whole pairs.
 
         Returns:
-            ``[N, D, K]`` float32 on the classifier's device, in the order given; 0 on levels that a dimension lacks.
+            ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
+            dimension lacks.
         """
         spans = [self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True)]
         if spans and share_prompts != "never" and can_share(self.classifier, spans):
@@ -101,7 +103,8 @@ class Scorer:
         """The same of whole pairs."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sizes, device = self.preferences.sizes, self.classifier.device
-        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=torch.float32)
+        dtype = at_least_float32(self.classifier.dtype)
+        result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=dtype)
         batch_size = batch_size or (16 if device.type == "cpu" else 256)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +18,11 @@ class Completions:
     Args:
         tokens: ``[N, T]`` int64, pad after the end.
         mask: ``[N, T]`` bool, true up to and including the token that ends the answer.
-        logprobs: ``[N, T]`` float32, log-probability of each token under the tempered distribution; 0 where masked.
+        logprobs: ``[N, T]`` float32 or finer, log-probability of each token under the tempered distribution; 0 where
+            masked.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.
-        sampler_logprobs: ``[N, T]`` float32, under the distribution that it was drawn from, where that is another one
-            (top-k, top-p); None = the same.
+        sampler_logprobs: ``[N, T]`` under the distribution that it was drawn from, where that is another one (top-k,
+            top-p); None = the same.
     """
 
     tokens: Tensor
@@ -41,6 +42,9 @@ class RolloutEngine(ABC):
         stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
         stop_ids: Tokens that end an answer, besides the model's own; they are left out of its text.
     """
+
+    in_process: ClassVar[bool] = True
+    """Whether it computes with the model that it is given, not with copies of the weights elsewhere."""
 
     def __init__(
         self,

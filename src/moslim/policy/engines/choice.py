@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from moslim.precision import widened
+
 DrawMethod = Literal["inverse_cdf", "multinomial"]
 
 
@@ -17,8 +19,8 @@ class Chosen:
 
     Args:
         tokens: ``[B]`` int64.
-        logprobs: ``[B]`` float32, under the tempered distribution.
-        sampler_logprobs: ``[B]`` float32, under what is left of it by top-k and top-p; None where nothing was cut.
+        logprobs: ``[B]`` float32 or finer, under the tempered distribution.
+        sampler_logprobs: ``[B]`` the same, under what is left of it by top-k and top-p; None where nothing was cut.
     """
 
     tokens: Tensor
@@ -66,7 +68,7 @@ class Choice:
             noise: ``[B]`` uniform in ``[0, 1)``.
             generator: What ``multinomial`` draws from.
         """
-        logits = logits.float()
+        logits = widened(logits)
         if self.temperature not in (0, 1):
             logits = logits / self.temperature
         logprobs = torch.log_softmax(logits, dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moslim.policy.engines.base import Completions
+from moslim.precision import widened
 
 
 def logprob_difference(
@@ -36,7 +37,7 @@ def logprob_difference(
         use_cache=False,
         logits_to_keep=tokens.shape[1] + 1,
     ).logits[:, :-1]
-    every = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    every = torch.log_softmax(widened(logits) / (temperature or 1.0), dim=-1)
     own = every.gather(-1, tokens[..., None])[..., 0]
     return float((own - found.logprobs[rows])[mask].abs().max())
 

@@ -17,6 +17,7 @@ from moslim.noise import derive_seed, uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.choice import Choice, Chosen
 from moslim.policy.engines.decoding import Decoding, begin
+from moslim.precision import at_least_float32
 
 
 def survivors(finished: Tensor) -> Tensor:
@@ -76,7 +77,8 @@ class TorchEngine(RolloutEngine):
         pad_id: int,
     ) -> Completions:
         samples, device = seeds.shape[1], seeds.device
-        found = _Table(seeds.numel(), self.max_new_tokens, pad_id, self.choice.cuts, device)
+        dtype = at_least_float32(model.dtype)
+        found = _Table(seeds.numel(), self.max_new_tokens, pad_id, self.choice.cuts, dtype, device)
         eos = torch.tensor(eos_ids, device=device)
         lengths = attention_mask.sum(dim=1)
         order = lengths.argsort(stable=True)
@@ -134,9 +136,11 @@ class TorchEngine(RolloutEngine):
 class _Table:
     """``N`` answers of up to ``T`` tokens, as far as they are known."""
 
-    def __init__(self, total: int, limit: int, pad_id: int, cut: bool, device: torch.device) -> None:
+    def __init__(
+        self, total: int, limit: int, pad_id: int, cut: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.tokens = torch.full((total, limit), pad_id, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros((total, limit), dtype=torch.float32, device=device)
+        self.logprobs = torch.zeros((total, limit), dtype=dtype, device=device)
         self.sampler_logprobs = torch.zeros_like(self.logprobs) if cut else None
         self.lengths = torch.zeros(total, dtype=torch.long, device=device)
         self.ended = torch.zeros(total, dtype=torch.bool, device=device)

@@ -49,6 +49,8 @@ class VLLMEngine(RolloutEngine):
         ValueError: An argument is out of range.
     """
 
+    in_process = False
+
     def __init__(
         self,
         max_new_tokens: int = 256,

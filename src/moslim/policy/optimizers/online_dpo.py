@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
 from moslim.policy.optimizers.base import GroupScores, LossParts, PolicyOptimizer, UpdateBatch
-from moslim.processes import mean_over_processes
+from moslim.processes import shared_count
 
 LossType = Literal["sigmoid", "ipo"]
 
@@ -68,7 +68,7 @@ class OnlineDPO(PolicyOptimizer):
             losses = -logsigmoid(self.beta * margin)
         else:
             losses = (margin - 1 / (2 * self.beta)).square()
-        loss = (losses * pair).sum() / mean_over_processes(pair.sum()).clamp(min=1)
+        loss = (losses * pair).sum() / shared_count(pair)
         won = margin.detach()[pair]
         metrics = {"pairs": pair.float().mean()}
         if len(won):

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moslim.processes import mean_over_processes, process_count
+from moslim.processes import mean_over_processes, process_count, shared_count
 
 Reduction = Literal["grpo", "token_mean", "constant"]
 
@@ -26,8 +26,8 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: in
         length: The engine's length limit.
     """
     if reduction == "token_mean":
-        return (values * mask).sum() / mean_over_processes(mask.sum()).clamp(min=1)
-    answers = mean_over_processes(mask.any(dim=1).sum()).clamp(min=1)
+        return (values * mask).sum() / shared_count(mask)
+    answers = shared_count(mask.any(dim=1))
     if reduction == "constant":
         return (values * mask).sum() / (answers * length)
     return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / answers
@@ -35,7 +35,7 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: in
 
 def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and Bessel-corrected variance of the unmasked values of all processes."""
-    count = mean_over_processes(mask.sum()).clamp(min=1)
+    count = shared_count(mask)
     mean = mean_over_processes((values * mask).sum()) / count
     variance = mean_over_processes(((values - mean).square() * mask).sum()) / count
     total = count * process_count()

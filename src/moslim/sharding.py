@@ -1,0 +1,118 @@
+"""Weights in shards, one per process, by PyTorch's FSDP2; Lightning's ``ModelParallelStrategy`` asks modules for it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from moslim.processes import process_rank
+
+
+def shard_mesh(module: LightningModule) -> DeviceMesh | None:
+    """The processes that share a module's weights; None where its strategy leaves them whole.
+
+    Raises:
+        ValueError: The strategy is to divide computations too.
+    """
+    if module.device_mesh is None:
+        return None
+    divided = module.device_mesh["tensor_parallel"].size()
+    if divided > 1:
+        raise ValueError(
+            f"trainer.strategy.tensor_parallel_size is {divided}, but models are sharded over data-parallel processes "
+            "only: set it to 1, and data_parallel_size to the number of all processes (configs/trainer/fsdp.yaml)"
+        )
+    return module.device_mesh["data_parallel"]
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, between_passes: bool = True) -> None:
+    """Puts a model's weights into shards, block by block.
+
+    Args:
+        model: The model; transformers' say which of their modules are blocks. It is changed in place.
+        mesh: The processes.
+        between_passes: Whether each block's weights are whole only while it computes. All processes must then make the
+            same number of passes. Otherwise :class:`StepShards` says when.
+    """
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    for part in (*blocks, model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=between_passes)
+    if not between_passes:
+        model.set_reshard_after_backward(False)  # type: ignore[operator]  # it is an FSDPModule now
+
+
+class StepShards:
+    """A model whose weights are whole in every process during a training step, and in shards between steps.
+
+    So processes may make different numbers of passes: they sample answers of different lengths. Gradients are summed up
+    over processes, and cut into shards, once per block, after the backward pass of the last pass through it.
+
+    Args:
+        model: The model, which is changed in place.
+        mesh: The processes.
+    """
+
+    def __init__(self, model: Any, mesh: DeviceMesh) -> None:
+        shard(model, mesh, between_passes=False)
+        self._model = model
+        self._parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._rooted = len(self._parts) == 1
+        self.whole = False
+
+    def gather(self) -> None:
+        """Makes the weights whole; nothing happens where they are. Every process must ask."""
+        if not self._rooted:
+            self._make_root()
+        for part in self._parts:
+            part.unshard()
+        self.whole = True
+
+    def release(self) -> None:
+        """Gives up what belongs to other processes."""
+        for part in self._parts:
+            part.reshard()
+        self.whole = False
+
+    @torch.no_grad()
+    def _make_root(self) -> None:
+        """Makes a pass through the whole model: FSDP takes the first module that makes one for the root of the rest.
+
+        A trunk that answers without the last layer would be another root.
+        """
+        self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device), use_cache=False)
+        self._rooted = True
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are kept in shards."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def outline(model: Any) -> Any:
+    """A copy of a model that is not sharded yet, with the same configuration and without the numbers in its weights."""
+    tensors = {id(b): b.to("meta") for b in model.buffers()}
+    tensors |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, {**tensors, id(model.config): model.config})
+
+
+def fill(outlined: Any, model: nn.Module) -> Any:
+    """Collects a sharded model's weights in the first process, in an outline of it. Every process must ask."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if process_rank() == 0:
+        outlined.load_state_dict(weights, assign=True)
+    return outlined
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor without other processes' part missing; where it is in shards, every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
