@@ -88,10 +88,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "refresh.json")
     args = parser.parse_args()
     asked = save(FOLDER / "requests.jsonl", requests())
-    seconds = {"answers": run("predict", POLICY, args.seed, "--ckpt_path=last")}
+    answer = ["predict", POLICY, args.seed, "--ckpt_path=last"]
+    seconds = {"answers": run(*answer, f"--model.predictions={ANSWERS}")}
     table = [f"--data.source={TABLE}", f"--data.source.predict={asked}"]
     unseen = FOLDER / "answers.jsonl"
-    run("predict", POLICY, args.seed, "--ckpt_path=last", *table, f"--model.predictions={unseen}")
+    run(*answer, *table, f"--model.predictions={unseen}")
     seconds["fit"] = run("fit", REFRESH, args.seed)
     train, test = (save(FOLDER / f"{f.parent.name}_labelled.jsonl", labelled(lines(f))) for f in (ANSWERS, unseen))
     fresh = [f"--data.source.samples={ANSWERS}"]
