@@ -1,5 +1,6 @@
 # make quickstart   the whole path on the embedded world: starter, classifier, policy, test
 # make test         the test suite
+# make ablation     each part of the quickstart's policy exchanged for another; goes on where it stopped
 # make lint         ruff and mypy
 # make vllm-test    the policy stage through a real vLLM server, in an environment of its own
 SEED ?= 0
@@ -11,7 +12,7 @@ RUN := $(BIN)/python main.py
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: help quickstart test vllm-test lint format clean
+.PHONY: help quickstart test ablation vllm-test lint format clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -32,6 +33,9 @@ quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the 
 
 test: $(READY)  ## The test suite
 	$(BIN)/python -m pytest
+
+ablation: $(READY)  ## Each part of the quickstart's policy exchanged for another, three seeds (an hour; goes on where it stopped)
+	$(BIN)/python benchmarks/ablation.py
 
 # What is pinned there is complete, and the server's requirements have no place in the project's own environment.
 $(VLLM_READY): benchmarks/vllm_server/requirements.txt

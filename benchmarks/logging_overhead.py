@@ -2,9 +2,9 @@
 
     python benchmarks/logging_overhead.py
 
-Needs the starter and the classifier of `make quickstart`. The same training runs several times, in turn with everything
-on (W&B offline, CSV, progress bar, gauges, guards, completion table, gold metrics) and with nothing logged at all. Both
-take the same steps on the same answers; so each step's median over the runs is compared with its twin's.
+The quickstart's policy is trained several times, in turn with everything on (W&B offline, CSV, progress bar, gauges,
+guards, completion table, gold metrics) and with nothing logged at all. Both take the same steps on the same answers; so
+each step's median over the runs is compared with its twin's.
 Last result: benchmarks/results/logging_overhead.json.
 """
 
@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from cells import World
 from common import RESULTS, ROOT, circumstances, write
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -24,7 +25,8 @@ from moslim import PolicyTrainer
 from moslim.cli import run
 
 WARM_UP = 3
-CONFIG = ["--config", "configs/quickstart/policy.yaml"]
+WORLD = World(seed=0, fold=0)
+CONFIG = ["--config", "configs/quickstart/policy.yaml", *WORLD.models]
 PLAIN = ["--trainer.enable_checkpointing", "false", "--trainer.enable_model_summary", "false"]
 ARMS = {
     "on": ["--config", "configs/logger/wandb.yaml", "--trainer.callbacks+", "logging_overhead.StepTimes"],
@@ -85,6 +87,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="runs of each arm")
     parser.add_argument("--out", type=Path, default=RESULTS / "logging_overhead.json")
     options = parser.parse_args()
+    WORLD.make()
     runs: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
     for _ in range(options.runs):
         for arm, found in runs.items():

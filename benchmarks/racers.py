@@ -2,18 +2,20 @@
 
     python benchmarks/racers.py SPECIFICATION.json
 
-Started by throughput.py, which runs two of them in turns. Lines on the output are JSON: one per step, and at the end
-one with the process's memory.
+Started by race.py, which runs several of them in turns. Lines on the output are JSON: one per step, and at the end one
+with the process's memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,7 +33,6 @@ from moslim.data.types import Split, View
 from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import RLOO
-from moslim.policy.packing import Passes
 from moslim.trainer import MoslimTrainer
 
 RATE, KL = 1e-6, 0.05
@@ -52,8 +53,11 @@ class Turns(Callback):
         self.report = report
         self.marks: dict[str, float] = {}
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.marks["start"], self.marks["cpu"] = wait(), time.process_time()
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            self.marks["start"] = wait()
+        trainer.strategy.barrier()
+        self.marks["cpu"] = time.process_time()
 
     def on_before_backward(self, *_: Any) -> None:
         self.marks["backward"] = time.perf_counter()
@@ -63,6 +67,8 @@ class Turns(Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         end = time.perf_counter()
+        if not trainer.is_global_zero:
+            return
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
         phases = {name.removeprefix("time/"): value for name, value in logged.items() if name.startswith("time/")}
         phases["backward"] = self.marks["optimizer"] - self.marks["backward"]
@@ -73,21 +79,45 @@ class Turns(Callback):
         self.report(seconds=seconds, cpu=cpu, phases=phases, length=logged["train/length"])
 
 
-def ours(world: World, folder: Path, steps: int, report: Report, settings: dict[str, Any]) -> None:
-    """This project's policy stage."""
+def ours(world: World, folder: Path, steps: int, callbacks: list[Callback], settings: dict[str, Any]) -> None:
+    """This project's policy stage; the settings are of passes, decoding and off_policy, and a number of processes."""
+    from moslim.policy.engines import Decoding
+    from moslim.policy.off_policy import OffPolicy
+    from moslim.policy.passes import Passes
+
+    options = {
+        "engine": TorchEngine(world.new_tokens, decoding=Decoding(**settings.get("decoding", {}))),
+        "passes": Passes(**settings.get("passes", {})),
+        "off_policy": OffPolicy(**settings.get("off_policy", {})),
+    }
+    count = settings.get("processes", 1)
+    second = join(count) if count > 1 else None
+    fit(replace(world, prompts=world.prompts // count), folder, steps, callbacks, options, count)
+    if second is not None:
+        second.wait()
+
+
+def earlier(world: World, folder: Path, steps: int, callbacks: list[Callback], settings: dict[str, Any]) -> None:
+    """The policy stage of an earlier version, whose source is found in place of today's."""
+    fit(world, folder, steps, callbacks, {"engine": TorchEngine(world.new_tokens)}, 1)
+
+
+def fit(world: World, folder: Path, steps: int, callbacks: list[Callback], options: dict[str, Any], count: int) -> None:
+    """Trains."""
     module = PolicyTrainer(
         world.preferences,
         str(folder / "policy"),
         str(folder / "classifier"),
         ExpectedDistance(),
         RLOO(kl_coef=KL),
-        TorchEngine(max_new_tokens=world.new_tokens),
         samples_per_prompt=world.samples,
-        passes=Passes(**settings),
         optimizer=partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, fused=True),
+        **options,
     )
     trainer = MoslimTrainer(
         accelerator="cpu",
+        devices=count,
+        strategy="ddp" if count > 1 else "auto",
         max_steps=steps,
         gradient_clip_val=1.0,
         limit_val_batches=0,
@@ -96,9 +126,25 @@ def ours(world: World, folder: Path, steps: int, report: Report, settings: dict[
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Turns(report)],
+        callbacks=callbacks,
     )
     trainer.fit(module, data_of(world))
+
+
+def join(count: int) -> subprocess.Popen[bytes] | None:
+    """Makes this process one of two, as torchrun would: starts the second, or is it. Threads are shared out."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    if "RANK" in os.environ:
+        return None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ.update(common, TORCHELASTIC_RUN_ID="racers", GROUP_RANK="0")
+    ranks = {"RANK": "1", "LOCAL_RANK": "1"}
+    second = subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **ranks}, stdin=subprocess.DEVNULL)
+    os.environ.update(RANK="0", LOCAL_RANK="0")
+    return second
 
 
 def trl(world: World, folder: Path, steps: int, report: Report, settings: dict[str, Any]) -> None:
@@ -152,6 +198,12 @@ def trl(world: World, folder: Path, steps: int, report: Report, settings: dict[s
     trainer.train()
 
 
+def peak_kib() -> int:
+    """Most memory that was resident; the operating system's usual count begins with the parent's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def asked(world: World, folder: Path, steps: int) -> list[list[dict[str, str]]]:
     """The prompts of our run, in its order, as chats.
 
@@ -181,10 +233,13 @@ def main() -> None:
     def report(**values: Any) -> None:
         print(json.dumps(values), file=output, flush=True)
 
-    racer = {"ours": ours, "trl": trl}[specification["racer"]]
-    world = World(**specification["world"])
-    racer(world, Path(specification["folder"]), specification["steps"], report, specification["settings"])
-    report(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    world, folder = World(**specification["world"]), Path(specification["folder"])
+    steps, settings = specification["steps"], specification["settings"]
+    if specification["racer"] == "trl":
+        trl(world, folder, steps, report, settings)
+    else:
+        {"ours": ours, "earlier": earlier}[specification["racer"]](world, folder, steps, [Turns(report)], settings)
+    report(peak_mb=peak_kib() / 1024)
 
 
 if __name__ == "__main__":

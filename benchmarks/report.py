@@ -18,9 +18,13 @@ the command named beside it.
 
 BENCHMARKS = (
     "quickstart",
+    "refresh",
     "truthfulqa",
+    "levels",
     "optimizers",
+    "ablation",
     "throughput",
+    "policy_stage",
     "memory_roles",
     "resume_matrix",
     "devices",

@@ -2,11 +2,12 @@
 
     python benchmarks/resume_matrix.py
 
-Every policy optimizer, stopped by SIGTERM and by SIGKILL at a random moment and by ``max_steps``, on one process and on
-two (DDP, gloo), then resumed by ``fit --ckpt_path last``. Equal means: every training batch's loss, requests, tokens,
-advantages and weights after it, before and after the stop; and the last checkpoint's weights, optimizer, schedule,
-running statistics, KL coefficient, sampler and rollout. Rollouts are used four times and two batches make a step, so
-that most stops fall into an accumulation or between checkpoints, which are written every second step.
+Every policy optimizer, stopped by Ctrl-C, SIGTERM and SIGKILL at a random moment, by an exception and by ``max_steps``,
+on one process and on two (DDP, gloo), then resumed by ``fit --ckpt_path last``. Equal means: every training batch's
+loss, requests, tokens, advantages and weights after it, before and after the stop; and the last checkpoint's weights,
+optimizer, schedule, running statistics, KL coefficient, sampler and rollout. Rollouts are used four times and two
+batches make a step, so that most stops fall into an accumulation or between checkpoints, which are written every second
+step.
 Last result: benchmarks/results/resume_matrix.json.
 """
 
@@ -28,7 +29,8 @@ from tiny import OPTIMIZERS, policy_config, save_models
 from tracing import Step, read, same
 
 STEPS, BATCHES_PER_STEP, REPEATS, BATCHES_PER_EPOCH = 14, 2, 4, 12
-STOPS = ("sigterm", "sigkill", "max_steps")
+SIGNALS = {"ctrl_c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}
+STOPS = (*SIGNALS, "exception", "max_steps")
 LIMIT = 120.0
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "PreferenceDataModule", "policy_run", "callbacks")
 
@@ -66,10 +68,10 @@ class Run:
         config["checkpoint"] = {"every_n_train_steps": 2}
         (folder / "config.json").write_text(json.dumps(config))
 
-    def launch(self, steps: int = STEPS, resume: bool = False) -> Launch:
-        """Starts it, or goes on with it."""
+    def launch(self, *options: str, steps: int = STEPS) -> Launch:
+        """Starts it."""
         command = ["fit", "--config", str(self.folder / "config.json"), "--trainer.max_steps", str(steps)]
-        return Launch([*command, *(["--ckpt_path", "last"] if resume else [])], self.processes, self.folder / "log.txt")
+        return Launch([*command, *options], self.processes, self.folder / "log.txt")
 
     def traces(self) -> list[list[Step]]:
         """Each process's."""
@@ -87,15 +89,17 @@ class Run:
 
 def stop(run: Run, kind: str, generator: random.Random) -> int:
     """Starts a run and stops it; returns the number of batches that it did."""
-    if kind == "max_steps":
-        run.launch(generator.randrange(3, STEPS - 2)).wait(LIMIT)
+    batch = generator.randrange(5, (STEPS - 2) * BATCHES_PER_STEP)
+    if kind not in SIGNALS:
+        failing = ["--trainer.callbacks+", "tracing.Fail", "--trainer.callbacks.batch", str(batch)]
+        steps, options = (STEPS, failing) if kind == "exception" else (batch // BATCHES_PER_STEP, [])
+        run.launch(*options, steps=steps).wait(LIMIT)
         return len(run.traces()[0])
     launched, end = run.launch(), time.monotonic() + LIMIT
-    batch = generator.randrange(5, (STEPS - 2) * BATCHES_PER_STEP)
     while len(run.traces()[0]) < batch and launched.running() and time.monotonic() < end:
         time.sleep(0.001)
     time.sleep(generator.random() * 0.05)
-    launched.send(signal.SIGTERM if kind == "sigterm" else signal.SIGKILL)
+    launched.send(SIGNALS[kind])
     launched.wait(LIMIT)
     return len(run.traces()[0])
 
@@ -144,7 +148,7 @@ def main() -> None:
                 for kind, name in names.items():
                     run = Run(place / name, models, optimizer, processes)
                     done = stop(run, kind, random.Random(f"{options.seed} {name}"))
-                    run.launch(resume=True).wait(LIMIT)
+                    run.launch("--ckpt_path", "last").wait(LIMIT)
                     found = difference(whole, run, done)
                     cells[name] = found is None
                     if found:

@@ -44,6 +44,21 @@ class Trace(Callback):
             file.write(json.dumps(step) + "\n")
 
 
+class Fail(Callback):
+    """Raises an exception in the middle of a training batch, between rollout and gradient.
+
+    Args:
+        batch: How many are done before.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            raise RuntimeError(f"stopped on purpose after {self.batch} batches")
+
+
 def digest(tensors: Iterable[Tensor]) -> str:
     """Hash of every bit of some tensors."""
     hashed = hashlib.sha256()

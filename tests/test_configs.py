@@ -43,7 +43,10 @@ PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/
 PRESETS = [path for path in CONFIGS if path.startswith("configs/data/")]  # run in tests/data/test_presets.py
 VLLM = "configs/engine/vllm.yaml"  # needs a server: run in tests/policy/engines/test_vllm_config.py
 TRAINERS = [path for path in CONFIGS if path.startswith("configs/trainer/")]
-RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, *TRAINERS, VLLM)]
+SWEEP = "configs/experiment/sweep.yaml"  # of `wandb sweep`, not of main.py
+RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, *TRAINERS, VLLM, SWEEP)]
+EXPERIMENTS = [path for path in RUNNABLE if path.startswith("configs/experiment/")]
+FIT_ONLY = [path for path in EXPERIMENTS if "/optimizer/" not in path]  # what they change has no part in the test
 
 SMALL = {  # by the config that a command names first
     "configs/quickstart/starter.yaml": """--model.architecture.options.hidden_size 16
@@ -54,7 +57,11 @@ SMALL = {  # by the config that a command names first
     "configs/reward/helpsteer2.yaml": "--trainer.accumulate_grad_batches 1 --data.batch_size 4",
     "configs/policy/helpsteer2_rloo.yaml": SMALL_POLICY,
 }
-NEEDS = {"configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml"}
+NEEDS = {
+    "configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml",
+    "configs/reward/refresh.yaml": "configs/reward/helpsteer2.yaml",
+    "configs/quickstart/refresh.yaml": "configs/quickstart/policy.yaml",
+}
 
 HELPSTEER = ["helpfulness", "correctness", "coherence", "complexity", "verbosity"]
 QWEN_TEMPLATE = (
@@ -65,10 +72,15 @@ QWEN_TEMPLATE = (
 
 
 def commands(path: str) -> list[list[str]]:
+    """The commands in the comment that a config opens with, those of them that are run here; see ``opening``."""
+    return [command for command in opening(path) if command[0] == "fit" or path not in FIT_ONLY]
+
+
+def opening(path: str) -> list[list[str]]:
     """The commands in the comment that a config opens with; remarks in brackets behind them are left out."""
     lines = (ROOT / path).read_text().splitlines()
-    opening = itertools.takewhile(lambda line: line.startswith("#"), lines)
-    found = [line.removeprefix("# python main.py ").split("  (")[0] for line in opening if "python main.py" in line]
+    remark = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    found = [line.removeprefix("# python main.py ").split("  (")[0] for line in remark if "python main.py" in line]
     return [shlex.split(command) for command in found]
 
 
@@ -93,6 +105,15 @@ def save_ratings(folder: Path) -> None:
     for split, count in (("train", 48), ("validation", 8)):
         with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in ratings(count))
+
+
+def save_labelled(file: Path) -> None:
+    """A policy's answers with people's labels, in the schema that ``configs/reward/refresh.yaml`` reads."""
+    rows = [
+        {"question": f"Why {i}?", "answer": "So.", "requested": {"verbosity": i % 5}, **dict.fromkeys(HELPSTEER, i % 3)}
+        for i in range(40)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save_qwen(folder: Path) -> None:
@@ -163,6 +184,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     (folder / "configs").symlink_to(ROOT / "configs")
     save_world(folder)
     save_ratings(folder / "nvidia/HelpSteer2")
+    save_labelled(folder / "labelled.jsonl")
     save_qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
@@ -181,7 +203,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
 def test_a_config_opens_with_commands_that_name_it(path: str) -> None:
     first = (ROOT / path).read_text().splitlines()[0]
     assert first.startswith("# python main.py fit --config ")
-    found = commands(path)
+    found = opening(path)
     assert all(path in command for command in found)
     assert all(command[command.index("--config") + 1] in SMALL for command in found), f"give {path} sizes in SMALL"
 
@@ -286,6 +308,13 @@ def test_the_quickstart_s_gates_ask_for_metrics_that_are_there(run_folder: RunFo
     assert run_folder.launched("configs/quickstart/reward.yaml")[0] is None
 
 
+@pytest.mark.parametrize("path", ["configs/quickstart/policy.yaml", "configs/policy/helpsteer2_rloo.yaml"])
+def test_a_policy_s_training_that_is_stopped_can_go_on(path: str) -> None:
+    config = yaml.safe_load((ROOT / path).read_text())
+    every = config.get("checkpoint", {}).get("every_n_train_steps") or config["trainer"]["val_check_interval"]
+    assert 5 * every <= config["trainer"]["max_steps"]
+
+
 def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(run_folder: RunFolder) -> None:
     policy = run_folder.launched("configs/quickstart/policy.yaml")[0].config_dump
     control = run_folder.launched("configs/quickstart/scrambled.yaml")[0].config_dump
@@ -301,12 +330,69 @@ def test_the_control_differs_from_the_policy_in_its_targets_and_folders_only(run
     [("reinforce_plus_plus", ReinforcePlusPlus), ("grpo", GRPO), ("ppo", PPO), ("online_dpo", OnlineDPO)],
 )
 def test_the_quickstart_with_another_optimizer_keeps_its_rewards(path: str, kind: type, run_folder: RunFolder) -> None:
-    found = run_folder.launched(f"configs/experiment/{path}.yaml")[0].model.policy_optimizer
+    found = run_folder.launched(f"configs/experiment/optimizer/{path}.yaml")[0].model.policy_optimizer
     assert type(found) is kind
     assert (found.aggregation, found.std_floor) == ("normalize_then_sum", 0.3)
     if kind is not OnlineDPO:
         assert found.kl_coef == 0.02
         assert (found.kl_in, found.kl) == (("loss", "k3") if kind is GRPO else ("reward", "k1"))
+
+
+FACTORS = {
+    "aggregation": ["model.policy_optimizer.aggregation"],
+    "kl": ["model.policy_optimizer.kl"],
+    "mapping": ["model.mapping", "model.policy_optimizer.aggregation"],
+    "optimizer": ["model.policy_optimizer", "model.inner_epochs", "model.minibatches"],
+    "sampler": ["data.sampler", "trainer.limit_train_batches"],
+    "samples": [],  # the small sizes go over them; tests/test_benchmarks.py counts answers
+    "scope": ["model.mapping"],
+}
+"""What may differ from the quickstart, by the experiment's folder; beginnings of keys."""
+
+
+def leaves(node: object, key: str = "") -> dict[str, object]:
+    if not isinstance(node, dict):
+        return {key: node}
+    inner = [leaves(value, key if name == "init_args" else f"{key}.{name}") for name, value in node.items()]
+    return {name.lstrip("."): value for part in inner for name, value in part.items()}
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS)
+def test_an_experiment_changes_one_factor(path: str, run_folder: RunFolder) -> None:
+    fit, test = opening(path)
+    assert test == ["test", *fit[1:], "--ckpt_path", "last"]
+    default = leaves(run_folder.launched("configs/quickstart/policy.yaml")[0].config_dump)
+    found = leaves(run_folder.launched(path)[0].config_dump)
+    folder = path.removeprefix("configs/").removesuffix(".yaml")
+    assert found.pop("trainer.default_root_dir") == f"outputs/{folder}"
+    assert found.pop("model.report") == f"outputs/{folder}/report"
+    changed = {key for key in found.keys() | default.keys() if found.get(key) != default.get(key)}
+    own = tuple(FACTORS[folder.split("/")[1]])
+    assert [key for key in changed - {"trainer.default_root_dir", "model.report"} if not key.startswith(own)] == []
+    assert any(key.startswith(own) for key in changed) or not own
+
+
+def test_the_sweep_s_commands_are_those_of_all_experiments(
+    run_folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
+
+    sweep = load_sweep_config(str(ROOT / SWEEP))
+    assert (sweep["method"], sweep["program"], sweep["metric"]["name"]) == ("grid", "main.py", "train/gold")
+    values = {name: parameter["values"] for name, parameter in sweep["parameters"].items()}
+    assert sorted(values["config"]) == sorted([*EXPERIMENTS, "configs/quickstart/policy.yaml"])
+    chosen = {"config": "configs/experiment/kl/strong.yaml", "seed_everything": values["seed_everything"][-1]}
+    arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in chosen.items()}})
+    env, interpreter, program, *command = create_sweep_command(sweep["command"])
+    assert (env, interpreter, program, command.pop()) == ("${env}", "${interpreter}", "${program}", "${args}")
+    with contextlib.chdir(run_folder.folder), pytest.raises(SystemExit) as done:
+        run([*command, *arguments["args"], "--print_config"])
+    assert not done.value.code
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["seed_everything"] == 2
+    assert config["model"]["init_args"]["policy_optimizer"]["init_args"]["kl_coef"] == 0.1
+    assert config["trainer"]["default_root_dir"] == "outputs/experiment/kl/strong"
+    assert config["trainer"]["logger"]["init_args"]["offline"] is False
 
 
 def test_the_kl_s_options_on_the_command_line(run_folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,6 +417,14 @@ def test_tests_write_their_report_where_the_config_says(run_folder: RunFolder) -
         for command, cli in zip(commands(path), run_folder.launched(path), strict=True):
             if command[0] == "test" and is_overridden("test_step", cli.model) and getattr(cli.model, "report", None):
                 assert (run_folder.folder / cli.model.report / "steerability.json").exists(), path
+
+
+@pytest.mark.parametrize("path", ["configs/quickstart/refresh.yaml", "configs/reward/refresh.yaml"])
+def test_a_refreshed_classifier_is_tested_on_what_was_requested(path: str, run_folder: RunFolder) -> None:
+    fitted, tested = run_folder.launched(path)
+    found = {name for name in tested.trainer.callback_metrics if name.startswith("test/requests/")}
+    assert {"test/requests/mean/proxy", "test/requests/mean/gold", "test/requests/mean/gap"} <= found
+    assert fitted is None or fitted.model.start == "outputs/helpsteer2/reward/classifier"
 
 
 # --- a real model's and data set's code path

@@ -10,6 +10,7 @@ from moslim.models import (
     PretrainedTokenizer,
     WorkbenchTokenizer,
     eos_ids,
+    fuse_kernels,
     load_causal_lm,
     load_tokenizer,
 )
@@ -103,3 +104,14 @@ def test_end_tokens_of_an_adapted_model_and_of_one_without_generation_config(fol
 def test_an_unknown_architecture_is_named(tokenizer):
     with pytest.raises(ValueError, match="lama3"):
         Architecture("lama3", WorkbenchTokenizer()).build(tokenizer)
+
+
+def test_fused_kernels_say_what_they_lack(folder, monkeypatch):
+    model = load_causal_lm(folder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"model\.liger.* CUDA"):
+        fuse_kernels(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("moslim.models.find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'moslim\[liger\]'"):
+        fuse_kernels(model)

@@ -88,6 +88,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_configs_open_with_their_command_and_name_classes_in_full(path):
     text = path.read_text()
     if path.parent.name != "preferences":  # these are values of one key, not configs
-        assert text.startswith("# python main.py "), "the first line is the command that uses the file"
+        command = ("# python main.py ", "# wandb sweep ")
+        assert text.startswith(command), "the first line is the command that uses the file"
     for name in re.findall(r"class_path: *([\w.]+)", text):
         assert "." in name, f"{name}: two libraries may have a class of this name"

@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 
 from moslim.reporting import copy_report, log_pictures, markdown_table, number, plain, write_figures, write_texts
+from tests.callbacks.offline_board import summaries
 
 
 def test_plain():
@@ -51,3 +52,12 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
     paths = {"json": tmp_path / "a.json", "map": tmp_path / "map.png"}
     log_pictures([CSVLogger(tmp_path), Board(tmp_path)], paths, "test", 3)
     assert Board.taken == [("test/map", [str(tmp_path / "map.png")], 3)]
+
+
+def test_pictures_go_to_tensorboard(tmp_path):
+    board = TensorBoardLogger(tmp_path)
+    log_pictures([board], write_figures(tmp_path, {"map": Figure(figsize=(3, 2), dpi=100)}), "test", 3)
+    board.finalize("success")
+    (file,) = tmp_path.rglob("events.out.*")
+    found = {value.tag: (step, value.image.width, value.image.height) for step, value in summaries(file)}
+    assert found["test/map"] == (3, 300, 200)

@@ -24,6 +24,8 @@ def section(result: dict[str, Any]) -> str:
         ]
         for name, run in runs.items()
     ]
+    stopped = {name: run["failed"] for name, run in result.items() if isinstance(run, dict) and "failed" in run}
+    failed = "".join(f"\n{name} did not come to its end: {why}\n" for name, why in stopped.items())
     header = ["optimizer", "mean Spearman (>= 0.8)", "lowest", "exact", "within one", "MAE", "proxy less gold"]
     header += ["million tokens sampled", "seconds of fit"]
     return f"""
@@ -32,4 +34,4 @@ def section(result: dict[str, Any]) -> str:
 {circumstances_line(result)}
 The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not tuned.
 
-{table(header, rows)}"""
+{table(header, rows)}{failed}"""

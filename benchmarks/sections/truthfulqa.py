@@ -57,9 +57,13 @@ def _intervals(result: dict[str, Any]) -> str:
     shown = ", ".join(f"{head} [{low:+.3f}, {high:+.3f}]" for head, (low, high) in gaps.items())
     words = result["baselines"]["tfidf_lr"]["auroc"]
     lead = [f"{head} {result['auroc'][head]['mean'] - words[head]['mean']:+.3f}" for head in HEADS]
+    chosen = result["validation_auroc"]["cross_entropy"]
+    validation = ", ".join(f"{head} {chosen[head]['mean']:.3f}" for head in HEADS)
+    seconds = [value for own in result["fit_seconds"].values() for value in own]
     return (
         f"AUROC above TF-IDF with logistic regression (0.08 asked for): {', '.join(lead)}. Above the regression head, "
-        f"95% interval over questions, paired: {shown}."
+        f"95% interval over questions, paired: {shown}. On the validation questions, by which the recipe was chosen: "
+        f"{validation}. A fine-tuning took {min(seconds):.0f} to {max(seconds):.0f} s."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -91,3 +92,21 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Makes a model compute activations twice instead of keeping them for the backward pass."""
     new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # renamed within transformers 5
     getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
+
+
+def fuse_kernels(model: PreTrainedModel) -> None:
+    """Puts Liger's fused Triton kernels in place of a model's norms, rotations and gated layers; CUDA only.
+
+    Its fused losses stay out: log-probabilities here do not come from the model's own loss, and never hold all logits.
+
+    Raises:
+        ValueError: There is no CUDA device.
+        ModuleNotFoundError: Liger is not installed.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("model.liger is true, but Liger's kernels need a CUDA device, and there is none: leave it out")
+    if find_spec("liger_kernel") is None:
+        raise ModuleNotFoundError("model.liger is true, but liger-kernel is not installed: pip install 'moslim[liger]'")
+    from transformers.integrations.liger import apply_liger_kernel
+
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -95,10 +95,14 @@ def copy_report(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 def log_pictures(loggers: Iterable[Logger], paths: Mapping[str, Path], prefix: str, step: int | None) -> None:
     """Sends the PNG files among ``paths`` to the loggers that take pictures, as ``<prefix>/<name>``; for rank 0."""
-    pictures = {name: path for name, path in paths.items() if path.suffix == ".png"}
+    pictures = {f"{prefix}/{name}": path for name, path in paths.items() if path.suffix == ".png"}
     for logger in loggers:
         log_image = getattr(logger, "log_image", None)
-        if log_image is not None:
-            for name, path in pictures.items():
-                log_image(key=f"{prefix}/{name}", images=[str(path)], step=step)
+        for name, path in pictures.items():
+            if log_image is not None:
+                log_image(key=name, images=[str(path)], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                from matplotlib.image import imread
+
+                logger.experiment.add_image(name, imread(path)[:, :, :3], step, dataformats="HWC")
         logger.save()

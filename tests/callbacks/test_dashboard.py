@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from moslim.callbacks.dashboard import METRICS, STEP
 from moslim.cli import run
+from tests.callbacks.offline_board import summaries
 from tests.callbacks.offline_wandb import read
 from tests.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
@@ -131,9 +132,6 @@ def test_the_same_gauges_need_no_account(runs):
 
 
 def test_tensorboard_by_its_logger(folder, monkeypatch):
-    pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["main.py"])
     run(
@@ -142,13 +140,9 @@ def test_tensorboard_by_its_logger(folder, monkeypatch):
         --trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.save_dir outputs""".split()
     )
     (file,) = folder.glob("outputs/lightning_logs/version_0/events.out.*")
-    data, logged = file.read_bytes(), {}
-    while data:  # records: length, its checksum, an event, its checksum
-        size = int.from_bytes(data[:8], "little")
-        event = Event.FromString(data[12 : 12 + size])
-        data = data[16 + size :]
-        for value in event.summary.value:
-            logged.setdefault(event.step, {})[value.tag] = value.simple_value
+    logged = {}
+    for step, value in summaries(file):
+        logged.setdefault(step, {})[value.tag] = value.simple_value
     assert all(logged[step].keys() >= GAUGES | ROLLOUT for step in (0, 1))
     assert (folder / "outputs/board/version_0/metrics.csv").exists()
 

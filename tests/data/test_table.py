@@ -397,12 +397,54 @@ def test_oddities_are_said_once_for_a_table(write):
     assert "rows.csv: no training row has a label for dimension 'heat' (field 'heat')" in said[3]
 
 
+def test_a_label_that_is_not_a_number_is_missing_and_said(write):
+    path = write("question,answer,size,heat\na,b,1,\nb,c,NaN,0\nc,d,nan,1\n")
+    with pytest.warns(UserWarning, match=r"^2 of 3 rows: field 'size' is NaN, .*\(first: .*rows.csv, line 3\)$"):
+        assert [row.levels for row in rows(Table(path))] == [{"size": 1}, {"heat": 0}, {"heat": 1}]
+    path = write('{"question": "a", "answer": "b", "size": [1, NaN], "heat": null}', "rows.jsonl")
+    with pytest.warns(UserWarning, match=r"^1 of 1 rows: field 'size' is NaN"):
+        assert rows(Table(path)) == [Example("a", "b", {"size": 1})]
+
+
 def test_nothing_is_said_of_good_rows(write, recwarn):
     path = write("question,answer,size,heat\na,b,1,0\nb,c,2,1\n")
     for view in View:
         for split in Split:
             rows(Table(path, test_share=0.01), view, split)
     assert [str(warning.message) for warning in recwarn] == []
+
+
+# --- what a policy was asked for
+
+
+def test_requested_levels(write):
+    path = write(
+        '{"question": "a", "answer": "b", "requested": {"size": 2, "other": 7}}\n'
+        '{"question": "c", "answer": "d", "requested": {"size": null, "heat": 0}}\n'
+        '{"question": "e", "answer": "f", "requested": null, "size": 0, "heat": 1}\n',
+        "answers.jsonl",
+    )
+    wanted = [{"size": 2}, {"heat": 0}, {}]
+    assert [row.requested for row in rows(Table(path, requested="requested"))] == wanted
+    scored = Table(predict=path, requested="requested").stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0)
+    assert [row.requested for row in scored] == wanted
+    assert [row.requested for row in rows(Table(path))] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("requested", "message"),
+    [
+        ('{"size": 3}', r"line 1, field 'requested': value 3 is level 3, outside 0\.\.2 of dimension 'size'"),
+        ('{"size": "big"}', r"line 1, field 'requested': value 'big' is not a number"),
+        ("2", r"line 1, field 'requested': 2 is no object with the level of each dimension"),
+    ],
+)
+def test_errors_in_requested_levels(requested, message, write):
+    path = write(f'{{"question": "a", "answer": "b", "size": 0, "heat": 0, "requested": {requested}}}', "answers.jsonl")
+    with pytest.raises(ValueError, match=message):
+        rows(Table(path, requested="requested"))
+    with pytest.raises(ValueError, match=r"line 1: no field 'asked'.*in `requested` of the Table"):
+        rows(Table(path, requested="asked"))
 
 
 # --- rows to score

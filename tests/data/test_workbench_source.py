@@ -193,6 +193,30 @@ def test_an_answer_that_training_has_too_is_not_a_fresh_sample(tmp_path):
     assert [row.answer for row in kept if row.subset == "samples"] == ["new"]
 
 
+def test_a_policy_s_answers_are_labelled_and_keep_what_was_requested(samples, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    records = [
+        {"question": "How do I grow the rose?", "requested": {"warmth": 4}, "answer": f"Good luck. {i}"}
+        for i in range(9)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    source = small(samples=[str(path), samples])
+    trained = [row for row in rows(source, View.REWARD) if row.requested]
+    kept = [row for row in rows(source, View.REWARD, Split.TEST) if row.subset == "samples"]
+    assert [row.answer[-1] for row in trained] == list("1234678") and {row.stage for row in trained} == {2}
+    assert [row.requested for row in kept] == [{"warmth": 4}] * 2 + [{}] * 4
+    assert {row.levels["warmth"] for row in trained} == {1}
+
+
+def test_what_a_policy_is_asked_to_answer_is_reachable_and_not_held_out():
+    source = small()
+    asked = rows(source, View.POLICY, Split.PREDICT)
+    preferences = [Preference(row.levels) for row in asked]
+    assert len(asked) == source.reward_rows and {len(preference.levels) for preference in preferences} == set(range(5))
+    assert all(source.reachable(preference) and not source.held_out(preference) for preference in preferences)
+    assert asked == rows(small(), View.POLICY, Split.PREDICT)
+
+
 def test_missing_samples_are_an_error_that_names_the_file():
     with pytest.raises(ValueError, match=r"data.source.samples: no file nowhere.jsonl; `main.py predict`"):
         rows(small(samples="nowhere.jsonl"), View.REWARD)

@@ -16,7 +16,7 @@ from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
 from moslim.policy.module import PolicyTrainer
 from moslim.policy.optimizers import RLOO
-from moslim.policy.packing import Passes
+from moslim.policy.passes import Passes
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
 from moslim.sampling import Reachable

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from moslim.lora import merged
-from moslim.policy.critic import CriticOptions, ValueHead, last_hidden
+from moslim.packing import AnswerBatch
+from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from tests.policy.conftest import ARCHITECTURES, build_model
 from tests.policy.runs import LORA, PLAIN
@@ -57,32 +58,52 @@ def test_hidden_states_are_those_under_the_output_layer(kind, models, batch):
     model, ids, attention = models[kind], batch.input_ids, batch.attention_mask
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
-    torch.testing.assert_close(model.get_output_embeddings()(last_hidden(model, ids, attention)), logits)
+    hidden = TrunkReader(model).states(4, input_ids=ids, attention_mask=attention, position_ids=positions)
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), logits[:, -4:])
 
 
 @pytest.mark.parametrize("form", ["head, full", "head, lora"])
 @torch.no_grad()
 def test_each_token_is_valued_by_the_state_before_it(form, tokenizer, batch):
     roles = build(form, tokenizer)
-    hidden = last_hidden(roles.policy, batch.input_ids, batch.attention_mask)
+    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": positions}
+    hidden = TrunkReader(roles.policy).states(9, **inputs)
     expected = roles.critic(hidden[:, 4:8]) * batch.mask  # prompts have five columns
     torch.testing.assert_close(roles.values(batch, Passes()), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("share", ["always", "never"])
 @pytest.mark.parametrize("tokens", [1, 14, 40])
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_values_do_not_depend_on_chunks_or_padding(form, tokens, tokenizer, batch):
+def test_values_do_not_depend_on_chunks_or_padding(form, tokens, share, tokenizer, batch):
     roles = build(form, tokenizer)
-    ids, attention, mask, passes = batch.input_ids, batch.attention_mask, batch.mask, Passes(tokens=tokens)
+    batch.input_ids[2, :5] = batch.input_ids[0, :5]  # two answers to one prompt
+    ids, attention, mask, passes = batch.input_ids, batch.attention_mask, batch.mask, Passes(tokens, share)
     found = roles.values(batch, passes)
-    expected = roles.values(batch, Passes(tokens=1000))
+    expected = roles.values(batch, Passes(1000, "never"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     alone = roles.values(AnswerBatch(ids[1:2, 3:6], attention[1:2, 3:6], mask[1:2, :1]), passes)
     torch.testing.assert_close(found[1, :1], alone[0], atol=1e-5, rtol=1e-5)
     assert (found[~mask] == 0).all() and (found[mask] != 0).all()
     some = roles.values(batch, passes, torch.tensor([0, 2]))
     assert (some[[1, 3, 4]] == 0).all() and torch.allclose(some[[0, 2]], found[[0, 2]], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sharing_prompts_keeps_the_gradient(form, tokenizer, batch):
+    roles = build(form, tokenizer)
+    batch.input_ids[:, :5], batch.attention_mask[:, :5] = batch.input_ids[0, :5].clone(), 1
+    weights = [*trained(roles).values(), roles.critic.linear.weight]
+    gradients = [
+        torch.autograd.grad(roles.values(batch, Passes(20, share)).square().mean(), weights, allow_unused=True)
+        for share in ("always", "never")
+    ]
+    for shared, apart in zip(*gradients, strict=True):
+        assert (shared is None) == (apart is None)
+        if shared is not None:
+            torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from moslim.packing import AnswerBatch
 from moslim.policy.logprobs import answer_logprobs, plan
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from tests.policy.conftest import ARCHITECTURES
 
 PLAIN = Passes(tokens=10**6, share_prompts="never", chunked_logprobs=False)

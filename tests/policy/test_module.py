@@ -368,7 +368,7 @@ def test_predict_answers_the_rows_of_a_file(preferences, lm, classifier, tmp_pat
     returned = trainer(tmp_path).predict(module, data(preferences, eval_batch_size=50))
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert rows == [record for batch in returned for record in batch] and len(rows) > 50
-    assert set(rows[0]) == {"question", "levels", "answer"} and len({row["answer"] for row in rows}) > 10
+    assert set(rows[0]) == {"question", "requested", "answer"} and len({row["answer"] for row in rows}) > 10
     again = make(preferences, lm, classifier)
     other = trainer(tmp_path / "again").predict(again, data(preferences, eval_batch_size=7))
     assert [record for batch in other for record in batch] == rows

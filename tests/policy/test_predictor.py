@@ -6,8 +6,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moslim.lora import LoraOptions, add_lora
 from moslim.models import checkpoint_activations
+from moslim.packing import AnswerBatch
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor, continues, last_layer
 from tests.policy.conftest import ARCHITECTURES, build_model
 

@@ -1,5 +1,6 @@
 """Checkpoints of runs that are stopped at bad moments: within an accumulation, and while one is being written."""
 
+import csv
 import os
 import shutil
 import signal
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from moslim.callbacks.checkpoint import StepCheckpoint
+from moslim.callbacks.dashboard import best_checkpoint
 from tests.policy.runs import data, make, trainer, weights
 
 pytestmark = [
@@ -54,6 +57,35 @@ def test_a_stop_within_an_accumulation_goes_back_to_the_step_before_it(preferenc
     resumed = fit(None, newest)
     assert len(resumed.trace) == 4
     assert [step["loss"] for step in resumed.trace] == [step["loss"] for step in whole.trace[4:]]
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+@pytest.mark.parametrize("validation", [{}, {"val_check_interval": 3, "check_val_every_n_epoch": None}])
+def test_the_last_checkpoint_is_the_end_of_the_training(validation, preferences, lm, classifier, tmp_path):
+    validation = {**validation, "limit_val_batches": len(validation)}
+
+    def fit(max_steps, ckpt_path=None):
+        saver = StepCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
+        options = {"logger": CSVLogger(tmp_path, name="log"), "log_every_n_steps": 1, "enable_checkpointing": True}
+        run = trainer(tmp_path, max_steps=max_steps, callbacks=[saver], **options, **validation)
+        module = make(preferences, lm, classifier)
+        run.fit(module, data(preferences), ckpt_path=ckpt_path, weights_only=True)
+        with open(tmp_path / f"log/version_{run.logger.version}/metrics.csv", newline="") as file:
+            return module, saver, [row["step"] for row in csv.DictReader(file) if row["train/loss"]]
+
+    whole, saver, steps = fit(5)
+    assert torch.load(saver.last_model_path, weights_only=True)["global_step"] == 5
+    assert best_checkpoint(saver) == saver.last_model_path != saver.best_model_path
+    saver.monitor = "train/reward"
+    assert best_checkpoint(saver) == saver.best_model_path
+    assert best_checkpoint(None) == ""
+    for path in tmp_path.glob("*.ckpt"):
+        path.unlink()
+    _, saver, first = fit(3)
+    resumed, _, rest = fit(5, saver.last_model_path)
+    assert (first, rest) == (steps[:3], steps[3:]) == (["0", "1", "2"], ["3", "4"])
+    assert [step["loss"] for step in resumed.trace] == [step["loss"] for step in whole.trace[3:]]
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
 

@@ -130,7 +130,11 @@ def test_bad_functions_are_named():
         functions = [RewardFunction(length, name=name) for name in names]
         with pytest.raises(ValueError, match=r"the name '(length|tone)' is taken"):
             RewardFunctions(functions, PREFERENCES)
-    for values, message in (([1.0], "'short' returned 1 values for 2 answers"), ([1.0, math.inf], "infinite")):
+    for values, message in (
+        ([1.0], "'short' returned 1 values for 2 answers"),
+        ([1.0, math.inf], "'short' returned inf for 'Because.': give a finite number, or None"),
+        ([math.nan, 1.0], "'short' returned nan for 'Like this.'"),
+    ):
         with pytest.raises(ValueError, match=message):
             RewardFunction(lambda values=values, **columns: values, name="short")(answers(), [{}, {}])
 

@@ -6,9 +6,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moslim.lora import LoraOptions
+from moslim.packing import AnswerBatch
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles, evaluating
 from tests.policy.conftest import build_model
 

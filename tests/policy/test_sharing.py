@@ -17,11 +17,11 @@ from moslim.callbacks.role_memory import FILE, RoleMemory
 from moslim.cli import run
 from moslim.lora import LoraOptions, add_lora, merged
 from moslim.models import load_causal_lm
+from moslim.packing import AnswerBatch
 from moslim.policy.critic import CriticOptions
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.memory import resident_weights
 from moslim.policy.optimizers import PPO, RLOO
-from moslim.policy.packing import AnswerBatch
 from moslim.policy.roles import Roles, evaluating
 from moslim.policy.sharing import load_scorer
 from moslim.preferences import PreferenceSet

@@ -5,7 +5,7 @@ import torch
 
 from moslim.lora import LoraOptions
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import Passes
+from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.policy.update import forward

@@ -103,7 +103,7 @@ def test_calibration_is_measured_on_questions_that_were_not_fitted() -> None:
     found = calibrate(logits, targets, questions, PREFERENCES)
     assert found.temperatures == fit_temperatures(logits, targets).tolist()
     for name in PREFERENCES.names:
-        for measure in ("ece", "brier", "rps"):
+        for measure in ("ece", "classwise_ece", "brier", "rps"):
             assert found.measures[f"{name}/{measure}/after"] < found.measures[f"{name}/{measure}/before"]
         assert found.measures[f"{name}/ece/after"] < 0.06 < found.measures[f"{name}/ece/before"]
 

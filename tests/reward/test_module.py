@@ -131,7 +131,7 @@ def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     run.fit(module, data(preferences))
     temperatures = module.classifier.config.temperatures
     assert len(temperatures) == 2 and all(0.1 <= t <= 10 and t != 1 for t in temperatures)
-    kinds = [f"{name}/{stage}" for name in ("ece", "brier", "rps") for stage in ("before", "after")]
+    kinds = [f"{name}/{stage}" for name in ("ece", "classwise_ece", "brier", "rps") for stage in ("before", "after")]
     wanted = {f"val/calibration/{dimension}/{kind}" for dimension in preferences.names for kind in kinds}
     assert wanted <= run.callback_metrics.keys()
     assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == temperatures
@@ -158,7 +158,11 @@ def test_weights_that_no_validation_has_seen_are_calibrated_at_the_end(
         run.fit(module, data(preferences))
         with (Path(run.log_dir) / "metrics.csv").open() as file:
             logged = [row["val/calibration/tone/brier/after"] for row in csv.DictReader(file)]
-        found.append((module.classifier.config.temperatures, [value for value in logged if value][-1]))
+        last = [value for value in logged if value][-1]
+        card = (Path(run.log_dir) / "classifier" / "README.md").read_text().split("## Calibration")[1]
+        tone = next(line for line in card.splitlines() if line.startswith("| tone |"))
+        assert tone.split(" | ")[3].endswith(f" to {float(last):.3f}")  # not what an earlier validation found
+        found.append((module.classifier.config.temperatures, last))
     assert found[0] == found[1]
 
 

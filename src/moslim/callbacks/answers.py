@@ -84,7 +84,8 @@ def write_parquet(lines: Path, names: Sequence[str]) -> Path:
     types = {"step": pyarrow.int64(), "reward": pyarrow.float64(), "advantage": pyarrow.float64()}
     for name in names:
         types |= {f"{name}/reward": pyarrow.float64(), f"{name}/probabilities": pyarrow.list_(pyarrow.float64())}
-    rows = [flat(json.loads(line), names) for line in lines.read_text(encoding="utf-8").splitlines()]
+    with lines.open(encoding="utf-8") as stream:  # not splitlines(), which cuts at more than line ends
+        rows = [flat(json.loads(line), names) for line in stream]
     schema = pyarrow.schema([(column, types.get(column, pyarrow.string())) for column in rows[0]])
     path, part = lines.with_suffix(".parquet"), lines.with_suffix(".parquet.part")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)

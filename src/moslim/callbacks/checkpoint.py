@@ -13,6 +13,9 @@ class StepCheckpoint(ModelCheckpoint):
 
     A checkpoint does not hold half-summed gradients. So one that is due within ``trainer.accumulate_grad_batches`` is
     written after the optimizer step that follows, and none is written where an exception comes in between.
+
+    With ``save_last``, ``last.ckpt`` is the end of a training that comes to its end. Lightning leaves it as it was at
+    the last interval.
     """
 
     _postponed = False
@@ -33,6 +36,13 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._postponed and not within_accumulation(trainer):
             self.on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if within_accumulation(trainer):
+            return
+        if self._last_global_step_saved != trainer.global_step:
+            self._last_checkpoint_saved = ""  # what Lightning asks
+        super().on_train_end(trainer, pl_module)
 
 
 def within_accumulation(trainer: Trainer) -> bool:

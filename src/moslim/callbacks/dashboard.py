@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 STEP = "trainer/global_step"
@@ -82,8 +83,7 @@ class Dashboard(Callback):
                 (Path(folder) / RUN_FILE).write_text(json.dumps({"id": run.id}) + "\n")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        saver: Any = trainer.checkpoint_callback
-        checkpoint = (saver.best_model_path or saver.last_model_path) if saver is not None else ""
+        checkpoint = best_checkpoint(trainer.checkpoint_callback)
         folder = trainer.log_dir
         answers = Path(folder or "") / "completions.parquet"
         self._store(trainer, "checkpoint", [Path(checkpoint)] if checkpoint else [])
@@ -105,6 +105,15 @@ class Dashboard(Callback):
             for path in paths:
                 artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
             logger.experiment.log_artifact(artifact)
+
+
+def best_checkpoint(saver: Checkpoint | None) -> str:
+    """Path of the checkpoint that ``monitor`` calls the best, without one of the last; empty where there is none."""
+    if not isinstance(saver, ModelCheckpoint):
+        return ""
+    if saver.monitor is None:  # Lightning calls the one of the last interval the best
+        return saver.last_model_path or saver.best_model_path
+    return saver.best_model_path or saver.last_model_path
 
 
 def continue_run(loggers: Iterable[Logger], checkpoint: Path) -> None:

@@ -69,7 +69,7 @@ class RoleMemory(Callback):
     def _watch(self, module: PolicyTrainer) -> None:
         policy = trunk(module.roles.policy)
         self._on_pass(policy, lambda: module.roles.active)
-        self._on_pass(module.scorer.classifier, lambda: "classifier")
+        self._on_pass(module.scorer.classifier.backbone, lambda: "classifier")
         with module.roles.reference() as model:
             if trunk(model) is not policy:
                 self._on_pass(trunk(model), lambda: "reference")

@@ -35,9 +35,10 @@ class PreferenceDataModule(LightningDataModule):
     """Serves the rows of one source to whatever module is trained, so one ``data:`` block fits every config.
 
     The module says what it wants in its attribute ``batch_view``, and gives its ``tokenizer`` and, for a policy,
-    ``batch_repeats``: how often each training batch is to be yielded in a row. A classifier with a frozen backbone
-    gives ``row_features``, a function from the ids of all rows to what stands for them in batches. The Trainer must
-    leave the sampler alone (``use_distributed_sampler: false``): batches are shared out to processes here.
+    ``batch_repeats``: how often each training batch is to be yielded in a row, and ``look_ahead``: whether each is to
+    hold the one that follows. A classifier with a frozen backbone gives ``row_features``, a function from the ids of
+    all rows to what stands for them in batches. The Trainer must leave the sampler alone
+    (``use_distributed_sampler: false``): batches are shared out to processes here.
 
     | view | train | validation | test | predict |
     |---|---|---|---|---|
@@ -151,7 +152,8 @@ class PreferenceDataModule(LightningDataModule):
         )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
         collate = self._collate(self.scramble)
-        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)
+        ahead: bool = getattr(self._module, "look_ahead", False)
+        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch, ahead)
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
@@ -178,7 +180,7 @@ class PreferenceDataModule(LightningDataModule):
             rows = [dataclasses.replace(row, answer="") for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows))
-        asked = [known_levels(row, self.preferences) for row in rows]
+        asked = [known_levels(row.levels, self.preferences) for row in rows]
         return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -309,4 +311,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             setattr(moved, field.name, value.to(device))
+        elif isinstance(value, PromptBatch):
+            setattr(moved, field.name, to_device(value, device))
     return moved

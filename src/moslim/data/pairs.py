@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -121,7 +121,7 @@ class CollateRewards:
         rows = [pair.row for pair in pairs]
         better = [rows[i] for i in rejected]
         rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in better]
-        levels = torch.stack([self.preferences.encode(known_levels(row, self.preferences)) for row in rows])
+        levels = torch.stack([self.preferences.encode(known_levels(row.levels, self.preferences)) for row in rows])
         return PairBatch(
             ids,
             mask,
@@ -163,9 +163,9 @@ def require_answer(number: int, row: Example) -> str:
     return row.answer
 
 
-def known_levels(row: Example, preferences: PreferenceSet) -> Preference:
-    """Returns a row's levels, without those of dimensions that are not in use."""
-    return Preference({name: level for name, level in row.levels.items() if name in preferences.names})
+def known_levels(levels: Mapping[str, int], preferences: PreferenceSet) -> Preference:
+    """Returns levels by dimension name, without those of dimensions that are not in use."""
+    return Preference({name: level for name, level in levels.items() if name in preferences.names})
 
 
 def level_shares(rows: Sequence[Example], levels: Tensor, preferences: PreferenceSet) -> Tensor:

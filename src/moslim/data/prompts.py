@@ -189,14 +189,15 @@ class PairEncoder:
         self.truncation = Truncation()
         self._neutraliser = Neutraliser({*special_strings(tokenizer), *reserved})
         self._cutter = _Cutter(max_length, self.truncation)
+        self._last: tuple[Question, list[Message], list[int]] | None = None
 
     def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
         """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``."""
         end = answer_ids(self.tokenizer, self._neutraliser.text(answer))
-        messages = as_messages(self._neutraliser.question(question))
+        messages, prompt = self._prompt(question)
         self.truncation.pairs += 1
-        if self.max_length is None:
-            return prompt_ids(self.tokenizer, messages), end
+        if self.max_length is None or len(prompt) + len(end) <= self.max_length:
+            return prompt, end
         try:
             ids = self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, cut) + end)
         except ValueError:
@@ -206,6 +207,13 @@ class PairEncoder:
             self.truncation.answers += len(end) > self.max_length
         kept = min(len(end), len(ids))
         return ids[: len(ids) - kept], ids[len(ids) - kept :]
+
+    def _prompt(self, question: Question) -> tuple[list[Message], list[int]]:
+        """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
+        if self._last is None or self._last[0] != question:
+            messages = as_messages(self._neutraliser.question(question))
+            self._last = (question, messages, prompt_ids(self.tokenizer, messages))
+        return self._last[1], self._last[2]
 
     def encode(self, question: Question, answer: str) -> list[int]:
         """Returns the ids of one pair: prompt, answer, end token."""

@@ -51,6 +51,7 @@ class Example:
         rejected: Another answer to the question, which people liked less than ``answer``.
         compared: Dimensions that this comparison speaks about; empty = all.
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
+        requested: Level by dimension name that a policy was asked for when it gave the answer.
         id: What the source calls the row, carried into predictions.
     """
 
@@ -63,6 +64,7 @@ class Example:
     rejected: str | None = None
     compared: tuple[str, ...] = ()
     margin: float = 0.0
+    requested: Mapping[str, int] = field(default_factory=dict)
     id: str | int | None = None
 
 
@@ -111,6 +113,7 @@ class PromptBatch:
         questions: The ``B`` neutralised questions, without the instruction.
         kinds: What each prompt is there for in evaluation (``sweep``, ``default``, ``seen``, ``unseen``);
             empty strings in training.
+        following: In training, the next batch of the epoch that holds other prompts, where the module asks for it.
     """
 
     input_ids: Tensor
@@ -119,6 +122,7 @@ class PromptBatch:
     index: Tensor
     questions: list[Question]
     kinds: list[str]
+    following: PromptBatch | None = None
 
 
 @dataclass

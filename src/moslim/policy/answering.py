@@ -36,7 +36,7 @@ class Answers:
         input_ids: ``[N, P + T]`` prompts and answers.
         attention_mask: ``[N, P + T]``.
         questions: ``N`` questions without the instruction.
-        texts: ``N`` decoded answers, without special tokens and stop strings.
+        texts: ``N`` decoded answers, without special tokens, stop strings and stop tokens.
     """
 
     completions: Completions
@@ -65,7 +65,8 @@ class Answerer:
         self.engine = engine
         engine.bind(tokenizer)
         self.tokenizer = tokenizer
-        self._eos_ids = eos_ids
+        self._eos_ids = sorted({*eos_ids, *engine.stop_ids})
+        self._stop_ids = torch.tensor(engine.stop_ids, dtype=torch.long)
         self._pad_id = pad_id(tokenizer)
 
     def __call__(self, model: Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int) -> Answers:
@@ -82,7 +83,9 @@ class Answerer:
             found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self._eos_ids, self._pad_id)
         prompts = batch.input_ids.repeat_interleave(samples, dim=0)
         prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)
-        spoken = [row[keep].tolist() for row, keep in zip(found.tokens.cpu(), found.mask.cpu(), strict=True)]
+        tokens = found.tokens.cpu()
+        said = found.mask.cpu() & ~torch.isin(tokens, self._stop_ids)
+        spoken = [row[keep].tolist() for row, keep in zip(tokens, said, strict=True)]
         return Answers(
             found,
             torch.cat([prompts, found.tokens], dim=1),

@@ -46,9 +46,17 @@ def trunk(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
 
 
-def last_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """``[N, P + T, H]`` hidden states, without computing logits; left-padded."""
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    found: Tensor = trunk(model)(**inputs, use_cache=False).last_hidden_state
-    return found
+class TrunkReader:
+    """Reads hidden states of answers, without computing logits, for :func:`moslim.policy.logprobs.answer_states`.
+
+    Args:
+        model: Causal language model in the Hugging Face form, with or without adapters.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def states(self, keep: int, **inputs: Any) -> Tensor:
+        """``[B, keep, H]`` at the last positions; the arguments are the trunk's."""
+        found: Tensor = trunk(self.model)(**inputs).last_hidden_state[:, -keep:]
+        return found

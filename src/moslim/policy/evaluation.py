@@ -18,6 +18,7 @@ from moslim.evaluation.steerability import measures, steerability
 from moslim.lora import merged
 from moslim.models import load_tokenizer
 from moslim.policy.answering import Answerer, Answers, Purpose
+from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
 from moslim.preferences import Preference, PreferenceSet
@@ -37,6 +38,7 @@ class PolicyEvaluation(RunModule):
     columns: list[int]
     """Where the scorer has the dimensions of ``preferences``."""
     judge: Judge | None
+    passes: Passes
     eval_samples: int
     report: str | None
     seed: int
@@ -61,7 +63,8 @@ class PolicyEvaluation(RunModule):
 
     def probabilities(self, answers: Answers) -> Tensor:
         """``[N, D, K]`` level probabilities by the training classifier, in the order of ``preferences``."""
-        return self.scorer.probabilities(answers.questions, answers.texts)[:, self.columns]
+        share = self.passes.share_prompts
+        return self.scorer.probabilities(answers.questions, answers.texts, share_prompts=share)[:, self.columns]
 
     @torch.no_grad()
     def _evaluate(self, who: str, model: Any, batch: PromptBatch, judge: Judge | None) -> None:
@@ -112,7 +115,7 @@ class PolicyEvaluation(RunModule):
         keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
         answers = self.answerer(self.policy, batch, keys, 1)
         return [
-            {"question": question, "levels": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
+            {"question": question, "requested": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
             for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
         ]
 

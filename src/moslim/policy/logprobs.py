@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from moslim.policy.packing import (
-    AnswerBatch,
-    Chunk,
-    Passes,
-    SharedPrompts,
-    chunks_by_length,
-    shared_prompts,
-    sharing_pays,
-)
+from moslim.caches import branch
+from moslim.packing import AnswerBatch, Chunk, SharedPrompts, chunks_by_length, shared_prompts, sharing_pays
+from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor, continues
+
+
+class Reader(Protocol):
+    """What runs a model over tokens: a :class:`Predictor`, or whatever else wants its states."""
+
+    model: Any
+
+    def states(self, keep: int, **inputs: Any) -> Tensor:
+        """States ``[B, keep, ...]`` at the last positions."""
 
 
 @dataclass
@@ -47,50 +49,40 @@ def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = 
     return Plan(list(chunks_by_length(batch, tokens, among)), [])
 
 
-def answer_states(predictor: Predictor, plan: Plan) -> Iterator[tuple[Chunk, Tensor]]:
+def answer_states(reader: Reader, plan: Plan) -> Iterator[tuple[Chunk, Tensor]]:
     """Runs a model over answers.
 
     Returns:
-        For each chunk, what predicts its tokens: ``[C, T', H or V]``.
+        For each chunk, the states before its tokens, which predict them: ``[C, T', H or V]``.
     """
     for chunk in plan.whole:
-        yield chunk, _states(predictor, chunk.mask.shape[1] + 1, chunk.input_ids, chunk.attention_mask)[:, :-1]
+        yield chunk, _states(reader, chunk.mask.shape[1] + 1, chunk.input_ids, chunk.attention_mask)[:, :-1]
     for prompts in plan.shared:
-        yield from _continued(predictor, prompts)
+        yield from _continued(reader, prompts)
 
 
-def _continued(predictor: Predictor, prompts: SharedPrompts) -> Iterator[tuple[Chunk, Tensor]]:
+def _continued(reader: Reader, prompts: SharedPrompts) -> Iterator[tuple[Chunk, Tensor]]:
     """Computes each prompt once; the gradients of all its answers meet in its keys and values."""
-    cache = DynamicCache(config=predictor.model.config)
-    last = _states(predictor, 1, prompts.input_ids, prompts.attention_mask, cache)
+    cache = DynamicCache(config=reader.model.config)
+    last = _states(reader, 1, prompts.input_ids, prompts.attention_mask, cache)
     for chunk, owners in zip(prompts.chunks, prompts.owners, strict=True):
         states = last.index_select(0, owners)
         width = chunk.mask.shape[1] - 1  # the last token predicts nothing that is asked for
         if width:
             ids, attention = chunk.tokens[:, :-1], chunk.attention_mask[:, :-1]
-            states = torch.cat([states, _states(predictor, width, ids, attention, _branch(cache, owners))], dim=1)
+            states = torch.cat([states, _states(reader, width, ids, attention, branch(cache, owners))], dim=1)
         yield chunk, states
 
 
 def _states(
-    predictor: Predictor, keep: int, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
+    reader: Reader, keep: int, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
 ) -> Tensor:
     """States at the last ``keep`` positions; the mask also covers what the cache holds."""
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     if cache is None:
-        return predictor.states(keep, **inputs, use_cache=False)
-    return predictor.states(keep, **inputs, past_key_values=cache, use_cache=True)
-
-
-def _branch(cache: DynamicCache, rows: Tensor) -> DynamicCache:
-    """A cache that begins with some rows of another, which stays as it is; gradients flow into that."""
-    branch = copy(cache)
-    layers: list[Any] = [copy(layer) for layer in cache.layers]
-    for layer in layers:
-        layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-    branch.layers = layers
-    return branch
+        return reader.states(keep, **inputs, use_cache=False)
+    return reader.states(keep, **inputs, past_key_values=cache, use_cache=True)
 
 
 def answer_logprobs(model: Any, batch: AnswerBatch, temperature: float, passes: Passes) -> Tensor:

@@ -15,15 +15,19 @@ from moslim.data.types import PromptBatch, View
 from moslim.evaluation.judges import Judge
 from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
-from moslim.models import eos_ids, load_causal_lm
+from moslim.models import eos_ids, fuse_kernels, load_causal_lm
 from moslim.optim import configure
+from moslim.packing import AnswerBatch
 from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
+from moslim.policy.ahead import TrainingAnswers
 from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
+from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
+from moslim.policy.off_policy import OffPolicy, staleness_metrics, with_logprobs
 from moslim.policy.optimizers import PolicyOptimizer
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
@@ -62,6 +66,7 @@ class PolicyTrainer(PolicyEvaluation):
         inner_epochs: Passes over a rollout.
         minibatches: Training steps per pass.
         passes: How log-probabilities of answers are computed; None = every fast way that the model allows.
+        off_policy: What is done about answers that another policy sampled; None = corrected, and never asked for.
         default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
             keeps the behaviour that nobody asked to change.
         missing_end_penalty: What an answer's score loses when it is cut at the length limit.
@@ -74,6 +79,7 @@ class PolicyTrainer(PolicyEvaluation):
         report: Folder that receives a copy of the test's report, beside the one in the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         gradient_checkpointing: Save memory by computing activations twice.
+        liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
         dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too.
         reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
         trust_remote_code: Whether code from the model's repository may run.
@@ -101,6 +107,7 @@ class PolicyTrainer(PolicyEvaluation):
         inner_epochs: int = 1,
         minibatches: int = 1,
         passes: Passes | None = None,
+        off_policy: OffPolicy | None = None,
         default_kl_coef: float = 0.0,
         missing_end_penalty: float = 1.0,
         lora: LoraOptions | None = None,
@@ -110,6 +117,7 @@ class PolicyTrainer(PolicyEvaluation):
         report: str | None = None,
         predictions: str | None = None,
         gradient_checkpointing: bool = False,
+        liger: bool = False,
         dtype: Dtype = "float32",
         reset_state: bool = False,
         trust_remote_code: bool = False,
@@ -144,6 +152,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.inner_epochs = inner_epochs
         self.minibatches = minibatches
         self.passes = passes or Passes()
+        self.off_policy = off_policy or OffPolicy()
         self.default_kl_coef = default_kl_coef
         self.missing_end_penalty = missing_end_penalty
         self.optimizer = optimizer
@@ -155,9 +164,12 @@ class PolicyTrainer(PolicyEvaluation):
         self.seed = seed
 
         start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype))
+        if liger:
+            fuse_kernels(start)
         self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
         self.policy, self.critic = self.roles.policy, self.roles.critic
         self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
+        self.training_answers = TrainingAnswers(self.answerer, samples_per_prompt, seed, self.off_policy.overlap)
         self.scorer = load_scorer(classifier, share_backbone, self.roles, self.tokenizer)
         self.columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         mapping.bind(preferences)
@@ -171,6 +183,11 @@ class PolicyTrainer(PolicyEvaluation):
     def batch_repeats(self) -> int:
         """How often the data module is to yield each training batch."""
         return self.inner_epochs * self.minibatches
+
+    @property
+    def look_ahead(self) -> bool:
+        """Whether training batches must know those that follow."""
+        return self.off_policy.overlap
 
     def configure_callbacks(self) -> list[Callback]:
         """The mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
@@ -199,6 +216,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.scorer.reserve(self.reserved)
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
+            self.training_answers.forget()
         accumulate = self.trainer.accumulate_grad_batches
         if stage == "fit" and self.batch_repeats % accumulate and accumulate % self.batch_repeats:
             raise ValueError(
@@ -246,6 +264,7 @@ class PolicyTrainer(PolicyEvaluation):
             passes=self.passes,
             entropy=self.policy_optimizer.needs_entropy,
             default_kl=self.default_kl_coef > 0,
+            cap=self.off_policy.cap,
         )
         self.rows, self.logprobs = rows, update.logprobs.detach()
         parts = self.policy_optimizer.loss(update)
@@ -264,13 +283,16 @@ class PolicyTrainer(PolicyEvaluation):
     @torch.no_grad()
     def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:
         clock = Stopwatch(self.device)
-        keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
-        answers = self.answerer(self.policy, batch, keys, self.samples_per_prompt)
+        sampled = self.training_answers.take(self.policy, batch, key, self.global_step)
+        answers, staleness = sampled.answers, self.global_step - sampled.version
         clock.lap("time/sample")
         probs = self.probabilities(answers)
         clock.lap("time/reward")
         found, optimizer = answers.completions, self.policy_optimizer
         rows, temperature = AnswerBatch(answers.input_ids, answers.attention_mask, found.mask), self.engine.temperature
+        if staleness or self.off_policy.old_logprobs == "recompute":
+            found = with_logprobs(found, answer_logprobs(self.policy, rows, temperature, self.passes))
+        clock.lap("time/old")
         with_reference = optimizer.needs_reference
         reference = self.roles.reference_logprobs(rows, temperature, self.passes) if with_reference else None
         clock.lap("time/reference")
@@ -299,10 +321,12 @@ class PolicyTrainer(PolicyEvaluation):
             answers=answers.texts,
             values=values,
             returns=None if returns is None else returns.flatten(0, 1),
+            sampler_logprobs=found.sampler_logprobs,
         )
         optimizer.observe(scores)
         metrics = rollout_metrics(rollout, self.preferences, self.exact_judge)
         metrics |= self.reward_functions.metrics(rollout.per_dimension)
+        metrics |= staleness_metrics(rollout, staleness, self.off_policy.cap)
         asked = self._sampler.metrics() if self._sampler else {}
         shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}
         self.log_dict(shown, prog_bar=True, batch_size=len(rollout))
@@ -318,6 +342,11 @@ class PolicyTrainer(PolicyEvaluation):
     def settings(self) -> dict[str, Any]:
         """What a result is to be compared by; it goes into the report."""
         return settings(self)
+
+    def on_validation_epoch_start(self) -> None:
+        """Lets the engine finish what it samples for training."""
+        self.training_answers.wait()
+        super().on_validation_epoch_start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""

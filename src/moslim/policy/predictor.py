@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from moslim import caches
 from moslim.policy.statistics import Statistics, of_hidden, of_logits
 from moslim.precision import at_least_float32
 
@@ -112,18 +110,14 @@ def _nothing_else_happens(model: Any, head: nn.Linear) -> bool:
 
 
 def continues(model: Any) -> bool:
-    """Whether answers can continue a prompt's keys and values with a gradient.
+    """Whether answers can go on from a prompt's keys and values, with a gradient.
 
-    Not with layers that keep a recurrent state, nor while activations are computed twice, which goes without a cache.
+    Not while activations are computed twice, which goes without a cache; see also :mod:`moslim.caches`.
     """
     inner = _inner(model)
-    takes_cache = "past_key_values" in inspect.signature(inner.base_model.forward).parameters
-    if not takes_cache or inner.config.is_encoder_decoder:
-        return False
     if model.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
         return False
-    kinds = {type(layer) for layer in DynamicCache(config=inner.config).layers}
-    return kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return caches.continues(inner.base_model, inner.config)
 
 
 def _inner(model: Any) -> Any:

@@ -61,10 +61,13 @@ class RewardFunction:
         values = list(self.function(prompts=prompts, completions=texts, completion_ids=ids, levels=list(levels)))
         if len(values) != len(texts):
             raise ValueError(f"reward function '{self.name}' returned {len(values)} values for {len(texts)} answers")
-        rewards = [math.nan if value is None else float(value) for value in values]
-        if any(map(math.isinf, rewards)):
-            raise ValueError(f"reward function '{self.name}' returned an infinite reward")
-        return rewards
+        for number, value in enumerate(values):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(
+                    f"reward function '{self.name}' returned {value} for {texts[number]!r}: give a finite number, or "
+                    "None where it does not apply"
+                )
+        return [math.nan if value is None else float(value) for value in values]
 
 
 class RewardFunctions:

@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights, unwrapped
 from moslim.models import checkpoint_activations
-from moslim.policy.critic import CriticOptions, ValueHead, last_hidden
-from moslim.policy.logprobs import answer_logprobs, put
-from moslim.policy.packing import AnswerBatch, Passes, chunks_by_length
+from moslim.packing import AnswerBatch
+from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead
+from moslim.policy.logprobs import answer_logprobs, answer_states, plan, put
+from moslim.policy.passes import Passes
 from moslim.precision import at_least_float32
 from moslim.reward.adapter_form import SavedAdapter
 from moslim.sharding import StepShards
@@ -173,7 +174,7 @@ class Roles:
             return answer_logprobs(reference, batch, temperature, passes)
 
     def values(self, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> Tensor:
-        """The critic's values by passes of its own; see :func:`chunks_by_length` for the arguments.
+        """The critic's values by passes of its own; see :func:`plan` for the arguments.
 
         Returns:
             ``[N, T]`` float32 or finer, 0 where masked, or not ``among`` those asked for.
@@ -181,10 +182,8 @@ class Roles:
         assert self.critic is not None
         with self.playing("critic") as model:
             result = torch.zeros(batch.mask.shape, dtype=at_least_float32(model.dtype), device=batch.mask.device)
-            for chunk in chunks_by_length(batch, passes.limit(batch.mask.device), among):
-                hidden = last_hidden(model, chunk.input_ids, chunk.attention_mask)
-                before = hidden[:, -chunk.mask.shape[1] - 1 : -1]
-                put(result, chunk, self.critic(before[chunk.mask]))
+            for chunk, states in answer_states(TrunkReader(model), plan(model, batch, passes, among)):
+                put(result, chunk, self.critic(states[chunk.mask]))
         return result
 
     def _adapter(self, role: Role) -> Role | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moslim.data.types import Question
 from moslim.noise import derive_seed
-from moslim.policy.packing import AnswerBatch
+from moslim.packing import AnswerBatch
 
 
 @dataclass
@@ -24,7 +24,8 @@ class Rollout:
         input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
         attention_mask: ``[N, P + T]``.
         mask: ``[N, T]`` bool, answer tokens up to and including the end-of-sequence token.
-        old_logprobs: ``[N, T]`` float32 or finer, as all that follows; the sampler's own; 0 where masked.
+        old_logprobs: ``[N, T]`` float32 or finer, as all that follows; under the policy when it began to learn from
+            them; 0 where masked.
         reference_logprobs: ``[N, T]``, or None where no KL is asked for.
         targets: ``[N, D]`` int64, requested levels, -1 = not mentioned.
         probs: ``[N, D, K]``, the classifier's level probabilities.
@@ -37,6 +38,8 @@ class Rollout:
         answers: ``N`` decoded answers.
         values: ``[N, T]`` the critic's, 0 where masked; None without a critic.
         returns: ``[N, T]`` what the critic is to learn; None without a critic.
+        sampler_logprobs: ``[N, T]`` float32, under what the tokens were drawn from, where that is not the policy that
+            ``old_logprobs`` are of; None = it is.
     """
 
     key: tuple[int, int]
@@ -56,6 +59,7 @@ class Rollout:
     answers: list[str]
     values: Tensor | None = None
     returns: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)

@@ -1,4 +1,4 @@
-"""What a policy's checkpoint holds beside weights: the rollout in use, and what the run must be resumed with."""
+"""What a policy's checkpoint holds beside weights: rollouts, and what the run must be resumed with."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ _KEY = "policy_run"
 
 
 def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
-    """Adds every process's rollout, the classes of the plug-ins and fingerprints of the frozen models."""
+    """Adds every process's rollout and answers sampled ahead, classes of plug-ins, fingerprints of frozen models."""
     rollouts = gathered(module.rollout.state() if module.rollout else None)
+    ahead = gathered(module.training_answers.state())
     checkpoint[_KEY] = {
         "plugins": _plugins(module),
         "shares_classifier": module.roles.shares_classifier,
         "frozen": _fingerprints(module),
         "rollouts": rollouts,
+        "ahead": ahead,
     }
 
 
@@ -54,6 +56,8 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     rollouts = saved["rollouts"]
     if len(rollouts) == process_count() and rollouts[module.global_rank] is not None:
         module.rollout = Rollout.from_state(rollouts[module.global_rank], module.device)
+        if "ahead" in saved:
+            module.training_answers.load(saved["ahead"][module.global_rank], module.device)
 
 
 def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:

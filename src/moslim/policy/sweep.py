@@ -102,5 +102,6 @@ def settings(module: PolicyTrainer) -> dict[str, Any]:
         "eval_samples": module.eval_samples,
         "temperature": module.engine.temperature,
         "max_new_tokens": module.engine.max_new_tokens,
+        "overlap": module.off_policy.overlap,
         "seed": module.seed,
     }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moslim.policy.logprobs import answer_states, plan, put
 from moslim.policy.optimizers import UpdateBatch
-from moslim.policy.packing import Passes
+from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
@@ -23,6 +23,7 @@ def forward(
     passes: Passes,
     entropy: bool = False,
     default_kl: bool = False,
+    cap: float | None = None,
 ) -> tuple[UpdateBatch, Tensor | None]:
     """Runs policy and critic over a rollout. Answers that nothing needs are skipped.
 
@@ -35,6 +36,7 @@ def forward(
         passes: How the answers are computed.
         entropy: Whether to compute the entropy of the (tempered) distributions.
         default_kl: Whether to compute the divergence on prompts without instruction.
+        cap: Largest importance weight of answers that another policy sampled; None = all are 1.
 
     Returns:
         What the loss needs, and, if asked for, a scalar with gradient: the mean over the answer tokens of prompts
@@ -83,6 +85,8 @@ def forward(
         values=values,
         old_values=rows.values,
         returns=rows.returns,
+        sampler=rows.sampler_logprobs,
+        cap=cap,
     )
     if not default_kl:
         return update, None

@@ -24,7 +24,8 @@ class Calibration:
 
     Args:
         temperatures: One per head, fitted on all rows.
-        measures: ``{dimension}/{ece, brier, rps}/{before, after}``, on questions that their temperature has not seen.
+        measures: ``{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``, on questions that their temperature
+            has not seen.
     """
 
     temperatures: list[float]
@@ -137,9 +138,11 @@ def label_counts(targets: Tensor) -> Tensor:
 
 
 def calibration_measures(probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """ECE, Brier score and ranked probability score of one head, from ``[N, K]`` each."""
+    """ECE, its mean over the levels, Brier score and ranked probability score of one head, from ``[N, K]`` each."""
+    by_level = [level_reliability(probs, targets, level).error for level in range(probs.shape[1])]
     return {
         "ece": top_reliability(probs, targets).error,
+        "classwise_ece": torch.stack(by_level).mean(),
         "brier": brier_score(probs, targets),
         "rps": ranked_probability_score(probs, targets),
     }

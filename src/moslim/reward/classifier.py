@@ -184,7 +184,7 @@ class PreferenceClassifier(PreTrainedModel):
         config = PreferenceClassifierConfig(
             backbone=trunk.config,
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
-            pooling=pooling or ("last" if _is_causal(trunk.config) else "mean"),
+            pooling=pooling or ("last" if is_causal(trunk.config) else "mean"),
             layer=layer,
             pair_length=max_length,
             link=link,
@@ -214,12 +214,18 @@ class PreferenceClassifier(PreTrainedModel):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""
-        cache = {"use_cache": False} if _is_causal(self.config.backbone) else {}  # encoders need not know the argument
-        layer = self.config.layer
-        states = {} if layer is None else {"output_hidden_states": True}
-        output = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **cache, **states)
-        hidden = output.last_hidden_state if layer is None else output.hidden_states[layer]
+        # encoders need not know the argument
+        cache: dict[str, Any] = {"use_cache": False} if is_causal(self.config.backbone) else {}
+        hidden = self.states(input_ids=input_ids, attention_mask=attention_mask, **cache)
         return pool(hidden, attention_mask, self.config.pooling)
+
+    def states(self, **inputs: Any) -> Tensor:
+        """Hidden states ``[B, T, H]`` of the layer that is read; the arguments are the backbone's."""
+        if self.config.layer is None:
+            last: Tensor = self.backbone(**inputs).last_hidden_state
+            return last
+        layers: tuple[Tensor, ...] = self.backbone(**inputs, output_hidden_states=True).hidden_states
+        return layers[self.config.layer]
 
     def classify(self, features: Tensor) -> PreferenceClassifierOutput:
         """Classifies pooled hidden states ``[B, H]``."""
@@ -245,7 +251,14 @@ class PreferenceClassifier(PreTrainedModel):
 
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Probability of every level, ``[B, D, K]`` float32 or finer; 0 on levels that a dimension lacks."""
-        logits = self(input_ids, attention_mask).logits
+        return self.level_probabilities(self(input_ids, attention_mask).logits)
+
+    def level_probabilities(self, logits: Tensor) -> Tensor:
+        """Probability of every level, shape as given; 0 on levels that a dimension lacks.
+
+        Args:
+            logits: ``[B, D, K]``, as :meth:`classify` returns them.
+        """
         probs = torch.zeros_like(logits)
         for head, size in enumerate(self.preferences.sizes):  # padding must not change how a head's are rounded
             probs[:, head, :size] = logits[:, head, :size].softmax(-1)
@@ -270,7 +283,7 @@ def _width(config: Any) -> int:
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
-def _is_causal(config: PreTrainedConfig) -> bool:
+def is_causal(config: PreTrainedConfig) -> bool:
     """Whether tokens see only what is before them. BERT's family is in both tables and says so itself."""
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return bool(getattr(config, "is_decoder", False))

@@ -183,11 +183,11 @@ class RewardClassifier(RunModule):
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
         self._calibrated_at = 0
+        self._calibration: dict[str, Tensor] = {}
         self._record: dict[str, Any] = {}
         self._scored = 0
-        self._collect: Callable[
-            [Any], Any
-        ]  # from a sharded classifier to a whole one; no module, which would be trained
+        # From a sharded classifier to a whole one; a function, since a module would be trained.
+        self._collect: Callable[[Any], Any]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -274,7 +274,7 @@ class RewardClassifier(RunModule):
         """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
 
         Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
-        ``val/calibration/{dimension}/{ece, brier, rps}/{before, after}``.
+        ``val/calibration/{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``.
         """
         self._report("val")
         if self._calibrates:
@@ -350,7 +350,7 @@ class RewardClassifier(RunModule):
         if is_sharded(sharded):
             self.classifier = self._collect(sharded)
         if self.trainer.is_global_zero:
-            self._record = training_record(self.trainer, self.preferences)
+            self._record = training_record(self.trainer, self.preferences, self._calibration)
             self.export(folder)
         self.classifier = sharded
 
@@ -379,7 +379,7 @@ class RewardClassifier(RunModule):
         """Keeps trained weights only, the temperatures, and what the model card says of the training."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
         if self.was_trained:
-            self._record = training_record(self.trainer, self.preferences)
+            self._record = training_record(self.trainer, self.preferences, self._calibration)
         checkpoint[_RECORD] = self._record
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
@@ -482,4 +482,5 @@ class RewardClassifier(RunModule):
         fitted = calibrate(*self._held_out.compute(), self.preferences)
         self._set_temperatures(dict(zip(self.preferences.names, fitted.temperatures, strict=True)))
         self._calibrated_at = self.global_step
-        return {f"val/calibration/{key}": value for key, value in fitted.measures.items()}
+        self._calibration = {f"val/calibration/{key}": value for key, value in fitted.measures.items()}
+        return self._calibration

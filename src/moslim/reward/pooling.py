@@ -12,7 +12,7 @@ Pooling = Literal["last", "mean", "first", "max"]
 
 
 def pool(hidden: Tensor, mask: Tensor, kinds: Sequence[Pooling]) -> Tensor:
-    """Pools the hidden states of right-padded texts.
+    """Pools the hidden states of texts, wherever their padding is.
 
     Args:
         hidden: ``[B, T, H]``.
@@ -28,7 +28,7 @@ def pool(hidden: Tensor, mask: Tensor, kinds: Sequence[Pooling]) -> Tensor:
 
 def _pooled(hidden: Tensor, mask: Tensor, kind: Pooling) -> Tensor:
     if kind == "first":
-        return hidden[:, 0]
+        return hidden[torch.arange(len(mask), device=mask.device), mask.argmax(1)]
     if kind == "last":
         position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
         end = (mask * position).argmax(1)

@@ -64,4 +64,5 @@ def rows_scored(path: Path, depends_on: dict[str, Any], rows: Iterable[Example])
 def _carried(row: Example) -> dict[str, Any]:
     """What a record says of its row."""
     name = {} if row.id is None else {"id": row.id}
-    return {**name, "question": row.question, "answer": row.answer}
+    asked = {"requested": dict(row.requested)} if row.requested else {}
+    return {**name, "question": row.question, **asked, "answer": row.answer}

@@ -12,9 +12,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
+from moslim.packing import SharePrompts, pass_tokens, sharing_pays
 from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.prefix import can_share, joined, shared_features
 from moslim.reward.sharing import load_classifier
 
 _NO_LIMIT = 10**9
@@ -68,7 +70,11 @@ class Scorer:
 
     @torch.no_grad()
     def probabilities(
-        self, questions: Sequence[Question], answers: Sequence[str], batch_size: int | None = None
+        self,
+        questions: Sequence[Question],
+        answers: Sequence[str],
+        batch_size: int | None = None,
+        share_prompts: SharePrompts = "auto",
     ) -> Tensor:
         """Probability of every level of every dimension.
 
@@ -78,12 +84,23 @@ class Scorer:
             questions: ``N`` questions, without any instruction.
             answers: ``N`` answers.
             batch_size: Pairs per forward pass; None = 16 on a CPU, where small batches stay in the cache, else 256.
+            share_prompts: Compute each question once, and let all its answers go on from there; ``auto`` does where
+                enough tokens are saved. Backbones that cannot compute whole pairs.
 
         Returns:
             ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
             dimension lacks.
         """
-        rows = [self._encoder.encode(q, a) for q, a in zip(questions, answers, strict=True)]
+        spans = [self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True)]
+        if spans and share_prompts != "never" and can_share(self.classifier, spans):
+            batch = joined(spans, pad_id(self.tokenizer)).to(self.classifier.device)
+            if share_prompts == "always" or sharing_pays(batch):
+                features = shared_features(self.classifier, batch, pass_tokens(self.classifier.device))
+                return self.classifier.level_probabilities(self.classifier.classify(features).logits)
+        return self._apart([[*prompt, *answer] for prompt, answer in spans], batch_size)
+
+    def _apart(self, rows: list[list[int]], batch_size: int | None) -> Tensor:
+        """The same of whole pairs."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         sizes, device = self.preferences.sizes, self.classifier.device
         dtype = at_least_float32(self.classifier.dtype)

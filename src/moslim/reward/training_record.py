@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from moslim.checkpoints import class_path
 from moslim.data.module import PreferenceDataModule
@@ -16,19 +18,21 @@ from moslim.data.types import Split, View
 from moslim.preferences import PreferenceSet
 
 
-def training_record(trainer: Trainer, preferences: PreferenceSet) -> dict[str, Any]:
+def training_record(trainer: Trainer, preferences: PreferenceSet, calibration: Mapping[str, Tensor]) -> dict[str, Any]:
     """Returns what a model card needs to know of a run.
 
     Args:
         trainer: The Trainer, in ``fit``.
         preferences: The dimensions.
+        calibration: What calibrating the weights came to, by the names it is logged under; it may be of a later time
+            than the last validation.
 
     Returns:
-        ``steps``; ``validation``, the last validation's metrics, without ``val/``; and, if the rows come from a
-        :class:`~moslim.data.module.PreferenceDataModule`, ``sources``, ``rows`` and ``labels``: how often each level of
-        each dimension was given.
+        ``steps``; ``validation``, the last validation's metrics and the calibration's, without ``val/``; and, if the
+        rows come from a :class:`~moslim.data.module.PreferenceDataModule`, ``sources``, ``rows`` and ``labels``: how
+        often each level of each dimension was given.
     """
-    metrics = trainer.callback_metrics.items()
+    metrics = {**trainer.callback_metrics, **calibration}.items()
     record: dict[str, Any] = {
         "steps": trainer.global_step,
         "validation": {key.removeprefix("val/"): float(value) for key, value in metrics if key.startswith("val/")},

@@ -1,15 +1,14 @@
 """The default engine against `generate`, against a fresh forward pass, and against itself in other batches."""
 
-import math
-
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from moslim.noise import derive_seed
-from moslim.policy.engines.torch_engine import TorchEngine, draw, survivors
+from moslim.packing import AnswerBatch
+from moslim.policy.engines.torch_engine import TorchEngine, survivors
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from tests.policy.conftest import ARCHITECTURES, ENDS
 
 PAD, END = 0, 2
@@ -102,36 +101,19 @@ def test_the_model_is_left_without_gradients(models, prompts):
     assert not found.logprobs.requires_grad and all(p.grad is None for p in models["llama"].parameters())
 
 
-@pytest.mark.parametrize(("options", "message"), [({"max_new_tokens": 0}, "at least 1"), ({"temperature": -1}, "0 (g")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"temperature": -1}, r"0 \(greedy\)"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
 def test_wrong_options(options, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         TorchEngine(**options)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_drawn_tokens_follow_the_tempered_probabilities(temperature):
-    probabilities = torch.tensor([0.05, 0.0, 0.4, 0.25, 0.3, 0.0])
-    noise = torch.rand(20000, generator=torch.Generator().manual_seed(3))
-    tokens, logprobs = draw(probabilities.log().expand(20000, -1), temperature, noise)
-    wanted = probabilities ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
-    counts = tokens.bincount(minlength=6).double()
-    assert counts[1] == counts[5] == 0
-    possible = wanted > 0
-    chi_square = ((counts - 20000 * wanted)[possible] ** 2 / (20000 * wanted[possible])).sum()
-    assert chi_square < 16.27  # 3 degrees of freedom, p = 0.001
-    torch.testing.assert_close(logprobs, wanted.log()[tokens])
-
-
-def test_the_extremes_of_the_noise_draw_possible_tokens():
-    logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(3, -1)
-    tokens, _ = draw(logits, 1.0, torch.tensor([0.0, 0.5, 1 - 2.0**-24]))
-    assert tokens.tolist() == [3, 3, 1]
-
-
-def test_temperature_zero_takes_the_most_likely_token_with_its_logprob_at_one():
-    tokens, logprobs = draw(torch.tensor([[0.0, math.log(3.0)]]), 0, torch.tensor([0.01]))
-    assert tokens.tolist() == [1] and logprobs.item() == pytest.approx(math.log(0.75))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import torch
 
 from moslim.lora import add_lora
 from moslim.noise import derive_seed
+from moslim.packing import AnswerBatch
 from moslim.policy.engines import ParityError, TorchEngine, VLLMEngine
 from moslim.policy.engines.vllm_client import ServerError
 from moslim.policy.engines.vllm_engine import own_servers
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.packing import AnswerBatch, Passes
+from moslim.policy.passes import Passes
 from tests.policy.conftest import ENDS, build_model
 from tests.policy.engines.small_server import SmallServer
 from tests.policy.runs import LORA, data, make, trainer, weights

@@ -23,6 +23,7 @@ def rows() -> Rows:
         question: Sequence[int] | None = None,
         length: Sequence[int] | None = None,
         subsets: Sequence[str | None] | None = None,
+        requested: Sequence[Sequence[int]] | None = None,
     ) -> ScoredRows:
         count = len(levels)
         real = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
@@ -35,6 +36,7 @@ def rows() -> Rows:
             probs.clone(),
             known,
             F.one_hot(known.clamp(min=0), 3).double() * (known >= 0)[..., None],
+            torch.tensor(requested) if requested is not None else torch.full_like(known, -1),
             torch.tensor(question if question is not None else range(count)),
             torch.tensor(length if length is not None else [1] * count),
             list(subsets) if subsets is not None else [None] * count,

@@ -31,6 +31,7 @@ BEST_OF = {
 def result(six: ScoredRows) -> Result:
     pairs = ScoredPairs(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]))
     six.raw = six.probs.sqrt() / six.probs.sqrt().sum(-1, keepdim=True)
+    six.requested[:, 1] = 2
     return evaluate(six, pairs, PREFERENCES, {"two": 2.0, "three": 0.5}, BEST_OF)
 
 
@@ -91,6 +92,8 @@ def test_the_page_tells_every_figure(result: Result) -> None:
         "| 1 to 2 | 2 | 0.500 | 0.500 |",
         "the sum: two 2, three 0.5.",
         "| **weighted sum** | 1 | 1.000 |",
+        "| three | 6 | 0.217 | 0.333 | -0.117 [",
+        "| two | 0 | - | - | - |",
         "## Best of 4",
         "| as asked | 0.750 [0.500, 1.000] |",
         "| as asked and in every paraphrase | 0.250 |",
@@ -102,7 +105,7 @@ def test_the_page_tells_every_figure(result: Result) -> None:
 
 def test_what_there_is_not_takes_no_space(least: Result) -> None:
     page = markdown(least)
-    for heading in ("By subset", "Compared answers", "Best of"):
+    for heading in ("By subset", "Compared answers", "Answers to requests", "Best of"):
         assert heading not in page
     assert "| three | 0 | - | - | - | - | - | - | - | - |" in page
     assert "nan" not in page and "None" not in page
@@ -133,6 +136,9 @@ def test_scalars(result: Result) -> None:
     assert "en/three/macro_f1" not in found and "three/auroc" not in found
     assert found["pairs/two/accuracy"] == 1 and found["pairs/three/accuracy"] == 0
     assert found["pairs/weighted/accuracy"] == 1
+    kinds = ("proxy", "gold", "gap")
+    assert [found[f"requests/three/{kind}"] for kind in kinds] == pytest.approx([1.3 / 6, 2 / 6, -0.7 / 6], abs=1e-6)
+    assert found["requests/mean/gap"] == found["requests/three/gap"] and "requests/two/gap" not in found
     assert (found["best_of/accuracy"], found["best_of/paraphrased"], found["best_of/every_paraphrase"]) == (
         0.75,
         0.5,

@@ -19,8 +19,8 @@ def test_every_part_is_there(six: ScoredRows, pairs: ScoredPairs) -> None:
     result = evaluate(six, pairs, PREFERENCES, best_of={"accuracy": 0.5})
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result) == {
-        *("schema", "dimensions", "mean", "baseline", "subsets", "length", "correlation", "pairs", "best_of"),
-        *("calibration", "n_rows", "n_questions"),
+        *("schema", "dimensions", "mean", "baseline", "subsets", "length", "correlation", "pairs", "requests"),
+        *("best_of", "calibration", "n_rows", "n_questions"),
     }
     assert (result["schema"], result["n_rows"], result["n_questions"]) == (SCHEMA, 6, 4)
     three = result["dimensions"]["three"]

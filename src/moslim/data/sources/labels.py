@@ -8,7 +8,7 @@ from typing import Any
 
 from moslim.data.sources.fields import find, has_column, require
 from moslim.data.sources.records import Record
-from moslim.data.sources.scale import Scale, is_missing
+from moslim.data.sources.scale import Scale, is_missing, is_nan
 from moslim.data.sources.votes import agreed_level
 from moslim.data.types import Example
 from moslim.preferences import Dimension, PreferenceSet
@@ -63,6 +63,14 @@ class Labels:
                 found[dimension.name] = tuple(votes)
         return found
 
+    def not_numbers(self, record: Record, preferences: PreferenceSet) -> list[str]:
+        """Returns the columns of labels where a row has NaN."""
+        paths = [path for name in preferences.names for path in self.paths(name)]
+        found = {path: find(record.fields, path) for path in paths}
+        return [
+            path for path, value in found.items() if any(map(is_nan, value if isinstance(value, list) else [value]))
+        ]
+
     def warn_if_constant(self, table: str, rows: Sequence[Example], names: Sequence[str]) -> None:
         """Warns of dimensions whose labels are all the same in a table, or that none of its rows has a label for."""
         for name in names:
@@ -86,7 +94,7 @@ class Labels:
             return _yes_and_no(value, find(record.fields, self.counts[dimension.name]), where)
         values = value if isinstance(value, list) else [value]
         scale = self.scales.get(dimension.name, Scale())
-        return [_level(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
+        return [level_of(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
 
 
 def levels_of(votes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -99,7 +107,18 @@ def several(votes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return {name: given for name, given in votes.items() if len(given) > 1}
 
 
-def _level(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
+def level_of(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
+    """Returns the level that a value is on a scale.
+
+    Args:
+        value: The value, which is not missing.
+        scale: What makes a level of it.
+        dimension: What it is a level of.
+        where: Where it stands, for error messages.
+
+    Raises:
+        ValueError: It is no level of the dimension.
+    """
     try:
         level = scale.level(value)
     except ValueError as error:

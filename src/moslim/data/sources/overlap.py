@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from moslim.data.prompts import as_messages
 from moslim.data.sources.records import Record
-from moslim.data.types import Question
+from moslim.data.types import Example, Question
 
 SharedQuestions = Literal["warn", "drop", "error"]
 
@@ -48,3 +48,15 @@ def without_shared(
         raise ValueError(f"{message}; `shared_questions: drop` leaves these held-out rows out")
     warnings.warn(f"{message}; they are {'left out' if policy == 'drop' else 'kept'}", stacklevel=4)
     return [row for key, row in held_out if policy == "warn" or key not in training]
+
+
+def warn_if_shared(held_out: Sequence[Example], training: Sequence[Example]) -> None:
+    """Warns of held-out rows of one source whose question another source has in training."""
+    known = {question_key(row.question) for row in training}
+    shared = [key for key in (question_key(row.question) for row in held_out) if key in known]
+    if shared:
+        warnings.warn(
+            f"{len(shared)} of {len(held_out)} held-out rows ask {len(set(shared))} questions that another source "
+            f"trains on, e.g. {shared[0][:80]!r}; they are kept",
+            stacklevel=3,
+        )

@@ -10,9 +10,12 @@ from typing import Any
 
 def is_missing(value: Any) -> bool:
     """Whether a field holds no label: absent, null, NaN or blank."""
-    return (
-        value is None or (isinstance(value, float) and math.isnan(value)) or str(value).strip().lower() in ("", "nan")
-    )
+    return value is None or is_nan(value) or not str(value).strip()
+
+
+def is_nan(value: Any) -> bool:
+    """Whether a field is not a number, though something stands there: it is missing, but hardly on purpose."""
+    return (isinstance(value, float) and math.isnan(value)) or str(value).strip().lower() == "nan"
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moslim.data.sources.base import Source
+from moslim.data.sources.overlap import warn_if_shared
 from moslim.data.types import Example, Split, View
 from moslim.preferences import Preference, PreferenceSet
 
@@ -20,8 +21,13 @@ class Several(Source):
         self.sources = sources
 
     def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        """See the base class."""
-        return [row for source in self.sources for row in source.rows(view, split, preferences, seed)]
+        """See the base class. Questions of held-out rows that another source trains on are said in a warning."""
+        parts = [source.rows(view, split, preferences, seed) for source in self.sources]
+        if view is View.REWARD and split in (Split.VALIDATION, Split.TEST) and len(self.sources) > 1:
+            training = [source.rows(view, Split.TRAIN, preferences, seed) for source in self.sources]
+            for i, part in enumerate(parts):
+                warn_if_shared(part, [row for j, rows in enumerate(training) if j != i for row in rows])
+        return [row for part in parts for row in part]
 
     def reachable(self, preference: Preference) -> bool:
         """Whether one of the sources calls it reachable."""

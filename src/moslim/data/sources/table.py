@@ -15,6 +15,7 @@ from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.notices import Notices
 from moslim.data.sources.overlap import SharedQuestions, question_key, without_shared
 from moslim.data.sources.records import Record, completed, is_file_name, scan_file, scan_hub
+from moslim.data.sources.requested import requested_levels
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.types import Example, Question, Split, View
 from moslim.preferences import Preference, PreferenceSet
@@ -64,6 +65,8 @@ class Table(Source):
             name the columns that it makes.
         where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out.
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
+        requested: Column with the levels that a policy was asked for when it gave the answer, by dimension name, as its
+            ``predict`` writes them; a test then tells how far they were met by the labels, and by the classifier.
         group: Column whose equal values stay on one side of a split, by default the question; ``context.0.text``, the
             first turn, keeps together what was said in one conversation.
         id: Column that tells rows apart, carried into predictions; the table need not have it.
@@ -95,6 +98,7 @@ class Table(Source):
         layout: Layout | None = None,
         where: dict[str, list[str]] | None = None,
         constants: dict[str, str] | None = None,
+        requested: str | None = None,
         group: str | None = None,
         id: str = "id",
         shared_questions: SharedQuestions = "warn",
@@ -122,6 +126,7 @@ class Table(Source):
         self.layout = layout
         self.where = where or {}
         self.constants = constants or {}
+        self.requested = requested
         self.group = group
         self.id = id
         self.shared_questions = shared_questions
@@ -236,11 +241,15 @@ class Table(Source):
             if not answer.strip():
                 notices.add("the answer is empty", record.place)
         example = Example(self._question(record), answer, id=self._id(record))
+        if self.requested is not None:
+            example.requested = requested_levels(record, self.requested, preferences)
         if view is View.REWARD and split is Split.PREDICT:
             return example
         required = [name for name in preferences.names if view is View.REWARD and self._must_be_labelled(name)]
         votes = self.labels.votes(record, preferences, required)
         example.levels, example.votes = levels_of(votes), several(votes)
+        for path in self.labels.not_numbers(record, preferences):
+            notices.add(f"field '{path}' is NaN, which is no label", record.place)
         if self.subset is not None:
             example.subset = str(require(record, self.subset, "subset"))
         rejected, compared, margin = self.comparisons.read(record, preferences)

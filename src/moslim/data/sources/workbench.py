@@ -11,6 +11,7 @@ from moslim.data.sources.base import Source
 from moslim.data.types import Example, Split, View
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
+from moslim.sampling import Reachable
 from moslim.workbench.corpus import starter_corpus
 from moslim.workbench.corruptions import Corruption, bare_steps, corrupt, lone_step
 from moslim.workbench.gold import gold_levels
@@ -32,7 +33,7 @@ TEST_FORMS = 2
 _WHOLE_ANSWERS = 2
 """Stage of the reward view in which whole answers come, after lone steps and bare steps."""
 _SAMPLES_HELD_BACK = 5
-"""Every how many of the starter's samples one is kept for validation."""
+"""Every how many of a file's samples one is kept for validation."""
 
 
 class Workbench(Source):
@@ -46,11 +47,12 @@ class Workbench(Source):
     Args:
         fold: Which third of the topics is held out; tune on one fold, report on another.
         corpus_rows: Rows of the text view.
-        reward_rows: Written answers in the reward view; as many questions are put to the starter for its samples, and
-            there are three times as many corrupted answers.
+        reward_rows: Written answers in the reward view; there are three times as many corrupted answers. ``predict``
+            puts as many questions to the starter, and to a policy, for their samples.
         bare_rows: Rows of each of the reward view's first two stages.
         policy_rows: Prompts of an epoch of the policy view.
-        samples: JSON Lines with ``question`` and ``answer``: the starter's own answers. None leaves that part out.
+        samples: JSON Lines with ``question`` and ``answer``, or several such files: the starter's own answers, or a
+            policy's, which also say what was ``requested``. None leaves that part out.
         raters: How many raters label the classifier's training rows, instead of the gold scorer; 0 = exact levels.
             Levels in validation and test are always exact, so that what was learnt is measured against the truth.
         rater_noise: Standard deviation of a rater's error, in levels.
@@ -63,7 +65,7 @@ class Workbench(Source):
         reward_rows: int = 4300,
         bare_rows: int = 8960,
         policy_rows: int = 16384,
-        samples: str | None = None,
+        samples: str | list[str] | None = None,
         raters: int = 0,
         rater_noise: float = 0.7,
     ) -> None:
@@ -76,7 +78,7 @@ class Workbench(Source):
         self.reward_rows = reward_rows
         self.bare_rows = bare_rows
         self.policy_rows = policy_rows
-        self.samples = samples
+        self.samples = [samples] if isinstance(samples, str) else samples or []
         self.raters = raters
         self.rater_noise = rater_noise
 
@@ -90,7 +92,7 @@ class Workbench(Source):
         if view is View.TEXT:
             return self._text(split, rng)
         if view is View.POLICY:
-            return self._prompts(split, rng)
+            return self._requests(preferences, rng) if split is Split.PREDICT else self._prompts(split, rng)
         pairs = self._pairs(split, rng)
         if not self.raters or split is not Split.TRAIN:
             return pairs
@@ -123,13 +125,20 @@ class Workbench(Source):
             rng.shuffle(rows)
         return rows
 
+    def _requests(self, preferences: PreferenceSet, rng: random.Random) -> list[Example]:
+        """What a policy is asked to answer, so that a classifier can learn from its answers."""
+        asked = Reachable()
+        return [
+            replace(self._question(rng), levels=asked.draw(preferences, rng, self).levels)
+            for _ in range(self.reward_rows)
+        ]
+
     def _pairs(self, split: Split, rng: random.Random) -> list[Example]:
         topics = self.topics(held_out=False)
-        every = self._sampled()
-        sampled = [row for i, row in enumerate(every) if i % _SAMPLES_HELD_BACK]
+        sampled = self._sampled(held_back=False)
         if split is not Split.TRAIN:
             trained = {(row.question, row.answer) for row in sampled}
-            fresh = [row for row in every[::_SAMPLES_HELD_BACK] if (row.question, row.answer) not in trained]
+            fresh = [row for row in self._sampled(held_back=True) if (row.question, row.answer) not in trained]
             known = set(topics)
             tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
             return [*_labelled(fresh, "samples"), *tricks]
@@ -150,13 +159,13 @@ class Workbench(Source):
         topic = rng.choice(topics)
         return Example(ask(topic, rng.randrange(len(QUESTIONS))), kind(topic, topics, rng), stage=stage)
 
-    def _sampled(self) -> list[Example]:
-        if self.samples is None:
-            return []
-        path = Path(self.samples)
-        if not path.exists():
-            raise ValueError(f"data.source.samples: no file {path}; `main.py predict` with the starter writes it")
-        return _read(path)
+    def _sampled(self, held_back: bool) -> list[Example]:
+        rows = []
+        for path in map(Path, self.samples):
+            if not path.exists():
+                raise ValueError(f"data.source.samples: no file {path}; `main.py predict` writes it")
+            rows += [row for i, row in enumerate(_read(path)) if (i % _SAMPLES_HELD_BACK == 0) == held_back]
+        return rows
 
 
 def adversarial_rows() -> list[Example]:
@@ -168,7 +177,10 @@ def adversarial_rows() -> list[Example]:
 def _read(path: Path) -> list[Example]:
     with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at more than line ends
         rows = [json.loads(line) for line in file]
-    return [Example(row["question"], row["answer"], stage=_WHOLE_ANSWERS) for row in rows]
+    return [
+        Example(row["question"], row["answer"], stage=_WHOLE_ANSWERS, requested=row.get("requested", {}))
+        for row in rows
+    ]
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:

@@ -18,14 +18,18 @@ class Completions:
     Args:
         tokens: ``[N, T]`` int64, pad after the end.
         mask: ``[N, T]`` bool, true up to and including the token that ends the answer.
-        logprobs: ``[N, T]`` float32 or finer, log-probability of each token under the sampler; 0 where masked.
+        logprobs: ``[N, T]`` float32 or finer, log-probability of each token under the tempered distribution; 0 where
+            masked.
         ended: ``[N]`` bool, false where the answer was cut at the length limit.
+        sampler_logprobs: ``[N, T]`` under the distribution that it was drawn from, where that is another one (top-k,
+            top-p); None = the same.
     """
 
     tokens: Tensor
     mask: Tensor
     logprobs: Tensor
     ended: Tensor
+    sampler_logprobs: Tensor | None = None
 
 
 class RolloutEngine(ABC):
@@ -36,12 +40,19 @@ class RolloutEngine(ABC):
         temperature: Sampling temperature; 0 takes the most likely token. Log-probabilities, here and in
             training, are those of the tempered distribution, so that sampler and trainer agree.
         stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
+        stop_ids: Tokens that end an answer, besides the model's own; they are left out of its text.
     """
 
     in_process: ClassVar[bool] = True
     """Whether it computes with the model that it is given, not with copies of the weights elsewhere."""
 
-    def __init__(self, max_new_tokens: int = 256, temperature: float = 1.0, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        stop_strings: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+    ) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"engine.max_new_tokens is {max_new_tokens}: give at least 1")
         if temperature < 0:
@@ -51,6 +62,7 @@ class RolloutEngine(ABC):
             raise ValueError("engine.stop_strings holds an empty text: it would end every answer at once")
         self.temperature = temperature
         self.stop_strings = tuple(stop_strings)
+        self.stop_ids = tuple(stop_ids)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:

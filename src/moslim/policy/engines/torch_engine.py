@@ -1,45 +1,23 @@
 """The default engine: a short loop over the Hugging Face model.
 
-Faster than ``generate`` in four places: each prompt is prefilled once and its cache repeated for its samples, the cache
+Faster than ``generate`` in four places: each prompt is computed once and its cache repeated for its answers, the cache
 grows in place, tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave at
-once.
+once. ``Decoding`` can switch each of them off.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moslim.noise import uniforms
+from moslim.noise import derive_seed, uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
-from moslim.policy.engines.cache import growing_cache
-from moslim.precision import at_least_float32, widened
-
-
-def draw(logits: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws one token per row by inverting the cumulative distribution.
-
-    Args:
-        logits: ``[B, V]``.
-        temperature: 0 takes the most likely token, whose log-probability is then that at temperature 1.
-        noise: ``[B]`` uniform in ``[0, 1)``.
-
-    Returns:
-        Tokens ``[B]`` and their log-probabilities ``[B]``.
-    """
-    logits = widened(logits)
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
-    if temperature == 0:
-        tokens = logprobs.argmax(dim=-1)
-    else:
-        cumulative = logprobs.exp().cumsum(dim=-1)
-        threshold = (1 - noise)[:, None] * cumulative[:, -1:]  # in (0, total]: impossible tokens are never drawn
-        tokens = torch.searchsorted(cumulative, threshold)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
+from moslim.policy.engines.choice import Choice, Chosen
+from moslim.policy.engines.decoding import Decoding, begin
+from moslim.precision import at_least_float32
 
 
 def survivors(finished: Tensor) -> Tensor:
@@ -64,7 +42,29 @@ class TorchEngine(RolloutEngine):
         max_new_tokens: Length limit of an answer, the end-of-sequence token included.
         temperature: Sampling temperature; 0 takes the most likely token.
         stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
+        stop_ids: Tokens that end an answer, besides the model's own; they are left out of its text.
+        top_k: Draw among this many of the most likely tokens only; None = among all. With this or ``top_p`` answers are
+            not the policy's own, which training corrects for (:class:`~moslim.policy.off_policy.OffPolicy`).
+        top_p: Draw among the most likely tokens that together have this probability; 1 = among all.
+        decoding: How answers are computed; None = every fast way but compilation.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        stop_strings: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        decoding: Decoding | None = None,
+    ) -> None:
+        super().__init__(max_new_tokens, temperature, stop_strings, stop_ids)
+        self.decoding = decoding or Decoding()
+        self.choice = Choice(temperature, top_k, top_p, self.decoding.draw)
 
     @torch.no_grad()
     def sample(
@@ -76,62 +76,52 @@ class TorchEngine(RolloutEngine):
         eos_ids: list[int],
         pad_id: int,
     ) -> Completions:
-        samples = seeds.shape[1]
-        total, device = seeds.numel(), input_ids.device
-        noise = uniforms(seeds.flatten(), self.max_new_tokens)
+        samples, device = seeds.shape[1], seeds.device
+        dtype = at_least_float32(model.dtype)
+        found = _Table(seeds.numel(), self.max_new_tokens, pad_id, self.choice.cuts, dtype, device)
         eos = torch.tensor(eos_ids, device=device)
-        tokens = torch.full((total, self.max_new_tokens), pad_id, dtype=torch.long, device=device)
-        lengths = torch.zeros(total, dtype=torch.long, device=device)
-        ended = torch.zeros(total, dtype=torch.bool, device=device)
+        lengths = attention_mask.sum(dim=1)
+        order = lengths.argsort(stable=True)
+        together = len(order) if self.decoding.answers is None else max(1, self.decoding.answers // samples)
+        for part in (torch.arange(len(order), device=device),) if together >= len(order) else order.split(together):
+            columns = slice(input_ids.shape[1] - int(lengths[part].max()), None)
+            rows = (part[:, None] * samples + torch.arange(samples, device=device)).flatten()
+            self._answer(model, input_ids[part, columns], attention_mask[part, columns], seeds[part], found, rows, eos)
+        return found.completions()
 
-        cache = growing_cache(model.config, self.max_new_tokens)
-        positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-        prefill = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache.batch_repeat_interleave(samples)
-        logits = prefill.logits[:, -1].repeat_interleave(samples, dim=0)
-        logprobs = torch.zeros(tokens.shape, dtype=at_least_float32(logits.dtype), device=device)
-        attention = attention_mask.repeat_interleave(samples, dim=0)
-        position = positions[:, -1:].repeat_interleave(samples, dim=0)
-        padded = not bool(attention_mask.all())
-        rows = torch.arange(total, device=device)  # where each row of the shrinking batch belongs
-
+    def _answer(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        seeds: Tensor,
+        found: _Table,
+        rows: Tensor,
+        eos: Tensor,
+    ) -> None:
+        """Samples the answers that belong into ``rows`` of the table."""
+        noise = uniforms(seeds.flatten(), self.max_new_tokens)
+        generator = None
+        if self.choice.method == "multinomial":
+            generator = torch.Generator(seeds.device).manual_seed(derive_seed(*seeds.flatten().tolist()))
+        going = torch.arange(len(rows), device=rows.device)  # which of them are not finished
+        answers = begin(model, input_ids, attention_mask, seeds.shape[1], self.max_new_tokens, self.decoding)
         for step in range(self.max_new_tokens):
-            drawn, logprob = draw(logits, self.temperature, noise[rows, step])
-            tokens[rows, step], logprobs[rows, step] = drawn, logprob
-            lengths[rows] = step + 1
-            finished = torch.isin(drawn, eos)
+            chosen = self.choice(answers.logits, noise[going, step], generator)
+            found.write(rows[going], step, chosen)
+            finished = torch.isin(chosen.tokens, eos)
             if self.stop_strings:
-                finished |= self._stopped(tokens[rows, : step + 1])
+                finished |= self._stopped(found.tokens[rows[going], : step + 1])
+            tokens = chosen.tokens
             if finished.any():
-                ended[rows[finished]] = True
+                found.ended[rows[going[finished]]] = True
                 keep = survivors(finished)
-                if not len(keep):
+                going, tokens = going[keep], tokens[keep]
+                if not len(going):
                     break
-                cache.batch_select_indices(keep)
-                rows, drawn, position, attention = rows[keep], drawn[keep], position[keep], attention[keep]
-            if step == self.max_new_tokens - 1:
-                break
-            position = position + 1
-            attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
-            logits = model(
-                input_ids=drawn[:, None],
-                attention_mask=attention if padded else None,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-
-        longest = int(lengths.max())
-        mask = torch.arange(longest, device=device) < lengths[:, None]
-        return Completions(tokens[:, :longest], mask, logprobs[:, :longest], ended)
+                answers.keep(keep)
+            if step < self.max_new_tokens - 1:
+                answers.feed(tokens)
 
     def _stopped(self, tokens: Tensor) -> Tensor:
         """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""
@@ -141,3 +131,30 @@ class TorchEngine(RolloutEngine):
         texts = self.tokenizer.batch_decode(tokens[:, -longest:])
         found = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(found, device=tokens.device)
+
+
+class _Table:
+    """``N`` answers of up to ``T`` tokens, as far as they are known."""
+
+    def __init__(
+        self, total: int, limit: int, pad_id: int, cut: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.tokens = torch.full((total, limit), pad_id, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros((total, limit), dtype=dtype, device=device)
+        self.sampler_logprobs = torch.zeros_like(self.logprobs) if cut else None
+        self.lengths = torch.zeros(total, dtype=torch.long, device=device)
+        self.ended = torch.zeros(total, dtype=torch.bool, device=device)
+
+    def write(self, rows: Tensor, step: int, chosen: Chosen) -> None:
+        """Adds a token to some answers."""
+        self.tokens[rows, step], self.logprobs[rows, step] = chosen.tokens, chosen.logprobs
+        if self.sampler_logprobs is not None and chosen.sampler_logprobs is not None:
+            self.sampler_logprobs[rows, step] = chosen.sampler_logprobs
+        self.lengths[rows] = step + 1
+
+    def completions(self) -> Completions:
+        """The answers, as wide as the longest."""
+        longest = int(self.lengths.max())
+        mask = torch.arange(longest, device=self.lengths.device) < self.lengths[:, None]
+        sampler = None if self.sampler_logprobs is None else self.sampler_logprobs[:, :longest]
+        return Completions(self.tokens[:, :longest], mask, self.logprobs[:, :longest], self.ended, sampler)

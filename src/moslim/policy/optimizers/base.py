@@ -48,7 +48,7 @@ class UpdateBatch:
 
     Args:
         logprobs: ``[N, T]`` under the current weights, with gradient.
-        old: ``[N, T]`` when sampled.
+        old: ``[N, T]`` under the policy before its first step on these answers.
         advantages: ``[N]`` or ``[N, T]``, as ``advantages`` returned them.
         mask: ``[N, T]`` bool, up to and including the end-of-sequence token; empty for answers that are not ``used``.
         length: The engine's length limit, for constant normalisation.
@@ -58,6 +58,8 @@ class UpdateBatch:
         values: ``[N, T]`` the critic's, with gradient; None without a critic, as the next two.
         old_values: ``[N, T]`` when sampled.
         returns: ``[N, T]`` what the critic should have said.
+        sampler: ``[N, T]`` under what the tokens were drawn from; None = the policy that ``old`` is of.
+        cap: Largest importance weight; None = all are 1.
     """
 
     logprobs: Tensor
@@ -71,11 +73,28 @@ class UpdateBatch:
     values: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
+    sampler: Tensor | None = None
+    cap: float | None = None
 
     @property
     def log_ratio(self) -> Tensor:
         """``[N, T]`` log of current over old probability, 0 where masked."""
         return (self.logprobs - self.old) * self.mask
+
+    @property
+    def log_surplus(self) -> Tensor:
+        """``[N, T]`` log of old probability over that of the sampler, 0 where masked."""
+        return torch.zeros_like(self.old) if self.sampler is None else (self.old - self.sampler) * self.mask
+
+    def importance(self, log_surplus: Tensor) -> Tensor:
+        """Truncated weights of what another policy sampled (arXiv 1802.01561), shape as given: 1 where none did.
+
+        Args:
+            log_surplus: Of tokens, or summed over answers.
+        """
+        if self.cap is None:
+            return torch.ones_like(log_surplus)
+        return log_surplus.exp().clamp(max=self.cap)
 
     @property
     def token_advantages(self) -> Tensor:

@@ -104,7 +104,7 @@ class PolicyGradient(PolicyOptimizer):
 
     def loss(self, batch: UpdateBatch) -> LossParts:
         objective, clipped = self.clipped(batch.log_ratio, batch.token_advantages)
-        surrogate = self.reduce(-objective, batch)
+        surrogate = self.reduce(-objective * batch.importance(batch.log_surplus), batch)
         return self.regularized(surrogate, {"clip_fraction": batch.token_mean(clipped)}, batch)
 
     def clipped(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,8 @@ class PolicyGradient(PolicyOptimizer):
         """Adds the KL divergence where it stands in the loss, reduced as the surrogate, and the entropy bonus."""
         loss = surrogate
         if self.kl_in == "loss" and self.kl_coef > 0 and batch.reference is not None:
-            divergence = self.reduce(kl_loss(self.kl, batch.logprobs, batch.reference, batch.log_ratio), batch)
+            estimates = kl_loss(self.kl, batch.logprobs, batch.reference, batch.log_ratio)
+            divergence = self.reduce(estimates * batch.importance(batch.log_surplus), batch)
             loss = loss + self.beta * divergence
             metrics["kl_loss"] = divergence.detach()
         if self.kl_controller is not None:

@@ -46,7 +46,8 @@ class RLOO(PolicyGradient):
         if self.ratio == "token":
             return super().loss(batch)
         objective, clipped = self.clipped(batch.log_ratio.sum(dim=1), batch.advantages)
-        return self.regularized(-objective.mean(), {"clip_fraction": clipped.mean()}, batch)
+        weights = batch.importance(batch.log_surplus.sum(dim=1))
+        return self.regularized(-(objective * weights).mean(), {"clip_fraction": clipped.mean()}, batch)
 
     def reduce(self, values: Tensor, batch: UpdateBatch) -> Tensor:
         """Averages per-token values; in the sequence form, sums them over each answer and averages over answers."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moslim.preferences import PreferenceSet
 from moslim.reporting import Result
-from moslim.reward.calibration import calibration_measures, level_reliability, top_reliability
+from moslim.reward.calibration import calibration_measures, top_reliability
 from moslim.reward.evaluation.rows import ScoredRows
 
 
@@ -39,10 +39,8 @@ def calibration_of(rows: ScoredRows, preferences: PreferenceSet) -> Result:
 
 def _figures(probs: Tensor, targets: Tensor) -> Result:
     top = top_reliability(probs, targets)
-    errors = [level_reliability(probs, targets, level).error for level in range(probs.shape[1])]
     return {
         **calibration_measures(probs, targets),
-        "classwise_ece": torch.stack(errors).mean(),
         "bins": {
             "confidence": top.confidence,
             "accuracy": top.outcome,

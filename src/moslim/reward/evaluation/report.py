@@ -71,7 +71,8 @@ def scalars(result: Result) -> dict[str, float]:
 
     ``{dimension}/{measure}`` and ``mean/{measure}``; ``{subset}/...`` for the measures that validation has, too;
     ``calibration/{dimension}/{ece, classwise_ece, brier, rps}``; ``pairs/{dimension}/accuracy`` and
-    ``pairs/weighted/accuracy``; ``best_of/accuracy``, ``best_of/paraphrased`` and ``best_of/every_paraphrase``.
+    ``pairs/weighted/accuracy``; ``requests/{dimension}/{proxy, gold, gap}`` and ``requests/mean/...``;
+    ``best_of/accuracy``, ``best_of/paraphrased`` and ``best_of/every_paraphrase``.
     """
     values = _of(result, MEASURES)
     for name, part in result["subsets"].items():
@@ -82,6 +83,10 @@ def scalars(result: Result) -> dict[str, float]:
     if pairs := result["pairs"]:
         parts = {**pairs["dimensions"], "weighted": pairs["weighted"]}
         values |= {f"pairs/{name}/accuracy": part["accuracy"] for name, part in parts.items()}
+    if asked := result["requests"]:
+        parts = {**asked["dimensions"], "mean": asked["mean"]}
+        shown = ("proxy", "gold", "gap")
+        values |= {f"requests/{name}/{kind}": part[kind] for name, part in parts.items() for kind in shown}
     if found := result["best_of"]:
         values["best_of/accuracy"] = found["accuracy"]
         if again := found["paraphrases"]:

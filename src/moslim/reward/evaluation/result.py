@@ -12,6 +12,7 @@
 | ``length`` | :func:`~moslim.reward.evaluation.dependence.length_dependence` |
 | ``correlation`` | :func:`~moslim.reward.evaluation.dependence.head_correlation`; null with one dimension |
 | ``pairs`` | :func:`~moslim.reward.evaluation.pairs.pairwise`; null without compared answers |
+| ``requests`` | :func:`~moslim.reward.evaluation.requests.proxy_and_gold`; null where no row was asked for |
 | ``best_of`` | :class:`~moslim.reward.evaluation.best_of.BestOf`; null without its file |
 | ``calibration`` | by dimension: :func:`~moslim.reward.evaluation.reliability.calibration_of` |
 | ``n_rows``, ``n_questions`` | labelled answers; questions that they, or compared answers, belong to |
@@ -32,6 +33,7 @@ from moslim.reward.evaluation.dependence import head_correlation, length_depende
 from moslim.reward.evaluation.levels import MEASURES, Labelled, level_intervals, level_measures, majority, recall
 from moslim.reward.evaluation.pairs import pairwise
 from moslim.reward.evaluation.reliability import calibration_of
+from moslim.reward.evaluation.requests import proxy_and_gold
 from moslim.reward.evaluation.rows import ScoredPairs, ScoredRows
 
 SCHEMA = 1
@@ -79,6 +81,7 @@ def evaluate(
         "length": length_dependence(rows, names),
         "correlation": head_correlation(rows, names) if len(names) > 1 else None,
         "pairs": pairwise(pairs, preferences, pair_weights) if len(pairs) else None,
+        "requests": proxy_and_gold(rows, names),
         "best_of": best_of,
         "calibration": calibration_of(rows, preferences),
         "n_rows": len(rows),

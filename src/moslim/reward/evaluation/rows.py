@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from moslim.data.pairs import known_levels
 from moslim.data.types import PairBatch
 from moslim.levels import expected_level
 from moslim.preferences import PreferenceSet
@@ -45,6 +46,7 @@ class ScoredRows(_Stacked):
         raw: ``[N, D, K]`` float64, the same without the temperatures that calibrate the heads.
         levels: ``[N, D]`` int64, -1 = not labelled.
         targets: ``[N, D, K]`` float64, share of the raters that gave each level; all 0 where not labelled.
+        requested: ``[N, D]`` int64, level that a policy was asked for when it gave the answer, -1 = none.
         question: ``[N]`` int64, equal for answers to the same question.
         length: ``[N]`` int64, characters of the answer.
         subsets: Named part of the data that each row belongs to.
@@ -54,6 +56,7 @@ class ScoredRows(_Stacked):
     raw: Tensor
     levels: Tensor
     targets: Tensor
+    requested: Tensor
     question: Tensor
     length: Tensor
     subsets: list[str | None]
@@ -91,7 +94,8 @@ class Scores:
         dimensions, width = len(preferences), max(preferences.sizes)
         number, level = torch.empty(0, dtype=torch.long), torch.empty(0, dimensions, dtype=torch.long)
         probs = torch.empty(0, dimensions, width, dtype=torch.float64)
-        self._no_rows = ScoredRows(probs, probs, level, probs, number, number, [])
+        self._preferences = preferences
+        self._no_rows = ScoredRows(probs, probs, level, probs, level, number, number, [])
         self._no_pairs = ScoredPairs(level.double(), level.bool(), number)
         self.clear()
 
@@ -105,7 +109,9 @@ class Scores:
         question = torch.tensor([question_number(row.question) for row in batch.rows], dtype=torch.long)
         length = torch.tensor([len(row.answer or "") for row in batch.rows], dtype=torch.long)
         subsets = [row.subset for row in batch.rows]
-        rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, question, length, subsets)
+        asked = [self._preferences.encode(known_levels(row.requested, self._preferences)) for row in batch.rows]
+        requested = torch.stack(asked)
+        rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, requested, question, length, subsets)
         self._rows.append(rows.select(targets.any(-1).any(-1)))
         expected, better, worse = expected_level(probs), batch.better.cpu(), batch.worse.cpu()
         gaps = expected[better] - expected[worse]

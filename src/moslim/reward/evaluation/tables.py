@@ -38,6 +38,7 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
         *_length(result),
         *_correlation(result),
         *_pairs(result),
+        *_requests(result),
         *_best_of(result),
         *_calibration(result),
     ]
@@ -121,6 +122,23 @@ def _pairs(result: Result) -> list[str]:
         "How often the answer that people preferred has the higher expected level, a tie counting half. Weights of "
         f"the sum: {weights}.",
         markdown_table(["by", "pairs", "accuracy"], rows),
+    ]
+
+
+def _requests(result: Result) -> list[str]:
+    found = result["requests"]
+    if found is None:
+        return []
+    shown = {**found["dimensions"], "**mean**": found["mean"]}
+    rows = [
+        [name, str(r["n_rows"]), number(r["proxy"]), number(r["gold"]), _with_interval(r["gap"], r["interval"])]
+        for name, r in shown.items()
+    ]
+    return [
+        "## Answers to requests",
+        "Proxy: the classifier's probability of the level that the policy was asked for. Gold: how often the label is "
+        "that level. A gap (proxy minus gold) above 0 is reward that the policy has not earned.",
+        markdown_table(["dimension", "answers", "proxy", "gold", "gap"], rows),
     ]
 
 

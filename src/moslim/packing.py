@@ -10,35 +10,14 @@ import torch
 from torch import Tensor
 
 SharePrompts = Literal["auto", "always", "never"]
+"""Whether each prompt is computed once for all its answers; ``auto``: where enough tokens are saved."""
 _WORTHWHILE = 0.8
 """Sharing must leave at most this part of the tokens: two passes in place of one have a cost of their own."""
 
 
-@dataclass(frozen=True)
-class Passes:
-    """How log-probabilities of answers are computed. All ways give the same numbers.
-
-    Args:
-        tokens: Most tokens per forward pass, padding included; None = 1024 on a CPU, where small passes stay in the
-            cache, else 32768.
-        share_prompts: Compute each prompt once, and let its answers continue from there; ``auto`` does where enough
-            tokens are saved. Architectures that cannot compute prompts with every answer.
-        chunked_logprobs: Never hold the logits of all tokens; where the architecture forbids that, they are held.
-    """
-
-    tokens: int | None = None
-    share_prompts: SharePrompts = "auto"
-    chunked_logprobs: bool = True
-
-    def __post_init__(self) -> None:
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"passes.tokens is {self.tokens}: give 1 or more")
-        if self.share_prompts not in ("auto", "always", "never"):
-            raise ValueError(f"passes.share_prompts is '{self.share_prompts}': give 'auto', 'always' or 'never'")
-
-    def limit(self, device: torch.device) -> int:
-        """Most tokens per forward pass on a device."""
-        return self.tokens or (1024 if device.type == "cpu" else 32768)
+def pass_tokens(device: torch.device) -> int:
+    """Most tokens, padding included, that it pays to compute at once: on a CPU, small passes stay in its caches."""
+    return 1024 if device.type == "cpu" else 32768
 
 
 @dataclass
@@ -98,6 +77,10 @@ class AnswerBatch:
     def width(self) -> int:
         """``P``."""
         return self.input_ids.shape[1] - self.mask.shape[1]
+
+    def to(self, device: torch.device) -> AnswerBatch:
+        """The same on a device."""
+        return AnswerBatch(self.input_ids.to(device), self.attention_mask.to(device), self.mask.to(device))
 
     def chunk(self, index: Tensor, prompt: int, answer: int) -> Chunk:
         """The answers at ``index``, cut to ``prompt`` and ``answer`` columns."""

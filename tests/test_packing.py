@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moslim.policy.packing import AnswerBatch, Passes, chunks_by_length, distinct_prompts, shared_prompts, sharing_pays
+from moslim.packing import AnswerBatch, chunks_by_length, distinct_prompts, shared_prompts, sharing_pays
+from moslim.policy.passes import Passes
 
 PROMPTS, ANSWERS = [3, 6, 2], [[2, 5], [1, 4, 3], [5, 2]]
 

@@ -1,0 +1,82 @@
+"""Answers that were not drawn from the policy that learns from them: what it does about that, and how it is measured.
+
+The sampler's weights may be older (:mod:`moslim.policy.ahead`), top-k and top-p leave tokens out, and another program
+rounds in another way. Each token's, or answer's, part of the loss is then weighted by the ratio of its probabilities
+under policy and sampler, truncated from above (IMPALA, arXiv 1802.01561; TRL calls it ``vllm_importance_sampling``).
+Probability ratios, clips and KL estimates go on comparing with the policy at the start of the update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from moslim.policy.engines import Completions
+from moslim.policy.kl import k3
+from moslim.policy.rollout import Rollout
+
+OldLogprobs = Literal["auto", "recompute"]
+
+
+@dataclass(frozen=True)
+class OffPolicy:
+    """What is done about answers that another policy sampled.
+
+    Args:
+        overlap: Sample the answers to the next batch while the current ones are learnt from, with the weights before
+            that update ("one step off"). The first batch of an epoch is sampled on the spot. It pays where the engine
+            has a device of its own; it takes a copy of the trained weights. Needs a PreferenceDataModule.
+        cap: Largest weight of a token or answer by which its part of the loss is corrected; None corrects nothing.
+        old_logprobs: ``auto`` takes the engine's log-probabilities wherever it had the current weights; ``recompute``
+            makes a forward pass for them, as if engine and trainer could disagree.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+
+    overlap: bool = False
+    cap: float | None = 2.0
+    old_logprobs: OldLogprobs = "auto"
+
+    def __post_init__(self) -> None:
+        if self.cap is not None and not self.cap >= 1:
+            raise ValueError(f"off_policy.cap is {self.cap}: give 1 or more, or null for no correction")
+        if self.old_logprobs not in get_args(OldLogprobs):
+            raise ValueError(f"off_policy.old_logprobs is '{self.old_logprobs}': give 'auto' or 'recompute'")
+
+
+def with_logprobs(found: Completions, logprobs: Tensor) -> Completions:
+    """The same answers as the policy sees them; what they were drawn from is kept beside.
+
+    Args:
+        found: ``N`` answers of a sampler.
+        logprobs: ``[N, T]`` under the policy that is about to learn.
+    """
+    sampler = found.logprobs if found.sampler_logprobs is None else found.sampler_logprobs
+    return replace(found, logprobs=logprobs, sampler_logprobs=sampler)
+
+
+def staleness_metrics(rollout: Rollout, steps: int, cap: float | None) -> dict[str, Tensor]:
+    """How far the sampler is from the policy; empty where they are the same.
+
+    Args:
+        rollout: ``N`` answers.
+        steps: Optimizer steps between them.
+        cap: Where weights are truncated.
+    """
+    if rollout.sampler_logprobs is None:
+        return {}
+    mask = rollout.mask
+    surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[mask]
+    weights = surplus.exp()
+    metrics = {
+        "train/off_policy/staleness": weights.new_tensor(steps),
+        "train/off_policy/kl": k3(-surplus, torch.zeros_like(surplus)).mean(),  # KL(sampler || policy), nats per token
+        "train/off_policy/weight": weights.mean(),  # 1 in expectation
+    }
+    if cap is not None:
+        metrics["train/off_policy/capped"] = (weights > cap).float().mean()  # share of tokens
+    return metrics

@@ -1,0 +1,88 @@
+"""Every fast way of decoding against the slow one: the same answers, token by token."""
+
+import pytest
+import torch
+
+from moslim.policy.engines import Decoding, TorchEngine
+from tests.policy.conftest import ARCHITECTURES
+from tests.policy.engines.test_torch_engine import EOS, PAD, seeds
+
+PLAIN = Decoding(share_prompts=False, drop_finished=False, cache="dynamic")
+WAYS = {
+    "fast": Decoding(),
+    "prompts computed for every answer": Decoding(share_prompts=False),
+    "finished answers stay": Decoding(drop_finished=False),
+    "transformers' cache": Decoding(cache="dynamic"),
+    "in turns": Decoding(answers=7),
+    "one prompt at a time": Decoding(answers=1),
+    "static": Decoding(cache="static"),
+    "static, prompts computed for every answer": Decoding(cache="static", share_prompts=False),
+}
+
+
+def sampled(model, prompts, decoding, temperature=1.0, samples=3, **options):
+    engine = TorchEngine(12, temperature, decoding=decoding, **options)
+    return engine.sample(model, *prompts, seeds(5, samples), EOS, PAD)
+
+
+def assert_same(found, plain):
+    assert torch.equal(found.tokens, plain.tokens) and torch.equal(found.mask, plain.mask)
+    assert torch.equal(found.ended, plain.ended)
+    torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same_answers(models, prompts, way, kind, temperature):
+    if kind == "sliding" and WAYS[way].cache == "static":
+        with pytest.raises(ValueError, match=r"mistral.* growing"):
+            sampled(models[kind], prompts, WAYS[way])
+        return
+    plain = sampled(models[kind], prompts, PLAIN, temperature)
+    assert len(plain.mask.sum(dim=1).unique()) > 2  # some end before others
+    assert_same(sampled(models[kind], prompts, WAYS[way], temperature), plain)
+
+
+def test_a_static_cache_is_used_again_and_forgets_what_it_held(models, prompts):
+    ids, mask = prompts
+    first = sampled(models["llama"], prompts, WAYS["static"])
+    short = (ids[1:3, -7:], mask[1:3, -7:])
+    engine = TorchEngine(12, decoding=WAYS["static"])
+    engine.sample(models["llama"], *short, seeds(2, 3), EOS, PAD)
+    assert_same(sampled(models["llama"], prompts, WAYS["static"]), first)
+
+
+def test_a_compiled_step_gives_the_same_answers(models, prompts):
+    found = sampled(models["grouped"], prompts, Decoding(cache="static", compiled=True))
+    assert_same(found, sampled(models["grouped"], prompts, PLAIN))
+
+
+def test_multinomial_repeats_with_the_same_batch_and_has_no_log_probabilities_of_its_own(models, prompts):
+    way = Decoding(draw="multinomial")
+    found, again = (sampled(models["llama"], prompts, way) for _ in range(2))
+    assert_same(found, again)
+    assert not torch.equal(found.tokens, sampled(models["llama"], prompts, Decoding()).tokens)
+
+
+def test_answers_cut_by_top_p_know_both_log_probabilities(models, prompts):
+    found = sampled(models["qwen2"], prompts, Decoding(), top_p=0.7, samples=6)
+    kept = (found.logprobs - found.sampler_logprobs).exp()[found.mask]  # probability of all that could be drawn
+    assert kept.min() > 0.7 - 1e-5 and kept.max() <= 1 + 1e-5 and kept.min() < 0.95
+    assert (found.sampler_logprobs[~found.mask] == 0).all()
+    assert sampled(models["qwen2"], prompts, Decoding()).sampler_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "big"}, "cache is 'big'"),
+        ({"compiled": True}, "set cache to static"),
+        ({"answers": 0}, "answers is 0"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Decoding(**options)
+    with pytest.raises(ValueError, match="draw is 'dice'"):
+        TorchEngine(decoding=Decoding(draw="dice"))

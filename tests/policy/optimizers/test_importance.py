@@ -1,0 +1,78 @@
+"""Answers of another policy: truncated importance weights, by hand."""
+
+import math
+
+import pytest
+import torch
+
+from moslim.policy.optimizers import GRPO, PPO, RLOO, ReinforcePlusPlus
+from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, REFERENCE, batch
+
+SAMPLER = OLD - torch.tensor([[0.5, -0.25, 1.5], [-0.5, 9.0, 9.0]])
+"""The policy makes tokens likelier by these, in log; behind the mask they do not matter."""
+WEIGHTS = torch.tensor([[math.exp(0.5), math.exp(-0.25), 2.0], [math.exp(-0.5), 1.0, 1.0]])
+"""Truncated at 2."""
+
+
+def gradient(optimizer, **more):
+    logprobs = OLD.clone().requires_grad_()
+    (found,) = torch.autograd.grad(optimizer.loss(batch(logprobs, **more)).loss, logprobs)
+    return found
+
+
+@pytest.mark.parametrize(
+    "optimizer", [GRPO(kl_coef=0.0), ReinforcePlusPlus(), RLOO(ratio="token", reduction="token_mean")]
+)
+def test_each_token_has_its_weight(optimizer):
+    found = gradient(optimizer, sampler=SAMPLER, cap=2.0)
+    torch.testing.assert_close(found, -WEIGHTS * ADVANTAGES[:, None] * MASK / 4)
+
+
+def test_in_the_sequence_form_an_answer_has_one_weight():
+    found = gradient(RLOO(ratio="sequence"), sampler=SAMPLER, cap=3.0)
+    weights = torch.tensor([3.0, math.exp(-0.5)])  # exp(0.5 - 0.25 + 1.5) is truncated
+    torch.testing.assert_close(found, -(weights * ADVANTAGES)[:, None] * MASK / 2)
+
+
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_a_kl_in_the_loss_is_weighted_too(kl):
+    optimizer = GRPO(kl_coef=0.5, kl=kl)
+    options = {"reference": REFERENCE, "advantages": 0 * ADVANTAGES}
+    plain, weighted = gradient(optimizer, **options), gradient(optimizer, sampler=SAMPLER, cap=2.0, **options)
+    torch.testing.assert_close(weighted, WEIGHTS * plain)
+
+
+def test_without_a_cap_or_another_sampler_nothing_is_weighted():
+    optimizer = GRPO(kl_coef=0.0)
+    plain = gradient(optimizer)
+    assert torch.equal(gradient(optimizer, sampler=SAMPLER), plain)
+    assert torch.equal(gradient(optimizer, cap=2.0), plain)
+    assert torch.equal(gradient(optimizer, cap=2.0, sampler=OLD), plain)
+
+
+def test_ppo_weights_the_policy_and_not_the_critic():
+    values = torch.zeros_like(OLD).requires_grad_()
+    more = {"values": values, "old_values": torch.zeros_like(OLD), "returns": torch.ones_like(OLD)}
+    torch.testing.assert_close(
+        gradient(PPO(), sampler=SAMPLER, cap=2.0, **more), -WEIGHTS * ADVANTAGES[:, None] * MASK / 4
+    )
+    losses = [
+        PPO().loss(batch(OLD, **more, **own)).metrics["value_loss"] for own in ({}, {"sampler": SAMPLER, "cap": 2.0})
+    ]
+    assert losses[0] == losses[1] > 0
+
+
+def test_the_weighted_gradient_is_that_of_the_policy_in_expectation():
+    """Over all tokens: weights turn a mean under the sampler into one under the policy."""
+    logits, sampler = torch.tensor([0.3, -0.2, 0.8], requires_grad=True), torch.tensor([0.5, 0.3, 0.2])
+    gain = torch.tensor([1.0, -2.0, 0.5])
+    (wanted,) = torch.autograd.grad((logits.softmax(0) * gain).sum(), logits)
+    found = torch.zeros(3)
+    for token in range(3):
+        logprobs = logits.log_softmax(0)[token].reshape(1, 1)
+        one = torch.ones(1, 1, dtype=torch.bool)
+        given = batch(logprobs, logprobs.detach(), None, gain[token : token + 1], one, 1)
+        given.sampler, given.cap = sampler[token].log().reshape(1, 1), 100.0
+        (part,) = torch.autograd.grad(RLOO().loss(given).loss, logits)
+        found -= sampler[token] * part
+    torch.testing.assert_close(found, wanted)

@@ -1,0 +1,83 @@
+"""Answers behind a question that is computed once, against whole pairs."""
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    MambaModel,
+    MistralConfig,
+    MistralModel,
+)
+
+from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.prefix import can_share
+from moslim.reward.scorer import Scorer
+
+SMALL = {"vocab_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.15}
+HEADS = {"num_attention_heads": 4, "intermediate_size": 48}
+TRUNKS = {
+    "llama": lambda: LlamaModel(LlamaConfig(**SMALL, **HEADS)),
+    "sliding": lambda: MistralModel(MistralConfig(**SMALL, **HEADS, num_key_value_heads=2, sliding_window=5)),
+    "bert": lambda: BertModel(BertConfig(**SMALL, **HEADS)),
+    "mamba": lambda: MambaModel(MambaConfig(**SMALL, state_size=4)),
+}
+QUESTIONS = ["how cake very so", "why boat", "how boat very very"]
+ANSWERS = [".", "good very very very .", "bad .", "so so good ."]
+ASKED, GIVEN = zip(*[(q, f"{a} {'so ' * i}.") for i, q in enumerate(QUESTIONS) for a in ANSWERS], strict=True)
+
+
+def scorer(trunk: str, preferences: PreferenceSet, backbone: str, **options) -> Scorer:
+    torch.manual_seed(0)
+    classifier = PreferenceClassifier.from_backbone(TRUNKS[trunk](), preferences, **options)
+    classifier.head.weight.data.normal_(0, 0.3)
+    return Scorer(classifier, AutoTokenizer.from_pretrained(backbone))
+
+
+def tokens_read(scorer: Scorer, **options) -> int:
+    """Tokens, padding included, that the backbone is given."""
+    read = []
+    handle = scorer.classifier.backbone.register_forward_pre_hook(
+        lambda _, __, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    scorer.probabilities(ASKED, GIVEN, **options)
+    handle.remove()
+    return sum(read)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer": 1}, {"pooling": ["mean", "first"]}, {"pooling": "max"}])
+@pytest.mark.parametrize("trunk", ["llama", "sliding"])
+def test_probabilities_are_those_of_whole_pairs(trunk, options, preferences, backbone):
+    shared = scorer(trunk, preferences, backbone, **options)
+    apart = shared.probabilities(ASKED, GIVEN, share_prompts="never")
+    order = torch.randperm(len(ASKED), generator=torch.Generator().manual_seed(0)).tolist()
+    for share in ("always", "auto"):
+        found = shared.probabilities([ASKED[i] for i in order], [GIVEN[i] for i in order], share_prompts=share)
+        torch.testing.assert_close(found, apart[order], atol=1e-5, rtol=0)
+    assert apart.std(dim=0).max() > 0.05  # they differ between pairs
+
+
+def test_each_question_is_read_once_where_that_pays(preferences, backbone):
+    own = scorer("llama", preferences, backbone)
+    assert tokens_read(own) == tokens_read(own, share_prompts="always") < 0.8 * tokens_read(own, share_prompts="never")
+    one_each = own.probabilities(QUESTIONS, GIVEN[:3], share_prompts="auto")
+    torch.testing.assert_close(one_each, own.probabilities(QUESTIONS, GIVEN[:3], share_prompts="never"), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("trunk", ["bert", "mamba"])
+def test_backbones_that_cannot_compute_whole_pairs(trunk, preferences, backbone):
+    own = scorer(trunk, preferences, backbone)
+    assert not can_share(own.classifier, [([3], [4])])
+    assert torch.equal(
+        own.probabilities(ASKED, GIVEN, share_prompts="always"), own.probabilities(ASKED, GIVEN, share_prompts="never")
+    )
+
+
+def test_a_pair_of_which_no_question_is_left_is_whole(preferences, backbone):
+    own = scorer("llama", preferences, backbone)
+    assert can_share(own.classifier, [([3], [4])]) and not can_share(own.classifier, [([3], [4]), ([], [4])])

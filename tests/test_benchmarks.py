@@ -1,0 +1,94 @@
+"""What decides which cells of the ablation are run, and what is concluded from them."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("cells")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+@pytest.fixture
+def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("sections.ablation")
+
+
+def every(cells: ModuleType, seed: int = 0, fold: int = 0, rollouts: int | None = None) -> list:
+    names = [cells.DEFAULT, *(arm for arms in cells.arms().values() for arm in arms)]
+    return [cells.Cell(arm, cells.World(seed, fold), "some", rollouts) for arm in names]
+
+
+def test_arms_are_the_files_of_configs(cells: ModuleType) -> None:
+    files = {path for path in (ROOT / "configs/experiment").rglob("*.yaml") if path.name != "sweep.yaml"}
+    assert {ROOT / cell.layers[-1] for cell in every(cells)[1:]} == files
+    assert len(files) > 15
+
+
+@pytest.mark.parametrize("rollouts", [None, 88])
+def test_every_arm_makes_as_many_answers_as_the_quickstart(cells: ModuleType, rollouts: int | None) -> None:
+    policy = cells.read(cells.POLICY)
+    each = policy["data"]["init_args"]["batch_size"] * policy["model"]["init_args"]["samples_per_prompt"]
+    for cell in every(cells, rollouts=rollouts):
+        assert cell.answers == each * (rollouts or policy["trainer"]["max_steps"]), cell.arm
+
+
+def test_a_cell_is_kept_until_what_it_depends_on_changes(
+    cells: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, *others = every(cells, seed=1, fold=1, rollouts=88)
+    assert len({one.file for one in (cell, *others)}) == len(others) + 1
+    others += [every(cells, *place)[0] for place in ((2, 1, 88), (1, 0, 88), (1, 1, 87))]
+    assert len({one.key for one in (cell, *others)}) == len(others) + 1
+    assert cell.kept is None
+    cells.write(cell.file, {"key": cell.key, "mean": 1})
+    assert cell.file.is_relative_to(tmp_path)
+    assert cell.kept == {"key": cell.key, "mean": 1}
+
+    monkeypatch.setattr(cells, "ROOT", tmp_path)
+    for name in (cells.STARTER, cells.REWARD, cells.POLICY):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("# another comment\n" + (ROOT / name).read_text())
+    policy = (tmp_path / cells.POLICY).read_text()
+    (tmp_path / cells.POLICY).write_text(policy.replace("max_steps:", "max_steps: 1"))
+    assert cell.kept is not None  # its length is given
+    (tmp_path / cells.REWARD).write_text((ROOT / cells.REWARD).read_text().replace("lr: 1.2e-3", "lr: 1.3e-3"))
+    assert cell.kept is None
+
+
+def test_differences_are_paired_by_seed(ablation: ModuleType) -> None:
+    def runs(*spearman: float) -> dict:
+        return {str(seed): {"spearman": value} for seed, value in enumerate(spearman)}
+
+    default = runs(0.5, 0.7, 0.9)
+    change, half = ablation.difference(runs(0.6, 0.8, 1.0), default)
+    assert change == pytest.approx(0.1) and half == pytest.approx(0, abs=1e-12)
+    change, half = ablation.difference(runs(0.5, 0.8, 1.1), default)
+    assert change == pytest.approx(0.1) and half == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert ablation.difference(runs(0.9), default) is None
+
+    factors = {"default": {"default": default}, "kl": {"kl/none": runs(0.4, 0.6, 0.8), "kl/b": runs(0.5, 0.8, 1.1)}}
+    assert ablation.verdict(factors).startswith("**No arm is better")
+    assert "Worse beyond doubt: `kl/none`." in ablation.verdict(factors)
+    factors["kl"]["kl/c"] = runs(0.6, 0.8, 1.0)
+    assert ablation.verdict(factors).startswith("Better than the default beyond doubt: `kl/c`.")
+
+
+def test_sections_and_results_belong_to_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    listed = set(importlib.import_module("report").BENCHMARKS)
+    assert {path.stem for path in (ROOT / "benchmarks/sections").glob("[!_]*.py")} <= listed
+    assert {name for name in listed if not (ROOT / f"benchmarks/{name}.py").exists()} == set()
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        assert path.stem in listed
+        assert {"command", "versions", "machine"} <= json.loads(path.read_text()).keys(), path.name
