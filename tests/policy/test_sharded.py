@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from moslim.callbacks.guards import Guards
 from moslim.mapping import TargetProbability
 from moslim.policy.engines import VLLMEngine
+from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import PPO
 from tests.forked import in_two, sharded
 from tests.policy.runs import BATCH, LORA, data, make, trainer
@@ -64,6 +65,9 @@ def refused(folder, preferences, lm, classifier):
     with pytest.raises(ValueError, match="samples with copies of the policy's weights"):
         module = make(preferences, lm, classifier, engine=VLLMEngine(folder=str(folder / "vllm")))
         trainer(folder, max_steps=1, strategy=strategy, devices=2).fit(module, data(preferences, batch_size=2))
+    with pytest.raises(ValueError, match="overlap samples with a copy"):
+        module = make(preferences, lm, classifier, off_policy=OffPolicy(overlap=True))
+        trainer(folder, max_steps=1, strategy=sharded(), devices=2).fit(module, data(preferences, batch_size=2))
     divided = type(strategy)(data_parallel_size=1, tensor_parallel_size=2)
     with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
         module = make(preferences, lm, classifier)

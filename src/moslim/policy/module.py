@@ -228,7 +228,7 @@ class PolicyTrainer(PolicyEvaluation):
         """Puts the weights into shards, where the strategy wants that.
 
         Raises:
-            ValueError: The engine samples in other processes, which it gives whole weights.
+            ValueError: Answers are sampled with copies of the weights, which must be whole.
         """
         mesh = shard_mesh(self)
         if mesh is None or self.roles.sharded:
@@ -237,6 +237,11 @@ class PolicyTrainer(PolicyEvaluation):
             raise ValueError(
                 f"engine {type(self.engine).__name__} samples with copies of the policy's weights, which the strategy "
                 "keeps in shards: take TorchEngine, or another strategy"
+            )
+        if self.off_policy.overlap:
+            raise ValueError(
+                "off_policy.overlap samples with a copy of the policy's weights, which the strategy keeps in shards: "
+                "set it to false, or take another strategy"
             )
         self.roles.shard(mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
