@@ -29,7 +29,6 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     default = result["default_quality"]
     return {
         **{name: result["mean"][name] for name in ("spearman", "exact", "mae")},
-        "lowest": min(dimension["spearman"] for dimension in result["dimensions"].values()),
         "joint_exact": result["combinations"]["seen"]["joint_exact"],
         "default_shift": max(abs(after - default["before"][name]) for name, after in default["after"].items()),
         "gap": result["reward"]["gap"]["after"],
@@ -61,8 +60,7 @@ def main() -> None:
                 failed[f"{cell.arm}, seed {seed}"] = result["failed"]
             elif result:
                 found[factor][cell.arm][seed] = figures(result)
-    answers = cells[DEFAULT][0].answers
-    sizes = {"rollouts": ROLLOUTS, "answers": answers}
+    sizes = {"rollouts": ROLLOUTS, "answers": cells[DEFAULT][0].answers}
     write(args.out, {**circumstances(), **sizes, "factors": found, "failed": failed})
 
 

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "optimizers",
     "ablation",
     "throughput",
+    "policy_stage",
     "memory_roles",
     "resume_matrix",
     "devices",

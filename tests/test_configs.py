@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import in_two
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,7 +42,7 @@ CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglo
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
 PRESETS = [path for path in CONFIGS if path.startswith("configs/data/")]  # run in tests/data/test_presets.py
 VLLM = "configs/engine/vllm.yaml"  # needs a server: run in tests/policy/engines/test_vllm_config.py
-TRAINERS = [path for path in CONFIGS if path.startswith("configs/trainer/")]  # benchmarks/devices.py runs them
+TRAINERS = [path for path in CONFIGS if path.startswith("configs/trainer/")]
 SWEEP = "configs/experiment/sweep.yaml"  # of `wandb sweep`, not of main.py
 RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, *TRAINERS, VLLM, SWEEP)]
 EXPERIMENTS = [path for path in RUNNABLE if path.startswith("configs/experiment/")]
@@ -254,6 +256,42 @@ def test_preferences_train_a_classifier(path: str, run_folder: RunFolder, tmp_pa
         )
     assert cli.model.preferences.to_dict() == dimensions
     assert cli.model.classifier.preferences.names == tuple(dimensions)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("path", ["configs/trainer/ddp.yaml", "configs/trainer/fsdp.yaml"])
+def test_two_processes_train_by_a_strategy_s_own_command_and_one_exports(path: str, run_folder: RunFolder) -> None:
+    (command,) = commands(path)
+    place = ["--trainer.default_root_dir", f"outputs/{Path(path).stem}"]
+    in_two(run_folder.run, command, *place)
+    export = ["export", *command[1 : command.index(path) - 1], "--ckpt_path", "last", "--out", f"{Path(path).stem}-lm"]
+    run_folder.run(export, *place)
+    exported = AutoModelForCausalLM.from_pretrained(run_folder.folder / f"{Path(path).stem}-lm").state_dict()
+    newest = max(
+        run_folder.folder.glob(f"{place[1]}/*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime_ns
+    )
+    kept = torch.load(newest, weights_only=True)
+    assert kept["global_step"] == 2 and len(kept["policy_run"]["rollouts"]) == 2
+    assert all(torch.equal(exported[name.removeprefix("policy.")], value) for name, value in kept["state_dict"].items())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_model_with_one_tensor_for_words_in_and_out_is_sharded(run_folder: RunFolder) -> None:
+    run_folder.launched(NEEDS["configs/policy/helpsteer2_rloo.yaml"])
+    command = ["fit", "--config", "configs/policy/helpsteer2_rloo.yaml", "--config", "configs/trainer/fsdp.yaml"]
+    in_two(
+        run_folder.run, command, "--trainer.default_root_dir", "outputs/tied", "--trainer.accumulate_grad_batches", "1"
+    )
+    (kept,) = run_folder.folder.glob("outputs/tied/*/checkpoints/last.ckpt")
+    weights = torch.load(kept, weights_only=True)["state_dict"]
+    assert torch.equal(weights["policy.lm_head.weight"], weights["policy.model.embed_tokens.weight"])
+
+
+def test_deepspeed_s_command_is_understood_and_needs_what_lightning_asks_for(run_folder: RunFolder) -> None:
+    """It runs on CUDA devices only, so that no more than this can be tested here."""
+    (command,) = commands("configs/trainer/deepspeed.yaml")
+    with pytest.raises((RuntimeError, MisconfigurationException), match=r"only supported on CUDA|must have DeepSpeed"):
+        run_folder.run(command)
 
 
 def test_loggers_are_layered_over_any_config(run_folder: RunFolder) -> None:

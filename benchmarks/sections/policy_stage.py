@@ -1,0 +1,57 @@
+"""Section on benchmarks/policy_stage.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import circumstances_line, table
+
+MEASURES = ("spearman", "exact", "within_one", "mae")
+
+
+def section(result: dict[str, Any]) -> str:
+    """Returns the section."""
+    text = f"""
+## The quickstart's policy stage, three ways
+
+{circumstances_line(result)}
+The same starter, classifier, seed and number of steps. "Every fast way off" is what docs/speed.md lists, all of it;
+"one step off" samples the answers to the next batch while the current ones are learnt from, on the same two cores. CPU
+seconds are those of all threads, the start of Python included. Quality by the gold scorer on held-out questions.
+
+"""
+    rows = [
+        [
+            seed,
+            form,
+            f"{own['fit_s']:.0f}",
+            f"{own['fit_cpu_s']:.0f}",
+            *(f"{own['mean'][name]:.3f}" for name in MEASURES),
+        ]
+        for seed, runs in result["runs"].items()
+        for form, own in runs.items()
+    ]
+    text += table(["seed", "form", "fit, s", "fit, CPU s", *MEASURES], rows)
+    ratios = [
+        f"seed {seed}: {runs['every fast way off']['fit_s'] / runs['as shipped']['fit_s']:.2f} in seconds, "
+        f"{runs['every fast way off']['fit_cpu_s'] / runs['as shipped']['fit_cpu_s']:.2f} in CPU seconds"
+        for seed, runs in result["runs"].items()
+        if {"every fast way off", "as shipped"} <= runs.keys()
+    ]
+    if ratios:
+        text += f"\nEvery fast way off, over as shipped (asked for: 2 or more): {'; '.join(ratios)}.\n"
+    phases = sorted({name for runs in result["runs"].values() for own in runs.values() for name in own["phases"]})
+    rows = [
+        [seed, form, *(f"{own['phases'].get(name, 0.0):.3f}" for name in phases)]
+        for seed, runs in result["runs"].items()
+        for form, own in runs.items()
+    ]
+    text += "\nSeconds per step, mean over the run; `sample` is the time that the step waits for answers:\n\n"
+    text += table(["seed", "form", *phases], rows)
+    stale = {
+        seed: runs["one step off"]["off_policy"] for seed, runs in result["runs"].items() if "one step off" in runs
+    }
+    for seed, own in stale.items():
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in own.items())
+        text += f"\nOne step off, seed {seed}, means: {shown}.\n"
+    return text
