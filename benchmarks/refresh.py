@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, ROOT, circumstances, write
-from optimizers import command
 
 from moslim.data.requests import sweep_requests
 from moslim.data.sources.workbench import Workbench
@@ -39,11 +38,11 @@ CLASSIFIERS = {"before": "outputs/quickstart/reward/classifier", "after": "outpu
 TABLE = "moslim.data.sources.table.Table"
 
 
-def run(*words: Any) -> float:
-    """Runs a command of main.py, and returns the seconds that it took."""
-    start = time.perf_counter()
-    subprocess.run(command(*words), cwd=ROOT, check=True)
-    return round(time.perf_counter() - start, 1)
+def run(verb: str, layers: list[str], seed: int, *options: str) -> None:
+    """Runs a command of main.py on some configs."""
+    configs = [word for layer in layers for word in ("--config", layer)]
+    command = [sys.executable, "main.py", verb, *configs, f"--seed_everything={seed}", *options]
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -88,24 +87,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "refresh.json")
     args = parser.parse_args()
     asked = save(FOLDER / "requests.jsonl", requests())
-    answer = ["predict", POLICY, args.seed, "--ckpt_path=last"]
-    seconds = {"answers": run(*answer, f"--model.predictions={ANSWERS}")}
+    run("predict", POLICY, args.seed, "--ckpt_path=last", f"--model.predictions={ANSWERS}")
     table = [f"--data.source={TABLE}", f"--data.source.predict={asked}"]
     unseen = FOLDER / "answers.jsonl"
-    run(*answer, *table, f"--model.predictions={unseen}")
-    seconds["fit"] = run("fit", REFRESH, args.seed)
+    run("predict", POLICY, args.seed, "--ckpt_path=last", *table, f"--model.predictions={unseen}")
+    run("fit", REFRESH, args.seed)
     train, test = (save(FOLDER / f"{f.parent.name}_labelled.jsonl", labelled(lines(f))) for f in (ANSWERS, unseen))
     fresh = [f"--data.source.samples={ANSWERS}"]
     held_out = [f"--data.source={TABLE}", f"--data.source.path={train}", f"--data.source.test={test}"]
     held_out += ["--data.source.requested=requested"]
     result = {
-        time: {
-            kind: tested(classifier, FOLDER / f"{kind}_{time}", args.seed, *source)
+        when: {
+            kind: tested(classifier, FOLDER / f"{kind}_{when}", args.seed, *source)
             for kind, source in {"fresh": fresh, "held_out": held_out}.items()
         }
-        for time, classifier in CLASSIFIERS.items()
+        for when, classifier in CLASSIFIERS.items()
     }
-    write(args.out, {**circumstances(), "seed": args.seed, "seconds": seconds, **result})
+    write(args.out, {**circumstances(), "seed": args.seed, **result})
 
 
 if __name__ == "__main__":

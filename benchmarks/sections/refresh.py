@@ -17,10 +17,9 @@ def section(result: dict[str, Any]) -> str:
 ## Refresh
 
 {circumstances_line(result)}
-The quickstart's classifier (seed {result["seed"]}) goes on with answers of its policy, labelled by the gold scorer,
-for {result["seconds"]["fit"]:.0f} s. Gap: its probability of the requested level less the share of answers that have
-this level, on the same answers before and after; above 0 it rewards what is not there, below 0 it misses what is. In
-brackets: 95% interval over questions.
+The classifier (seed {result["seed"]}) goes on with answers of its policy, labelled by the gold scorer. Gap: its
+probability of the requested level less the share of answers that have this level, on the same answers before and after;
+above 0 it rewards what is not there, below 0 it misses what is. In brackets: 95% interval over questions.
 
 {table(["answers", "dimension", "gold", "proxy before", "after", "gap before", "gap after"], _gaps(before, after))}
 Accuracy, mean over dimensions, before and after: {_accuracies(before, after)}; on the adversarial file
