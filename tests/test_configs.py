@@ -279,12 +279,17 @@ def test_two_processes_train_by_a_strategy_s_own_command_and_one_exports(path: s
 def test_a_model_with_one_tensor_for_words_in_and_out_is_sharded(run_folder: RunFolder) -> None:
     run_folder.launched(NEEDS["configs/policy/helpsteer2_rloo.yaml"])
     command = ["fit", "--config", "configs/policy/helpsteer2_rloo.yaml", "--config", "configs/trainer/fsdp.yaml"]
-    in_two(
-        run_folder.run, command, "--trainer.default_root_dir", "outputs/tied", "--trainer.accumulate_grad_batches", "1"
+    options = ["--trainer.default_root_dir", "outputs/tied", "--model.lora", "null", "--model.dtype", "float32"]
+    in_two(run_folder.run, command, *options, "--trainer.accumulate_grad_batches", "1")
+    export = ["export", *command[1:3], "--ckpt_path", "last", "--out", "tied-lm"]
+    run_folder.run(export, *options)
+    start, end = (
+        AutoModelForCausalLM.from_pretrained(run_folder.folder / name, dtype=torch.float32)
+        .get_input_embeddings()
+        .weight
+        for name in ("Qwen/Qwen2.5-0.5B-Instruct", "tied-lm")
     )
-    (kept,) = run_folder.folder.glob("outputs/tied/*/checkpoints/last.ckpt")
-    weights = torch.load(kept, weights_only=True)["state_dict"]
-    assert torch.equal(weights["policy.lm_head.weight"], weights["policy.model.embed_tokens.weight"])
+    assert not torch.equal(start, end)
 
 
 def test_deepspeed_s_command_is_understood_and_needs_what_lightning_asks_for(run_folder: RunFolder) -> None:
