@@ -21,7 +21,7 @@ from common import RESULTS, ROOT, circumstances, write
 from processes import Launch
 from tiny import OPTIMIZERS, policy_config, save_models
 
-STEPS, PROMPTS, WANTED, LIMIT = 20, 4, 1e-5, 240.0
+STEPS, PROMPTS, WANTED, LIMIT = 20, 4, 1e-5, 1200.0
 STRATEGIES = ("ddp", "fsdp")
 
 
