@@ -31,7 +31,7 @@ FORMS: dict[str, list[str]] = {
         *(f"--model.{name}={json.dumps(PLAIN.settings[name])}" for name in ("passes", "off_policy")),
         f"--model.engine.decoding={json.dumps(PLAIN.settings['decoding'])}",
     ],
-    "one step off": ["--config", "configs/experiment/one_step_off.yaml"],
+    "one step off": ["--config", "configs/engine/one_step_off.yaml"],
 }
 
 

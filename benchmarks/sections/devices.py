@@ -22,8 +22,8 @@ def section(result: dict[str, Any]) -> str:
 ## Two processes against one
 
 {circumstances_line(result)}
-{result["steps"]} steps of SGD at a rate of 0.1, all in float64: the batch of one process against halves of it in two (CPU,
-gloo; `configs/trainer/`). Sampled answers after every step and the largest difference of a weight after any; wanted are
-the same answers and at most {wanted:g}.
+{result["steps"]} steps of SGD at a rate of 0.1, all in float64: the batch of one process against halves of it in two
+(CPU, gloo; `configs/trainer/`). Sampled answers at every step, and the largest difference of a weight after any; wanted
+are the same answers and at most {wanted:g}.
 
 {table(["optimizer", "strategy", "answers", "largest difference"], rows)}"""

@@ -41,9 +41,17 @@ def shard(model: nn.Module, mesh: DeviceMesh, between_passes: bool = True) -> No
         mesh: The processes.
         between_passes: Whether each block's weights are whole only while it computes. All processes must then make the
             same number of passes. Otherwise :class:`StepShards` says when.
+
+    Raises:
+        ValueError: A transformer does not say which of its modules are blocks.
     """
-    kinds = getattr(model, "_no_split_modules", None) or ()
+    kinds = getattr(model, "_no_split_modules", ()) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not blocks and hasattr(model, "_no_split_modules"):
+        raise ValueError(
+            f"{type(model).__name__} does not name its blocks (_no_split_modules), so that its weights cannot be "
+            "sharded: take trainer.strategy ddp"
+        )
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=between_passes)
     if not between_passes:

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoModelForCausalLM
 
 from moslim.callbacks.guards import Guards
 from moslim.mapping import TargetProbability
 from moslim.policy.engines import VLLMEngine
+from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import PPO
+from moslim.sharding import shard
 from tests.forked import in_two, sharded
 from tests.policy.runs import BATCH, LORA, data, make, trainer
 
@@ -60,11 +63,11 @@ def test_adapters_accumulation_clipping_and_guards_as_in_one_process(preferences
 
 
 def refused(folder, preferences, lm, classifier):
-    strategy = sharded()
-    with pytest.raises(ValueError, match="samples with copies of the policy's weights"):
-        module = make(preferences, lm, classifier, engine=VLLMEngine(folder=str(folder / "vllm")))
-        trainer(folder, max_steps=1, strategy=strategy, devices=2).fit(module, data(preferences, batch_size=2))
-    divided = type(strategy)(data_parallel_size=1, tensor_parallel_size=2)
+    for options in ({"engine": VLLMEngine(folder=str(folder / "vllm"))}, {"off_policy": OffPolicy(overlap=True)}):
+        with pytest.raises(ValueError, match="samples with copies of the policy's weights"):
+            module = make(preferences, lm, classifier, **options)
+            trainer(folder, max_steps=1, strategy=sharded(), devices=2).fit(module, data(preferences, batch_size=2))
+    divided = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)
     with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
         module = make(preferences, lm, classifier)
         trainer(folder, max_steps=1, strategy=divided, devices=2).fit(module, data(preferences, batch_size=2))
@@ -74,3 +77,10 @@ def refused(folder, preferences, lm, classifier):
 def test_what_cannot_be_sharded_is_refused(preferences, lm, classifier, tmp_path):
     in_two(refused, tmp_path, preferences, lm, classifier)
     assert len(list(tmp_path.glob("refused.*"))) == 2
+
+
+def test_a_model_that_names_no_blocks_is_refused(lm):
+    model = AutoModelForCausalLM.from_pretrained(lm)
+    model._no_split_modules = set()
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not name its blocks"):
+        shard(model, None)

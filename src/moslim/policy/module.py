@@ -228,15 +228,16 @@ class PolicyTrainer(PolicyEvaluation):
         """Puts the weights into shards, where the strategy wants that.
 
         Raises:
-            ValueError: The engine samples in other processes, which it gives whole weights.
+            ValueError: Answers are sampled with copies of the policy.
         """
         mesh = shard_mesh(self)
         if mesh is None or self.roles.sharded:
             return
-        if not self.engine.in_process:
+        if self.off_policy.overlap or not self.engine.in_process:
+            copies = "off_policy.overlap" if self.off_policy.overlap else f"engine {type(self.engine).__name__}"
             raise ValueError(
-                f"engine {type(self.engine).__name__} samples with copies of the policy's weights, which the strategy "
-                "keeps in shards: take TorchEngine, or another strategy"
+                f"{copies} samples with copies of the policy's weights, which the strategy keeps in shards: "
+                "take TorchEngine without overlap, or another strategy"
             )
         self.roles.shard(mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint

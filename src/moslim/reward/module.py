@@ -1,9 +1,9 @@
-"""Training, evaluation and export of the reward classifier."""
+"""Training of the reward classifier, and its validation and calibration on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moslim.base import RunModule
-from moslim.checkpoints import drop_frozen, fingerprint, keep_epoch_open, keep_plain_hparams, restore_frozen
+from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.prompts import pad_id
-from moslim.data.types import Example, PairBatch, View
-from moslim.jsonlines import JsonLines
-from moslim.lora import LoraOptions, add_lora, is_adapted, merged, unwrapped
+from moslim.data.types import PairBatch, View
+from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
@@ -30,23 +27,14 @@ from moslim.processes import mean_over_processes
 from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
+from moslim.reward.evaluated import ClassifierEvaluation
 from moslim.reward.evaluation.best_of import BestOf
-from moslim.reward.evaluation.choices import Choice
-from moslim.reward.evaluation.pairs import complete_weights
-from moslim.reward.evaluation.report import find_result, publish, scalars
-from moslim.reward.evaluation.result import evaluate
-from moslim.reward.evaluation.rows import Scores
 from moslim.reward.extension import extended_classifier, frozen_temperatures, refuse_change
 from moslim.reward.frozen import Trunk, cached_features, resolve_trunk
 from moslim.reward.held_out import HeldOut
-from moslim.reward.links import LINKS
 from moslim.reward.losses import CrossEntropy, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
-from moslim.reward.model_card import ModelCard, predict_config
 from moslim.reward.pooling import Pooling
-from moslim.reward.predictions import prediction_rows, rows_scored
-from moslim.reward.scorer import Scorer, pair_limit
-from moslim.reward.sharing import Form, save_adapter, save_merged
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
 from moslim.reward.training_record import training_record
 from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
@@ -55,7 +43,7 @@ _TEMPERATURES = "temperatures"
 _RECORD = "training_record"
 
 
-class RewardClassifier(RunModule):
+class RewardClassifier(ClassifierEvaluation):
     """Trains a :class:`PreferenceClassifier`, and saves it in Hugging Face format when ``fit`` ends.
 
     Args:
@@ -123,10 +111,9 @@ class RewardClassifier(RunModule):
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(preferences, pair_weights)
         self.save_hyperparameters()
         keep_plain_hparams(self)
-        self.preferences = preferences
         self.start = start_name(backbone, classifier, extend)
         self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
         self.cache = cache
@@ -135,7 +122,6 @@ class RewardClassifier(RunModule):
         self.lora = lora
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.pair_weights = complete_weights(preferences, pair_weights)
         self.best_of = best_of
         self.report = report
         self.output = output
@@ -180,19 +166,10 @@ class RewardClassifier(RunModule):
         self._metrics = SubsetMetrics(preferences)
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
-        self._tested = Scores(preferences)
-        self._choices: list[Choice] = []
         self._calibrated_at = 0
         self._calibration: dict[str, Tensor] = {}
-        self._record: dict[str, Any] = {}
-        self._scored = 0
         # From a sharded classifier to a whole one; a function, since a module would be trained.
         self._collect: Callable[[Any], Any]
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of what the run started from."""
-        return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
 
     def configure_model(self) -> None:
         """Puts the weights into shards, where the strategy wants that.
@@ -213,10 +190,6 @@ class RewardClassifier(RunModule):
         """See Lightning."""
         rate = 1e-3 if self.trunk == "frozen" else 1e-4 if self.lora else 1e-5
         return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, D, K]`` of pairs ``[B, T]``, of all heads; ``-inf`` on levels that a dimension lacks."""
-        return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Makes dropout a function of the step, so that a resumed run equals an uninterrupted one."""
@@ -248,27 +221,11 @@ class RewardClassifier(RunModule):
         if self._calibrates:
             self._hold_out(scores, batch)
 
-    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """See Lightning."""
-        logits, scores = self._output(batch)
-        self._log_loss(scores, batch, "test")
-        self._tested.add(batch, logits.softmax(-1), self._logits(scores).softmax(-1))
-
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation counted."""
         self._metrics.reset()
         self._pair_metrics.reset()
         self._held_out.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: A line of it cannot be used.
-        """
-        self._tested.clear()
-        self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
     def on_validation_epoch_end(self) -> None:
         """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
@@ -302,37 +259,6 @@ class RewardClassifier(RunModule):
             if saver.last_model_path:  # type: ignore[attr-defined]
                 self.trainer.save_checkpoint(saver.last_model_path)  # type: ignore[attr-defined]
 
-    def on_test_epoch_end(self) -> None:
-        """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
-        rows, pairs = self._tested.gathered()
-        score = self._scorer().probabilities
-        best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
-        result = {"weights": self._weights(), **evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)}
-        self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
-        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
-        if self.trainer.is_global_zero:
-            publish(self.trainer, result, folders)
-
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Scores a batch; the records are written to the file of ``predictions``."""
-        probs = self.classifier.probabilities(batch.input_ids, batch.attention_mask)
-        return prediction_rows(batch.rows, probs, unwrapped(self.classifier).preferences)
-
-    @property
-    def pair_limit(self) -> int | None:
-        """Most tokens of a pair to be scored, where the data module sets no limit."""
-        return pair_limit(unwrapped(self.classifier).config, self.tokenizer)
-
-    def rows_scored(self, rows: Iterable[Example]) -> int:
-        """Number of rows that an interrupted ``predict`` has scored already; the data module leaves them out."""
-        self._scored = rows_scored(self.predictions_file, self._scores_depend_on(), rows)
-        return self._scored
-
-    def open_predictions(self) -> JsonLines:
-        """Goes on with the file of an interrupted ``predict``, behind the rows that were left out."""
-        keep, self._scored = self._scored, 0
-        return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
-
     @property
     def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
         """What makes the features of all rows at once, if the backbone is frozen; in a dry run, batches do."""
@@ -354,27 +280,6 @@ class RewardClassifier(RunModule):
             self.export(folder)
         self.classifier = sharded
 
-    @property
-    def output_folder(self) -> Path:
-        """Where the classifier is saved. Under several processes all must ask."""
-        return Path(self.output) if self.output else self.run_folder / "classifier"
-
-    def export(self, folder: str | Path) -> None:
-        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`."""
-        save_merged(merged(self.classifier), Path(folder))
-        self._complete(Path(folder), "merged")
-
-    def export_adapter(self, folder: str | Path) -> None:
-        """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
-
-        Raises:
-            ValueError: There is no adapter, or it changes more than the backbone.
-        """
-        if not is_adapted(self.classifier):
-            raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
-        save_adapter(self.classifier, self.start, Path(folder))
-        self._complete(Path(folder), "adapter")
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights only, the temperatures, and what the model card says of the training."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
@@ -390,47 +295,6 @@ class RewardClassifier(RunModule):
         self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
 
-    def _complete(self, folder: Path, form: Form) -> None:
-        """Adds to an exported classifier what people need to use it."""
-        self.tokenizer.save_pretrained(folder)
-        config = unwrapped(self.classifier).config
-        root = None if self._trainer is None else self.trainer.default_root_dir  # one may export without a Trainer
-        tested = find_result([place for place in (root, self.report) if place], self._weights())
-        card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
-        (folder / "README.md").write_text(card.text(), encoding="utf-8")
-        (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
-
-    def _weights(self) -> str:
-        return fingerprint(self.classifier.state_dict())
-
-    def _scores_depend_on(self) -> dict[str, Any]:
-        """What the scores of a row depend on besides the row, as plain data."""
-        config = unwrapped(self.classifier).config.to_dict()
-        return {
-            "weights": self._weights(),
-            "configuration": {key: config[key] for key in ("dimensions", "pooling", "layer", "link", "temperatures")},
-            "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
-            "precision": str(self.trainer.precision),
-        }
-
-    def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""
-        if batch.features is None:
-            output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        else:
-            output = self.classifier.classify(batch.features.to(self.classifier.dtype))
-        widest = max(map(LINKS[self.loss.link].width, self.preferences.sizes))
-        levels = max(self.preferences.sizes)
-        return output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest]
-
-    def _scores(self, batch: PairBatch) -> Tensor:
-        """The heads' raw outputs ``[B, D, S]``."""
-        return self._output(batch)[1]
-
-    def _logits(self, scores: Tensor) -> Tensor:
-        """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
-        return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
-
     def _evaluate(self, batch: PairBatch, stage: str) -> Tensor:
         """Counts a batch for the metrics, and returns the heads' scores."""
         scores = self._scores(batch)
@@ -439,28 +303,9 @@ class RewardClassifier(RunModule):
         self._pair_metrics.update(gaps, batch.compared)
         return scores
 
-    def _log_loss(self, scores: Tensor, batch: PairBatch, stage: str) -> Tensor:
-        """Logs the loss of a batch, and returns its gaps ``[P, D]``."""
-        total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
-        gaps = self._gaps(scores, batch)
-        total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
-        self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
-        return gaps
-
-    def _scorer(self) -> Scorer:
-        """Scores texts with the classifier as it is, and as the data module encodes them."""
-        scorer = Scorer(self.classifier, self.tokenizer)
-        scorer.reserve(self.reserved)
-        return scorer
-
     def _report(self, stage: str) -> None:
         found = self._metrics.compute(self.device) | self._pair_metrics.compute()
         self.log_dict({f"{stage}/{key}": value for key, value in found.items()})
-
-    def _gaps(self, scores: Tensor, batch: PairBatch) -> Tensor:
-        """Expected level of the better answers less that of the worse, ``[P, D]``."""
-        expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
-        return expected[batch.better] - expected[batch.worse]
 
     @property
     def _calibrates(self) -> bool:

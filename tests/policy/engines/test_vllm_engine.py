@@ -13,6 +13,7 @@ from moslim.policy.engines import ParityError, TorchEngine, VLLMEngine
 from moslim.policy.engines.vllm_client import ServerError
 from moslim.policy.engines.vllm_engine import own_servers
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.off_policy import OffPolicy
 from moslim.policy.passes import Passes
 from tests.policy.conftest import ENDS, build_model
 from tests.policy.engines.small_server import SmallServer
@@ -283,3 +284,15 @@ def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, pr
     assert torch.equal(second.trace[-1]["tokens"], whole.trace[-1]["tokens"])
     for name, value in weights(whole).items():
         assert torch.equal(weights(second)[name], value)
+
+
+def test_a_server_samples_ahead_with_the_weights_before_the_update(server, preferences, lm, classifier, tmp_path):
+    def policy(engine):
+        return make(preferences, lm, classifier, engine=engine, lora=LORA, off_policy=OffPolicy(overlap=True))
+
+    engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=1e-5)
+    module = policy(engine)
+    trainer(tmp_path, max_steps=3, limit_train_batches=3).fit(module, data(preferences))
+    assert len(set(loads(server))) == 2  # the start, for two batches, and the first update
+    assert engine.difference < 1e-5  # with the weights that the server was given, not with those learnt meanwhile
+    assert module.rollout.sampler_logprobs is not None

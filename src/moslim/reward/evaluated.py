@@ -1,0 +1,198 @@
+"""What is done with a classifier, however it was trained: it is tested, scores the rows of a file, and is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moslim.base import RunModule
+from moslim.checkpoints import fingerprint
+from moslim.data.types import Example, PairBatch
+from moslim.jsonlines import JsonLines
+from moslim.lora import is_adapted, merged, unwrapped
+from moslim.preferences import PreferenceSet
+from moslim.reward.comparisons import BradleyTerry
+from moslim.reward.evaluation.best_of import BestOf
+from moslim.reward.evaluation.choices import Choice
+from moslim.reward.evaluation.pairs import complete_weights
+from moslim.reward.evaluation.report import find_result, publish, scalars
+from moslim.reward.evaluation.result import evaluate
+from moslim.reward.evaluation.rows import Scores
+from moslim.reward.links import LINKS
+from moslim.reward.losses import LevelLoss
+from moslim.reward.model_card import ModelCard, predict_config
+from moslim.reward.predictions import prediction_rows, rows_scored
+from moslim.reward.scorer import Scorer, pair_limit
+from moslim.reward.sharing import Form, save_adapter, save_merged
+
+
+class ClassifierEvaluation(RunModule):
+    """The test and use of a classifier. :class:`RewardClassifier` sets the attributes and adds training.
+
+    Args:
+        preferences: The dimensions that are evaluated.
+        pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
+    """
+
+    start: str
+    """What the run started from: folder or Hub name."""
+    classifier: Any
+    loss: LevelLoss
+    pairs: BradleyTerry
+    best_of: BestOf | None
+    report: str | None
+    output: str | None
+    trust_remote_code: bool
+    _columns: list[int]
+    """Where the classifier has the dimensions of ``preferences``."""
+
+    def __init__(self, preferences: PreferenceSet, pair_weights: dict[str, float] | None) -> None:
+        super().__init__()
+        self.preferences = preferences
+        self.pair_weights = complete_weights(preferences, pair_weights)
+        self._tested = Scores(preferences)
+        self._choices: list[Choice] = []
+        self._record: dict[str, Any] = {}  # what the model card says of the training
+        self._scored = 0
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of what the run started from."""
+        return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
+
+    @property
+    def pair_limit(self) -> int | None:
+        """Most tokens of a pair to be scored, where the data module sets no limit."""
+        return pair_limit(unwrapped(self.classifier).config, self.tokenizer)
+
+    @property
+    def output_folder(self) -> Path:
+        """Where the classifier is saved. Under several processes all must ask."""
+        return Path(self.output) if self.output else self.run_folder / "classifier"
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``[B, D, K]`` of pairs ``[B, T]``, of all heads; ``-inf`` on levels that a dimension lacks."""
+        return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def test_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """See Lightning."""
+        logits, scores = self._output(batch)
+        self._log_loss(scores, batch, "test")
+        self._tested.add(batch, logits.softmax(-1), self._logits(scores).softmax(-1))
+
+    def on_test_epoch_start(self) -> None:
+        """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: A line of it cannot be used.
+        """
+        self._tested.clear()
+        self._choices = self.best_of.choices(self.preferences) if self.best_of else []
+
+    def on_test_epoch_end(self) -> None:
+        """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
+        rows, pairs = self._tested.gathered()
+        score = self._scorer().probabilities
+        best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
+        result = {"weights": self._weights(), **evaluate(rows, pairs, self.preferences, self.pair_weights, best_of)}
+        self.log_dict({f"test/{key}": value for key, value in scalars(result).items()})
+        folders = [self.run_folder, *([Path(self.report)] if self.report else [])]
+        if self.trainer.is_global_zero:
+            publish(self.trainer, result, folders)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Scores a batch; the records are written to the file of ``predictions``."""
+        probs = self.classifier.probabilities(batch.input_ids, batch.attention_mask)
+        return prediction_rows(batch.rows, probs, unwrapped(self.classifier).preferences)
+
+    def rows_scored(self, rows: Iterable[Example]) -> int:
+        """Number of rows that an interrupted ``predict`` has scored already; the data module leaves them out."""
+        self._scored = rows_scored(self.predictions_file, self._scores_depend_on(), rows)
+        return self._scored
+
+    def open_predictions(self) -> JsonLines:
+        """Goes on with the file of an interrupted ``predict``, behind the rows that were left out."""
+        keep, self._scored = self._scored, 0
+        return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
+
+    def export(self, folder: str | Path) -> None:
+        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`."""
+        save_merged(merged(self.classifier), Path(folder))
+        self._complete(Path(folder), "merged")
+
+    def export_adapter(self, folder: str | Path) -> None:
+        """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
+
+        Raises:
+            ValueError: There is no adapter, or it changes more than the backbone.
+        """
+        if not is_adapted(self.classifier):
+            raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
+        save_adapter(self.classifier, self.start, Path(folder))
+        self._complete(Path(folder), "adapter")
+
+    def _complete(self, folder: Path, form: Form) -> None:
+        """Adds to an exported classifier what people need to use it."""
+        self.tokenizer.save_pretrained(folder)
+        config = unwrapped(self.classifier).config
+        root = None if self._trainer is None else self.trainer.default_root_dir  # one may export without a Trainer
+        tested = find_result([place for place in (root, self.report) if place], self._weights())
+        card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
+
+    def _weights(self) -> str:
+        return fingerprint(self.classifier.state_dict())
+
+    def _scores_depend_on(self) -> dict[str, Any]:
+        """What the scores of a row depend on besides the row, as plain data."""
+        config = unwrapped(self.classifier).config.to_dict()
+        return {
+            "weights": self._weights(),
+            "configuration": {key: config[key] for key in ("dimensions", "pooling", "layer", "link", "temperatures")},
+            "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
+            "precision": str(self.trainer.precision),
+        }
+
+    def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""
+        if batch.features is None:
+            output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        else:
+            output = self.classifier.classify(batch.features.to(self.classifier.dtype))
+        widest = max(map(LINKS[self.loss.link].width, self.preferences.sizes))
+        levels = max(self.preferences.sizes)
+        return output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest]
+
+    def _scores(self, batch: PairBatch) -> Tensor:
+        """The heads' raw outputs ``[B, D, S]``."""
+        return self._output(batch)[1]
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
+        return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
+
+    def _log_loss(self, scores: Tensor, batch: PairBatch, stage: str) -> Tensor:
+        """Logs the loss of a batch, and returns its gaps ``[P, D]``."""
+        total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
+        gaps = self._gaps(scores, batch)
+        total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
+        self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
+        return gaps
+
+    def _gaps(self, scores: Tensor, batch: PairBatch) -> Tensor:
+        """Expected level of the better answers less that of the worse, ``[P, D]``."""
+        expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
+        return expected[batch.better] - expected[batch.worse]
+
+    def _scorer(self) -> Scorer:
+        """Scores texts with the classifier as it is, and as the data module encodes them."""
+        scorer = Scorer(self.classifier, self.tokenizer)
+        scorer.reserve(self.reserved)
+        return scorer
