@@ -192,11 +192,14 @@ def run(arguments: list[str], folder: str) -> None:
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=one_thread, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise CommandFailed(log.read_text(encoding="utf-8").strip().splitlines()[-1])
+        said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()][-20:]
+        if refusals := [line for line in said if "GuardError: " in line or "GateError: " in line]:
+            raise Refused(refusals[-1])
+        raise RuntimeError(f"a command ended early, see {log}: {said[-1]}")
 
 
-class CommandFailed(Exception):
-    """A command ended with an error: most often a guard or a gate. Holds the last line that it printed."""
+class Refused(Exception):
+    """A guard or a gate stopped a command, and would do so again. Holds what it said."""
 
 
 def mean_length(folder: Path) -> float:
@@ -221,7 +224,7 @@ def finish(cells: Sequence[Cell], jobs: int, minutes: float) -> None:
         if time.monotonic() - start < 60 * minutes:
             try:
                 result = cell.result()
-            except CommandFailed as failure:
+            except Refused as failure:
                 result = {"key": cell.key, "failed": str(failure)}
             write(cell.file, result)
             found = result.get("failed") or f"Spearman {result['mean']['spearman']:.3f}"

@@ -81,7 +81,11 @@ class TrainingAnswers:
             version: Optimizer steps that the policy has made.
         """
         own = self._kept.get(key)
-        found = self._sampled(policy, batch, key, version) if own is None else own.result()
+        if own is None:
+            self.wait()  # the engine may still be busy with what an epoch that was cut short did not take
+            found = self._sampled(policy, batch, key, version)
+        else:
+            found = own.result()
         if self._pool is None:
             return found
         following = (key[0], key[1] + 1)
@@ -105,8 +109,13 @@ class TrainingAnswers:
         self._kept = {}
 
     def state(self) -> list[tuple[list[int], dict[str, Any]]]:
-        """What has been sampled and may still be learnt from, when it is there; for a checkpoint."""
-        return [(list(key), future.result().state()) for key, future in self._kept.items()]
+        """What has been sampled and may still be learnt from, when it is there; for a checkpoint.
+
+        What failed is left out: it is sampled when it is wanted.
+        """
+        self.wait()
+        done = {key: future for key, future in self._kept.items() if future.exception() is None}
+        return [(list(key), future.result().state()) for key, future in done.items()]
 
     def load(self, state: list[tuple[list[int], dict[str, Any]]], device: torch.device) -> None:
         """Inverse of :meth:`state`."""

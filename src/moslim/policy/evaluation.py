@@ -63,8 +63,11 @@ class PolicyEvaluation(RunModule):
 
     def probabilities(self, answers: Answers) -> Tensor:
         """``[N, D, K]`` level probabilities by the training classifier, in the order of ``preferences``."""
-        share = self.passes.share_prompts
-        return self.scorer.probabilities(answers.questions, answers.texts, share_prompts=share)[:, self.columns]
+        how = self.passes
+        probs = self.scorer.probabilities(
+            answers.questions, answers.texts, share_prompts=how.share_prompts, tokens=how.tokens
+        )
+        return probs[:, self.columns]
 
     @torch.no_grad()
     def _evaluate(self, who: str, model: Any, batch: PromptBatch, judge: Judge | None) -> None:

@@ -349,6 +349,8 @@ class PolicyTrainer(PolicyEvaluation):
         self.training_answers.wait()
         super().on_validation_epoch_start()
 
+    on_test_epoch_start = on_validation_epoch_start
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""
         keep_epoch_open(self.trainer, checkpoint)

@@ -55,13 +55,19 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         _renew_critic(module, checkpoint)
     rollouts = saved["rollouts"]
     if len(rollouts) == process_count() and rollouts[module.global_rank] is not None:
-        module.rollout = Rollout.from_state(rollouts[module.global_rank], module.device)
+        device = module.trainer.strategy.root_device  # where the module itself is moved only after this
+        module.rollout = Rollout.from_state(rollouts[module.global_rank], device)
         if "ahead" in saved:
-            module.training_answers.load(saved["ahead"][module.global_rank], module.device)
+            module.training_answers.load(saved["ahead"][module.global_rank], device)
 
 
 def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is."""
+    if "state_dict" not in checkpoint:
+        raise ValueError(
+            "model.reset_state does not work with weights in shards, which are loaded before it is looked at: resume "
+            "with another strategy, or `export` the policy and start a new run from that folder (model.model)"
+        )
     own = {name: value for name, value in module.state_dict().items() if _of_critic(name)}
     saved = checkpoint["state_dict"]
     if own.keys() != {name for name in saved if _of_critic(name)} and module.trainer.state.fn == "fit":

@@ -285,6 +285,8 @@ def _width(config: Any) -> int:
 
 def is_causal(config: PreTrainedConfig) -> bool:
     """Whether tokens see only what is before them. BERT's family is in both tables and says so itself."""
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return False  # a decoder made an encoder, as in EmbeddingGemma
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return bool(getattr(config, "is_decoder", False))
     return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

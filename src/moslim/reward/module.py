@@ -175,13 +175,16 @@ class RewardClassifier(ClassifierEvaluation):
         """Puts the weights into shards, where the strategy wants that.
 
         Raises:
-            ValueError: The backbone is frozen: its cached features leave nothing worth sharding.
+            ValueError: The backbone is frozen: its cached features leave nothing worth sharding. Or ``best_of`` is given:
+                processes would score different numbers of answers, and wait for each other.
         """
         mesh = shard_mesh(self)
         if mesh is None or is_sharded(self.classifier):
             return
         if self.trunk == "frozen":
             raise ValueError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
+        if self.best_of is not None:
+            raise ValueError("model.best_of does not work with weights in shards: test in one process, or with ddp")
         self._collect = partial(fill, outline(self.classifier))
         shard(unwrapped(self.classifier), mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint

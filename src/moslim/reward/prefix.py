@@ -21,7 +21,8 @@ Spans = tuple[Sequence[int], Sequence[int]]
 def can_share(classifier: PreferenceClassifier, spans: Sequence[Spans]) -> bool:
     """Whether answers can go on from their prompts: the backbone looks back only, and there are prompts."""
     backbone = classifier.config.backbone
-    return is_causal(backbone) and continues(classifier.backbone, backbone) and all(prompt for prompt, _ in spans)
+    looks_back = is_causal(backbone) and continues(classifier.backbone, backbone)
+    return looks_back and all(prompt for prompt, _ in spans)
 
 
 def joined(spans: Sequence[Spans], pad_id: int) -> AnswerBatch:

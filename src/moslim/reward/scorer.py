@@ -75,6 +75,7 @@ class Scorer:
         answers: Sequence[str],
         batch_size: int | None = None,
         share_prompts: SharePrompts = "auto",
+        tokens: int | None = None,
     ) -> Tensor:
         """Probability of every level of every dimension.
 
@@ -83,19 +84,22 @@ class Scorer:
         Args:
             questions: ``N`` questions, without any instruction.
             answers: ``N`` answers.
-            batch_size: Pairs per forward pass; None = 16 on a CPU, where small batches stay in the cache, else 256.
+            batch_size: Whole pairs per forward pass; None = 16 on a CPU, where small batches stay in the cache, else
+                256, unless questions are shared.
             share_prompts: Compute each question once, and let all its answers go on from there; ``auto`` does where
-                enough tokens are saved. Backbones that cannot compute whole pairs.
+                enough tokens are saved and no ``batch_size`` is given. Backbones that cannot compute whole pairs.
+            tokens: Most tokens per forward pass where questions are shared; None = as :func:`pass_tokens` says.
 
         Returns:
             ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
             dimension lacks.
         """
         spans = [self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True)]
-        if spans and share_prompts != "never" and can_share(self.classifier, spans):
+        wanted = share_prompts == "always" or (share_prompts == "auto" and batch_size is None)
+        if spans and wanted and can_share(self.classifier, spans):
             batch = joined(spans, pad_id(self.tokenizer)).to(self.classifier.device)
             if share_prompts == "always" or sharing_pays(batch):
-                features = shared_features(self.classifier, batch, pass_tokens(self.classifier.device))
+                features = shared_features(self.classifier, batch, tokens or pass_tokens(self.classifier.device))
                 return self.classifier.level_probabilities(self.classifier.classify(features).logits)
         return self._apart([[*prompt, *answer] for prompt, answer in spans], batch_size)
 

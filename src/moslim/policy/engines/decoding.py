@@ -210,27 +210,34 @@ class _Fixed(Continuation):
 
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-_STATIC: WeakKeyDictionary[nn.Module, dict[tuple[int, int, bool], tuple[Step, StaticCache]]] = WeakKeyDictionary()
-"""A graph has addresses in it, so that step and cache are kept together and used again, for each shape."""
+_COMPILED: WeakKeyDictionary[nn.Module, dict[tuple[int, int], tuple[Step, StaticCache]]] = WeakKeyDictionary()
+"""A graph has addresses in it, so that step and cache are kept together and used again, for each of the last shapes."""
+_SHAPES = 4
+"""Shapes that are kept: two lengths of prompts in training, and two in evaluation."""
 
 
 def _static(model: Any, rows: int, length: int, compiled: bool) -> tuple[Step, StaticCache]:
     """A model's step from token to token, and the cache that it works on."""
-    kept = _STATIC.setdefault(model, {})
-    if (rows, length, compiled) not in kept:
-        cache, owner = StaticCache(model.config, length), ref(model)
+    kept = _COMPILED.setdefault(model, {}) if compiled else {}
+    if (rows, length) in kept:
+        return kept[rows, length]
+    cache, owner = StaticCache(model.config, length), ref(model)
 
-        def step(tokens: Tensor, attention: Tensor, position: Tensor) -> Tensor:
-            logits: Tensor = cast(Any, owner())(
-                input_ids=tokens,
-                attention_mask=attention,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            return logits
+    def step(tokens: Tensor, attention: Tensor, position: Tensor) -> Tensor:
+        logits: Tensor = cast(Any, owner())(
+            input_ids=tokens,
+            attention_mask=attention,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        return logits
 
-        mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-        kept[rows, length, compiled] = (torch.compile(step, dynamic=False, mode=mode) if compiled else step, cache)
-    return kept[rows, length, compiled]
+    if not compiled:
+        return step, cache
+    while len(kept) >= _SHAPES:
+        kept.pop(next(iter(kept)))  # its keys and values take memory
+    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
+    kept[rows, length] = torch.compile(step, dynamic=False, mode=mode), cache
+    return kept[rows, length]

@@ -63,8 +63,10 @@ class TorchEngine(RolloutEngine):
         decoding: Decoding | None = None,
     ) -> None:
         super().__init__(max_new_tokens, temperature, stop_strings, stop_ids)
+        self.top_k = top_k
+        self.top_p = top_p
         self.decoding = decoding or Decoding()
-        self.choice = Choice(temperature, top_k, top_p, self.decoding.draw)
+        self._choice()  # refuses what is out of range
 
     @torch.no_grad()
     def sample(
@@ -77,8 +79,8 @@ class TorchEngine(RolloutEngine):
         pad_id: int,
     ) -> Completions:
         samples, device = seeds.shape[1], seeds.device
-        dtype = at_least_float32(model.dtype)
-        found = _Table(seeds.numel(), self.max_new_tokens, pad_id, self.choice.cuts, dtype, device)
+        dtype, choice = at_least_float32(model.dtype), self._choice()
+        found = _Table(seeds.numel(), self.max_new_tokens, pad_id, choice.cuts, dtype, device)
         eos = torch.tensor(eos_ids, device=device)
         lengths = attention_mask.sum(dim=1)
         order = lengths.argsort(stable=True)
@@ -86,7 +88,8 @@ class TorchEngine(RolloutEngine):
         for part in (torch.arange(len(order), device=device),) if together >= len(order) else order.split(together):
             columns = slice(input_ids.shape[1] - int(lengths[part].max()), None)
             rows = (part[:, None] * samples + torch.arange(samples, device=device)).flatten()
-            self._answer(model, input_ids[part, columns], attention_mask[part, columns], seeds[part], found, rows, eos)
+            prompts = input_ids[part, columns], attention_mask[part, columns]
+            self._answer(model, *prompts, seeds[part], choice, found, rows, eos)
         return found.completions()
 
     def _answer(
@@ -95,6 +98,7 @@ class TorchEngine(RolloutEngine):
         input_ids: Tensor,
         attention_mask: Tensor,
         seeds: Tensor,
+        choice: Choice,
         found: _Table,
         rows: Tensor,
         eos: Tensor,
@@ -102,12 +106,12 @@ class TorchEngine(RolloutEngine):
         """Samples the answers that belong into ``rows`` of the table."""
         noise = uniforms(seeds.flatten(), self.max_new_tokens)
         generator = None
-        if self.choice.method == "multinomial":
+        if choice.method == "multinomial":
             generator = torch.Generator(seeds.device).manual_seed(derive_seed(*seeds.flatten().tolist()))
         going = torch.arange(len(rows), device=rows.device)  # which of them are not finished
         answers = begin(model, input_ids, attention_mask, seeds.shape[1], self.max_new_tokens, self.decoding)
         for step in range(self.max_new_tokens):
-            chosen = self.choice(answers.logits, noise[going, step], generator)
+            chosen = choice(answers.logits, noise[going, step], generator)
             found.write(rows[going], step, chosen)
             finished = torch.isin(chosen.tokens, eos)
             if self.stop_strings:
@@ -122,6 +126,9 @@ class TorchEngine(RolloutEngine):
                 answers.keep(keep)
             if step < self.max_new_tokens - 1:
                 answers.feed(tokens)
+
+    def _choice(self) -> Choice:
+        return Choice(self.temperature, self.top_k, self.top_p, self.decoding.draw)
 
     def _stopped(self, tokens: Tensor) -> Tensor:
         """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""
