@@ -3,8 +3,9 @@
     python benchmarks/quickstart.py --seeds 0 1 2
 
 Runs the commands of `make quickstart` for every seed, the scrambled control after each (same starter and classifier,
-requested levels exchanged between prompts), and the first seed that went through once more, to see that it gives the
-same result. A seed whose stage fails is recorded under `failed`, and the next one is run.
+requested levels exchanged between prompts), and the first of them once more, to see that it gives the same result. A
+seed that the result file has already, from the same configs, is not run again. One whose stage fails is recorded under
+`failed`, and the next one is run.
 Last result: benchmarks/results/quickstart.json, shown in docs/benchmarks.md.
 """
 
@@ -19,11 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cells import POLICY, REWARD, STARTER, fingerprint
 from common import RESULTS, ROOT, circumstances, write
 
 REPORT = ROOT / "outputs/quickstart/report/steerability.json"
 CONTROL = ROOT / "outputs/quickstart/scrambled/report/steerability.json"
-LAYERS = "--config configs/quickstart/policy.yaml --config configs/quickstart/scrambled.yaml"
+SCRAMBLED = "configs/quickstart/scrambled.yaml"
+LAYERS = f"--config {POLICY} --config {SCRAMBLED}"
+ADDED = ("classifier", "seconds")
+"""What a seed's result holds besides the contents of its steerability.json."""
 
 
 def commands(seed: int) -> list[list[str]]:
@@ -95,26 +100,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
     parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of a seed")
     args = parser.parse_args()
-    result: dict[str, Any] = {**circumstances(), "scrambled": {}}
-    documents = {}
-    for seed in args.seeds:
+    key = fingerprint(STARTER, REWARD, POLICY, SCRAMBLED)
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    kept = before if before.get("key") == key else {"scrambled": {}}
+    result: dict[str, Any] = {**circumstances(), "key": key, "scrambled": kept["scrambled"]}
+    for seed in map(str, args.seeds):
         start = time.time()
         try:
-            result[str(seed)] = quickstart(seed)
-            documents[seed] = REPORT.read_bytes()
-            result["scrambled"][str(seed)] = control(seed)
+            if seed in kept and seed in kept["scrambled"]:
+                result[seed] = kept[seed]
+                continue
+            result[seed] = quickstart(int(seed))
+            result["scrambled"][seed] = control(int(seed))
         except StageFailed as stage:
-            result.setdefault("failed", {})[str(seed)] = {"stage": str(stage), "classifier": classifier(start)}
+            result.setdefault("failed", {})[seed] = {"stage": str(stage), "classifier": classifier(start)}
         write(args.out, result)
-    if documents and not args.no_repeat:
-        first = next(iter(documents))
-        again = quickstart(first)
-        result["repeat"] = {
-            "seed": first,
-            "identical": REPORT.read_bytes() == documents[first],
-            "seconds": again["seconds"],
-        }
-        write(args.out, result)
+    passed = [seed for seed in map(str, args.seeds) if seed in result]
+    if passed and not args.no_repeat:
+        again, first = quickstart(int(passed[0])), result[passed[0]]
+        same = all(again[name] == value for name, value in first.items() if name not in ADDED)
+        result["repeat"] = {"seed": int(passed[0]), "identical": same, "seconds": again["seconds"]}
+    write(args.out, result)
 
 
 if __name__ == "__main__":
