@@ -175,8 +175,8 @@ class RewardClassifier(ClassifierEvaluation):
         """Puts the weights into shards, where the strategy wants that.
 
         Raises:
-            ValueError: The backbone is frozen: its cached features leave nothing worth sharding. Or there is ``best_of``,
-                where processes would score different numbers of answers, and wait for each other.
+            ValueError: The backbone is frozen: its cached features leave nothing worth sharding. Or ``best_of`` is
+                asked for: processes would score different numbers of answers, and wait for each other.
         """
         mesh = shard_mesh(self)
         if mesh is None or is_sharded(self.classifier):
