@@ -17,7 +17,7 @@ from moslim.policy.off_policy import OffPolicy
 from moslim.policy.passes import Passes
 from tests.policy.conftest import ENDS, build_model
 from tests.policy.engines.small_server import SmallServer
-from tests.policy.runs import LORA, data, make, trainer, weights
+from tests.policy.runs import BATCH, LORA, data, make, trainer, weights
 
 PAD, END = 0, 2
 EOS = [END, *ENDS]
@@ -287,12 +287,11 @@ def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, pr
 
 
 def test_a_server_samples_ahead_with_the_weights_before_the_update(server, preferences, lm, classifier, tmp_path):
-    def policy(engine):
-        return make(preferences, lm, classifier, engine=engine, lora=LORA, off_policy=OffPolicy(overlap=True))
-
     engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=1e-5)
-    module = policy(engine)
-    trainer(tmp_path, max_steps=3, limit_train_batches=3).fit(module, data(preferences))
-    assert len(set(loads(server))) == 2  # the start, for two batches, and the first update
+    module = make(preferences, lm, classifier, engine=engine, lora=LORA, off_policy=OffPolicy(overlap=True))
+    trainer(tmp_path, max_steps=3).fit(module, data(preferences))
+    module.training_answers.wait()
+    assert len(server.bodies("/v1/completions")) == 4 * BATCH  # those of three steps, and of the next
+    assert len(set(loads(server))) == 3  # the start, for two batches, and two updates
     assert engine.difference < 1e-5  # with the weights that the server was given, not with those learnt meanwhile
     assert module.rollout.sampler_logprobs is not None
