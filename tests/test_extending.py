@@ -275,7 +275,7 @@ def test_a_subclass_of_the_policy(lab: Lab) -> None:
     patient = lab.documented("my_lab.StopsWhenGoodEnough", "--trainer.default_root_dir", "outputs/patient")
     assert isinstance(patient.model, PolicyTrainer) and patient.model.enough == 0.8
     assert patient.trainer.global_step == 2
-    assert patient.model.default_kl_coef == 0.5  # the quickstart's
+    assert patient.model.default_kl_coef == 1.0  # the quickstart's
     content = lab.documented("my_lab.StopsWhenGoodEnough", "--model.enough", "0.0", "--trainer.max_steps", "9")
     assert content.trainer.global_step == 1
 

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from moslim.policy.ahead import TrainingAnswers
 from moslim.policy.answering import Purpose
 from moslim.policy.engines import TorchEngine
 from moslim.policy.off_policy import OffPolicy
@@ -138,3 +139,16 @@ def test_an_error_in_the_background_stops_the_run(run, preferences, lm, classifi
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         OffPolicy(**options)
+
+
+def test_what_could_not_be_sampled_ahead_is_left_out_of_a_checkpoint(run):
+    batch = run(1, off_policy=AHEAD).batches[0]
+
+    def refusing(*_):
+        raise ConnectionError("no server")
+
+    ahead = TrainingAnswers(refusing, SAMPLES, seed=0, overlap=True)
+    ahead._kept[0, 1] = ahead._pool.submit(ahead._sampled, None, batch, (0, 1), 0)
+    assert ahead.state() == []
+    with pytest.raises(ConnectionError, match="no server"):
+        ahead.take(None, batch, (0, 1), version=1)

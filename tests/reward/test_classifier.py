@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     PreTrainedModel,
@@ -19,7 +20,7 @@ from transformers import (
 
 from moslim.models import checkpoint_activations
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
+from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig, is_causal
 from moslim.reward.links import LINKS, LinkName
 
 PREFERENCES = PreferenceSet({"zeal": ["no", "yes"], "calm": ["a", "b", "c", "d", "e", "f", "g"]})
@@ -204,3 +205,9 @@ def test_config_names_every_output(tmp_path: Path) -> None:
     PreferenceClassifier.from_backbone(language_model("llama"), PREFERENCES).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["id2label"]["1"] == "zeal: yes" and saved["id2label"]["8"] == "calm: g"
+
+
+def test_decoders_that_look_both_ways_are_told_apart():
+    assert [name for name, config in CONFIGS.items() if not is_causal(config)] == ["bert"]
+    assert is_causal(Gemma3TextConfig()) and not is_causal(Gemma3TextConfig(use_bidirectional_attention=True))
+    assert not is_causal(LlamaConfig(**SMALL, is_causal=False))

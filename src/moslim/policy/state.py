@@ -55,7 +55,8 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         _renew_critic(module, checkpoint)
     rollouts = saved["rollouts"]
     if len(rollouts) == process_count() and rollouts[module.global_rank] is not None:
-        device = module.trainer.strategy.root_device  # where the module itself is moved only after this
+        # the module itself may be moved there only after this
+        device = module.device if module._trainer is None else module.trainer.strategy.root_device
         module.rollout = Rollout.from_state(rollouts[module.global_rank], device)
         if "ahead" in saved:
             module.training_answers.load(saved["ahead"][module.global_rank], device)
