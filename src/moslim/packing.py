@@ -100,7 +100,7 @@ def chunks_by_length(batch: AnswerBatch, tokens: int, among: Tensor | None = Non
     prompts, answers = batch.attention_mask[:, : batch.width].sum(dim=1), batch.mask.sum(dim=1)
     rows = _shortest_first(answers, among)
     sizes = torch.stack([prompts[rows], answers[rows]], dim=1).tolist()
-    for part, (prompt, answer) in _within(sizes, tokens):
+    for part, (prompt, answer) in within(sizes, tokens):
         yield batch.chunk(rows[part], prompt, answer)
 
 
@@ -114,12 +114,12 @@ def shared_prompts(batch: AnswerBatch, tokens: int, among: Tensor | None = None)
     order = lengths.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[owner]
     answers = batch.mask.sum(dim=1)
-    for part, (width,) in _within(lengths[order][:, None].tolist(), tokens):
+    for part, (width,) in within(lengths[order][:, None].tolist(), tokens):
         inside = (rank >= part.start) & (rank < part.stop)
         chosen = _shortest_first(answers[rows[inside]])
         members, owners = rows[inside][chosen], rank[inside][chosen] - part.start
         chunks, split = [], []
-        for piece, (answer,) in _within(answers[members][:, None].tolist(), tokens):
+        for piece, (answer,) in within(answers[members][:, None].tolist(), tokens):
             chunks.append(batch.chunk(members[piece], width, answer))
             split.append(owners[piece])
         columns = slice(batch.width - width, batch.width)
@@ -152,7 +152,7 @@ def _shortest_first(lengths: Tensor, among: Tensor | None = None) -> Tensor:
     return rows[lengths[rows].argsort(stable=True)]
 
 
-def _within(sizes: list[list[int]], tokens: int) -> Iterator[tuple[slice, list[int]]]:
+def within(sizes: list[list[int]], tokens: int) -> Iterator[tuple[slice, list[int]]]:
     """Cuts rows into parts of at most so many tokens; yields each with the widths that its rows are padded to.
 
     Args:

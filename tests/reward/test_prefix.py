@@ -81,3 +81,16 @@ def test_backbones_that_cannot_compute_whole_pairs(trunk, preferences, backbone)
 def test_a_pair_of_which_no_question_is_left_is_whole(preferences, backbone):
     own = scorer("llama", preferences, backbone)
     assert can_share(own.classifier, [([3], [4])]) and not can_share(own.classifier, [([3], [4]), ([], [4])])
+
+
+@pytest.mark.parametrize("share", ["always", "never"])
+def test_passes_hold_few_tokens(share, preferences, backbone):
+    own = scorer("llama", preferences, backbone)
+    read = []
+    handle = own.classifier.backbone.register_forward_pre_hook(
+        lambda _, __, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    found = own.probabilities(ASKED, GIVEN, share_prompts=share, tokens=30)
+    assert max(read) <= 30 and len(read) > 3
+    handle.remove()
+    torch.testing.assert_close(found, own.probabilities(ASKED, GIVEN, batch_size=12), atol=1e-5, rtol=0)

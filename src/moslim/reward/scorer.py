@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
-from moslim.packing import SharePrompts, pass_tokens, sharing_pays
+from moslim.packing import SharePrompts, pass_tokens, sharing_pays, within
 from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
@@ -84,34 +84,36 @@ class Scorer:
         Args:
             questions: ``N`` questions, without any instruction.
             answers: ``N`` answers.
-            batch_size: Whole pairs per forward pass; None = 16 on a CPU, where small batches stay in the cache, else
-                256, unless questions are shared.
+            batch_size: Whole pairs per forward pass; None = as many as ``tokens`` allow, unless questions are shared.
             share_prompts: Compute each question once, and let all its answers go on from there; ``auto`` does where
                 enough tokens are saved and no ``batch_size`` is given. Backbones that cannot compute whole pairs.
-            tokens: Most tokens per forward pass where questions are shared; None = as :func:`pass_tokens` says.
+            tokens: Most tokens per forward pass, padding included; None = as :func:`pass_tokens` says.
 
         Returns:
             ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
             dimension lacks.
         """
         spans = [self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True)]
+        tokens = tokens or pass_tokens(self.classifier.device)
         wanted = share_prompts == "always" or (share_prompts == "auto" and batch_size is None)
         if spans and wanted and can_share(self.classifier, spans):
             batch = joined(spans, pad_id(self.tokenizer)).to(self.classifier.device)
             if share_prompts == "always" or sharing_pays(batch):
-                features = shared_features(self.classifier, batch, tokens or pass_tokens(self.classifier.device))
+                features = shared_features(self.classifier, batch, tokens)
                 return self.classifier.level_probabilities(self.classifier.classify(features).logits)
-        return self._apart([[*prompt, *answer] for prompt, answer in spans], batch_size)
+        return self._apart([[*prompt, *answer] for prompt, answer in spans], batch_size, tokens)
 
-    def _apart(self, rows: list[list[int]], batch_size: int | None) -> Tensor:
+    def _apart(self, rows: list[list[int]], batch_size: int | None, tokens: int) -> Tensor:
         """The same of whole pairs."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        if batch_size is None:
+            parts = [part for part, _ in within([[len(rows[i])] for i in order], tokens)]
+        else:
+            parts = [slice(start, start + batch_size) for start in range(0, len(order), batch_size)]
         sizes, device = self.preferences.sizes, self.classifier.device
         dtype = at_least_float32(self.classifier.dtype)
         result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=dtype)
-        batch_size = batch_size or (16 if device.type == "cpu" else 256)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in (order[part] for part in parts):
             ids, mask = pad([rows[i] for i in chosen], pad_id(self.tokenizer), left=False)
             result[chosen] = self.classifier.probabilities(ids.to(device), mask.to(device))
         return result
