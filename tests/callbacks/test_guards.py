@@ -1,6 +1,7 @@
 """Each guard trips on a tiny run that was made to misbehave, keeps its step, and is silent on a good run."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from moslim.callbacks import faults
 from moslim.callbacks.guards import GuardError, Guards
 from moslim.mapping import ExpectedDistance
-from moslim.mapping.base import MappedReward
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import GRPO, RLOO
 from tests.policy.runs import BATCH, SAMPLES, data, make, trainer, weights
@@ -43,7 +43,7 @@ class Broken(ExpectedDistance):
         mapped = super().__call__(probs, targets, groups)
         total = mapped.total.clone()
         total[1] = self.value if self.seen > 2 else total[1]
-        return MappedReward(total, mapped.per_dimension)
+        return replace(mapped, total=total)
 
 
 class OtherTemperature(TorchEngine):

@@ -39,6 +39,13 @@ def test_csv_with_missing_labels_and_line_breaks(write):
     ]
 
 
+def test_kept_columns_are_handed_on_by_path(write):
+    lines = [{"question": "q", "answer": "a", "size": 1, "facts": {"year": 1912}}, {"question": "r", "answer": "b"}]
+    path = write("\n".join(map(json.dumps, lines)), "rows.jsonl")
+    found = rows(Table(path, keep=["facts.year", "size"]), View.POLICY)
+    assert [row.columns for row in found] == [{"facts.year": 1912, "size": 1}, {"facts.year": None, "size": None}]
+
+
 def test_json_lines_with_messages_and_absent_labels(write):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     lines = [

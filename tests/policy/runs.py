@@ -82,8 +82,8 @@ def data(preferences: PreferenceSet, **options: Any) -> PreferenceDataModule:
     """Six batches an epoch; one question in validation and in the test."""
     defaults: dict[str, Any] = {"batch_size": BATCH, "validation_questions": 1, "test_questions": 1, "combinations": 1}
     defaults["sampler"] = Reachable([0.25, 0.5, 0.25])
-    source = Workbench(policy_rows=6 * BATCH)
-    return PreferenceDataModule(preferences, source, **{**defaults, **options})
+    defaults["source"] = Workbench(policy_rows=6 * BATCH)
+    return PreferenceDataModule(preferences, **{**defaults, **options})
 
 
 def trainer(folder: Path, **options: Any) -> MoslimTrainer:

@@ -1,15 +1,18 @@
+import json
 import math
 
 import pytest
 import torch
 
-from moslim.mapping import ExpectedDistance, MappedReward, Tchebycheff
+from moslim.data.sources.table import Table
+from moslim.mapping import ExpectedDistance, MappedReward, Tchebycheff, Weighted
 from moslim.policy.answering import Answers
 from moslim.policy.engines import Completions
 from moslim.policy.optimizers import GRPO, RLOO
 from moslim.policy.optimizers.aggregation import normalize_then_sum
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.preferences import PreferenceSet
+from moslim.sampling import Reachable
 from tests.policy.runs import BATCH, SAMPLES, data, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -50,14 +53,15 @@ def test_what_a_function_is_called_with():
         seen.update(columns)
         return [0.0, 1.0]
 
-    assert RewardFunction(record)(answers(), [{"tone": 1}, {}]) == [0.0, 1.0]
+    assert RewardFunction(record)(answers(), [{"tone": 1}, {}], {"id": [7, None]}) == [0.0, 1.0]
     assert seen == {
         "prompts": ["How?", CHAT],
         "completions": ["Like this.", "Because."],
         "completion_ids": [[5, 2], [7]],
         "levels": [{"tone": 1}, {}],
+        "id": [7, None],
     }
-    RewardFunction(record, messages=True)(answers(), [{}, {}])
+    RewardFunction(record, messages=True)(answers(), [{}, {}], {})
     assert seen["prompts"] == [[{"role": "user", "content": "How?"}], CHAT]
     assert seen["completions"][0] == [{"role": "assistant", "content": "Like this."}]
 
@@ -78,8 +82,24 @@ def test_requests_reach_the_functions_by_name():
     torch.testing.assert_close(found, torch.tensor([[1.0], [NAN]]), equal_nan=True)
 
 
+def test_columns_of_the_data_go_with_every_answer_to_their_row():
+    seen = {}
+
+    def solved(completions, solution, **columns):
+        seen["solution"] = solution
+        pairs = zip(completions, solution, strict=True)
+        return [None if wanted is None else float(wanted in text) for text, wanted in pairs]
+
+    functions = RewardFunctions([RewardFunction(solved)], PREFERENCES)
+    torch.testing.assert_close(functions(answers(), TARGETS, [{"solution": "this"}]), torch.tensor([[1.0], [0.0]]))
+    assert seen == {"solution": ["this", "this"]}
+    found = functions(answers(), TARGETS, [{}, {"solution": "Because"}])
+    torch.testing.assert_close(found, torch.tensor([[NAN], [1.0]]), equal_nan=True)
+
+
 def mapped(total):
-    return MappedReward(torch.tensor(total), torch.tensor([[0.2, 0.6], [NAN, 0.5], [NAN, NAN], [NAN, NAN]]))
+    own = torch.tensor([[0.2, 0.6], [NAN, 0.5], [NAN, NAN], [NAN, NAN]])
+    return MappedReward(torch.tensor(total), own, torch.ones_like(own))
 
 
 VALUES = torch.tensor([[1.0, NAN], [NAN, NAN], [1.0, 3.0], [NAN, NAN]])
@@ -93,6 +113,15 @@ def test_the_total_is_the_weighted_mean_over_what_counts_for_an_answer():
     columns = torch.cat([mapped([0.0] * 4).per_dimension, VALUES], dim=1)
     torch.testing.assert_close(joined.per_dimension, columns, equal_nan=True)
     assert functions.metrics(columns) == {"train/reward/length": 1.0, "train/reward/polite": 3.0}
+
+
+def test_weights_of_the_mapping_and_of_functions_go_together():
+    functions = RewardFunctions([RewardFunction(length, weight=0.5), RewardFunction(polite)], PREFERENCES)
+    before = mapped([0.0] * 4)
+    before.weights[0] = torch.tensor([4.0, 0.5])
+    joined = functions.join(before, VALUES, is_mean=True)
+    assert joined.weights[0].tolist() == [4.0, 0.5, 0.5, 1.0]
+    assert joined.total[0].item() == pytest.approx((0.2 * 4 + 0.6 * 0.5 + 0.5) / 5)
 
 
 def test_a_scalar_of_its_own_is_one_column():
@@ -136,7 +165,9 @@ def test_bad_functions_are_named():
         ([math.nan, 1.0], "'short' returned nan for 'Like this.'"),
     ):
         with pytest.raises(ValueError, match=message):
-            RewardFunction(lambda values=values, **columns: values, name="short")(answers(), [{}, {}])
+            RewardFunction(lambda values=values, **columns: values, name="short")(answers(), [{}, {}], {})
+    with pytest.raises(ValueError, match="the column 'levels' of the data is named as what every reward function gets"):
+        RewardFunctions([RewardFunction(length)], PREFERENCES)(answers(), TARGETS, [{"levels": 1}, {}])
 
 
 @pytest.mark.parametrize("optimizer", [RLOO(kl_coef=0.0), GRPO(aggregation="normalize_then_sum")])
@@ -162,6 +193,32 @@ def test_a_run_rewards_what_the_functions_say(optimizer, preferences, lm, classi
     assert torch.equal(found.advantages.reshape(BATCH, SAMPLES) > 0, better)
     assert module.trainer.callback_metrics["train/reward/length"].item() == pytest.approx(words.mean().item())
     assert module.trainer.callback_metrics["train/reward/polite"].item() == 2.0
+
+
+def test_a_run_weighs_dimensions_and_hands_on_what_a_table_keeps(preferences, lm, classifier, tmp_path):
+    lines = [{"question": f"Please describe topic {i}.", "solution": f"answer {i}"} for i in range(2 * BATCH)]
+    table = tmp_path / "questions.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = {}
+
+    def checked(prompts, solution, **columns):
+        seen.update(zip(prompts, solution, strict=True))
+        return [None] * len(prompts)
+
+    mapping = Weighted(ExpectedDistance(), {preferences.names[0]: [1.0, 2.0, 4.0, 4.0, 4.0]})
+    parts = {"mapping": mapping, "policy_optimizer": GRPO(aggregation="normalize_then_sum"), "missing_end_penalty": 0.0}
+    module = make(preferences, lm, classifier, reward_functions=[RewardFunction(checked)], **parts)
+    rows = data(preferences, source=Table(str(table), keep=["solution"]), sampler=Reachable([0.0, 0.0, 1.0]))
+    trainer(tmp_path, max_steps=2).fit(module, rows)
+    found = module.rollout
+    assert seen == {line["question"]: line["solution"] for line in lines}
+    weights = torch.cat([mapping.weights(found.targets), torch.ones(len(found), 1)], dim=1)
+    assert weights.unique().numel() > 1
+    rewards, weights = (rows.reshape(BATCH, SAMPLES, -1) for rows in (found.per_dimension, weights))
+    total, weighted = (normalize_then_sum(rewards, 0.1, by) for by in (None, weights))
+    assert not torch.allclose(total, weighted)
+    better = weighted > weighted.mean(dim=1, keepdim=True)
+    assert torch.equal(found.advantages.reshape(BATCH, SAMPLES) > 0, better)
 
 
 def test_a_mapping_with_a_scalar_of_its_own_needs_an_optimizer_that_reads_it(preferences, lm, classifier):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -27,12 +29,14 @@ class Prompt:
         preference: The levels asked for.
         index: Row of the source.
         kind: See :class:`~moslim.data.requests.Request`; empty in training.
+        columns: The row's own, in training.
     """
 
     question: Question
     preference: Preference
     index: int
     kind: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class SampledPrompts(Dataset[Prompt]):
@@ -77,7 +81,8 @@ class SampledPrompts(Dataset[Prompt]):
                 f"{type(self._sampler).__name__} drew {dict(preference.levels)}, which {type(self._source).__name__} "
                 "holds out from training: draw again while source.held_out(preference)"
             )
-        return Prompt(self._rows[draw.row].question, preference, draw.row)
+        row = self._rows[draw.row]
+        return Prompt(row.question, preference, draw.row, columns=row.columns)
 
 
 class FixedPrompts(Dataset[Prompt]):
@@ -134,6 +139,7 @@ class CollatePrompts:
             index=torch.tensor([prompt.index for prompt in prompts]),
             questions=[self.renderer.question(prompt.question) for prompt in prompts],
             kinds=[prompt.kind for prompt in prompts],
+            columns=[p.columns for p in prompts] if any(p.columns for p in prompts) else [],
         )
 
 

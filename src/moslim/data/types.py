@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class Example:
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
         requested: Level by dimension name that a policy was asked for when it gave the answer.
         id: What the source calls the row, carried into predictions.
+        columns: What else the row says that reward functions are to know, e.g. a reference answer.
     """
 
     question: Question
@@ -66,6 +68,7 @@ class Example:
     margin: float = 0.0
     requested: Mapping[str, int] = field(default_factory=dict)
     id: str | int | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,6 +117,7 @@ class PromptBatch:
         kinds: What each prompt is there for in evaluation (``sweep``, ``default``, ``seen``, ``unseen``);
             empty strings in training.
         following: In training, the next batch of the epoch that holds other prompts, where the module asks for it.
+        columns: In training, the ``B`` rows' own columns, see :class:`Example`; empty if no row has any.
     """
 
     input_ids: Tensor
@@ -123,6 +127,7 @@ class PromptBatch:
     questions: list[Question]
     kinds: list[str]
     following: PromptBatch | None = None
+    columns: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from moslim.mapping.log_probability import LogProbability
 from moslim.mapping.target_probability import TargetProbability
 from moslim.mapping.taste import Taste, TasteWeights
 from moslim.mapping.tchebycheff import Tchebycheff
+from moslim.mapping.weighted import Weighted
 
 __all__ = [
     "Constrained",
@@ -20,4 +21,5 @@ __all__ = [
     "Taste",
     "TasteWeights",
     "Tchebycheff",
+    "Weighted",
 ]

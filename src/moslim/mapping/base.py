@@ -21,10 +21,18 @@ class MappedReward:
         total: ``[B]``, what the policy optimizer sees.
         per_dimension: ``[B, D]``, NaN on dimensions that do not count for the answer; as a rule those that the
             prompt did not mention.
+        weights: ``[B, D]``, how much each of them counts for the answer; of no meaning where ``per_dimension`` is NaN.
     """
 
     total: Tensor
     per_dimension: Tensor
+    weights: Tensor
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """``sum_d w_d v_d / sum_d w_d`` over what is not NaN, 0 where all is; ``[B, D]`` and ``[B, D]`` to ``[B]``."""
+    weights = weights.to(values.dtype) * ~values.isnan()
+    return (values.nan_to_num() * weights).sum(-1) / weights.sum(-1).clamp(min=1e-12)
 
 
 class MappingFunction(Plugin, ABC):
@@ -69,16 +77,34 @@ class MappingFunction(Plugin, ABC):
             ``[B, D]``, NaN, never 0, where a dimension does not count: as a rule, where no level was requested.
         """
 
-    def scalarize(self, per_dimension: Tensor) -> Tensor:
-        """One reward per answer: the mean over its active dimensions, 0 where none is active. ``[B, D]`` to ``[B]``.
+    def weights(self, targets: Tensor) -> Tensor:
+        """How much each dimension counts for each answer: all alike, unless a mapping overrides this.
+
+        Args:
+            targets: ``[B, D]`` int64, requested level, -1 where none was.
+
+        Returns:
+            ``[B, D]`` float, 0 or more. Only ratios within a row matter.
+        """
+        return torch.ones(targets.shape, device=targets.device)
+
+    def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
+        """One reward per answer: the weighted mean over its active dimensions, 0 where none is active.
 
         A mapping whose scalar is something else overrides this; see :attr:`is_mean`.
+
+        Args:
+            per_dimension: ``[B, D]``, NaN where inactive.
+            weights: ``[B, D]`` from :meth:`weights`.
+
+        Returns:
+            ``[B]``.
         """
-        return per_dimension.nanmean(-1).nan_to_num(nan=0.0)
+        return weighted_mean(per_dimension, weights)
 
     @property
     def is_mean(self) -> bool:
-        """Whether the scalar is the plain mean. Only then may a policy optimizer aggregate dimensions by itself.
+        """Whether the scalar is the weighted mean. Only then may a policy optimizer aggregate dimensions by itself.
 
         ``normalize_then_sum`` starts from the rewards per dimension and would silently ignore any other scalar.
         """
@@ -89,8 +115,8 @@ class MappingFunction(Plugin, ABC):
 
     def __call__(self, probs: Tensor, targets: Tensor, groups: Tensor) -> MappedReward:
         """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments."""
-        rewards = self.per_dimension(probs, targets, groups)
-        return MappedReward(self.scalarize(rewards), rewards)
+        rewards, weights = self.per_dimension(probs, targets, groups), self.weights(targets)
+        return MappedReward(self.scalarize(rewards, weights), rewards, weights)
 
     def sizes(self, like: Tensor) -> Tensor:
         """Number of levels of each dimension, ``[D]`` int64, on the device of ``like``."""

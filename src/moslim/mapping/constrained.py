@@ -84,12 +84,16 @@ class Constrained(MappingFunction):
         rewards[:, self._column] = self._held(probs) - self.share
         return rewards
 
-    def scalarize(self, per_dimension: Tensor) -> Tensor:
-        """The Lagrangian, see above. ``[B, D]`` to ``[B]``."""
+    def weights(self, targets: Tensor) -> Tensor:
+        """The objective's."""
+        return self.objective.weights(self._others(targets))
+
+    def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
+        """The Lagrangian, see above."""
         others = per_dimension.clone()
         others[:, self._column] = float("nan")
         slack = per_dimension[:, self._column]
-        return (self.objective.scalarize(others) + self.multiplier * slack) / (1 + self.multiplier)
+        return (self.objective.scalarize(others, weights) + self.multiplier * slack) / (1 + self.multiplier)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Logs the multiplier."""

@@ -34,20 +34,20 @@ class LinearScalarization(MappingFunction):
     def __init__(self, weights: Weights = "share") -> None:
         if weights not in ("share", "direction"):
             raise ValueError(f"weights is '{weights}': give share or direction")
-        self.weights = weights
+        self.kind = weights
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
         """See the base class: ``w_d e_d``."""
         top = self.sizes(probs) - 1
         active = targets != INACTIVE
         wanted = (targets / top).to(probs.dtype) * active
-        if self.weights == "share":
+        if self.kind == "share":
             total = wanted.sum(-1, keepdim=True)
             weights = wanted / total.masked_fill(total == 0, 1)
         else:
             weights = (2 * wanted - 1) / active.sum(-1, keepdim=True).clamp(min=1)
         return (weights * expected_level(probs) / top).masked_fill(~active, float("nan"))
 
-    def scalarize(self, per_dimension: Tensor) -> Tensor:
-        """Their sum: the weights are in them already. ``[B, D]`` to ``[B]``."""
+    def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
+        """Their sum: ``w_d`` is in them already."""
         return per_dimension.nansum(-1)

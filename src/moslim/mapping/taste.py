@@ -70,8 +70,8 @@ class TasteWeights(MappingFunction):
         if (path is None) == (weights is None):
             raise ValueError("TasteWeights takes either `path`, a fitted taste, or `weights`: give one of them")
         self.taste = None if path is None else Taste.load(path)
-        self.weights = dict(weights or {}) if self.taste is None else self.taste.weights
-        if not self.weights:
+        self.utility = dict(weights or {}) if self.taste is None else self.taste.weights
+        if not self.utility:
             raise ValueError("TasteWeights has no weights: name at least one dimension")
 
     def bind(self, preferences: PreferenceSet) -> None:
@@ -81,7 +81,7 @@ class TasteWeights(MappingFunction):
             ValueError: A dimension with a weight is unknown, or has other levels than those the taste was fitted for.
         """
         super().bind(preferences)
-        for name in self.weights:
+        for name in self.utility:
             if name not in preferences.names:
                 raise ValueError(
                     f"there is a taste for '{name}', but `preferences` names only: {', '.join(preferences.names)}"
@@ -95,9 +95,9 @@ class TasteWeights(MappingFunction):
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
         """See the base class: ``w_d E[level_d] / (K_d - 1)``, NaN for dimensions without a weight."""
-        weights = probs.new_tensor([self.weights.get(name, float("nan")) for name in self.preferences.names])
+        weights = probs.new_tensor([self.utility.get(name, float("nan")) for name in self.preferences.names])
         return weights * expected_level(probs) / (self.sizes(probs) - 1)
 
-    def scalarize(self, per_dimension: Tensor) -> Tensor:
-        """The utility: the sum. ``[B, D]`` to ``[B]``."""
+    def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
+        """The utility: the sum; ``w_d`` is in them already."""
         return per_dimension.nansum(-1)

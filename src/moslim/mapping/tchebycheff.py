@@ -30,9 +30,9 @@ class Tchebycheff(MappingFunction):
     def __init__(self, weights: Mapping[str, float] | None = None, smoothing: float = 0.1) -> None:
         if smoothing < 0:
             raise ValueError(f"smoothing is {smoothing}: give 0 or more")
-        self.weights = dict(weights or {})
+        self.factors = dict(weights or {})
         self.smoothing = smoothing
-        for name, weight in self.weights.items():
+        for name, weight in self.factors.items():
             if weight <= 0:
                 raise ValueError(f"the weight of '{name}' is {weight}: give a positive number")
 
@@ -43,16 +43,16 @@ class Tchebycheff(MappingFunction):
             KeyError: ``weights`` names an unknown dimension.
         """
         super().bind(preferences)
-        for name in self.weights:
+        for name in self.factors:
             preferences[name]
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
         """See the base class: ``-x_d``."""
-        weights = probs.new_tensor([self.weights.get(name, 1.0) for name in self.preferences.names])
-        return -weights * expected_distance(probs, targets) / (self.sizes(probs) - 1)
+        factors = probs.new_tensor([self.factors.get(name, 1.0) for name in self.preferences.names])
+        return -factors * expected_distance(probs, targets) / (self.sizes(probs) - 1)
 
-    def scalarize(self, per_dimension: Tensor) -> Tensor:
-        """The (smooth) minimum over active dimensions, 0 where none is active. ``[B, D]`` to ``[B]``."""
+    def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
+        """The (smooth) minimum over active dimensions, 0 where none is active; ``w_d`` is in them already."""
         count = (~per_dimension.isnan()).sum(-1)
         missed = -per_dimension.nan_to_num(nan=torch.inf)
         if self.smoothing == 0:

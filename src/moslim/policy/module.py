@@ -297,12 +297,12 @@ class PolicyTrainer(PolicyEvaluation):
         with_reference = optimizer.needs_reference
         reference = self.roles.reference_logprobs(rows, temperature, self.passes) if with_reference else None
         clock.lap("time/reference")
-        values = self.roles.values(rows, self.passes) if self.roles.critic is not None else None
+        critic = self.roles.values(rows, self.passes) if self.roles.critic is not None else None
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
         mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
-        mapped = self.reward_functions.join(mapped, self.reward_functions(answers, targets), self.mapping.is_mean)
-        known = (mapped, self.reward_functions.weights(mapped.per_dimension), found, reference, values)
-        scores = group_scores(*known, self.missing_end_penalty, self.samples_per_prompt)
+        checked = self.reward_functions(answers, targets, batch.columns)
+        mapped = self.reward_functions.join(mapped, checked, self.mapping.is_mean)
+        scores = group_scores(mapped, found, reference, critic, self.missing_end_penalty, self.samples_per_prompt)
         returns = optimizer.returns(scores)
         rollout = Rollout(
             key=key,
@@ -320,7 +320,7 @@ class PolicyTrainer(PolicyEvaluation):
             ended=found.ended,
             questions=answers.questions,
             answers=answers.texts,
-            values=values,
+            values=critic,
             returns=None if returns is None else returns.flatten(0, 1),
             sampler_logprobs=found.sampler_logprobs,
         )

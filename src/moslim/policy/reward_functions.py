@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moslim.data.prompts import as_messages
-from moslim.mapping.base import MappedReward
+from moslim.mapping.base import MappedReward, weighted_mean
 from moslim.policy.answering import Answers
 from moslim.preferences import PreferenceSet
 
@@ -22,9 +23,10 @@ class RewardFunction:
     """A function with TRL's calling contract, and how much it counts.
 
     It is called with keywords: ``prompts`` and ``completions``, as ``N`` texts, ``completion_ids``, as ``N`` lists of
-    token ids, end token included, and ``levels``, the ``N`` requests as dimension name to level (0 = lowest). Further
-    keywords may be added, so it should end in ``**columns``. Prompts are shown without their instruction. It returns
-    ``N`` numbers, None where it does not apply.
+    token ids, end token included, ``levels``, the ``N`` requests as dimension name to level (0 = lowest), and what the
+    source keeps of the data's columns (``keep`` of a table), ``N`` values each. Further keywords may be added, so it
+    should end in ``**columns``. Prompts are shown without their instruction. It returns ``N`` numbers, None where it
+    does not apply.
 
     Args:
         function: Import path of a function, or of a class (``class_path`` and ``init_args``) whose objects are called.
@@ -44,21 +46,29 @@ class RewardFunction:
         if not self.weight > 0:
             raise ValueError(f"reward function '{self.name}' has weight {self.weight}: give a number above 0")
 
-    def __call__(self, answers: Answers, levels: Sequence[dict[str, int]]) -> list[float]:
+    def __call__(
+        self, answers: Answers, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
+    ) -> list[float]:
         """Calls the function; NaN stands for None.
 
         Args:
             answers: ``N`` answers.
             levels: The ``N`` requests.
+            columns: The data's own, ``N`` values each.
 
         Raises:
-            ValueError: It does not return ``N`` finite numbers or Nones.
+            ValueError: It does not return ``N`` finite numbers or Nones, or a column has the name of something else.
         """
         found = answers.completions
         prompts = [as_messages(q) for q in answers.questions] if self.messages else list(answers.questions)
         texts = [[{"role": "assistant", "content": t}] for t in answers.texts] if self.messages else list(answers.texts)
         ids = [row[keep].tolist() for row, keep in zip(found.tokens.cpu(), found.mask.cpu(), strict=True)]
-        values = list(self.function(prompts=prompts, completions=texts, completion_ids=ids, levels=list(levels)))
+        known = {"prompts": prompts, "completions": texts, "completion_ids": ids, "levels": list(levels)}
+        if taken := sorted(known.keys() & columns.keys()):
+            raise ValueError(
+                f"the column '{taken[0]}' of the data is named as what every reward function gets: rename it"
+            )
+        values = list(self.function(**known, **columns))
         if len(values) != len(texts):
             raise ValueError(f"reward function '{self.name}' returned {len(values)} values for {len(texts)} answers")
         for number, value in enumerate(values):
@@ -94,22 +104,30 @@ class RewardFunctions:
         """Names of the ``F`` columns."""
         return [str(function.name) for function in self.functions]
 
-    def weights(self, like: Tensor) -> Tensor:
-        """Weight of every reward in a matrix ``[N, D + F]``: 1 for dimensions, and those of the functions."""
-        row = [1.0] * len(self.preferences) + [function.weight for function in self.functions]
-        return like.new_tensor(row).expand(len(like), -1)
+    def __call__(self, answers: Answers, targets: Tensor, rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+        """Calls all of them.
 
-    def __call__(self, answers: Answers, targets: Tensor) -> Tensor:
-        """Rewards of ``N`` answers, ``[N, F]`` float32 on the device of ``targets``, NaN where one does not apply."""
+        Args:
+            answers: ``N`` answers.
+            targets: ``[N, D]`` requested levels.
+            rows: The own columns of the prompts' rows, of which ``N`` is a multiple; none if they have none.
+
+        Returns:
+            ``[N, F]`` float32 on the device of ``targets``, NaN where a function does not apply.
+        """
         levels = [dict(self.preferences.decode(target).levels) for target in targets.cpu()]
-        columns = [function(answers, levels) for function in self.functions]
-        return torch.tensor(columns, device=targets.device).reshape(len(columns), len(levels)).T
+        samples = len(levels) // max(1, len(rows))
+        names = {name for row in rows for name in row}
+        columns = {name: [row.get(name) for row in rows for _ in range(samples)] for name in names}
+        found = [function(answers, levels, columns) for function in self.functions]
+        return torch.tensor(found, device=targets.device).reshape(len(found), len(levels)).T
 
     def join(self, mapped: MappedReward, values: Tensor, is_mean: bool) -> MappedReward:
         """Adds the functions' columns to what the mapping function found.
 
-        The new total is the weighted mean over the columns that count for an answer, ``sum w r / sum w``. A mapping
-        whose scalar is not the mean of its dimensions enters it as one column, with weight 1.
+        The new total is the weighted mean over the columns that count for an answer, ``sum w r / sum w``, with the
+        mapping's own weights for its dimensions. A mapping whose scalar is something else enters as one column, with
+        weight 1.
 
         Args:
             mapped: Rewards of ``N`` answers on ``D`` dimensions.
@@ -117,19 +135,19 @@ class RewardFunctions:
             is_mean: See :attr:`~moslim.mapping.MappingFunction.is_mean`.
 
         Returns:
-            ``[N]`` and ``[N, D + F]``.
+            ``[N]``, and twice ``[N, D + F]``.
         """
         if not self.functions:
             return mapped
         everything = torch.cat([mapped.per_dimension, values], dim=1)
-        columns, weights = everything, self.weights(everything)
+        own = values.new_tensor([function.weight for function in self.functions]).expand(len(values), -1)
+        weights = torch.cat([mapped.weights, own], dim=1)
+        columns, counts = everything, weights
         if not is_mean:
             nothing = mapped.per_dimension.isnan().all(dim=1)
             columns = torch.cat([mapped.total.masked_fill(nothing, torch.nan)[:, None], values], dim=1)
-            weights = weights[:, len(self.preferences) - 1 :]
-        weights = weights * ~columns.isnan()
-        total = (columns.nan_to_num() * weights).sum(1) / weights.sum(1).clamp(min=1e-12)
-        return MappedReward(total, everything)
+            counts = torch.cat([torch.ones_like(mapped.total)[:, None], own], dim=1)
+        return MappedReward(weighted_mean(columns, counts), everything, weights)
 
     def metrics(self, per_dimension: Tensor) -> dict[str, Tensor]:
         """Mean reward of each function, over the answers it applies to, of the matrix ``[N, D + F]``."""

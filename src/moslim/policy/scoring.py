@@ -33,12 +33,11 @@ def map_rewards(
     groups = torch.arange(len(all_probs), device=probs.device) // samples
     mapped = mapping(all_probs, all_targets, groups)
     own = slice(process_rank() * len(probs), (process_rank() + 1) * len(probs))
-    return MappedReward(mapped.total[own], mapped.per_dimension[own])
+    return MappedReward(mapped.total[own], mapped.per_dimension[own], mapped.weights[own])
 
 
 def group_scores(
     mapped: MappedReward,
-    weights: Tensor,
     found: Completions,
     reference: Tensor | None,
     values: Tensor | None,
@@ -49,7 +48,6 @@ def group_scores(
 
     Args:
         mapped: Their rewards.
-        weights: ``[N, D]`` of their rewards.
         found: The answers.
         reference: ``[N, T]`` log-probabilities under the reference, or None.
         values: ``[N, T]`` the critic's, or None.
@@ -68,5 +66,5 @@ def group_scores(
         token_kl=grouped(kl),
         mask=grouped(found.mask),
         values=None if values is None else grouped(values),
-        weights=grouped(weights),
+        weights=grouped(mapped.weights),
     )

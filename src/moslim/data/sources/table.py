@@ -70,6 +70,7 @@ class Table(Source):
         group: Column whose equal values stay on one side of a split, by default the question; ``context.0.text``, the
             first turn, keeps together what was said in one conversation.
         id: Column that tells rows apart, carried into predictions; the table need not have it.
+        keep: Columns that reward functions are given as they are, e.g. a reference answer; None in rows without.
         shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
             ``drop`` the held-out rows, or ``error``.
     """
@@ -101,6 +102,7 @@ class Table(Source):
         requested: str | None = None,
         group: str | None = None,
         id: str = "id",
+        keep: list[str] | None = None,
         shared_questions: SharedQuestions = "warn",
     ) -> None:
         if min(validation_share, test_share) < 0 or validation_share + test_share >= 1:
@@ -129,6 +131,7 @@ class Table(Source):
         self.requested = requested
         self.group = group
         self.id = id
+        self.keep = keep or []
         self.shared_questions = shared_questions
         self._tables: dict[str | None, list[Record]] = {}
         self._observed: set[Preference] = set()
@@ -240,7 +243,8 @@ class Table(Source):
                 raise ValueError(f"{record.place}, field '{self.answer}': the answer is {answer!r}, not a text")
             if not answer.strip():
                 notices.add("the answer is empty", record.place)
-        example = Example(self._question(record), answer, id=self._id(record))
+        kept = {path: find(record.fields, path) for path in self.keep}
+        example = Example(self._question(record), answer, id=self._id(record), columns=kept)
         if self.requested is not None:
             example.requested = requested_levels(record, self.requested, preferences)
         if view is View.REWARD and split is Split.PREDICT:
