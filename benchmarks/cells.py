@@ -6,7 +6,6 @@ Every seed has a starter and a classifier of its own, made once by the quickstar
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import RESULTS, ROOT, write
+from common import RESULTS, ROOT, digest, kept, write
 
 STARTER, REWARD, POLICY = (f"configs/quickstart/{stage}.yaml" for stage in ("starter", "reward", "policy"))
 EXPERIMENTS = ROOT / "configs/experiment"
@@ -108,8 +107,7 @@ class Cell:
     @property
     def kept(self) -> dict[str, Any] | None:
         """Its result, where there is one from the configs as they are now."""
-        found = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-        return found if found.get("key") == self.key else None
+        return kept(self.file, self.key)
 
     @property
     def key(self) -> str:
@@ -170,11 +168,6 @@ def read(config: str) -> dict[str, Any]:
 def fingerprint(*configs: str) -> str:
     """A hash of what configs say; comments and the order of keys do not matter."""
     return digest([read(one) for one in configs])
-
-
-def digest(contents: list[Any]) -> str:
-    """A short hash of plain data."""
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def arms() -> dict[str, list[str]]:

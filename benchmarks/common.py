@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -38,6 +39,23 @@ def write(path: Path, result: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
+def digest(contents: Any) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def source_digest(*folders: Path) -> str:
+    """A hash of the Python files in folders; by default of the package and the benchmarks, on which speed depends."""
+    found = {path for folder in folders or (ROOT / "src/moslim", ROOT / "benchmarks") for path in folder.rglob("*.py")}
+    return digest([path.read_text(encoding="utf-8") for path in sorted(found)])
+
+
+def kept(file: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier call wrote under ``key``, a hash of all that it depends on; None if there is nothing."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found if found.get("key") == key else None
+
+
 def once(folder: Path, name: str, settings: Any, measure: Callable[[], Any]) -> Any:
     """Measures, unless an earlier call has: so a benchmark goes on where it stopped.
 
@@ -47,13 +65,11 @@ def once(folder: Path, name: str, settings: Any, measure: Callable[[], Any]) -> 
         settings: Plain data on which the outcome depends; with others, what is kept does not count.
         measure: Returns plain data.
     """
-    file = folder / f"{name}.json"
-    if file.exists():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["settings"] == json.loads(json.dumps(settings)):
-            return kept["found"]
+    file, key = folder / f"{name}.json", digest(settings)
+    if (earlier := kept(file, key)) is not None:
+        return earlier["found"]
     found = measure()
-    write(file, {"settings": settings, "found": found})
+    write(file, {"key": key, "found": found})
     print(f"{name}: measured", flush=True)
     return found
 

@@ -5,7 +5,7 @@
 
 Trains and tests the quickstart's policy as shipped, with every fast way switched off (``PLAIN`` in throughput.py), and
 with the answers to the next batch sampled while the current ones are learnt from: the same starter, classifier, steps
-and seed. Runs that the file of the result has already are kept.
+and seed. What is measured is kept under ``--work``, run by run, until the source changes.
 Last result: benchmarks/results/policy_stage.json, shown in docs/benchmarks.md.
 """
 
@@ -15,16 +15,18 @@ import argparse
 import csv
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, circumstances, write
+from cells import POLICY, REWARD, STARTER, fingerprint
+from common import RESULTS, ROOT, circumstances, once, source_digest, write
 from throughput import PLAIN
 
-OUTPUTS = ROOT / "outputs/policy_stage"
 FORMS: dict[str, list[str]] = {
     "as shipped": [],
     "every fast way off": [
@@ -35,10 +37,11 @@ FORMS: dict[str, list[str]] = {
 }
 
 
-def stage(form: str, seed: int) -> dict[str, Any]:
+def stage(work: Path, form: str, seed: int) -> dict[str, Any]:
     """Trains and tests one policy: seconds, where they went, and how well it is steered."""
-    folder = OUTPUTS / form.replace(" ", "_") / str(seed)
-    command = [sys.executable, "main.py", "fit", "--config", "configs/quickstart/policy.yaml", *FORMS[form]]
+    folder = work / form.replace(" ", "_") / str(seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was stopped
+    command = [sys.executable, "main.py", "fit", "--config", POLICY, *FORMS[form]]
     command += [f"--trainer.default_root_dir={folder}", f"--model.report={folder}/report", f"--seed_everything={seed}"]
     command += ["--trainer.enable_progress_bar=false"]
     seconds, cpu = _run(command)
@@ -77,15 +80,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS))
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs/policy_stage")
     parser.add_argument("--out", type=Path, default=RESULTS / "policy_stage.json")
     args = parser.parse_args()
-    made = json.loads(args.out.read_text(encoding="utf-8"))["runs"] if args.out.exists() else {}
+    made: dict[str, dict[str, Any]] = {}
     here = circumstances()
+    depends = [here["versions"], here["machine"], source_digest(), fingerprint(STARTER, REWARD, POLICY)]
     for seed in args.seeds:
         for form in args.forms:
-            if form not in made.setdefault(str(seed), {}):
-                made[str(seed)][form] = stage(form, seed)
-                write(args.out, {**here, "runs": made})
+            measure = partial(stage, args.work, form, seed)
+            made.setdefault(str(seed), {})[form] = once(args.work, f"{form}-{seed}", [depends, FORMS[form]], measure)
+            write(args.out, {**here, "runs": made})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import POLICY, REWARD, STARTER, fingerprint
-from common import RESULTS, ROOT, circumstances, write
+from common import RESULTS, ROOT, circumstances, kept, write
 
 REPORT = ROOT / "outputs/quickstart/report/steerability.json"
 CONTROL = ROOT / "outputs/quickstart/scrambled/report/steerability.json"
@@ -101,14 +101,13 @@ def main() -> None:
     parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of a seed")
     args = parser.parse_args()
     key = fingerprint(STARTER, REWARD, POLICY, SCRAMBLED)
-    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    kept = before if before.get("key") == key else {"scrambled": {}}
-    result: dict[str, Any] = {**circumstances(), "key": key, "scrambled": kept["scrambled"]}
+    before = kept(args.out, key) or {"scrambled": {}}
+    result: dict[str, Any] = {**circumstances(), "key": key, "scrambled": before["scrambled"]}
     for seed in map(str, args.seeds):
         start = time.time()
         try:
-            if seed in kept and seed in kept["scrambled"]:
-                result[seed] = kept[seed]
+            if seed in before and seed in before["scrambled"]:
+                result[seed] = before[seed]
                 continue
             result[seed] = quickstart(int(seed))
             result["scrambled"][seed] = control(int(seed))

@@ -7,15 +7,14 @@ Ours, ours with every fast way switched off (``PLAIN``) and TRL take turns step 
 the same random weights, prompts, numbers of samples, length limit, end tokens, KL coefficient, reward model and data
 type. TRL runs with the fastest of the settings under ``TRL``, which is found first. ``speedup`` is TRL's seconds over
 ours. ``--earlier FOLDER`` lets the source of an earlier commit take part, on prompts of its own
-(``git archive COMMIT | tar x -C FOLDER``). Parts of the result that the file has already are kept, so that a run can be
-cut and go on; ``--parts`` names those to make.
+(``git archive COMMIT | tar x -C FOLDER``). What is measured is kept under ``--work``, part by part, until the source
+changes: a call that was stopped goes on there. ``--parts`` names those to make.
 Last result: benchmarks/results/throughput.json, shown in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, circumstances, write
+from common import RESULTS, ROOT, circumstances, once, source_digest, write
 from race import Entrant, in_turns, race
 from rollouts import rollouts
 from step_profile import profile
@@ -168,26 +167,32 @@ def parts(made: dict[str, Any], repeats: int, earlier: Path | None) -> dict[str,
     return found
 
 
+def needed(names: list[str]) -> list[str]:
+    """What parts are made from: a race takes the fastest of TRL's settings."""
+    return [f"{name}, TRL settings" for name in names]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "throughput.json")
     parser.add_argument("--repeats", type=int, default=7, help="steps that count, per trainer")
     parser.add_argument("--earlier", type=Path, help="folder that holds an earlier version in src/")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs/throughput-benchmark")
     parser.add_argument("--parts", nargs="+", choices=list(parts({}, 1, None)), help="which to make, if not all")
     args = parser.parse_args()
     if find_spec("trl") is None:
         parser.error("TRL is not installed: pip install -e '.[benchmarks]'")
-    result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    made = result.get("parts", {})
+    args.work.mkdir(parents=True, exist_ok=True)
+    made: dict[str, Any] = {}
     here = circumstances()
     here["versions"]["trl"] = version("trl")
     here["threads"] = torch.get_num_threads()
+    earlier = args.earlier and source_digest(args.earlier / "src")
+    depends = [here["versions"], here["machine"], here["threads"], args.repeats, source_digest()]
     for name, make in parts(made, args.repeats, args.earlier).items():
-        if name in made or (args.parts and name not in args.parts):
-            continue
-        made[name] = make()
-        write(args.out, {**here, "parts": made})
-        print(name, json.dumps(made[name], indent=1), flush=True)
+        if not args.parts or name in args.parts or name in needed(args.parts):
+            made[name] = once(args.work, name, [*depends, earlier], make)
+            write(args.out, {**here, "parts": made})
 
 
 if __name__ == "__main__":
