@@ -20,6 +20,11 @@ def pass_tokens(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 32768
 
 
+def token_positions(attention_mask: Tensor) -> Tensor:
+    """Position of every token, counted from the first one that is not padding: ``[B, T]`` to ``[B, T]``."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 @dataclass
 class Chunk:
     """Some answers of a batch, without columns that are padding in all of them.

@@ -69,6 +69,7 @@ def test_answers_come_from_the_weights_before_the_last_update(run, options):
     assert [step["key"] for step in module.trace] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
     main = threading.main_thread()
     assert sum(thread is main for thread in module.threads) == 2  # the first batch of each epoch
+    assert len(module.threads) == 7  # all six, and the one after the last; none behind the end of an epoch
     for step, age in enumerate(ages):
         assert torch.equal(module.trace[step]["tokens"], resampled(module, step, step - age)), step
     assert not torch.equal(module.trace[3]["tokens"], resampled(module, 3, 3))  # an update did change answers
@@ -85,7 +86,7 @@ def test_several_steps_on_a_rollout_make_the_next_one_older(run):
     module = run(6, off_policy=AHEAD, inner_epochs=2, policy_optimizer=GRPO(kl_coef=0.1))
     assert [step["new"] for step in module.trace] == [True, False] * 3
     assert module.logged[2]["train/off_policy/staleness"] == module.logged[4]["train/off_policy/staleness"] == 2
-    assert len(module.threads) == 4  # three batches and the one after them
+    assert len(module.threads) == 3  # the epoch is cut after these
 
 
 def test_stale_answers_know_both_policies_and_are_measured(run):

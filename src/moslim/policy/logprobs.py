@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from moslim.caches import branch
-from moslim.packing import AnswerBatch, Chunk, SharedPrompts, chunks_by_length, shared_prompts, sharing_pays
+from moslim.packing import (
+    AnswerBatch,
+    Chunk,
+    SharedPrompts,
+    chunks_by_length,
+    shared_prompts,
+    sharing_pays,
+    token_positions,
+)
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor, continues
 
@@ -78,7 +86,7 @@ def _states(
     reader: Reader, keep: int, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
 ) -> Tensor:
     """States at the last ``keep`` positions; the mask also covers what the cache holds."""
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+    positions = token_positions(attention_mask)[:, -input_ids.shape[1] :]
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
     if cache is None:
         return reader.states(keep, **inputs, use_cache=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -284,6 +285,8 @@ class PolicyTrainer(PolicyEvaluation):
     @torch.no_grad()
     def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:
         clock = Stopwatch(self.device)
+        if (key[1] + 1) * self.batch_repeats >= self.trainer.num_training_batches:
+            batch = replace(batch, following=None)  # the epoch is cut short: nobody would take answers to it
         sampled = self.training_answers.take(self.policy, batch, key, self.global_step)
         answers, staleness = sampled.answers, self.global_step - sampled.version
         clock.lap("time/sample")

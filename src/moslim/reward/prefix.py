@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from moslim.caches import branch, continues
 from moslim.data.prompts import pad
-from moslim.packing import AnswerBatch, shared_prompts
+from moslim.packing import AnswerBatch, shared_prompts, token_positions
 from moslim.reward.classifier import PreferenceClassifier, is_causal
 from moslim.reward.pooling import pool
 
@@ -57,7 +57,7 @@ def shared_features(classifier: PreferenceClassifier, batch: AnswerBatch, tokens
 
 def _states(classifier: PreferenceClassifier, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
     """Hidden states of ``ids``; the mask also covers what the cache holds."""
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    positions = token_positions(mask)[:, -ids.shape[1] :]
     return classifier.states(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from moslim.packing import token_positions
 from moslim.policy.engines.cache import growing_cache
 from moslim.policy.engines.choice import DrawMethod
 
@@ -103,7 +104,7 @@ class _Prompts:
     @property
     def positions(self) -> Tensor:
         """``[B, P]``."""
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return token_positions(self.attention_mask)
 
     def repeated(self, rows: Tensor) -> Tensor:
         """One row per answer."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moslim.packing import token_positions
 from moslim.policy.engines.base import Completions
 from moslim.precision import widened
 
@@ -33,7 +34,7 @@ def logprob_difference(
     logits = model(
         input_ids=torch.cat([input_ids[owners], tokens], dim=1),
         attention_mask=attention,
-        position_ids=(attention.cumsum(dim=1) - 1).clamp(min=0),
+        position_ids=token_positions(attention),
         use_cache=False,
         logits_to_keep=tokens.shape[1] + 1,
     ).logits[:, :-1]
