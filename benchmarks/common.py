@@ -8,9 +8,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,6 +23,7 @@ FROZEN = ["--config", str(ROOT / "configs/reward/frozen.yaml"), "--model.layer=4
 """The shipped layer for heads on cached features, on the encoder's fourth of six layers: the best one on validation."""
 
 Row = list[str]
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def circumstances() -> dict[str, Any]:
@@ -72,6 +77,19 @@ def once(folder: Path, name: str, settings: Any, measure: Callable[[], Any]) -> 
     write(file, {"key": key, "found": found})
     print(f"{name}: measured", flush=True)
     return found
+
+
+def side_by_side(jobs: int, tasks: dict[T, Callable[[], R]]) -> dict[T, R]:
+    """Calls functions in processes of their own, some at a time, which share the cores; returns what each returned.
+
+    Args:
+        jobs: Processes at a time. Two with a thread each do more than one with two.
+        tasks: By any name; they must pickle.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        futures = {name: pool.submit(task) for name, task in tasks.items()}
+        return {name: future.result() for name, future in futures.items()}
 
 
 def minilm(folder: Path) -> str:

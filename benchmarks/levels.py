@@ -19,12 +19,13 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
-from common import FROZEN, RESULTS, ROOT, circumstances, minilm, once, write
+from common import FROZEN, RESULTS, ROOT, circumstances, minilm, once, side_by_side, write
 from rated_answers import save_encoder, save_rated
 from transformers.utils import logging as transformers_logging
 
@@ -37,7 +38,7 @@ RATED = ("quality", "helpfulness")
 """The dimensions of OpenAssistant that are reported; its classifier has the preset's six."""
 ENCODER = (64, 2)
 """Width and layers of the encoder on the workbench, where its size is not what is compared."""
-ENCODERS = ((16, 1), ENCODER, (128, 3))
+SHAPES = ((16, 1), ENCODER, (128, 3))
 LABELS = ("votes", "agreed", "exact")
 """Columns of the training table that the workbench's classifier can learn from: soft targets, what the raters come to,
 and the truth."""
@@ -49,6 +50,8 @@ CONFIGS = ("benchmarks/levels_*.yaml", "configs/data/openassistant.yaml", "confi
 MEASURED = (Split.TRAIN, Split.VALIDATION, Split.TEST)
 
 Cell = dict[str, Any]
+Arm = tuple[str, str, tuple[int, int]] | tuple[str, str]
+"""Loss, labels and encoder on the workbench; loss and trunk on OpenAssistant."""
 
 
 def measured(task: str, heads: Sequence[str], seed: int, options: Sequence[str]) -> Cell:
@@ -105,6 +108,7 @@ def over_seeds(cells: Sequence[Cell]) -> Cell:
     }
 
 
+@dataclass(frozen=True)
 class Bench:
     """Runs cells.
 
@@ -114,30 +118,40 @@ class Bench:
         depends: Plain data on which every cell depends.
     """
 
-    def __init__(self, work: Path, data: Path, depends: Any) -> None:
-        self.work, self.data, self.depends = work, data, depends
-        save_rated(work)
+    work: Path
+    data: Path
+    depends: Any
 
-    def workbench(self, loss: str, seed: int, labels: str = "votes", encoder: tuple[int, int] = ENCODER) -> Cell:
-        """A small encoder on the workbench; its ``parameters`` as well."""
-        width, layers = encoder
-        backbone = self.work / f"encoder-{width}-{layers}-{seed}"
-        parameters = save_encoder(backbone, width, layers, seed)
+    def cell(self, arm: Arm, seed: int) -> Cell:
+        """What an arm comes to."""
+        return self.workbench(*arm, seed) if len(arm) == 3 else self.openassistant(*arm, seed)
+
+    def workbench(self, loss: str, labels: str, encoder: tuple[int, int], seed: int) -> Cell:
+        """A small encoder on the workbench."""
         files = {"path": "train", "validation": "validation", "test": "test"}
         columns = {name: f"{labels}.{name}" for name in LEVELS}
         options = [f"--data.source.{key}={self.work / name}.jsonl" for key, name in files.items()]
-        options += [f"--data.source.columns={json.dumps(columns)}", f"--model.backbone={backbone}"]
+        options += [f"--data.source.columns={json.dumps(columns)}", f"--model.backbone={self.encoder(encoder, seed)}"]
         options += [f"--model.loss=moslim.reward.losses.{loss}", f"--model.best_of.path={self.work}/choices.jsonl"]
-        name = f"workbench-{loss}-{labels}-{width}-{layers}-{seed}"
-        return {**self._once(name, "workbench", list(LEVELS), seed, options), "parameters": parameters}
+        name = f"workbench-{loss}-{labels}-{encoder[0]}-{encoder[1]}-{seed}"
+        return self._once(name, "workbench", list(LEVELS), seed, options)
 
-    def openassistant(self, loss: str, seed: int, frozen: bool) -> Cell:
+    def openassistant(self, loss: str, trunk: str, seed: int) -> Cell:
         """MiniLM on OpenAssistant's replies."""
-        options = [*FROZEN, *FEW_ROWS, f"--model.cache={self.work / 'features'}"] if frozen else []
+        frozen = [*FROZEN, *FEW_ROWS, f"--model.cache={self.work / 'features'}"]
+        options = frozen if trunk == "frozen" else []
         options += [f"--data.source.path={self.data / 'rated_replies.jsonl.gz'}", "--data.source.test_share=0.3"]
-        options += [f"--model.backbone={minilm(self.work / 'encoder')}", f"--model.loss=moslim.reward.losses.{loss}"]
-        name = f"openassistant-{loss}-{'frozen' if frozen else 'tuned'}-{seed}"
-        return self._once(name, "openassistant", RATED, seed, options)
+        options += [f"--model.backbone={self.minilm}", f"--model.loss=moslim.reward.losses.{loss}"]
+        return self._once(f"openassistant-{loss}-{trunk}-{seed}", "openassistant", RATED, seed, options)
+
+    def encoder(self, shape: tuple[int, int], seed: int) -> Path:
+        """Folder of a small encoder."""
+        return self.work / "encoder-{}-{}-{}".format(*shape, seed)
+
+    @property
+    def minilm(self) -> Path:
+        """Folder of MiniLM."""
+        return self.work / "encoder"
 
     def _once(self, name: str, task: str, heads: Sequence[str], seed: int, options: list[str]) -> Cell:
         return once(self.work, name, [self.depends, options], partial(measured, task, heads, seed, options))
@@ -148,6 +162,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of rated_replies.jsonl.gz")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tuned-seeds", type=int, nargs="+", default=[0], help="of MiniLM tuned, which takes longest")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/levels-benchmark")
     parser.add_argument("--out", type=Path, default=RESULTS / "levels.json")
     args = parser.parse_args()
@@ -156,22 +171,32 @@ def main() -> None:
     result = circumstances()
     texts = [path.read_text(encoding="utf-8") for name in CONFIGS for path in sorted(ROOT.glob(name))]
     bench = Bench(args.work, args.data, [result["versions"], *texts])
-    seeds, tuned = args.seeds, args.tuned_seeds
-    result["workbench"] = {loss: over_seeds([bench.workbench(loss, seed) for seed in seeds]) for loss in LOSSES}
-    result["labels"] = {
-        labels: over_seeds([bench.workbench(LOSSES[0], seed, labels) for seed in seeds]) for labels in LABELS
+    save_rated(args.work)
+    minilm(bench.minilm)
+    weights = {
+        shape: [save_encoder(bench.encoder(shape, seed), *shape, seed) for seed in args.seeds] for shape in SHAPES
     }
-    result["sizes"] = {}
-    for encoder in ENCODERS:
-        cells = [bench.workbench(LOSSES[0], seed, encoder=encoder) for seed in seeds]
-        shape = {"width": encoder[0], "layers": encoder[1], "parameters": cells[0]["parameters"]}
-        result["sizes"]["x".join(map(str, encoder))] = {**shape, **over_seeds(cells)}
-    result["openassistant"] = {
-        trunk: {
-            loss: over_seeds([bench.openassistant(loss, seed, trunk == "frozen") for seed in own]) for loss in LOSSES
-        }
-        for trunk, own in (("frozen", seeds), ("tuned", tuned))
+    arms: dict[str, dict[str, Arm]] = {
+        "workbench": {loss: (loss, LABELS[0], ENCODER) for loss in LOSSES},
+        "labels": {labels: (LOSSES[0], labels, ENCODER) for labels in LABELS},
+        "sizes": {"{}x{}".format(*shape): (LOSSES[0], LABELS[0], shape) for shape in SHAPES},
+        "frozen": {loss: (loss, "frozen") for loss in LOSSES},
+        "tuned": {loss: (loss, "tuned") for loss in LOSSES},
     }
+    seeds = {kind: args.tuned_seeds if kind == "tuned" else args.seeds for kind in arms}
+    cells = {
+        (arm, seed): partial(bench.cell, arm, seed)
+        for kind in arms
+        for arm in arms[kind].values()
+        for seed in seeds[kind]
+    }
+    bench.cell(arms["frozen"][LOSSES[0]], args.seeds[0])  # makes the cache of features, which the others read
+    found = side_by_side(args.jobs, cells)
+    for kind, own in arms.items():
+        result[kind] = {name: over_seeds([found[arm, seed] for seed in seeds[kind]]) for name, arm in own.items()}
+    for shape, cell in zip(SHAPES, result["sizes"].values(), strict=True):
+        cell |= {"width": shape[0], "layers": shape[1], "parameters": weights[shape][0]}
+    result["openassistant"] = {trunk: result.pop(trunk) for trunk in ("frozen", "tuned")}
     write(args.out, result)
 
 

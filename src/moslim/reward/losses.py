@@ -90,7 +90,7 @@ class CrossEntropy(LevelLoss):
 
     Args:
         weights: One per head, in the order of the dimensions; None = all 1.
-        class_weights: Per dimension, in order, one weight per level, or null for all 1; None = all 1. As in torch, a
+        class_weights: Per dimension, in order, one weight per level, or [] for all 1; None = all 1. As in torch, a
             head's loss is the weighted mean.
         label_smoothing: Share of each target that is spread evenly over the dimension's levels.
 
@@ -101,7 +101,7 @@ class CrossEntropy(LevelLoss):
     def __init__(
         self,
         weights: list[float] | None = None,
-        class_weights: list[list[float] | None] | None = None,
+        class_weights: list[list[float]] | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(weights)
@@ -127,7 +127,7 @@ class CrossEntropy(LevelLoss):
         _check_length("class_weights", self.class_weights, len(sizes), "dimensions")
         weights = torch.ones_like(targets[0])
         for head, (given, size) in enumerate(zip(self.class_weights, sizes, strict=True)):
-            if given is not None:
+            if given:
                 _check_length(f"class_weights[{head}]", given, size, "levels")
                 weights[head, :size] = weights.new_tensor(given)
         return targets * weights
