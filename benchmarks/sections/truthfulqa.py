@@ -62,8 +62,8 @@ def _intervals(result: dict[str, Any]) -> str:
     seconds = [value for own in result["fit_seconds"].values() for value in own]
     return (
         f"AUROC above TF-IDF with logistic regression (0.08 asked for): {', '.join(lead)}. Above the regression head, "
-        f"95% interval over questions, paired: {shown}. On the validation questions, by which the recipe was chosen: "
-        f"{validation}. A fine-tuning took {min(seconds):.0f} to {max(seconds):.0f} s."
+        f"95% interval over questions, paired: {shown}. On the validation questions: {validation}. "
+        f"A fine-tuning took {min(seconds):.0f} to {max(seconds):.0f} s, {result['jobs']} at a time."
     )
 
 
