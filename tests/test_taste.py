@@ -78,7 +78,7 @@ def test_from_a_file_of_choices_to_a_mapping(
     assert f"{len(lines)} choices" in capsys.readouterr().out
     mapping = TasteWeights(path=str(out))
     assert mapping.taste is not None and mapping.taste.agreement > 0.95
-    assert mapping.weights.keys() == set(scorer.preferences.names)
+    assert mapping.utility.keys() == set(scorer.preferences.names)
     mapping.bind(scorer.preferences)
     nothing = torch.full((len(texts), 4), -1)
     found = mapping(probs, nothing, torch.zeros(len(texts))).total

@@ -74,7 +74,10 @@ def _trunks(trunks: dict[str, dict[str, Cell]]) -> str:
         for trunk, cells in trunks.items()
         for loss, cell in cells.items()
     ]
-    return table(["trunk", "loss", "seeds", *QUALITY.values(), "seconds"], rows)
+    text = table(["trunk", "loss", "seeds", *QUALITY.values(), "seconds"], rows)
+    if all(abs(_mean(cell, "kappa")) < 0.01 for cell in trunks["tuned"].values()):
+        text += "\nTuned for two epochs on so few rows, MiniLM says little but the most frequent level.\n"
+    return text
 
 
 def _within_one(trunks: dict[str, dict[str, Cell]]) -> str:

@@ -9,7 +9,7 @@ from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, Split, View
 from moslim.preferences import PreferenceSet
-from moslim.reward.losses import Corn
+from moslim.reward.losses import CrossEntropy
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 
@@ -116,7 +116,7 @@ def test_the_code_for_use_without_moslim_knows_added_heads_and_several_poolings(
         ({"tone": ["bad", "good"]}, {}, "name a dimension to add, or give the folder as model.classifier"),
         ({**FILLER, "tone": ["bad", "fair", "good"]}, {}, "has the levels .*'fair'.* but"),
         (FILLER, {"trunk": "tuned"}, "leave model.trunk out"),
-        (FILLER, {"loss": Corn()}, "Corn needs heads with the link 'corn'"),
+        (FILLER, {"loss": CrossEntropy()}, "CrossEntropy needs heads with the link 'softmax'"),
         (FILLER, {"pooling": "last"}, "model.pooling is last, but the old heads were trained with .'mean', 'max'."),
         (FILLER, {"backbone": "some/model"}, "given at once"),
     ],

@@ -51,7 +51,7 @@ def trainer(folder: Path, **options: object) -> Trainer:
 def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
     lora: LoraOptions | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
-    module = make(preferences, backbone, lora=lora, max_length=48)
+    module = make(preferences, backbone, lora=lora, max_length=48, loss=CrossEntropy())
     run = trainer(tmp_path, max_steps=150, logger=CSVLogger(tmp_path), log_every_n_steps=10)
     run.fit(module, data(preferences))
     found = {key: float(value) for key, value in run.callback_metrics.items()}
@@ -126,7 +126,7 @@ def test_without_comparisons_their_term_changes_nothing(
 def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
-    module = make(preferences, backbone)
+    module = make(preferences, backbone, loss=CrossEntropy())
     run = trainer(tmp_path, max_steps=18, enable_checkpointing=True)
     run.fit(module, data(preferences))
     temperatures = module.classifier.config.temperatures
@@ -137,7 +137,7 @@ def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == temperatures
 
     checkpoint = run.checkpoint_callback.best_model_path
-    again = RewardClassifier.load_from_checkpoint(checkpoint, preferences=preferences)
+    again = RewardClassifier.load_from_checkpoint(checkpoint, preferences=preferences, loss=CrossEntropy())
     again.export(tmp_path / "exported")
     loaded = Scorer.from_pretrained(tmp_path / "exported").classifier
     assert loaded.config.temperatures == temperatures

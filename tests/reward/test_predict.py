@@ -17,7 +17,7 @@ from moslim.data.sources.table import Table
 from moslim.data.types import Example, Split, View
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.losses import Corn, CrossEntropy
+from moslim.reward.losses import Corn, Regression
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import save_merged
@@ -221,12 +221,12 @@ def test_what_a_run_starts_from_must_be_clear(preferences: PreferenceSet, backbo
 def test_a_saved_classifier_brings_its_heads_and_their_loss(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
-    folder = save(preferences, backbone, tmp_path / "corn", 0, link="corn", pooling="mean", max_length=20)
+    folder = save(preferences, backbone, tmp_path / "saved", 0, link="regression", pooling="mean", max_length=20)
     module = RewardClassifier(preferences, classifier=folder)
-    assert type(module.loss) is Corn and type(RewardClassifier(preferences, backbone).loss) is CrossEntropy
+    assert type(module.loss) is Regression and type(RewardClassifier(preferences, backbone).loss) is Corn
     assert module.classifier.config.pooling == ["mean"] and module.pair_limit == 20
     assert module.classifier.training and all(p.requires_grad for p in module.classifier.parameters())
-    again = RewardClassifier(preferences, f"{folder}/backbone", loss=Corn())
+    again = RewardClassifier(preferences, f"{folder}/backbone", loss=Regression())
     assert torch.equal(again.classifier.backbone.norm.weight, module.classifier.backbone.norm.weight)
     assert RewardClassifier(preferences, classifier=folder, max_length=10).pair_limit == 10
 

@@ -32,7 +32,7 @@ from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.extension import extended_classifier, frozen_temperatures, refuse_change
 from moslim.reward.frozen import Trunk, cached_features, resolve_trunk
 from moslim.reward.held_out import HeldOut
-from moslim.reward.losses import CrossEntropy, LevelLoss
+from moslim.reward.losses import Corn, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.pooling import Pooling
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
@@ -57,7 +57,8 @@ class RewardClassifier(ClassifierEvaluation):
         trunk: Whether the backbone is trained. ``frozen``: it runs over every row once, its pooled hidden states are
             kept in ``cache``, and heads train on these in seconds. None = frozen with ``extend``, else tuned.
         cache: Folder of those hidden states; None = ``features`` in ``trainer.default_root_dir``.
-        loss: What is minimised on rows with levels; None = :class:`CrossEntropy`.
+        loss: What is minimised on rows with levels; None = :class:`Corn`, the best of those compared in
+            docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
         pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
         pooling: What the heads read: the hidden state of the ``last`` or ``first`` token, the ``mean`` or ``max`` over
             tokens, which find and count things in the text with far less training, or several of these side by side,
@@ -143,7 +144,7 @@ class RewardClassifier(ClassifierEvaluation):
             model.config.pair_length = max_length or model.config.pair_length
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
         else:
-            self.loss = loss or CrossEntropy()
+            self.loss = loss or Corn()
             model = PreferenceClassifier.from_backbone(
                 self.start,
                 preferences,
