@@ -84,7 +84,6 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
         PPO(),
         engine=TorchEngine(max_new_tokens=16),
         samples_per_prompt=2,
-        chunk_rows=4,
         lora=LORA if form in ("shared", "classifier apart") else None,
         share_backbone=form == "shared",
     )

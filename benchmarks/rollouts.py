@@ -24,6 +24,7 @@ WAYS = {
     "prompts computed for every answer": Decoding(share_prompts=False),
     "finished answers stay": Decoding(drop_finished=False),
     "cache of transformers": Decoding(cache="dynamic"),
+    "last layer as torch has it": Decoding(pack_head=False),
     "torch.multinomial": Decoding(draw="multinomial"),
     "static cache": Decoding(cache="static"),
     "static cache, compiled": Decoding(cache="static", compiled=True),

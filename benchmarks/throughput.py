@@ -41,7 +41,13 @@ PLAIN = Entrant(
     "ours",
     {
         "passes": {"tokens": 10**9, "share_prompts": "never", "chunked_logprobs": False},
-        "decoding": {"share_prompts": False, "drop_finished": False, "cache": "dynamic", "draw": "multinomial"},
+        "decoding": {
+            "share_prompts": False,
+            "drop_finished": False,
+            "cache": "dynamic",
+            "pack_head": False,
+            "draw": "multinomial",
+        },
         "off_policy": {"old_logprobs": "recompute"},
     },
 )
@@ -167,6 +173,20 @@ def parts(made: dict[str, Any], repeats: int, earlier: Path | None) -> dict[str,
     return found
 
 
+KEYS = ("ours_s_per_step", "trl_s_per_step", "speedup", "phases", "tokens_per_s", "peak_mb")
+
+
+def by_size(made: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for first, for each size whose race has been run."""
+    found = {}
+    for size in (size for size in worlds() if size in made):
+        found[size] = {key: made[size][key] for key in KEYS}
+        found[size] |= {
+            key: v for key, v in made.get(f"{size}, rollouts", {}).items() if key.startswith("rollout_speed")
+        }
+    return found
+
+
 def needed(names: list[str]) -> list[str]:
     """What parts are made from: a race takes the fastest of TRL's settings."""
     return [f"{name}, TRL settings" for name in names]
@@ -192,7 +212,7 @@ def main() -> None:
     for name, make in parts(made, args.repeats, args.earlier).items():
         if not args.parts or name in args.parts or name in needed(args.parts):
             made[name] = once(args.work, name, [*depends, earlier], make)
-            write(args.out, {**here, "parts": made})
+            write(args.out, {**here, **by_size(made), "parts": made})
 
 
 if __name__ == "__main__":

@@ -50,9 +50,12 @@ class MoslimTrainer(Trainer):
         part = path.with_name(f"{path.name}.part")
         super().save_checkpoint(part, weights_only, storage_options)
         if self.is_global_zero:
-            if path.is_dir():  # of a strategy whose checkpoints are folders
-                shutil.rmtree(path)
+            before = path.with_name(f"{path.name}.before")
+            if path.is_dir():  # of a strategy whose checkpoints are folders, which nothing can replace at once
+                shutil.rmtree(before, ignore_errors=True)
+                os.replace(path, before)
             os.replace(part, path)
+            shutil.rmtree(before, ignore_errors=True)
         self.strategy.barrier()
 
     def generate(

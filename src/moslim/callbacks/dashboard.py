@@ -43,6 +43,9 @@ METRICS = {
     "train/accuracy": Meaning("share of pairs whose better answer is the likelier one", "last,max"),
     "train/margin": Meaning("nats by which it is, times beta"),
     "train/multiplier*": Meaning("weight of the dimension that is held"),
+    "train/off_policy/*": Meaning(
+        "staleness in steps, kl in nats per token, weight, share of tokens capped", "last,max"
+    ),
     "train/default_kl": Meaning("nats per token, on prompts without instruction", "last,max"),
     "offset/*": Meaning("levels: achieved less requested, by requested level"),
     "sampler/*": Meaning("probability that a prompt asks for this; `dimensions`: the most that one may name"),

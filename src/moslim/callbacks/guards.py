@@ -101,7 +101,10 @@ class Guards(Callback):
             reference = rollout.reference_logprobs
             updated = rows.mask & rows.used[:, None]  # answers that nothing needs are not computed
             checks = {
-                "nonfinite": lambda: faults.nonfinite("a reward", rollout.rewards),
+                "nonfinite": lambda: (
+                    faults.nonfinite("a level probability of the classifier", rollout.probs)
+                    or faults.nonfinite("a reward", rollout.rewards)
+                ),
                 "kl": lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
                 "ratio": lambda: faults.off_policy(logprobs, rows.old_logprobs, updated, self.ratio_tolerance),
                 "identical": lambda: faults.identical(rollout.answers, module.samples_per_prompt),

@@ -250,7 +250,7 @@ class PreferenceDataModule(LightningDataModule):
         self._encoders.clear()
 
     def _pairs(self, rows: list[Example]) -> Pairs:
-        return Pairs(rows, self._encoder(self.max_length))
+        return Pairs(rows, self._encoder(self._pair_length))
 
     def _read_pairs(self, rows: list[Example]) -> Pairs:
         """Pairs for learning and measuring, with features where the module makes them once, not in every batch."""
@@ -260,21 +260,26 @@ class PreferenceDataModule(LightningDataModule):
             pairs.compute(features)
         return pairs
 
+    @property
+    def _pair_length(self) -> int | None:
+        """Most tokens of a pair: ours, else what the module was made for, if it knows."""
+        limit: int | None = getattr(self._module, "pair_limit", None)
+        return limit if self.max_length is None else self.max_length
+
     def _encoder(self, max_length: int | None) -> PairEncoder:
         reserved = (*RESERVED, *self.instruction.reserved)
         self._encoders.append(PairEncoder(self._module.tokenizer, max_length, reserved))
         return self._encoders[-1]
 
     def _streamed(self) -> StreamedPairs:
-        """The rows to score. The module may know how long a pair can be, and which rows were scored already."""
+        """The rows to score. The module may know which were scored already."""
 
         def rows() -> Iterator[Example]:
             return self.source.stream(View.REWARD, Split.PREDICT, self.preferences, self.seed)
 
-        limit = getattr(self._module, "pair_limit", None) if self.max_length is None else self.max_length
         scored: Callable[[Iterator[Example]], int] = getattr(self._module, "rows_scored", lambda rows: 0)
         collate = CollateRewards(self.preferences, pad_id(self._module.tokenizer))
-        return StreamedPairs(rows, self._encoder(limit), collate, self.eval_batch_size, scored(rows()))
+        return StreamedPairs(rows, self._encoder(self._pair_length), collate, self.eval_batch_size, scored(rows()))
 
     def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
         tokenizer = self._module.tokenizer

@@ -54,6 +54,8 @@ class Example:
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
         requested: Level by dimension name that a policy was asked for when it gave the answer.
         id: What the source calls the row, carried into predictions.
+        group: What the row has in common with others, besides a question, e.g. the article that was summarised.
+            Calibration and intervals take the rows of one group together; None = of one question.
         columns: What else the row says that reward functions are to know, e.g. a reference answer.
     """
 
@@ -68,6 +70,7 @@ class Example:
     margin: float = 0.0
     requested: Mapping[str, int] = field(default_factory=dict)
     id: str | int | None = None
+    group: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -301,6 +301,7 @@ class PolicyTrainer(PolicyEvaluation):
         reference = self.roles.reference_logprobs(rows, temperature, self.passes) if with_reference else None
         clock.lap("time/reference")
         critic = self.roles.values(rows, self.passes) if self.roles.critic is not None else None
+        clock.lap("time/critic")
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
         mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
         checked = self.reward_functions(answers, targets, batch.columns)

@@ -57,8 +57,8 @@ class RewardClassifier(ClassifierEvaluation):
         trunk: Whether the backbone is trained. ``frozen``: it runs over every row once, its pooled hidden states are
             kept in ``cache``, and heads train on these in seconds. None = frozen with ``extend``, else tuned.
         cache: Folder of those hidden states; None = ``features`` in ``trainer.default_root_dir``.
-        loss: What is minimised on rows with levels; None = :class:`Corn`, the best of those compared in
-            docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
+        loss: What is minimised on rows with levels; None = :class:`Corn`, whose probabilities are
+            the best of those compared in docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
         pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
         pooling: What the heads read: the hidden state of the ``last`` or ``first`` token, the ``mean`` or ``max`` over
             tokens, which find and count things in the text with far less training, or several of these side by side,
@@ -318,7 +318,7 @@ class RewardClassifier(ClassifierEvaluation):
         return self.calibrate and fits and self.was_trained
 
     def _hold_out(self, scores: Tensor, batch: PairBatch) -> None:
-        self._held_out.update(self._logits(scores), batch.targets, [row.question for row in batch.rows])
+        self._held_out.update(self._logits(scores), batch.targets, [row.group or row.question for row in batch.rows])
 
     def _set_temperatures(self, fitted: dict[str, float]) -> None:
         """Takes temperatures by dimension; heads that are not trained keep theirs."""

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
+from moslim.policy.engines.decoding import Decoding
 from moslim.policy.engines.torch_engine import TorchEngine, survivors
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
@@ -35,6 +36,28 @@ def test_greedy_answers_are_those_of_generate(models, prompts, kind):
     found = TorchEngine(limit, temperature=0).sample(models[kind], ids, mask, seeds(5, samples), EOS, PAD)
     assert torch.equal(found.tokens, expected.repeat_interleave(samples, dim=0))
     assert len(found.mask.sum(dim=1).unique()) > 1  # answers of several lengths
+
+
+def test_a_large_last_layer_is_packed_for_the_time_of_sampling(prompts):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=16500, **sizes, tie_word_embeddings=False)).eval()
+    head, packed = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda module, inputs, output: packed.append("forward" in vars(module)))
+
+    def sampled(**options):
+        return TorchEngine(12, decoding=Decoding(**options)).sample(model, *prompts, seeds(5, 3), EOS, PAD)
+
+    fast = sampled()
+    assert packed and all(packed) and "forward" not in vars(head)
+    packed.clear()
+    plain = sampled(pack_head=False)
+    assert packed and not any(packed)
+    assert torch.equal(fast.tokens, plain.tokens)
+    torch.testing.assert_close(fast.logprobs, plain.logprobs, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        head.weight.mul_(2)  # an update: the next answers come from the weights as they are then
+    torch.testing.assert_close(sampled().logprobs, sampled(pack_head=False).logprobs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("share", ["always", "never"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moslim.data.sources.fields import require
+from moslim.data.sources.labels import check_names
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import is_missing
 from moslim.preferences import PreferenceSet
@@ -30,8 +31,7 @@ class Comparisons:
 
     def check(self, preferences: PreferenceSet) -> None:
         """Raises an error that lists the known dimensions if ``compared`` names another one."""
-        for name in [] if isinstance(self.compared, str) else self.compared:
-            preferences[name]
+        check_names("data.source.compared", [] if isinstance(self.compared, str) else self.compared, preferences)
 
     def read(self, record: Record, preferences: PreferenceSet) -> Comparison:
         """Returns a row's comparison.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moslim.data.sources.fields import find, has_column, require
@@ -31,8 +31,8 @@ class Labels:
 
     def check(self, preferences: PreferenceSet) -> None:
         """Raises an error that lists the known dimensions if an argument names another one."""
-        for name in (*self.columns, *self.scales, *self.counts):
-            preferences[name]
+        for option, named in (("columns", self.columns), ("scales", self.scales), ("counts", self.counts)):
+            check_names(f"data.source.{option}", named, preferences)
         for name in self.counts:
             if len(preferences[name].levels) != 2:
                 raise ValueError(f"counts.{name}: votes of yes or no need two levels, not {preferences[name].levels}")
@@ -91,10 +91,18 @@ class Labels:
         value = require(record, path, f"columns.{dimension.name}")
         where = f"{record.place}, field '{path}'"
         if dimension.name in self.counts:
-            return _yes_and_no(value, find(record.fields, self.counts[dimension.name]), where)
+            count = require(record, self.counts[dimension.name], f"counts.{dimension.name}")
+            return _yes_and_no(value, count, where)
         values = value if isinstance(value, list) else [value]
         scale = self.scales.get(dimension.name, Scale())
         return [level_of(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
+
+
+def check_names(option: str, names: Iterable[str], preferences: PreferenceSet) -> None:
+    """Raises a KeyError that lists the known dimensions if an option names another one."""
+    for name in names:
+        if name not in preferences.names:
+            raise KeyError(f"{option}: no dimension '{name}'; there are: {', '.join(preferences.names)}")
 
 
 def levels_of(votes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -135,7 +143,10 @@ def _yes_and_no(share: Any, count: Any, where: str) -> list[int]:
     """The votes behind a share of yes votes."""
     if is_missing(share) or is_missing(count):
         return []
-    yes = float(share) * int(count)
+    try:
+        yes = float(share) * int(count)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: {share!r} of {count!r} votes: give a share, 0 to 1, and a whole number") from None
     if abs(yes - round(yes)) > 0.01 or not 0 <= round(yes) <= int(count):
         raise ValueError(f"{where}: {share!r} is no share of {count} votes")
     return [0] * (int(count) - round(yes)) + [1] * round(yes)

@@ -67,8 +67,8 @@ class Table(Source):
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
         requested: Column with the levels that a policy was asked for when it gave the answer, by dimension name, as its
             ``predict`` writes them; a test then tells how far they were met by the labels, and by the classifier.
-        group: Column whose equal values stay on one side of a split, by default the question; ``context.0.text``, the
-            first turn, keeps together what was said in one conversation.
+        group: Column whose equal values stay on one side of a split, and count together in intervals, by default the
+            question; ``context.0.text``, the first turn, keeps together what was said in one conversation.
         id: Column that tells rows apart, carried into predictions; the table need not have it.
         keep: Columns that reward functions are given as they are, e.g. a reference answer; None in rows without.
         shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
@@ -245,6 +245,8 @@ class Table(Source):
                 notices.add("the answer is empty", record.place)
         kept = {path: find(record.fields, path) for path in self.keep}
         example = Example(self._question(record), answer, id=self._id(record), columns=kept)
+        if self.group is not None and view is View.REWARD and split is not Split.PREDICT:
+            example.group = str(require(record, self.group, "group"))
         if self.requested is not None:
             example.requested = requested_levels(record, self.requested, preferences)
         if view is View.REWARD and split is Split.PREDICT:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from pathlib import Path
 
 from moslim.data.sources.base import Source
+from moslim.data.sources.records import Record, scan_file
 from moslim.data.types import Example, Split, View
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
@@ -175,12 +175,15 @@ def adversarial_rows() -> list[Example]:
 
 
 def _read(path: Path) -> list[Example]:
-    with path.open(encoding="utf-8") as file:  # not splitlines(), which cuts at more than line ends
-        rows = [json.loads(line) for line in file]
-    return [
-        Example(row["question"], row["answer"], stage=_WHOLE_ANSWERS, requested=row.get("requested", {}))
-        for row in rows
-    ]
+    return [_sample(record) for record in scan_file(str(path))]
+
+
+def _sample(record: Record) -> Example:
+    fields = record.fields
+    if missing := {"question", "answer"} - fields.keys():
+        raise ValueError(f"{record.place}: no field '{min(missing)}'; `main.py predict` writes question and answer")
+    requested = fields.get("requested", {})
+    return Example(fields["question"], fields["answer"], stage=_WHOLE_ANSWERS, requested=requested)
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:

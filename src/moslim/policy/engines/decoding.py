@@ -33,6 +33,7 @@ class Decoding:
             copies them all for every token; ``static`` has one size from the start, and nothing leaves it.
         compiled: Compile the step from token to token, on CUDA into a graph; needs ``cache: static``. Compiling takes
             from seconds to minutes and is done again for other numbers of answers or much longer prompts.
+        pack_head: On a CPU, copy a large last layer into the order in which few rows read it fastest.
         draw: ``inverse_cdf`` takes one random number per token, a function of its answer's seed and of nothing else;
             ``multinomial`` is torch's own, for comparison: its draws repeat only if the whole batch does.
         answers: Most answers that are sampled at once, those of one prompt together; more are sampled in turns, prompts
@@ -43,6 +44,7 @@ class Decoding:
     drop_finished: bool = True
     cache: CacheKind = "growing"
     compiled: bool = False
+    pack_head: bool = True
     draw: DrawMethod = "inverse_cdf"
     answers: int | None = None
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslim.packing import token_positions
+from moslim.packing import AnswerBatch
 from moslim.policy.engines.base import Completions
-from moslim.precision import widened
+from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.passes import Passes
 
 
 def logprob_difference(
@@ -30,16 +31,9 @@ def logprob_difference(
     """
     owners = rows // (len(found.tokens) // len(input_ids))
     tokens, mask = found.tokens[rows], found.mask[rows]
+    ids = torch.cat([input_ids[owners], tokens], dim=1)
     attention = torch.cat([attention_mask[owners], mask.to(attention_mask.dtype)], dim=1)
-    logits = model(
-        input_ids=torch.cat([input_ids[owners], tokens], dim=1),
-        attention_mask=attention,
-        position_ids=token_positions(attention),
-        use_cache=False,
-        logits_to_keep=tokens.shape[1] + 1,
-    ).logits[:, :-1]
-    every = torch.log_softmax(widened(logits) / (temperature or 1.0), dim=-1)
-    own = every.gather(-1, tokens[..., None])[..., 0]
+    own = answer_logprobs(model, AnswerBatch(ids, attention, mask), temperature, Passes(share_prompts="never"))
     return float((own - found.logprobs[rows])[mask].abs().max())
 
 

@@ -1,13 +1,14 @@
 """The default engine: a short loop over the Hugging Face model.
 
-Faster than ``generate`` in four places: each prompt is computed once and its cache repeated for its answers, the cache
-grows in place, tokens are drawn by inverse CDF (``torch.multinomial`` is slow on CPU), and finished answers leave at
-once. ``Decoding`` can switch each of them off.
+Faster than ``generate`` in five places: each prompt is computed once and its cache repeated for its answers, the cache
+grows in place, a large last layer is packed for few rows, tokens are drawn by inverse CDF (``torch.multinomial`` is
+slow on CPU), and finished answers leave at once. ``Decoding`` can switch each of them off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from moslim.noise import derive_seed, uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.choice import Choice, Chosen
 from moslim.policy.engines.decoding import Decoding, begin
+from moslim.policy.engines.head import packed_head
 from moslim.precision import at_least_float32
 
 
@@ -85,11 +87,14 @@ class TorchEngine(RolloutEngine):
         lengths = attention_mask.sum(dim=1)
         order = lengths.argsort(stable=True)
         together = len(order) if self.decoding.answers is None else max(1, self.decoding.answers // samples)
-        for part in (torch.arange(len(order), device=device),) if together >= len(order) else order.split(together):
-            columns = slice(input_ids.shape[1] - int(lengths[part].max()), None)
-            rows = (part[:, None] * samples + torch.arange(samples, device=device)).flatten()
-            prompts = input_ids[part, columns], attention_mask[part, columns]
-            self._answer(model, *prompts, seeds[part], choice, found, rows, eos)
+        parts = (torch.arange(len(order), device=device),) if together >= len(order) else order.split(together)
+        packs = self.decoding.pack_head and not self.decoding.compiled  # a graph has its addresses in it
+        with packed_head(model, seeds.numel()) if packs else nullcontext():
+            for part in parts:
+                columns = slice(input_ids.shape[1] - int(lengths[part].max()), None)
+                rows = (part[:, None] * samples + torch.arange(samples, device=device)).flatten()
+                prompts = input_ids[part, columns], attention_mask[part, columns]
+                self._answer(model, *prompts, seeds[part], choice, found, rows, eos)
         return found.completions()
 
     def _answer(

@@ -22,7 +22,8 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: in
         mask: ``[N, T]`` bool.
         reduction: ``grpo`` is the mean over answers of the mean over tokens (arXiv 2402.03300), ``token_mean`` the mean
             over all tokens (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit,
-            then the mean over answers (Dr. GRPO, arXiv 2503.20783).
+            then the mean over answers (Dr. GRPO, arXiv 2503.20783). All of one minibatch, over all processes; with
+            gradient accumulation, minibatches count alike, however many tokens they have.
         length: The engine's length limit.
     """
     if reduction == "token_mean":

@@ -106,7 +106,7 @@ class Scores:
     def add(self, batch: PairBatch, probs: Tensor, raw: Tensor) -> None:
         """Takes a batch and its probabilities ``[B, D, K]``, calibrated and not. Unlabelled answers count in pairs."""
         probs, raw, targets = (values.detach().double().cpu() for values in (probs, raw, batch.targets))
-        question = torch.tensor([question_number(row.question) for row in batch.rows], dtype=torch.long)
+        question = torch.tensor([question_number(row.group or row.question) for row in batch.rows], dtype=torch.long)
         length = torch.tensor([len(row.answer or "") for row in batch.rows], dtype=torch.long)
         subsets = [row.subset for row in batch.rows]
         asked = [self._preferences.encode(known_levels(row.requested, self._preferences)) for row in batch.rows]

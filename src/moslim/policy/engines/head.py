@@ -1,0 +1,50 @@
+"""The last layer of a language model, packed for the few rows of a sampling step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LARGE = 1 << 20
+"""Weights from which on a copy pays. A smaller layer stays in a CPU's cache."""
+
+
+@contextmanager
+def packed_head(model: Any, rows: int) -> Iterator[None]:
+    """Lets a model on a CPU read a copy of its last layer in oneDNN's packed order, as Inductor's frozen models do.
+
+    Torch's own product of few rows with ``[V, H]`` weights is limited by how they lie in memory. The weights must not
+    change meanwhile.
+
+    Args:
+        model: Causal language model in the Hugging Face form. Heads of a kind of their own, and other types of numbers
+            than float32, are left alone.
+        rows: How many rows to pack for; others work, too.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    plain = type(head) is nn.Linear and type(weight) is nn.Parameter and head.bias is None
+    if not plain or not _packs(weight):
+        yield
+        return
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+
+    def forward(states: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, None, "none", [], "")
+        return product
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _packs(weight: Tensor) -> bool:
+    on_cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    large = weight.dtype == torch.float32 and weight.numel() >= _LARGE
+    return on_cpu and large and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
