@@ -60,6 +60,7 @@ SMALL = {  # by the config that a command names first
 NEEDS = {
     "configs/policy/helpsteer2_rloo.yaml": "configs/reward/helpsteer2.yaml",
     "configs/reward/refresh.yaml": "configs/reward/helpsteer2.yaml",
+    "configs/reward/extend.yaml": "configs/reward/helpsteer2.yaml",
     "configs/quickstart/refresh.yaml": "configs/quickstart/policy.yaml",
 }
 
@@ -105,6 +106,12 @@ def save_ratings(folder: Path) -> None:
     for split, count in (("train", 48), ("validation", 8)):
         with gzip.open(folder / f"{split}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in ratings(count))
+
+
+def save_polite(path: Path) -> None:
+    """Answers with labels on a dimension that no classifier here knows yet."""
+    rows = [{"question": f"What is {i}?", "answer": "so " * (1 + i % 3), "politeness": i % 3} for i in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def save_labelled(file: Path) -> None:
@@ -185,6 +192,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     save_world(folder)
     save_ratings(folder / "nvidia/HelpSteer2")
     save_labelled(folder / "labelled.jsonl")
+    save_polite(folder / "politeness.jsonl")
     save_qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
@@ -434,6 +442,16 @@ def test_a_refreshed_classifier_is_tested_on_what_was_requested(path: str, run_f
 
 
 # --- a real model's and data set's code path
+
+
+@pytest.mark.filterwarnings("ignore:fewer than 30 validation rows")
+def test_a_head_is_added_to_a_classifier(run_folder: RunFolder) -> None:
+    (added,) = run_folder.launched("configs/reward/extend.yaml")
+    before = Scorer.from_pretrained(run_folder.folder / "outputs/helpsteer2/reward/classifier")
+    after = Scorer.from_pretrained(run_folder.folder / added.model.run_folder / "classifier")
+    assert after.preferences.names == (*before.preferences.names, "politeness")
+    old, new = (scorer.probabilities(["What is 1?"], ["so so"]) for scorer in (before, after))
+    assert torch.equal(old, new[:, : old.shape[1]])
 
 
 def test_helpsteer2_trains_five_heads_on_ratings(run_folder: RunFolder) -> None:

@@ -184,6 +184,15 @@ def test_a_rate_far_too_high_is_stopped(policy, preferences, tmp_path):
     assert 0 < run.global_step < 9
 
 
+def test_a_classifier_that_gives_no_numbers_is_noticed(policy, preferences, tmp_path):
+    module = policy()
+    next(iter(module.scorer.classifier.head.parameters())).data.fill_(math.nan)
+    run = trainer(tmp_path, max_steps=2, callbacks=[Guards(truncated="off")])
+    with pytest.raises(GuardError, match="guard `nonfinite`: a level probability of the classifier is not finite"):
+        run.fit(module, data(preferences))
+    assert run.global_step == 0
+
+
 def test_broken_weights_are_not_saved(policy, preferences, tmp_path):
     module, saver = policy(), SaveEachStep(tmp_path)
 

@@ -192,13 +192,13 @@ def test_openassistant_s_ratings_and_votes(read: Callable[..., list[Example]]) -
     assert rated.question == CHAT[:1] and rated.answer == "The Danube."
     levels = {"quality": 3, "helpfulness": 3, "creativity": 4, "humor": 0, "toxicity": 1, "fails_task": 0}
     assert rated.levels == levels and rated.votes == {"fails_task": (0, 0, 1)}
-    assert unrated == Example(CHAT, "No.")
+    assert unrated == Example(CHAT, "No.", group="Name a river.")
     assert read("openassistant_hub", published.openassistant_hub()) == rows
 
 
 def test_openassistant_s_pairs(read: Callable[..., list[Example]]) -> None:
     (row,) = read("openassistant_pairs", published.openassistant_pairs())
-    assert row == Example(CHAT[:1], "The Danube.", rejected="No.", compared=("quality",))
+    assert row == Example(CHAT[:1], "The Danube.", rejected="No.", compared=("quality",), group="Name a river.")
 
 
 @pytest.mark.filterwarnings("ignore:.*training labels")
@@ -214,7 +214,8 @@ def test_truthfulqa_s_votes(read: Callable[..., list[Example]]) -> None:
 def test_hh_rlhf_s_dialogues(name: str, dimension: str, read: Callable[..., list[Example]]) -> None:
     with pytest.warns(UserWarning) as warned:
         compared, same, empty = read(name, published.hh())
-    assert compared == Example(CHAT, "The Mekong.", rejected="No.", compared=(dimension,))
+    wanted = Example(CHAT, "The Mekong.", rejected="No.", compared=(dimension,), group="Name a river.")
+    assert compared == wanted
     assert (same.answer, same.rejected, same.compared) == ("The same.", None, ())
     assert (empty.answer, empty.rejected) == ("", "No.")
     said = [str(warning.message).split(" (first")[0] for warning in warned]

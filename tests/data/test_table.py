@@ -39,6 +39,12 @@ def test_csv_with_missing_labels_and_line_breaks(write):
     ]
 
 
+def test_rows_know_their_group_where_they_are_measured(write):
+    path = write("question,answer,size,heat,article\nq,a,1,0,x\nq,b,1,1,y\n")
+    assert [row.group for row in rows(Table(path, group="article"))] == ["x", "y"]
+    assert [row.group for row in rows(Table(path))] == [None, None]
+
+
 def test_kept_columns_are_handed_on_by_path(write):
     lines = [{"question": "q", "answer": "a", "size": 1, "facts": {"year": 1912}}, {"question": "r", "answer": "b"}]
     path = write("\n".join(map(json.dumps, lines)), "rows.jsonl")
@@ -171,7 +177,7 @@ def test_a_missing_file_and_an_unknown_dimension(write):
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere.csv'"):
         rows(Table("nowhere.csv"))
     path = write("question,answer,size,heat\na,b,1,0\n")
-    with pytest.raises(KeyError, match="no dimension 'weight'"):
+    with pytest.raises(KeyError, match=r"data\.source\.columns: no dimension 'weight'; there are: size, heat"):
         rows(Table(path, columns={"weight": "size"}))
     with pytest.raises(ValueError, match="'dev' is no table file"):
         rows(Table(path, validation="dev"), split=Split.VALIDATION)
@@ -261,6 +267,11 @@ def test_a_share_of_yes_votes_becomes_votes(write):
     wrong = write("question,answer,size,heat,raters\na,b,1,0.6,3\n")
     with pytest.raises(ValueError, match=r"line 2, field 'heat': '0.6' is no share of 3 votes"):
         rows(Table(wrong, counts={"heat": "raters"}))
+    wrong = write("question,answer,size,heat,raters\na,b,1,half,3\n")
+    with pytest.raises(ValueError, match=r"line 2, field 'heat': 'half' of '3' votes: give a share"):
+        rows(Table(wrong, counts={"heat": "raters"}))
+    with pytest.raises(ValueError, match=r"line 2: no field 'rater'.*`counts.heat`"):
+        rows(Table(path, counts={"heat": "rater"}))
     with pytest.raises(ValueError, match=r"counts.size: votes of yes or no need two levels"):
         rows(Table(path, counts={"size": "raters"}))
     with pytest.raises(ValueError, match="either scales or counts"):
@@ -305,7 +316,7 @@ def test_errors_in_comparisons(write, fields, message):
 
 def test_comparisons_need_known_dimensions_and_an_answer_to_compare(write):
     path = write("question,answer,worse\nq,a,b\n")
-    with pytest.raises(KeyError, match="no dimension 'weight'"):
+    with pytest.raises(KeyError, match=r"data\.source\.compared: no dimension 'weight'"):
         rows(Table(path, rejected="worse", compared=["weight"]))
     with pytest.raises(ValueError, match=r"line 2: no field 'bad'.*`rejected`"):
         rows(Table(path, rejected="bad"))

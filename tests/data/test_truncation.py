@@ -54,6 +54,24 @@ class Reader(pl.LightningModule):
 @pytest.mark.filterwarnings(
     "ignore:a question is cut", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
 )
+@pytest.mark.parametrize(("own", "longest"), [(None, 6), (8, 8)])
+def test_pairs_are_cut_to_what_the_module_was_made_for_unless_told_otherwise(tokenizer, preferences, own, longest):
+    class Short(Reader):
+        pair_limit = 6
+
+        def test_step(self, batch, i):
+            self.width = batch.input_ids.shape[1]
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
+    module = Short(tokenizer)
+    with pytest.warns(UserWarning, match=f"max_length = {longest}"):
+        pl.Trainer(**quiet).test(module, PreferenceDataModule(preferences, LongRows(), max_length=own), verbose=False)
+    assert module.width == longest
+
+
+@pytest.mark.filterwarnings(
+    "ignore:a question is cut", "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"
+)
 def test_what_was_cut_is_said_once_at_the_end(tokenizer, preferences):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     data = PreferenceDataModule(preferences, LongRows(), max_length=8)

@@ -181,6 +181,16 @@ def test_the_starter_s_samples_come_in_the_last_stage_and_a_fifth_of_them_is_kep
     assert dict(kept[0].levels) == {"verbosity": 0, "formality": 0, "warmth": 1, "helpfulness": 0}
 
 
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", "line 1: not JSON"), ('{"question": "q"}', "line 1: no field 'answer'")]
+)
+def test_a_broken_line_of_samples_is_named(tmp_path, line, message):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(line, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        rows(small(samples=str(path)), View.REWARD, Split.TRAIN)
+
+
 def test_an_answer_that_training_has_too_is_not_a_fresh_sample(tmp_path):
     path = tmp_path / "samples.jsonl"
     records = [{"question": "How do I grow the rose?", "answer": answer} for answer in "aabcdb"]  # 0 and 5 kept back

@@ -14,6 +14,7 @@ from moslim.mapping import (
     TargetProbability,
     TasteWeights,
     Tchebycheff,
+    Weighted,
 )
 from tests.policy.runs import data, make, trainer
 
@@ -28,6 +29,8 @@ COMMANDS = {
     TasteWeights: "--mapping.weights.warmth 2",
     Constrained: "--mapping.objective moslim.mapping.TasteWeights --mapping.objective.weights.verbosity 1 "
     "--mapping.hold warmth --mapping.at_least 3",
+    Weighted: "--mapping.objective moslim.mapping.ExpectedDistance --mapping.weights.warmth 2 "
+    "--mapping.weights.verbosity [1,1,2,2,3]",
 }
 
 
