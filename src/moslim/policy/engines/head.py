@@ -26,9 +26,8 @@ def packed_head(model: Any, rows: int) -> Iterator[None]:
         rows: How many rows to pack for; others work, too.
     """
     head = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    plain = type(head) is nn.Linear and type(weight) is nn.Parameter and head.bias is None
-    if not plain or not _packs(weight):
+    weight = head.weight if type(head) is nn.Linear and head.bias is None else None
+    if type(weight) is not nn.Parameter or not _packs(weight):
         yield
         return
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
