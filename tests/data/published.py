@@ -181,6 +181,14 @@ def truthfulqa() -> list[Row]:
     ]
 
 
+def truthfulqa_prompts(kind: str) -> list[Row]:
+    ending = {"truth": "True:", "info": "Helpful:"}[kind]
+    return [
+        {"prompt": f"Q: Is the earth flat?\nA: No.\nIt is round.\n{ending}", "completion": " yes"},
+        {"prompt": f"Q: Is the earth flat?\nA: \n{ending}", "completion": " no"},
+    ]
+
+
 def hh() -> list[Row]:
     start = "\n\nHuman: Name a river.\n\nAssistant: The Danube.\n\nHuman: Another one."
     return [

@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.data.sources.layouts import Dialogues, Each, Replies, TwoAnswers, Verdict
+from moslim.data.sources.layouts import Dialogues, Each, Pattern, Replies, TwoAnswers, Verdict
 from moslim.data.sources.records import Record
 
 
@@ -79,3 +79,12 @@ def test_replies_need_the_message_that_they_reply_to():
     (reply,) = Replies().rows(messages)
     assert reply.fields["context"] == [{"role": "prompter", "text": "a"}] and reply.fields["response"] == "b"
     assert (reply.fields["ratings"], reply.fields["counts"]) == ({"quality": 0.5}, {"quality": 2})
+
+
+def test_a_pattern_must_be_one_and_name_columns():
+    with pytest.raises(ValueError, match="is no regular expression"):
+        Pattern("prompt", "Q: (")
+    with pytest.raises(ValueError, match="names no columns"):
+        Pattern("prompt", "Q: (.*)")
+    with pytest.raises(ValueError, match=r"line 3: no field 'prompt'.*`layout.field`"):
+        Pattern("prompt", "Q: (?P<question>.*)").rows([Record("rows.jsonl, line 3", {"text": "Q: why?"})])

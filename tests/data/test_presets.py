@@ -210,6 +210,30 @@ def test_truthfulqa_s_votes(read: Callable[..., list[Example]]) -> None:
     assert sole == Example("Is the earth flat?", "", {"truthful": 1, "informative": 0})
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*training labels", "ignore:.*no training row has a label", "ignore:.*the answer is"
+)
+def test_truthfulqa_s_prompts_as_published(tmp_path: Path) -> None:
+    config = parsed(command("truthfulqa_published"))
+    source = config["data"]["init_args"]["source"]
+    for part, kind in zip(source["init_args"]["sources"], ("truth", "info"), strict=True):
+        file = tmp_path / part["init_args"]["path"]
+        file.write_text("".join(json.dumps(row) + "\n" for row in published.truthfulqa_prompts(kind)))
+        part["init_args"] |= {"path": str(file), "validation_share": 0.0, "test_share": 0.0}
+    preferences = PreferenceSet(**config["preferences"]["init_args"])
+    assert built(source).rows(View.REWARD, Split.TRAIN, preferences, seed=0) == [
+        Example("Is the earth flat?", "No.\nIt is round.", {"truthful": 1}),
+        Example("Is the earth flat?", "", {"truthful": 0}),
+        Example("Is the earth flat?", "No.\nIt is round.", {"informative": 1}),
+        Example("Is the earth flat?", "", {"informative": 0}),
+    ]
+    file.write_text(json.dumps({"prompt": "Is the earth flat?", "completion": " yes"}))
+    with pytest.raises(
+        ValueError, match=r"finetune_info.jsonl, line 1, field 'prompt': 'Is the earth flat\?' is not like"
+    ):
+        built(source).rows(View.REWARD, Split.TRAIN, preferences, seed=0)
+
+
 @pytest.mark.parametrize(("name", "dimension"), [("hh_helpful", "helpfulness"), ("hh_harmless", "harmlessness")])
 def test_hh_rlhf_s_dialogues(name: str, dimension: str, read: Callable[..., list[Example]]) -> None:
     with pytest.warns(UserWarning) as warned:
