@@ -59,4 +59,4 @@ def six(rows: Rows) -> ScoredRows:
 
 @pytest.fixture
 def no_pairs() -> ScoredPairs:
-    return ScoredPairs(torch.zeros(0, 2).double(), torch.zeros(0, 2).bool(), torch.zeros(0).long())
+    return ScoredPairs(torch.zeros(0, 2).double(), torch.zeros(0, 2).bool(), torch.zeros(0).long(), [])

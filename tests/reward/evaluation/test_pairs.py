@@ -11,6 +11,7 @@ PAIRS = ScoredPairs(
     gaps=torch.tensor([[0.5, -1.0], [0.0, 2.0], [-0.5, 0.25], [0.25, 1.0]], dtype=torch.float64),
     compared=torch.tensor([[True, True], [True, True], [True, False], [False, False]]),
     question=torch.tensor([1, 1, 2, 2]),
+    subsets=["en", "de", "en", None],
 )
 
 
@@ -28,6 +29,13 @@ def test_by_hand() -> None:
     # question 1 has a half and question 2 nothing right: resamples hold 0, both, or only the first
     assert found["dimensions"]["two"]["interval"] == [0, 0.75]
     assert found["dimensions"]["three"]["interval"] == [None, None]  # one question
+
+
+def test_parts_of_the_data_by_hand() -> None:
+    found = plain(pairwise(PAIRS, PREFERENCES))["subsets"]
+    assert {name: part["n_pairs"] for name, part in found.items()} == {"de": 1, "en": 2}
+    assert found["de"]["dimensions"]["three"]["accuracy"] == 1 and found["de"]["weighted"]["accuracy"] == 1
+    assert found["en"]["dimensions"]["two"]["accuracy"] == 0.5 and found["en"]["weighted"]["accuracy"] == 0
 
 
 def test_weights_change_the_sum() -> None:

@@ -29,7 +29,7 @@ BEST_OF = {
 
 @pytest.fixture
 def result(six: ScoredRows) -> Result:
-    pairs = ScoredPairs(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]))
+    pairs = ScoredPairs(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]), ["en"])
     six.raw = six.probs.sqrt() / six.probs.sqrt().sum(-1, keepdim=True)
     six.requested[:, 1] = 2
     return evaluate(six, pairs, PREFERENCES, {"two": 2.0, "three": 0.5}, BEST_OF)

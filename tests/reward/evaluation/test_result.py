@@ -12,7 +12,7 @@ from .conftest import PREFERENCES
 
 @pytest.fixture
 def pairs() -> ScoredPairs:
-    return ScoredPairs(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]))
+    return ScoredPairs(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]), [None])
 
 
 def test_every_part_is_there(six: ScoredRows, pairs: ScoredPairs) -> None:

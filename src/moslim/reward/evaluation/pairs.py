@@ -27,12 +27,18 @@ def pairwise(pairs: ScoredPairs, preferences: PreferenceSet, weights: Mapping[st
 
     Returns:
         ``n_pairs``; ``dimensions`` and ``weighted``, each with ``accuracy``, its ``interval`` over questions and
-        ``n_pairs``; ``weighted`` also with ``weights``.
+        ``n_pairs``; ``weighted`` also with ``weights``. The same of each part of the data under ``subsets``.
 
     Raises:
         ValueError: A weight is for an unknown dimension, or all are 0.
     """
     used = complete_weights(preferences, weights)
+    named = sorted({subset for subset in pairs.subsets if subset})
+    parts = {name: _pairwise(pairs.of_subset(name), preferences, used) for name in named}
+    return {**_pairwise(pairs, preferences, used), "subsets": parts}
+
+
+def _pairwise(pairs: ScoredPairs, preferences: PreferenceSet, used: dict[str, float]) -> Result:
     factors = torch.tensor(list(used.values()), dtype=torch.float64) * pairs.compared
     return {
         "n_pairs": len(pairs),

@@ -77,7 +77,7 @@ def evaluate(
         },
         "mean": measured["mean"],
         "baseline": {name: majority(head) for name, head in heads.items()},
-        "subsets": {name: _measured(_subset(rows, name), preferences) for name in named},
+        "subsets": {name: _measured(rows.of_subset(name), preferences) for name in named},
         "length": length_dependence(rows, names),
         "correlation": head_correlation(rows, names) if len(names) > 1 else None,
         "pairs": pairwise(pairs, preferences, pair_weights) if len(pairs) else None,
@@ -97,7 +97,3 @@ def _measured(rows: ScoredRows, preferences: PreferenceSet) -> Result:
         dimensions[dimension.name] = {"n_rows": len(head.levels), **level_measures(head)}
     mean = {m: torch.stack([found[m] for found in dimensions.values()]).nanmean() for m in MEASURES}
     return {"n_rows": len(rows), "dimensions": dimensions, "mean": mean}
-
-
-def _subset(rows: ScoredRows, name: str) -> ScoredRows:
-    return rows.select(torch.tensor([subset == name for subset in rows.subsets]))

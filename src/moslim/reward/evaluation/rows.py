@@ -20,20 +20,25 @@ _ROUNDING = 1e-5
 """Gaps up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
 
 
-@dataclass
 class _Stacked:
-    """Parts of equal first axis, on CPU: tensors or lists."""
+    """Parts of equal first axis, on CPU: tensors or lists; a dataclass."""
+
+    subsets: list[str | None]
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
         """Joins what several batches or processes gave."""
-        columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]  # type: ignore[arg-type]
         return cls(*(torch.cat(c) if isinstance(c[0], Tensor) else [x for part in c for x in part] for c in columns))
+
+    def of_subset(self, name: str) -> Self:
+        """Keeps what belongs to a named part of the data."""
+        return self.select(torch.tensor([subset == name for subset in self.subsets]))
 
     def select(self, rows: Tensor) -> Self:
         """Keeps the rows of a mask ``[N]`` bool."""
         kept = rows.nonzero()[:, 0]
-        values = [getattr(self, field.name) for field in fields(self)]
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
         return type(self)(*(v[kept] if isinstance(v, Tensor) else [v[i] for i in kept.tolist()] for v in values))
 
 
@@ -73,11 +78,13 @@ class ScoredPairs(_Stacked):
         gaps: ``[P, D]`` float64, expected level of the better answer less that of the worse.
         compared: ``[P, D]`` bool, the dimensions that each comparison speaks about.
         question: ``[P]`` int64, equal for comparisons of the same question.
+        subsets: Named part of the data that each comparison belongs to.
     """
 
     gaps: Tensor
     compared: Tensor
     question: Tensor
+    subsets: list[str | None]
 
     def __len__(self) -> int:
         return len(self.question)
@@ -96,7 +103,7 @@ class Scores:
         probs = torch.empty(0, dimensions, width, dtype=torch.float64)
         self._preferences = preferences
         self._no_rows = ScoredRows(probs, probs, level, probs, level, number, number, [])
-        self._no_pairs = ScoredPairs(level.double(), level.bool(), number)
+        self._no_pairs = ScoredPairs(level.double(), level.bool(), number, [])
         self.clear()
 
     def clear(self) -> None:
@@ -116,7 +123,8 @@ class Scores:
         expected, better, worse = expected_level(probs), batch.better.cpu(), batch.worse.cpu()
         gaps = expected[better] - expected[worse]
         gaps = gaps.where(gaps.abs() > _ROUNDING, 0.0)
-        self._pairs.append(ScoredPairs(gaps, batch.compared.cpu(), question[better]))
+        parts = [subsets[row] for row in better.tolist()]
+        self._pairs.append(ScoredPairs(gaps, batch.compared.cpu(), question[better], parts))
 
     def gathered(self) -> tuple[ScoredRows, ScoredPairs]:
         """The rows and pairs of all processes; every process must ask."""

@@ -122,7 +122,17 @@ def _pairs(result: Result) -> list[str]:
         "How often the answer that people preferred has the higher expected level, a tie counting half. Weights of "
         f"the sum: {weights}.",
         markdown_table(["by", "pairs", "accuracy"], rows),
+        *_pairs_by_subset(pairs["subsets"]),
     ]
+
+
+def _pairs_by_subset(subsets: Result) -> list[str]:
+    rows = [
+        [subset, name, str(p["n_pairs"]), _with_interval(p["accuracy"], p["interval"])]
+        for subset, part in subsets.items()
+        for name, p in {**part["dimensions"], "**weighted sum**": part["weighted"]}.items()
+    ]
+    return [markdown_table(["subset", "by", "pairs", "accuracy"], rows)] if rows else []
 
 
 def _requests(result: Result) -> list[str]:
