@@ -71,7 +71,7 @@ def fastest_trl(world: World) -> dict[str, Any]:
     with models_of(world) as folder:
         for name, settings in TRL.items():
             try:
-                tried[name] = race({"trl": Entrant("trl", settings)}, world, folder, 1)["trl"]["s_per_step"]
+                tried[name] = race({"trl": Entrant("trl", settings)}, world, folder, 3)["trl"]["s_per_step"]
             except RuntimeError as error:
                 tried[name] = None
                 print(f"TRL with {name} does not run here: {error}", file=sys.stderr)
