@@ -31,8 +31,8 @@ quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the 
 	$(RUN) fit --config configs/quickstart/policy.yaml --seed_everything $(SEED)
 	$(RUN) test --config configs/quickstart/policy.yaml --seed_everything $(SEED) --ckpt_path last
 
-test: $(READY)  ## The test suite
-	$(BIN)/python -m pytest
+test: $(READY)  ## The test suite, a process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 ablation: $(READY)  ## Each part of the quickstart's policy exchanged for another, three seeds (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/ablation.py

@@ -451,8 +451,7 @@ def test_a_head_is_added_to_a_classifier(run_folder: RunFolder) -> None:
     after = Scorer.from_pretrained(run_folder.folder / added.model.run_folder / "classifier")
     assert after.preferences.names == (*before.preferences.names, "politeness")
     old, new = (scorer.probabilities(["What is 1?"], ["so so"]) for scorer in (before, after))
-    # Files are mapped into memory, where a product may be rounded by how its weights lie; test_extension.py is exact.
-    torch.testing.assert_close(new[:, : old.shape[1]], old, atol=1e-6, rtol=0)
+    assert torch.equal(new[:, : old.shape[1]], old)
     weights = after.classifier.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in before.classifier.state_dict().items())
 

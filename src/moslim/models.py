@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -79,6 +80,17 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, dtype: torch.dtyp
     return AutoModelForCausalLM.from_pretrained(
         path, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True
     )
+
+
+def align(model: nn.Module) -> None:
+    """Moves weights to addresses that are multiples of 64 bytes, where they are not.
+
+    A loaded file is mapped into memory, where its weights lie by the length of its header, and a CPU's matrix product
+    rounds by how they lie: the same weights in two files would give results that differ in the last bit.
+    """
+    for weight in model.parameters():
+        if weight.data_ptr() % 64:
+            weight.data = weight.data.clone()
 
 
 def eos_ids(model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,6 +4,8 @@
 import warnings
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
 
 from moslim.data.prompts import PairEncoder, PromptRenderer, answer_ids, as_messages, prompt_ids
 from moslim.instructions import SystemMessage, Tags, Template
@@ -70,10 +72,37 @@ def test_an_empty_preference_is_the_bare_question(template, instruction, prefere
 def test_plain_text_ends_with_a_new_line_and_starts_with_the_beginning_token():
     tokenizer = build_tokenizer(None)
     assert tokenizer.decode(prompt_ids(tokenizer, as_messages("tea ?"))) == "tea ?"
-    tokenizer.bos_token = "<|pad|>"
-    tokenizer.add_bos_token = True
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    assert (prompt_ids(tokenizer, as_messages("tea ?"))[0] == tokenizer.bos_token_id) == begins
+
+
+def framed(single: str, **special: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that puts special tokens around a text, as encoders' do."""
+    tokenizer = build_tokenizer(None)
+    tokenizer.add_special_tokens(special)
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in special.values()]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=tokens)
+    return tokenizer
+
+
+def test_a_text_starts_with_the_beginning_token_that_the_tokenizer_uses():
+    tokenizer = framed("[BOS] $A", bos_token="[BOS]")
+    assert prompt_ids(tokenizer, as_messages("tea ?"))[0] == tokenizer.bos_token_id
+    ending = framed("[BOS] $A [EOS]", bos_token="[BOS]", eos_token="[EOS]")
+    assert words(ending, prompt_ids(ending, as_messages("tea ?"))) == "[BOS] tea ?"  # the answer follows
+
+
+def test_an_encoder_reads_pairs_as_it_was_pretrained():
+    tokenizer = framed("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
+    tokenizer.eos_token = None
+    assert words(tokenizer, PairEncoder(tokenizer).encode("tea ?", "boil")) == "[CLS] tea ? [SEP] boil [SEP]"
+    with pytest.warns(UserWarning, match="is cut from its start"):
+        cut = PairEncoder(tokenizer, max_length=5).spans("tea ?", "boil")
+    assert [words(tokenizer, ids) for ids in cut] == ["[CLS] ? [SEP]", "boil [SEP]"]
+    alone = PairEncoder(tokenizer, max_length=4).spans("tea ?", "boil boil tea")
+    assert [words(tokenizer, ids) for ids in alone] == ["[CLS]", "boil tea [SEP]"]
+    alone = PairEncoder(tokenizer, max_length=4).spans("tea ?", "boil tea")
+    assert [words(tokenizer, ids) for ids in alone] == ["[CLS]", "boil tea [SEP]"]
+    parted = PairEncoder(tokenizer, max_length=3).spans("tea ?", "")
+    assert [words(tokenizer, ids) for ids in parted] == ["[CLS] [SEP]", "[SEP]"]
 
 
 def test_a_question_cannot_forge_an_instruction_or_a_turn(tokenizer, preferences):

@@ -65,9 +65,10 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     plain = AutoTokenizer.from_pretrained(backbone)
     chatty = AutoTokenizer.from_pretrained(backbone)
     chatty.chat_template = TEMPLATE
-    beginning = AutoTokenizer.from_pretrained(backbone)
-    beginning.bos_token = "<pad>"
-    beginning.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    framed = AutoTokenizer.from_pretrained(backbone)
+    framed.cls_token, framed.sep_token, framed.eos_token = "<pad>", "</s>", None
+    special = [("<pad>", 0), ("</s>", framed.sep_token_id)]
+    framed.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A </s>", special_tokens=special)
     bert = AutoModel.from_config(BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     build = PreferenceClassifier.from_backbone
     corn = build(backbone, preferences, link="corn", head_hidden=5, pooling="mean")
@@ -76,7 +77,7 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     models = {
         "softmax": (build(backbone, preferences), plain),
         "corn": (corn, chatty),
-        "bert": (build(bert, preferences, link="regression", head_hidden=3), beginning),
+        "bert": (build(bert, preferences, link="regression", head_hidden=3, pooling=["first", "max"]), framed),
         "adapter": (add_lora(lora, LoraOptions(rank=2, target_modules=["v_proj"]), trained_whole=["head"]), chatty),
     }
     expected = []
@@ -85,7 +86,8 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
         probs = Scorer.from_pretrained(tmp_path / name).probabilities(*zip(*PAIRS, strict=True))
         assert probs.std(0).amax(-1).min() > 1e-4, name  # else any code would do
         expected.append(probs)
-    assert "ids = [0] + tokenizer(prompt" in (tmp_path / "bert" / "README.md").read_text()
+    card = (tmp_path / "bert" / "README.md").read_text()
+    assert 'ids = [0] + tokenizer(prompt, add_special_tokens=False)["input_ids"] + [2]\n' in card
     folders = [str(tmp_path / name) for name in models]
     command = [sys.executable, "-c", RUN, json.dumps(PAIRS), *folders]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -84,15 +84,16 @@ def fit_roles(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> li
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
     """Returns the ids of a chat up to the point where the answer begins.
 
-    Without a chat template, the contents stand one per line, after the beginning-of-sequence token if the
-    tokenizer uses one.
+    Without a chat template, the contents stand one per line, between the special tokens that the tokenizer puts around
+    a text (:func:`around`).
 
     Raises:
         ValueError: The chat template refuses the messages.
     """
     if tokenizer.chat_template is None:
         text = "".join(f"{message['content']}\n" for message in messages)
-        return begins_with(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
+        before, after = around(tokenizer)
+        return [*before, *tokenizer(text, add_special_tokens=False)["input_ids"], *after]
     try:
         chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
@@ -201,12 +202,19 @@ class PairEncoder:
         try:
             ids = self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, cut) + end)
         except ValueError:
-            bare = [{"role": message["role"], "content": ""} for message in messages]
-            ids = [*prompt_ids(self.tokenizer, bare), *end][-self.max_length :]
-            self.truncation.questions += 1
-            self.truncation.answers += len(end) > self.max_length
-        kept = min(len(end), len(ids))
-        return ids[: len(ids) - kept], ids[len(ids) - kept :]
+            return self._without_question(messages, end, self.max_length)
+        return ids[: -len(end)], end
+
+    def _without_question(self, messages: list[Message], end: list[int], most: int) -> tuple[list[int], list[int]]:
+        """What is left of the prompt and the answer where not even the answer fits; an encoder's first token stays."""
+        prompt = prompt_ids(self.tokenizer, [{"role": message["role"], "content": ""} for message in messages])
+        first = around(self.tokenizer)[0] if self.tokenizer.chat_template is None else []
+        room = most - len(first)
+        self.truncation.questions += 1
+        self.truncation.answers += len(end) > room
+        rest = prompt[len(first) :]
+        kept = max(0, room - len(end))
+        return first + rest[max(0, len(rest) - kept) :], end[max(0, len(end) - room) :]
 
     def _prompt(self, question: Question) -> tuple[list[Message], list[int]]:
         """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
@@ -284,8 +292,12 @@ def _without_start(messages: list[Message], characters: int) -> list[Message]:
     return result
 
 
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if this tokenizer puts one before a text."""
-    if tokenizer.bos_token_id is None:
-        return []
-    return [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Special ids that this tokenizer puts before a text, and those that part it from a second one.
+
+    Before: the beginning-of-sequence token, or an encoder's classification token. After: an encoder's separator, so
+    that a pair reads ``[CLS] question [SEP] answer [SEP]``. A decoder's end token is none: the answer follows.
+    """
+    ids = tokenizer("a")["input_ids"]
+    before = ids[:1] if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
+    return before, ids[-1:] if ids[-1] == tokenizer.sep_token_id else []

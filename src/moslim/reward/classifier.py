@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import ModelOutput
 
+from moslim.models import align
 from moslim.precision import widened
 from moslim.preferences import PreferenceSet
 from moslim.reward.heads import HeadLinear, HeadShape, OwnHeads
@@ -177,6 +178,7 @@ class PreferenceClassifier(PreTrainedModel):
                 backbone, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
             )
             _refuse_missing([key for key in report["missing_keys"] if not key.startswith("pooler.")], str(backbone))
+            align(trunk)
         if trunk.config.is_encoder_decoder:
             raise ValueError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
         if layer is not None and not 1 <= layer <= trunk.config.num_hidden_layers:
@@ -204,6 +206,7 @@ class PreferenceClassifier(PreTrainedModel):
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, report = loaded
         _refuse_missing(report["missing_keys"], str(pretrained_model_name_or_path))
+        align(model)
         return (model, report) if wants_report else model
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from moslim.data.prompts import begins_with, end_id
+from moslim.data.prompts import around, end_id
 from moslim.reward.classifier import PreferenceClassifierConfig
 from moslim.reward.pooling import Pooling
 from moslim.reward.sharing import Form
@@ -57,8 +57,8 @@ def plain_use(config: PreferenceClassifierConfig, tokenizer: PreTrainedTokenizer
     if tokenizer.chat_template is not None:
         chat = '[{"role": "user", "content": question}]'
         prompt = f"tokenizer.apply_chat_template(\n        {chat}, tokenize=False, add_generation_prompt=True\n    )"
-    first = [] if tokenizer.chat_template is not None else begins_with(tokenizer)
-    beginning = f"{first} + " if first else ""
+    before, after = ([], []) if tokenizer.chat_template is not None else around(tokenizer)
+    beginning, parting = f"{before} + " if before else "", f" + {after}" if after else ""
     width, logits = _LINKS[config.link]
     linear = config.head_hidden is None
     outputs = '    outputs = F.linear(features, heads["head.weight"], heads["head.bias"])\n' if linear else ""
@@ -93,7 +93,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 def score(question, answer):
     \"\"\"Probability of every level, by dimension.\"\"\"
     prompt = {prompt}
-    ids = {beginning}tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = {beginning}tokenizer(prompt, add_special_tokens=False)["input_ids"]{parting}
     ids += tokenizer(answer, add_special_tokens=False)["input_ids"] + [{end_id(tokenizer)}]  # the answer's end
     hidden = {hidden}[0].float()
     features = {features}
