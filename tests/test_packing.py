@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moslim.packing import AnswerBatch, chunks_by_length, distinct_prompts, shared_prompts, sharing_pays
+from moslim.packing import AnswerBatch, chunks_by_length, distinct_prompts, like_length, shared_prompts, sharing_pays
 from moslim.policy.passes import Passes
 
 PROMPTS, ANSWERS = [3, 6, 2], [[2, 5], [1, 4, 3], [5, 2]]
@@ -35,6 +35,11 @@ def assert_holds(chunk, batch):
     answers = [row[-length:] for row, length in zip(everything, batch.mask.sum(dim=1).tolist(), strict=True)]
     assert real(chunk.tokens, chunk.mask) == [answers[i] for i in chunk.index.tolist()]
     assert chunk.mask.any(dim=0).all()
+
+
+def test_rows_of_like_length_go_together():
+    assert list(like_length([5, 1, 9, 2, 2, 30], 10)) == [[1, 3, 4], [0], [2], [5]]
+    assert list(like_length([], 10)) == []
 
 
 def test_chunks_hold_like_lengths_and_no_common_padding(batch):

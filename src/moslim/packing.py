@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,6 +155,13 @@ def sharing_pays(batch: AnswerBatch, among: Tensor | None = None) -> bool:
 def _shortest_first(lengths: Tensor, among: Tensor | None = None) -> Tensor:
     rows = torch.arange(len(lengths), device=lengths.device) if among is None else among
     return rows[lengths[rows].argsort(stable=True)]
+
+
+def like_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Yields rows, shortest first, in groups of at most so many padded tokens; a group has at least one row."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    for part, _ in within([[lengths[row]] for row in order], tokens):
+        yield order[part]
 
 
 def within(sizes: list[list[int]], tokens: int) -> Iterator[tuple[slice, list[int]]]:

@@ -108,15 +108,15 @@ class MoslimTrainer(Trainer):
             out: The folder to write.
             form: ``merged``, a model that needs nothing else; or ``adapter``, which of a model trained with LoRA holds
                 what training changed, and needs the base model.
-            ckpt_path: Checkpoint, or ``last``.
+            ckpt_path: Checkpoint, or ``last``; not needed by a module that says that what it loaded ``is_ready``.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
             TypeError: The module cannot be exported.
-            ValueError: No checkpoint is named.
+            ValueError: No checkpoint is named, and the module is nothing worth exporting without.
         """
         export = _method(model, "export" if form == "merged" else "export_adapter")
-        if ckpt_path is None:
+        if ckpt_path is None and not getattr(model, "is_ready", False):
             raise ValueError("export needs a trained model: --ckpt_path last, or a file")
         self._attach(model, datamodule, ckpt_path)
         export(out)

@@ -205,7 +205,7 @@ def seahorse() -> str:
     return "\n".join(
         [
             header,
-            "xsum-1\ten-US\tA river rose.\tt5_xxl\tYes\tYes\tNo\tUnsure\tYes\tNo",
+            'xsum-1\ten-US\tA \\"river\\" rose.\tt5_xxl\tYes\tYes\tNo\tUnsure\tYes\tNo',
             "mlsum-2\tde\tFluss Fluss.\tmt5_small\tNo\t\t\t\t\t",
             "",
         ]

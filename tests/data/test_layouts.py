@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.data.sources.layouts import Dialogues, Each, Pattern, Replies, TwoAnswers, Verdict
+from moslim.data.sources.layouts import Dialogues, Each, Escaped, Pattern, Replies, TwoAnswers, Verdict
 from moslim.data.sources.records import Record
 
 
@@ -16,6 +16,15 @@ def test_each_entry_of_a_list_is_a_row_of_its_own():
         Each("answers").rows([record(answers=None)])
     with pytest.raises(ValueError, match=r"no field 'replies'.*`layout.column`"):
         Each("replies").rows([record(answers=[])])
+
+
+def test_escapes_are_written_out():
+    text = r"a \"real chance\" of \u00a31.3bn, \ud83d\ude00 a\nb, C:\Users, \\ and \u12"
+    (row,) = Escaped(["summary"]).rows([record(summary=text, other=text)])
+    assert row.fields["summary"] == 'a "real chance" of £1.3bn, 😀 a\nb, C:\\Users, \\ and \\u12'
+    assert row.fields["other"] == text and row.place == "rows.jsonl, line 7"
+    with pytest.raises(ValueError, match=r"line 7, field 'summary': None is not a text"):
+        Escaped(["summary"]).rows([record(summary=None)])
 
 
 def two(verdicts, **fields):

@@ -267,5 +267,5 @@ def test_hh_rlhf_s_parts_are_one_source(tmp_path: Path) -> None:
 def test_seahorse_by_language(read: Callable[..., list[Example]]) -> None:
     english, german = read("seahorse", published.seahorse())
     assert english.levels == {"comprehensible": 1, "no_repetition": 1, "grammatical": 0, "main_ideas": 1, "concise": 0}
-    assert (english.question, english.answer, english.subset) == ("Summarize the article.", "A river rose.", "en-US")
+    assert (english.question, english.answer, english.subset) == ("Summarize the article.", 'A "river" rose.', "en-US")
     assert (german.subset, german.levels) == ("de", {"comprehensible": 0})

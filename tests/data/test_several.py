@@ -51,3 +51,13 @@ def test_questions_that_another_source_trains_on_are_said(tmp_path: Path, recwar
     Several([mine]).rows(View.REWARD, Split.TEST, PREFERENCES, 0)
     Several([mine, table(tmp_path, "apart", "uvw")]).rows(View.REWARD, Split.TEST, PREFERENCES, 0)
     assert not [warning for warning in recwarn if "another source" in str(warning.message)]
+
+
+def test_rows_to_be_scored_are_read_one_at_a_time(tmp_path: Path) -> None:
+    first, second = (table(tmp_path, name, "ab") for name in ("first", "second"))
+    first.others[Split.PREDICT] = first.path
+    second.others[Split.PREDICT] = str(tmp_path / "absent.jsonl")
+    rows = Several([first, second]).stream(View.REWARD, Split.PREDICT, PREFERENCES, 0)
+    assert [next(rows).answer, next(rows).answer] == ["first", "first"]
+    with pytest.raises(FileNotFoundError, match="absent"):  # only now is the second asked
+        next(rows)

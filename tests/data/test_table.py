@@ -85,6 +85,18 @@ def test_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
     assert rows(table, split=Split.VALIDATION)[0].question == "validation"
 
 
+def test_a_configuration_of_a_data_set_in_the_layout_of_the_hub(tmp_path, monkeypatch):
+    for name in ("ratings", "others"):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        text = json.dumps({"question": name, "answer": "a", "size": 1, "heat": 0})
+        (tmp_path / "sets" / name / "rows.jsonl").write_text(text + "\n")
+    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in ("others", "ratings")]
+    (tmp_path / "sets" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("ratings", "others"):
+        assert [row.question for row in rows(Table(str(tmp_path / "sets"), config_name=name))] == [name]
+
+
 def test_helpsteer2(tmp_path):
     path = tmp_path / "train.jsonl.gz"
     row = {

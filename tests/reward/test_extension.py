@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,11 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         RewardClassifier(PreferenceSet(dimensions), extend=str(saved), **options)
+
+
+def test_the_card_of_an_extended_classifier_knows_what_its_old_heads_learned(saved: Path, tmp_path: Path) -> None:
+    extend(tmp_path, saved, FILLER)
+    old, new = ((folder / "README.md").read_text() for folder in (saved, tmp_path / "extended"))
+    assert re.search(r"^\d+ question-answer pairs, 12 .*Before that, \d+ question-answer pairs, 6 ", new, re.M | re.S)
+    tone = [next(line for line in card.splitlines() if line.startswith("| tone |")) for card in (old, new)]
+    assert tone[0] == tone[1] and not tone[0].endswith("| - |")

@@ -69,7 +69,7 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     framed.cls_token, framed.sep_token, framed.eos_token = "<pad>", "</s>", None
     special = [("<pad>", 0), ("</s>", framed.sep_token_id)]
     framed.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A </s>", special_tokens=special)
-    bert = AutoModel.from_config(BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    bert = AutoModel.from_config(BertConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
     build = PreferenceClassifier.from_backbone
     corn = build(backbone, preferences, link="corn", head_hidden=5, pooling="mean")
     corn.config.temperatures = [0.5, 2.0]
@@ -77,7 +77,7 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     models = {
         "softmax": (build(backbone, preferences), plain),
         "corn": (corn, chatty),
-        "bert": (build(bert, preferences, link="regression", head_hidden=3, pooling=["first", "max"]), framed),
+        "bert": (build(bert, preferences, link="regression", head_hidden=3, pooling=["first", "max"], layer=1), framed),
         "adapter": (add_lora(lora, LoraOptions(rank=2, target_modules=["v_proj"]), trained_whole=["head"]), chatty),
     }
     expected = []
@@ -139,6 +139,21 @@ def test_card_of_a_calibrated_classifier(card: ModelCard) -> None:
     card.record = {**card.record, "validation": measures}
     assert "| tone | 1.50 | 0.200 to 0.050 | - to - | - to - |" in card.text()
     assert "Not measured" in card.text()
+
+
+def test_card_tells_of_the_runs_before(card: ModelCard) -> None:
+    added = {"sources": [], "rows": 5, "steps": 3, "labels": {"amount": [2, 2, 1]}, "validation": {"amount/mae": 0.125}}
+    card.record = {**added, "before": {**card.record, "before": {"steps": 7, "validation": {}}}}
+    text = card.text()
+    told = [
+        "5 question-answer pairs, 3 ",
+        "Before that, 10 question-answer pairs, 12 ",
+        "Before that, 7 optimizer steps on",
+    ]
+    places = [text.index(one) for one in told]
+    assert places == sorted(places) and metadata(text)["datasets"] == ["nvidia/HelpSteer2"]
+    assert "| tone | bad / good | 3 / 4 |" in text and "| amount | none / some / much | 2 / 2 / 1 |" in text
+    assert "| tone | - | - | - | 0.500 |" in text and "| amount | 0.812 | - | 0.125 | - |" in text
 
 
 def test_card_without_a_record_says_so(card: ModelCard) -> None:

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, PairBatch, Split, View
 from moslim.lora import LoraOptions
 from moslim.optim import WarmupLinear
 from moslim.preferences import PreferenceSet
@@ -370,3 +370,25 @@ def sharded_heads(folder: Path, preferences: PreferenceSet, backbone: str) -> No
 
 def test_a_frozen_trunk_is_not_sharded(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     in_two(sharded_heads, tmp_path, preferences, backbone)
+
+
+def test_evaluation_passes_pairs_of_like_length_and_keeps_their_order(
+    preferences: PreferenceSet, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make(preferences, backbone).eval()
+    lengths = torch.tensor([3, 9, 1, 9, 4])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    ids = torch.randint(3, 12, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    none = torch.zeros(0)
+    batch = PairBatch(ids, mask, none, none, [], better=none, worse=none, compared=none, margins=none)
+    whole = module.classifier(ids, mask)
+    shapes = []
+    monkeypatch.setattr("moslim.reward.evaluated.pass_tokens", lambda device: 12)
+    hook = module.classifier.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    logits, scores = module._output(batch)
+    hook.remove()
+    assert shapes == [(3, 4), (1, 9), (1, 9)]
+    torch.testing.assert_close(logits, whole.logits)
+    torch.testing.assert_close(scores, whole.scores)

@@ -21,6 +21,7 @@ from moslim.reward.losses import Corn, Regression
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import save_merged
+from moslim.trainer import MoslimTrainer
 
 ROWS = [
     {"id": 7 * i, "question": ["how cake", "why boat"][i % 2], "answer": f"{'good ' * (i % 5)}."} for i in range(11)
@@ -229,6 +230,17 @@ def test_a_saved_classifier_brings_its_heads_and_their_loss(
     again = RewardClassifier(preferences, f"{folder}/backbone", loss=Regression())
     assert torch.equal(again.classifier.backbone.norm.weight, module.classifier.backbone.norm.weight)
     assert RewardClassifier(preferences, classifier=folder, max_length=10).pair_limit == 10
+
+
+def test_a_saved_classifier_is_exported_without_a_checkpoint(
+    preferences: PreferenceSet, backbone: str, saved: str, tmp_path: Path
+) -> None:
+    trainer = MoslimTrainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    trainer.export(RewardClassifier(preferences, classifier=saved), out=str(tmp_path / "again"))
+    before, after = (Scorer.from_pretrained(folder).classifier.state_dict() for folder in (saved, tmp_path / "again"))
+    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match="export needs a trained model"):
+        trainer.export(RewardClassifier(preferences, backbone), out=str(tmp_path / "untrained"))
 
 
 def test_only_a_classifier_with_an_adapter_has_an_adapter_form(

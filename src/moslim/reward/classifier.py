@@ -243,12 +243,15 @@ class PreferenceClassifier(PreTrainedModel):
             logits = logits / logits.new_tensor(self.config.temperatures)[:, None]
         return PreferenceClassifierOutput(logits=logits, scores=scores)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> PreferenceClassifierOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> PreferenceClassifierOutput:
         """Classifies pairs.
 
         Args:
             input_ids: ``[B, T]``, right-padded.
             attention_mask: ``[B, T]``, 0 on padding.
+            token_type_ids: Not used, so that whatever a tokenizer returns will do: separators part the texts.
         """
         return self.classify(self.features(input_ids, attention_mask))
 

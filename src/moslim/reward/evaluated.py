@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -15,7 +16,9 @@ from moslim.checkpoints import fingerprint
 from moslim.data.types import Example, PairBatch
 from moslim.jsonlines import JsonLines
 from moslim.lora import is_adapted, merged, unwrapped
+from moslim.packing import like_length, pass_tokens
 from moslim.preferences import PreferenceSet
+from moslim.reward.classifier import PreferenceClassifierOutput
 from moslim.reward.comparisons import BradleyTerry
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.evaluation.choices import Choice
@@ -29,6 +32,8 @@ from moslim.reward.model_card import ModelCard, predict_config
 from moslim.reward.predictions import prediction_rows, rows_scored
 from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, save_adapter, save_merged
+from moslim.reward.training_record import save_record
+from moslim.sharding import is_sharded
 
 
 class ClassifierEvaluation(RunModule):
@@ -41,6 +46,8 @@ class ClassifierEvaluation(RunModule):
 
     start: str
     """What the run started from: folder or Hub name."""
+    is_ready: bool
+    """Whether that is a whole classifier, of use without training."""
     classifier: Any
     loss: LevelLoss
     pairs: BradleyTerry
@@ -108,8 +115,9 @@ class ClassifierEvaluation(RunModule):
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Scores a batch; the records are written to the file of ``predictions``."""
-        probs = self.classifier.probabilities(batch.input_ids, batch.attention_mask)
-        return prediction_rows(batch.rows, probs, unwrapped(self.classifier).preferences)
+        classifier = unwrapped(self.classifier)
+        probs = classifier.level_probabilities(self._unpadded(batch).logits)
+        return prediction_rows(batch.rows, probs, classifier.preferences)
 
     def rows_scored(self, rows: Iterable[Example]) -> int:
         """Number of rows that an interrupted ``predict`` has scored already; the data module leaves them out."""
@@ -145,6 +153,7 @@ class ClassifierEvaluation(RunModule):
         tested = find_result([place for place in (root, self.report) if place], self._weights())
         card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
+        save_record(self._record, folder)
         (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
 
     def _weights(self) -> str:
@@ -162,13 +171,30 @@ class ClassifierEvaluation(RunModule):
 
     def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""
-        if batch.features is None:
+        if batch.features is not None:
+            output = self.classifier.classify(batch.features.to(self.classifier.dtype))
+        elif self.training:
             output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         else:
-            output = self.classifier.classify(batch.features.to(self.classifier.dtype))
+            output = self._unpadded(batch)
         widest = max(map(LINKS[self.loss.link].width, self.preferences.sizes))
         levels = max(self.preferences.sizes)
         return output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest]
+
+    def _unpadded(self, batch: PairBatch) -> PreferenceClassifierOutput:
+        """What the classifier makes of a batch that is not trained on: pairs of like length go through it together."""
+        ids, mask = batch.input_ids, batch.attention_mask
+        if is_sharded(self.classifier):  # all processes must pass equally often
+            return self.classifier(input_ids=ids, attention_mask=mask)
+        lengths = mask.sum(1).tolist()
+        parts = list(like_length(lengths, pass_tokens(ids.device)))
+        passes = [
+            self.classifier(input_ids=ids[part, : lengths[part[-1]]], attention_mask=mask[part, : lengths[part[-1]]])
+            for part in parts
+        ]
+        place = torch.tensor([row for part in parts for row in part], device=ids.device).argsort()
+        logits, scores = (torch.cat([one[key] for one in passes])[place] for key in ("logits", "scores"))
+        return PreferenceClassifierOutput(logits=logits, scores=scores)
 
     def _scores(self, batch: PairBatch) -> Tensor:
         """The heads' raw outputs ``[B, D, S]``."""

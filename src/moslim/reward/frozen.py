@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from moslim.data.prompts import pad
+from moslim.packing import like_length
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.features import FeatureCache, Ids, trunk_key
 
@@ -99,15 +100,3 @@ def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int
         features[chosen] = found
     classifier.backbone.train(training)
     return features
-
-
-def like_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Yields the rows in groups of like length, each of at most so many padded tokens, or a single row."""
-    group: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if group and (len(group) + 1) * lengths[row] > tokens:
-            yield group
-            group = []
-        group.append(row)
-    if group:
-        yield group

@@ -85,12 +85,12 @@ class ModelCard:
         if _is_hub_name(self.base):
             relation = "adapter" if self.form == "adapter" else "finetune"
             metadata |= {"base_model": self.base, "base_model_relation": relation}
-        paths = [str(source["options"].get("path", "")) for source in self.record.get("sources", [])]
+        paths = [str(source["options"].get("path", "")) for source in _sources(self.record)]
         datasets = sorted({path for path in paths if _is_hub_name(path)})
         return metadata | ({"datasets": datasets} if datasets else {})
 
     def _dimensions(self, dimensions: list[Dimension]) -> str:
-        labels = self.record.get("labels", {})
+        labels = _of_all_runs(self.record, "labels")
         rows = []
         for dimension in dimensions:
             counts = labels.get(dimension.name)
@@ -99,19 +99,22 @@ class ModelCard:
         return markdown_table(["dimension", "levels, lowest first", "training labels of each"], rows)
 
     def _data(self) -> str:
-        if "sources" not in self.record:
-            return "Not recorded."
-        lines = [f"{self.record['rows']} question-answer pairs, {self.record['steps']} optimizer steps, from:"]
-        for source in self.record["sources"]:
-            options = ", ".join(f"{name} = `{value}`" for name, value in source["options"].items())
-            lines.append(f"- `{source['class']}`" + (f" with {options}" if options else ""))
-        return "\n".join(lines)
+        parts: list[str] = []
+        record = self.record
+        while record:
+            lines = [f"{'Before that, ' if parts else ''}{_amount(record)}"]
+            for source in record.get("sources", []):
+                options = ", ".join(f"{name} = `{value}`" for name, value in source["options"].items())
+                lines.append(f"- `{source['class']}`" + (f" with {options}" if options else ""))
+            parts.append("\n".join(lines))
+            record = record.get("before", {})
+        return "\n\n".join(parts) or "Not recorded."
 
     def _results(self, dimensions: list[Dimension]) -> str:
         parts = []
         if self.tested is not None:
             parts += [f"On {self.tested['n_rows']} test rows:", _test_table(self.tested)]
-        found = self.record.get("validation", {})
+        found = _of_all_runs(self.record, "validation")
         rows = [
             [name, *(number(found.get(f"{name}/{measure}")) for measure in _MEASURES)]
             for name in (*(dimension.name for dimension in dimensions), "mean")
@@ -123,7 +126,7 @@ class ModelCard:
     def _calibration(self, dimensions: list[Dimension]) -> str:
         if self.config.temperatures is None:
             return "Not calibrated: a probability of 0.8 need not mean that the level is right in 80 of 100 cases."
-        found = self.record.get("validation", {})
+        found = _of_all_runs(self.record, "validation")
         rows = []
         for dimension, temperature in zip(dimensions, self.config.temperatures, strict=True):
             places = [f"calibration/{dimension.name}/{measure}" for measure in _CALIBRATION]
@@ -175,6 +178,23 @@ class ModelCard:
                 "the answer."
             )
         return "\n".join(f"- {line}" for line in lines)
+
+
+def _of_all_runs(record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What the last run that says something of it says; heads that a run only adds to are as they were."""
+    return {**_of_all_runs(record["before"], key), **record.get(key, {})} if "before" in record else record.get(key, {})
+
+
+def _sources(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of all runs."""
+    return [*record.get("sources", []), *(_sources(record["before"]) if "before" in record else [])]
+
+
+def _amount(record: Mapping[str, Any]) -> str:
+    steps = f"{record['steps']} optimizer steps"
+    if "rows" not in record:
+        return f"{steps} on unknown rows."
+    return f"{record['rows']} question-answer pairs, {steps}, from:"
 
 
 def _test_table(tested: Result) -> str:

@@ -35,8 +35,9 @@ from moslim.reward.held_out import HeldOut
 from moslim.reward.losses import Corn, LevelLoss
 from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.pooling import Pooling
+from moslim.reward.sharing import local_folder
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
-from moslim.reward.training_record import training_record
+from moslim.reward.training_record import saved_record, training_record
 from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
 
 _TEMPERATURES = "temperatures"
@@ -116,6 +117,7 @@ class RewardClassifier(ClassifierEvaluation):
         self.save_hyperparameters()
         keep_plain_hparams(self)
         self.start = start_name(backbone, classifier, extend)
+        self.is_ready = classifier is not None
         self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
         self.cache = cache
         self.pairs = pairs or BradleyTerry()
@@ -156,6 +158,8 @@ class RewardClassifier(ClassifierEvaluation):
                 head_dropout=head_dropout,
                 trust_remote_code=trust_remote_code,
             )
+        self._before = {} if backbone is not None else saved_record(local_folder(self.start))
+        self._record = self._before
         model.train()  # it is loaded in evaluation mode, without dropout
         if self.trunk == "frozen":
             model.backbone.requires_grad_(False)
@@ -280,7 +284,7 @@ class RewardClassifier(ClassifierEvaluation):
         if is_sharded(sharded):
             self.classifier = self._collect(sharded)
         if self.trainer.is_global_zero:
-            self._record = training_record(self.trainer, self.preferences, self._calibration)
+            self._record = training_record(self.trainer, self.preferences, self._calibration, self._before)
             self.export(folder)
         self.classifier = sharded
 
@@ -288,7 +292,7 @@ class RewardClassifier(ClassifierEvaluation):
         """Keeps trained weights only, the temperatures, and what the model card says of the training."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
         if self.was_trained:
-            self._record = training_record(self.trainer, self.preferences, self._calibration)
+            self._record = training_record(self.trainer, self.preferences, self._calibration, self._before)
         checkpoint[_RECORD] = self._record
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
-from moslim.packing import SharePrompts, pass_tokens, sharing_pays, within
+from moslim.packing import SharePrompts, like_length, pass_tokens, sharing_pays
 from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
@@ -105,15 +105,16 @@ class Scorer:
 
     def _apart(self, rows: list[list[int]], batch_size: int | None, tokens: int) -> Tensor:
         """The same of whole pairs."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        lengths = list(map(len, rows))
         if batch_size is None:
-            parts = [part for part, _ in within([[len(rows[i])] for i in order], tokens)]
+            parts = list(like_length(lengths, tokens))
         else:
-            parts = [slice(start, start + batch_size) for start in range(0, len(order), batch_size)]
+            order = sorted(range(len(rows)), key=lambda row: lengths[row])
+            parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         sizes, device = self.preferences.sizes, self.classifier.device
         dtype = at_least_float32(self.classifier.dtype)
         result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=dtype)
-        for chosen in (order[part] for part in parts):
+        for chosen in parts:
             ids, mask = pad([rows[i] for i in chosen], pad_id(self.tokenizer), left=False)
             result[chosen] = self.classifier.probabilities(ids.to(device), mask.to(device))
         return result

@@ -9,7 +9,8 @@ Adapter form: a peft adapter of the backbone instead, with a note of the base mo
 
     config.json  heads.safetensors  adapter/  adapter/base.json
 
-Both come with the tokenizer, a model card (``README.md``) and a config for ``predict``.
+Both come with the tokenizer, a model card (``README.md``), what it is made from (``training.json``) and a config for
+``predict``.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def load_classifier(source: str | Path, base: str | Path | None = None) -> Prefe
         return _load_adapted(saved, base)
     if base is not None:
         raise ValueError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
-    return PreferenceClassifier.from_pretrained(_local(source))
+    return PreferenceClassifier.from_pretrained(local_folder(source))
 
 
 def saved_adapter(source: str | Path) -> SavedAdapter | None:
@@ -119,7 +120,7 @@ def saved_adapter(source: str | Path) -> SavedAdapter | None:
     Raises:
         FileNotFoundError: There is no such classifier.
     """
-    folder = _local(source)
+    folder = local_folder(source)
     return SavedAdapter.read(folder) if (folder / ADAPTER).is_dir() else None
 
 
@@ -158,7 +159,12 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
         ) from error
 
 
-def _local(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path:
+    """The folder of a classifier, downloaded if it is on the Hub.
+
+    Raises:
+        FileNotFoundError: There is no such classifier.
+    """
     if Path(source).is_dir():
         return Path(source)
     try:

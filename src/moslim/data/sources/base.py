@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from moslim.data.types import Example, Split, View
 from moslim.preferences import Preference, PreferenceSet
@@ -29,6 +29,10 @@ class Source(ABC):
     def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
         """Yields the same rows one by one. A source that need not hold them all in memory overrides it."""
         yield from self.rows(view, split, preferences, seed)
+
+    def parts(self) -> Sequence[Source]:
+        """The sources that this one reads from; none if it reads tables itself."""
+        return ()
 
     def reachable(self, preference: Preference) -> bool:
         """Whether some answer can have these levels at once. Unreachable ones are not worth asking for."""

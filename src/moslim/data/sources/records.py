@@ -61,11 +61,18 @@ def read_file(path: str) -> list[Record]:
     return completed(scan_file(path))
 
 
-def scan_hub(name: str, split: str, folder: str | None = None) -> Iterator[Record]:
-    """Reads a split of a Hub data set (or of a local folder in the Hub's layout), or of a folder in it, row by row."""
+def scan_hub(name: str, split: str, folder: str | None = None, config_name: str | None = None) -> Iterator[Record]:
+    """Reads a split of a Hub data set (or of a local folder in the Hub's layout), or of a folder in it, row by row.
+
+    Args:
+        name: The data set.
+        split: Its split.
+        folder: Folder in it; None = the whole.
+        config_name: Which of its configurations; None = its default.
+    """
     from datasets import load_dataset
 
-    rows = load_dataset(name, data_dir=folder, split=split)
+    rows = load_dataset(name, config_name, data_dir=folder, split=split)
     yield from (Record(f"{name}[{split}], row {number}", dict(fields)) for number, fields in enumerate(rows, 1))
 
 

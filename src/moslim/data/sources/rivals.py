@@ -50,6 +50,10 @@ class Rivals(Source):
         else:
             yield from self.rows(view, split, preferences, seed)
 
+    def parts(self) -> list[Source]:
+        """See the base class."""
+        return [self.source]
+
     def reachable(self, preference: Preference) -> bool:
         """See the base class."""
         return self.source.reachable(preference)

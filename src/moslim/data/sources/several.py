@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from moslim.data.sources.base import Source
 from moslim.data.sources.overlap import warn_if_shared
 from moslim.data.types import Example, Split, View
@@ -28,6 +30,18 @@ class Several(Source):
             for i, part in enumerate(parts):
                 warn_if_shared(part, [row for j, rows in enumerate(training) if j != i for row in rows])
         return [row for part in parts for row in part]
+
+    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+        """See the base class. Rows to be scored are read one at a time where the sources can."""
+        if view is View.REWARD and split is Split.PREDICT:
+            for source in self.sources:
+                yield from source.stream(view, split, preferences, seed)
+        else:
+            yield from self.rows(view, split, preferences, seed)
+
+    def parts(self) -> list[Source]:
+        """See the base class."""
+        return self.sources
 
     def reachable(self, preference: Preference) -> bool:
         """Whether one of the sources calls it reachable."""

@@ -53,6 +53,7 @@ class Table(Source):
         subset: Column with the part that metrics are reported for separately, e.g. a language.
         only_observed: Whether only combinations of levels that some training row has count as reachable.
         folder: Folder of the Hub data set to read, if not the whole.
+        config_name: Configuration of the Hub data set, where it has several.
         rejected: Column of another answer, which people liked less; null in a row that compares nothing. With it, only
             dimensions in ``columns`` must have labels: comparisons can teach the others.
         compared: Dimensions that the comparisons speak about, or the column that lists them; None = all.
@@ -91,6 +92,7 @@ class Table(Source):
         subset: str | None = None,
         only_observed: bool = False,
         folder: str | None = None,
+        config_name: str | None = None,
         rejected: str | None = None,
         compared: str | list[str] | None = None,
         margin: str | None = None,
@@ -112,6 +114,7 @@ class Table(Source):
             )
         self.path = path
         self.folder = folder
+        self.config_name = config_name
         self.train = train
         self.others = {Split.VALIDATION: validation, Split.TEST: test, Split.PREDICT: predict}
         self.shares = {
@@ -209,7 +212,7 @@ class Table(Source):
         if self.path is None:
             raise ValueError("data.source.path is not given, so there is no table to read rows from")
         if not is_file_name(self.path):
-            return scan_hub(self.path, name or self.train, self.folder)
+            return scan_hub(self.path, name or self.train, self.folder, self.config_name)
         if name is not None:
             raise ValueError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
         return scan_file(self.path)
