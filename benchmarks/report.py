@@ -21,6 +21,7 @@ BENCHMARKS = (
     "refresh",
     "truthfulqa",
     "levels",
+    "disagreement",
     "optimizers",
     "ablation",
     "throughput",

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,7 +89,10 @@ def write_texts(folder: Path, name: str, result: Result, page: str) -> dict[str,
 def copy_report(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """Copies a written report, which is faster than drawing it again; returns path by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    return {name: Path(shutil.copyfile(path, folder / path.name)) for name, path in paths.items()}
+    copies = {name: folder / path.name for name, path in paths.items()}
+    for name, copy in copies.items():
+        replace_file(copy, paths[name].read_bytes())
+    return copies
 
 
 def log_pictures(loggers: Iterable[Logger], paths: Mapping[str, Path], prefix: str, step: int | None) -> None:

@@ -21,6 +21,12 @@ def test_loss_by_hand() -> None:
     assert BradleyTerry(scale=2.0)(GAPS, COMPARED, MARGINS).item() == pytest.approx(expected)
 
 
+def test_margins_count_as_much_as_they_are_scaled() -> None:
+    half, none = (BradleyTerry(margin_scale=scale)(GAPS, COMPARED, MARGINS) for scale in (0.5, 0.0))
+    assert torch.equal(half, BradleyTerry()(GAPS, COMPARED, MARGINS / 2))
+    assert torch.equal(none, BradleyTerry()(GAPS, COMPARED, torch.zeros(3)))
+
+
 def test_count_of_all_processes_replaces_that_of_the_batch() -> None:
     loss = BradleyTerry()
     half = loss(GAPS, COMPARED, MARGINS, count=torch.tensor(4.0))

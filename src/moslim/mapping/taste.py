@@ -12,6 +12,7 @@ from torch import Tensor
 from moslim.levels import expected_level
 from moslim.mapping.base import MappingFunction
 from moslim.preferences import PreferenceSet
+from moslim.reporting import replace_file
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Taste:
     def save(self, path: str | Path) -> None:
         """Writes a JSON file."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_file(Path(path), (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Taste:

@@ -14,7 +14,7 @@ from moslim.preferences import PreferenceSet
 
 @dataclass
 class BradleyTerry:
-    """``-log sigmoid(scale * (E[level] of the better answer - E[level] of the worse - margin))``.
+    """``-log sigmoid(scale * (E[level] of the better answer - E[level] of the worse - margin_scale * margin))``.
 
     Averaged over the dimensions that a comparison speaks about. A preference term beside the one on attributes is the
     idea of SMORM (arXiv 2507.07375), a margin from the raters' disagreement that of "Beyond the Binary" (arXiv
@@ -23,10 +23,12 @@ class BradleyTerry:
     Args:
         weight: Weight of the term beside the loss on levels.
         scale: How sure a choice is where the answers are one level apart.
+        margin_scale: What margins are multiplied by; 0 = all comparisons count alike.
     """
 
     weight: float = 1.0
     scale: float = 1.0
+    margin_scale: float = 1.0
 
     def __call__(self, gaps: Tensor, compared: Tensor, margins: Tensor, count: Tensor | None = None) -> Tensor:
         """Returns the mean over the comparisons, without the weight; 0 where there are none.
@@ -37,7 +39,7 @@ class BradleyTerry:
             margins: ``[P]``, least gap wanted, in levels.
             count: What to divide the sum by; None = the number of comparisons that speak about any dimension.
         """
-        cells = -F.logsigmoid(self.scale * (gaps - margins[:, None].to(gaps.dtype)))
+        cells = -F.logsigmoid(self.scale * (gaps - self.margin_scale * margins[:, None].to(gaps.dtype)))
         each = (cells * compared).sum(1) / compared.sum(1).clamp(min=1)
         count = comparisons(compared) if count is None else count
         return each.sum() / count.where(count > 0, 1)

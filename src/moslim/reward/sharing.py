@@ -16,9 +16,13 @@ Both come with the tokenizer, a model card (``README.md``), what it is made from
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import snapshot_download
@@ -46,17 +50,17 @@ def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
         classifier: The classifier.
         folder: Where to; what an earlier export left there is replaced.
     """
-    _clear(folder)
-    top = heads(classifier)
-    save_file(top, folder / HEADS, metadata={"format": "pt"})
-    classifier.backbone.save_pretrained(folder / BACKBONE)
-    places = dict.fromkeys(top, HEADS)
-    for file in sorted((folder / BACKBONE).glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
-            places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
-    size = sum(tensor.nbytes for tensor in classifier.state_dict().values())
-    _write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-    _save_config(classifier, folder)
+    with _whole(folder) as part:
+        top = heads(classifier)
+        save_file(top, part / HEADS, metadata={"format": "pt"})
+        classifier.backbone.save_pretrained(part / BACKBONE)
+        places = dict.fromkeys(top, HEADS)
+        for file in sorted((part / BACKBONE).glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
+        size = sum(tensor.nbytes for tensor in classifier.state_dict().values())
+        _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        _save_config(classifier, part)
 
 
 def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
@@ -77,18 +81,18 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
     others = sorted(name for name in tensors if not name.startswith(inside))
     if others:
         raise ValueError(f"the adapter changes more than the backbone ({others}): export the merged form")
-    _clear(folder)
-    (folder / ADAPTER).mkdir()
     options = deepcopy(adapted.peft_config[adapted.active_adapter])
     options.base_model_name_or_path = base
-    options.save_pretrained(str(folder / ADAPTER))
     tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     classifier: Any = adapted.get_base_model()
     made_on = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
-    _write_json(folder / ADAPTER / BASE, made_on)
-    save_file(heads(classifier), folder / HEADS, metadata={"format": "pt"})
-    _save_config(classifier, folder)
+    with _whole(folder) as part:
+        (part / ADAPTER).mkdir()
+        options.save_pretrained(str(part / ADAPTER))
+        save_file(tensors, part / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _write_json(part / ADAPTER / BASE, made_on)
+        save_file(heads(classifier), part / HEADS, metadata={"format": "pt"})
+        _save_config(classifier, part)
 
 
 def load_classifier(source: str | Path, base: str | Path | None = None) -> PreferenceClassifier:
@@ -186,12 +190,20 @@ def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _clear(folder: Path) -> None:
-    """Removes weights of an earlier export: in another form or layout, they would be loaded instead of the new ones."""
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to; what stands there in the end is moved to its place, and nothing if writing fails.
+
+    Weights of an earlier export go: in another form or layout, they would be loaded instead of the new ones.
+    """
     if (folder / "config.json").exists() and not is_classifier(folder):
         raise ValueError(f"'{folder}' holds another model, which would be lost: name another folder for the classifier")
     folder.mkdir(parents=True, exist_ok=True)
-    for part in (BACKBONE, ADAPTER):
-        shutil.rmtree(folder / part, ignore_errors=True)
-    for file in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-        file.unlink()
+    with TemporaryDirectory(prefix=".part-", dir=folder) as part:
+        yield Path(part)
+        for name in (BACKBONE, ADAPTER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for file in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
+            file.unlink()
+        for file in Path(part).iterdir():
+            os.replace(file, folder / file.name)
