@@ -1,11 +1,16 @@
 """Two processes on halves of a batch do what one does on the whole of it."""
 
 import json
+import os
+import signal
+from itertools import pairwise
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
@@ -139,6 +144,101 @@ def test_resuming_two_processes_gives_each_its_own_rollout(strategy, lora, prefe
         assert mine["state"].keys() == theirs["state"].keys()
         for number, state in theirs["state"].items():
             assert all(torch.equal(mine["state"][number][key], value) for key, value in state.items())
+
+
+class Watch(Callback):
+    """Writes down, in each process, the mapping's statistics after every stage of a fit."""
+
+    def __init__(self, folder, mapping):
+        self.folder, self.mapping, self.seen = folder, mapping, []
+
+    def _note(self, stage):
+        self.seen.append((stage, self.mapping.state_dict()))
+
+    def on_sanity_check_end(self, *_):
+        self._note("sanity")
+
+    def on_train_batch_end(self, *_):
+        self._note("train")
+
+    def on_validation_end(self, trainer, *_):
+        self._note("validation")
+        torch.save(self.seen, self.folder / f"seen-{trainer.global_rank}.pt")
+
+
+def watched_steps(folder, preferences, lm, classifier, batch_size, **options):
+    folder.mkdir()
+    mapping = TargetProbability(scope="running", min_count=6)
+    watch = Watch(folder, mapping)
+    checks = {"limit_val_batches": 1, "num_sanity_val_steps": 1, "val_check_interval": 1}
+    run = trainer(folder, max_steps=2, callbacks=[watch, SaveEachStep(folder)], **checks, **options)
+    run.fit(make(preferences, lm, classifier, mapping=mapping), data(preferences, batch_size=batch_size))
+
+
+def test_statistics_of_two_processes_are_one_and_change_in_training_alone(preferences, lm, classifier, tmp_path):
+    watched_steps(tmp_path / "one", preferences, lm, classifier, BATCH)
+    watched_steps(tmp_path / "two", preferences, lm, classifier, BATCH // 2, **TWO)
+    (whole,) = (torch.load(file, weights_only=True) for file in (tmp_path / "one").glob("seen-*.pt"))
+    first, second = (torch.load(tmp_path / "two" / f"seen-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second
+    stages = [stage for stage, _ in whole]
+    assert [stage for stage, _ in first] == stages and stages.count("train") == 2 and "sanity" in stages
+    for (before, after), stage in zip(pairwise(first), stages[1:], strict=True):
+        assert (before[1] != after[1]) == (stage == "train"), stage
+    for (_, mine), (_, theirs) in zip(first, whole, strict=True):
+        for level, statistics in theirs["running"].items():
+            assert mine["running"][level] == pytest.approx(statistics, abs=1e-6)
+
+
+def refused(folder, path, preferences, lm, classifier):
+    """Goes on with another mapping than the checkpoint's, which both processes must refuse."""
+    module = make(preferences, lm, classifier)
+    run = trainer(folder, max_steps=3, strategy="ddp", devices=2)
+    with pytest.raises(ValueError, match=r"TargetProbability.*ExpectedDistance.*model\.reset_state"):
+        run.fit(module, data(preferences, batch_size=BATCH // 2), ckpt_path=path, weights_only=True)
+    (folder / f"refused-{run.global_rank}").touch()
+
+
+def stopped(folder, at, ckpt_path, preferences, lm, classifier):
+    """Three steps in each of two processes; with ``at``, the second one is sent SIGTERM in its step of that number."""
+
+    class Terminated(Callback):
+        def on_before_backward(self, trainer, *_):
+            if trainer.global_step == at and trainer.global_rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    save = StepCheckpoint(folder, "stopped", save_on_exception=True, every_n_train_steps=100)
+    controlled = RLOO(kl_coef=0.1, kl_controller=AdaptiveKL(target=0.1))
+    mapping = TargetProbability(scope="running", min_count=6)
+    kind = {"mapping": mapping, "policy_optimizer": controlled, "inner_epochs": 2}
+    steps = SaveEachStep(folder) if at is None else Terminated()
+    run = trainer(folder, max_steps=3, strategy="ddp", devices=2, callbacks=[save, steps], enable_checkpointing=True)
+    module = make(preferences, lm, classifier, **kind)
+    try:
+        run.fit(module, data(preferences, batch_size=BATCH // 2), ckpt_path=ckpt_path, weights_only=True)
+    except SIGTERMException:
+        (folder / f"stopped-{run.global_rank}").touch()
+
+
+def test_sigterm_at_one_of_two_processes_stops_both_and_the_rest_is_that_of_the_whole_run(
+    preferences, lm, classifier, tmp_path
+):
+    names = ("whole", "cut", "rest")
+    for name in names:
+        (tmp_path / name).mkdir()
+    world = (preferences, lm, classifier)
+    in_two(stopped, tmp_path / "whole", None, None, *world)
+    in_two(stopped, tmp_path / "cut", 0, None, *world)
+    assert {file.name for file in (tmp_path / "cut").iterdir()} >= {"stopped-0", "stopped-1", "stopped.ckpt"}
+    in_two(stopped, tmp_path / "rest", None, tmp_path / "cut" / "stopped.ckpt", *world)
+    assert not (tmp_path / "rest" / "1.ckpt").exists()
+    whole, rest = (torch.load(tmp_path / name / "3.ckpt", weights_only=True) for name in ("whole", "rest"))
+    assert all(torch.equal(rest["state_dict"][name], value) for name, value in whole["state_dict"].items())
+    assert rest["callbacks"].keys() == whole["callbacks"].keys()
+    parts = [key for key in whole["callbacks"] if key.startswith(("mapping:", "policy_optimizer:"))]
+    assert len(parts) == 2 and all(rest["callbacks"][key] == whole["callbacks"][key] for key in parts)
+    in_two(refused, tmp_path / "rest", tmp_path / "cut" / "stopped.ckpt", *world)
+    assert {f"refused-{rank}" for rank in range(2)} <= {file.name for file in (tmp_path / "rest").iterdir()}
 
 
 def report(folder, preferences, lm, classifier, **options):
