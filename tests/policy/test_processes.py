@@ -235,7 +235,7 @@ def test_sigterm_at_one_of_two_processes_stops_both_and_the_rest_is_that_of_the_
     whole, rest = (torch.load(tmp_path / name / "3.ckpt", weights_only=True) for name in ("whole", "rest"))
     assert all(torch.equal(rest["state_dict"][name], value) for name, value in whole["state_dict"].items())
     assert rest["callbacks"].keys() == whole["callbacks"].keys()
-    parts = [key for key in whole["callbacks"] if key.startswith(("mapping:", "policy_optimizer:"))]
+    parts = [key for key in whole["callbacks"] if key.startswith(("mapping:", "kl_controller.0:"))]
     assert len(parts) == 2 and all(rest["callbacks"][key] == whole["callbacks"][key] for key in parts)
     in_two(refused, tmp_path / "rest", tmp_path / "cut" / "stopped.ckpt", *world)
     assert {f"refused-{rank}" for rank in range(2)} <= {file.name for file in (tmp_path / "rest").iterdir()}
