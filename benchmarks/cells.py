@@ -22,6 +22,7 @@ import yaml
 from common import RESULTS, ROOT, digest, kept, write
 
 STARTER, REWARD, POLICY = (f"configs/quickstart/{stage}.yaml" for stage in ("starter", "reward", "policy"))
+PREFERENCES = "configs/preferences/workbench.yaml"
 EXPERIMENTS = ROOT / "configs/experiment"
 DEFAULT = "default"
 MEASURES = ("dimensions", "mean", "combinations", "reward", "default_quality", "interference")
@@ -62,7 +63,7 @@ class World:
 
     def make(self) -> None:
         """Trains starter and classifier, unless they are there from the same configs."""
-        mark, contents = ROOT / self.folder / "made.txt", fingerprint(STARTER, REWARD)
+        mark, contents = ROOT / self.folder / "made.txt", fingerprint(STARTER, REWARD, PREFERENCES)
         if mark.exists() and mark.read_text() == contents:
             return
         starter, reward = f"{self.folder}/starter", f"{self.folder}/reward"
@@ -115,7 +116,7 @@ class Cell:
         contents = [read(layer) for layer in self.layers]
         for content in contents:
             content["trainer"].pop("max_steps", None)
-        return digest([fingerprint(STARTER, REWARD), contents, self.steps, self.world.seed, self.world.fold])
+        return digest([fingerprint(STARTER, REWARD, PREFERENCES), contents, self.steps, self.world.seed, self.world.fold])
 
     @property
     def steps(self) -> int:

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "optimizers.json")
     args = parser.parse_args()
     world = World(args.seed, args.fold)
-    cells = {name: Cell(ARMS[name], world, args.out.stem) for name in args.names}
+    cells = {name: Cell(ARMS[name], world, "optimizers") for name in args.names}
     finish(list(cells.values()), args.jobs, args.limit_minutes)
     found = {name: cell.kept for name, cell in cells.items() if cell.kept}
     write(args.out, {**circumstances(), "seed": args.seed, "fold": args.fold, **found})

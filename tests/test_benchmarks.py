@@ -56,7 +56,7 @@ def test_a_cell_is_kept_until_what_it_depends_on_changes(
     assert cell.kept == {"key": cell.key, "mean": 1}
 
     monkeypatch.setattr(cells, "ROOT", tmp_path)
-    for name in (cells.STARTER, cells.REWARD, cells.POLICY):
+    for name in (cells.STARTER, cells.REWARD, cells.PREFERENCES, cells.POLICY):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("# another comment\n" + (ROOT / name).read_text())
     policy = (tmp_path / cells.POLICY).read_text()
