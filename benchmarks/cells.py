@@ -116,7 +116,9 @@ class Cell:
         contents = [read(layer) for layer in self.layers]
         for content in contents:
             content["trainer"].pop("max_steps", None)
-        return digest([fingerprint(STARTER, REWARD, PREFERENCES), contents, self.steps, self.world.seed, self.world.fold])
+        return digest(
+            [fingerprint(STARTER, REWARD, PREFERENCES), contents, self.steps, self.world.seed, self.world.fold]
+        )
 
     @property
     def steps(self) -> int:

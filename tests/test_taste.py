@@ -9,7 +9,7 @@ from torch import Tensor
 from moslim.levels import expected_level
 from moslim.mapping import TasteWeights
 from moslim.reward.scorer import Scorer
-from moslim.taste import logistic_weights, main, read_choices
+from moslim.taste import foretold, logistic_weights, main, read_choices
 from moslim.workbench.tokenizer import build_tokenizer
 from tests.policy.conftest import save_classifier
 
@@ -51,6 +51,15 @@ def test_known_weights_are_recovered_with_honest_standard_errors() -> None:
     few = [logistic_weights(choices(truth, 60, generator), l2=0.01) for _ in range(200)]
     covered = torch.stack([(found - truth).abs() < 1.96 * error for found, error in few]).double().mean(dim=0)
     assert ((covered > 0.9) & (covered < 0.99)).all()
+
+
+def test_choices_without_any_rule_are_foretold_half_of_the_time() -> None:
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(400, 30, generator=generator, dtype=torch.float64)
+    weights, _ = logistic_weights(noise, l2=0.1)
+    assert (noise @ weights > 0).double().mean() > 0.6  # which says nothing: they were fitted to these
+    assert foretold(noise, l2=0.1) == pytest.approx(0.5, abs=0.08)
+    assert foretold(torch.ones(4, 1).double(), l2=0.1) == 1 and foretold(torch.ones(1, 1).double(), l2=0.1) == 0
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,22 @@ def logistic_weights(differences: Tensor, l2: float) -> tuple[Tensor, Tensor]:
     return weights, torch.linalg.inv(curvature(weights)).diagonal().sqrt()
 
 
+def foretold(differences: Tensor, l2: float, folds: int = 50) -> float:
+    """Share of choices that weights fitted to other ones foretell.
+
+    Args:
+        differences: ``[N, D]``, as :func:`logistic_weights` takes them.
+        l2: See there.
+        folds: Parts that are left out in turn; with fewer choices than that, each choice.
+    """
+    right = torch.zeros(len(differences), dtype=torch.bool)
+    part = torch.arange(len(differences)) % folds
+    for fold in part.unique():
+        weights, _ = logistic_weights(differences[part != fold], l2)
+        right[part == fold] = differences[part == fold] @ weights > 0
+    return right.double().mean().item()
+
+
 def fit_taste(choices: list[Choice], scorer: Scorer, l2: float = 0.1) -> Taste:
     """Fits the weights of all of a classifier's dimensions.
 
@@ -117,7 +133,7 @@ def fit_taste(choices: list[Choice], scorer: Scorer, l2: float = 0.1) -> Taste:
         levels=preferences.to_dict(),
         choices=len(choices),
         l2=l2,
-        agreement=(differences @ weights > 0).double().mean().item(),
+        agreement=foretold(differences, l2),
     )
 
 
@@ -134,7 +150,7 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
         raise FileNotFoundError(f"--choices {choices}: there is no such file")
     taste = fit_taste(read_choices(choices), Scorer.from_pretrained(classifier), l2)
     taste.save(output)
-    print(f"{taste.choices} choices, {taste.agreement:.0%} agree with these weights (log-odds per full range):")
+    print(f"{taste.choices} choices, {taste.agreement:.0%} foretold by the others; weights in log-odds per full range:")
     for name, weight in sorted(taste.weights.items(), key=lambda item: -abs(item[1])):
         print(f"  {name:20} {weight:+6.2f} +- {taste.standard_errors[name]:.2f}")
     print(f"written to {output}: use it with --model.mapping moslim.mapping.TasteWeights --model.mapping.path {output}")

@@ -26,7 +26,7 @@ class Taste:
         levels: Names of the levels of each dimension that they were fitted for.
         choices: Number of choices that they rest on.
         l2: Strength of the regularisation.
-        agreement: Share of these choices that the weights agree with.
+        agreement: Share of these choices that weights fitted to the others foretell.
     """
 
     weights: dict[str, float]
