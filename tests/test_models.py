@@ -9,6 +9,7 @@ from moslim.models import (
     Architecture,
     PretrainedTokenizer,
     WorkbenchTokenizer,
+    align,
     eos_ids,
     fuse_kernels,
     load_causal_lm,
@@ -31,6 +32,15 @@ def folder(tokenizer, tmp_path_factory):
     Architecture("llama", WorkbenchTokenizer(), SMALL).build(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+def test_weights_are_aligned_where_they_lie():
+    layer = torch.nn.Linear(3, 5)
+    weight = layer.weight.detach().clone()
+    layer.weight.data = torch.empty(16)[1:].view(5, 3).copy_(weight)
+    bias = layer.bias.data_ptr()
+    align(layer)
+    assert layer.weight.data_ptr() % 64 == 0 and torch.equal(layer.weight, weight) and layer.bias.data_ptr() == bias
 
 
 def test_an_architecture_takes_vocabulary_and_special_ids_from_the_tokenizer(tokenizer):

@@ -108,19 +108,21 @@ class MoslimTrainer(Trainer):
             out: The folder to write.
             form: ``merged``, a model that needs nothing else; or ``adapter``, which of a model trained with LoRA holds
                 what training changed, and needs the base model.
-            ckpt_path: Checkpoint, or ``last``; not needed by a module that says that what it loaded ``is_ready``.
+            ckpt_path: Checkpoint, or ``last``. Without it, what the run starts from is exported, if the module says
+                that it ``starts_trained``.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
             TypeError: The module cannot be exported.
-            ValueError: No checkpoint is named, and the module is nothing worth exporting without.
+            ValueError: No checkpoint is named, and the module starts untrained.
         """
         export = _method(model, "export" if form == "merged" else "export_adapter")
-        if ckpt_path is None and not getattr(model, "is_ready", False):
+        if ckpt_path is None and not getattr(model, "starts_trained", False):
             raise ValueError("export needs a trained model: --ckpt_path last, or a file")
         self._attach(model, datamodule, ckpt_path)
         export(out)
-        print(f"exported to {out}")
+        untrained = "" if ckpt_path else ": what the run starts from, not trained any further (there is no --ckpt_path)"
+        print(f"exported to {out}{untrained}")
 
     def replay(
         self,

@@ -22,6 +22,7 @@ def test_escapes_are_written_out():
     text = r"a \"real chance\" of \u00a31.3bn, \ud83d\ude00 a\nb, C:\Users, \\ and \u12"
     (row,) = Escaped(["summary"]).rows([record(summary=text, other=text)])
     assert row.fields["summary"] == 'a "real chance" of £1.3bn, 😀 a\nb, C:\\Users, \\ and \\u12'
+    assert Escaped(["summary"]).rows([record(summary=r"cut \ud83d")])[0].fields["summary"] == "cut \ufffd"
     assert row.fields["other"] == text and row.place == "rows.jsonl, line 7"
     with pytest.raises(ValueError, match=r"line 7, field 'summary': None is not a text"):
         Escaped(["summary"]).rows([record(summary=None)])

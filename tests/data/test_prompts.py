@@ -4,10 +4,11 @@
 import warnings
 
 import pytest
+from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moslim.data.prompts import PairEncoder, PromptRenderer, answer_ids, as_messages, prompt_ids
+from moslim.data.prompts import PairEncoder, PromptRenderer, answer_ids, around, as_messages, prompt_ids
 from moslim.instructions import SystemMessage, Tags, Template
 from moslim.preferences import Preference
 from tests.data.conftest import DROPS_SYSTEM, REFUSES_SYSTEM, WITH_SYSTEM, build_tokenizer
@@ -90,7 +91,18 @@ def test_a_text_starts_with_the_beginning_token_that_the_tokenizer_uses():
     assert words(ending, prompt_ids(ending, as_messages("tea ?"))) == "[BOS] tea ?"  # the answer follows
 
 
-def test_an_encoder_reads_pairs_as_it_was_pretrained():
+def test_separators_are_those_between_two_texts():
+    tokenizer = framed("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("[CLS]", "[SEP]")]
+    for pair, after in (("[CLS] $A [SEP] $B [SEP]", 1), ("[CLS] $A [SEP] [SEP] $B [SEP]", 2)):  # BERT's, RoBERTa's
+        processor = TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=special)
+        tokenizer.backend_tokenizer.post_processor = processor
+        assert around(tokenizer) == ([tokenizer.cls_token_id], [tokenizer.sep_token_id] * after)
+    speechless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="<end>")
+    assert speechless("a")["input_ids"] == [] and around(speechless) == ([], [])
+
+
+def test_an_encoder_reads_pairs_between_its_special_tokens():
     tokenizer = framed("[CLS] $A [SEP]", cls_token="[CLS]", sep_token="[SEP]")
     tokenizer.eos_token = None
     assert words(tokenizer, PairEncoder(tokenizer).encode("tea ?", "boil")) == "[CLS] tea ? [SEP] boil [SEP]"

@@ -134,4 +134,8 @@ def test_the_card_of_an_extended_classifier_knows_what_its_old_heads_learned(sav
     old, new = ((folder / "README.md").read_text() for folder in (saved, tmp_path / "extended"))
     assert re.search(r"^\d+ question-answer pairs, 12 .*Before that, \d+ question-answer pairs, 6 ", new, re.M | re.S)
     tone = [next(line for line in card.splitlines() if line.startswith("| tone |")) for card in (old, new)]
+    with_tone = {**FILLER, "tone": ["bad", "good"]}
+    extend(tmp_path / "both", saved, with_tone)  # evaluated, not trained
+    both = (tmp_path / "both" / "extended" / "README.md").read_text()
+    assert tone[0] in both.splitlines()
     assert tone[0] == tone[1] and not tone[0].endswith("| - |")

@@ -142,8 +142,10 @@ def test_card_of_a_calibrated_classifier(card: ModelCard) -> None:
 
 
 def test_card_tells_of_the_runs_before(card: ModelCard) -> None:
-    added = {"sources": [], "rows": 5, "steps": 3, "labels": {"amount": [2, 2, 1]}, "validation": {"amount/mae": 0.125}}
-    card.record = {**added, "before": {**card.record, "before": {"steps": 7, "validation": {}}}}
+    measured = {"amount/mae": 0.125, "tone/kappa": 0.25, "mean/mae": 0.125}  # tone was evaluated, not trained
+    last = {"sources": [], "rows": 5, "steps": 3, "labels": {"amount": [2, 2, 1], "tone": [1, 1]}}
+    first = {"steps": 7, "validation": {"amount/accuracy": 0.5}}
+    card.record = {**last, "validation": measured, "added": ["amount"], "before": {**card.record, "before": first}}
     text = card.text()
     told = [
         "5 question-answer pairs, 3 ",
@@ -153,7 +155,10 @@ def test_card_tells_of_the_runs_before(card: ModelCard) -> None:
     places = [text.index(one) for one in told]
     assert places == sorted(places) and metadata(text)["datasets"] == ["nvidia/HelpSteer2"]
     assert "| tone | bad / good | 3 / 4 |" in text and "| amount | none / some / much | 2 / 2 / 1 |" in text
-    assert "| tone | - | - | - | 0.500 |" in text and "| amount | 0.812 | - | 0.125 | - |" in text
+    assert "| tone | - | - | - | 0.500 |" in text and "| amount | - | - | 0.125 | - |" in text
+    assert "| mean | - | - | - | - |" in text
+    del card.record["added"]  # all heads were trained: what was measured before is of other weights
+    assert "| tone | - | - | - | 0.250 |" in card.text() and "| amount | - | - | 0.125 | - |" in card.text()
 
 
 def test_card_without_a_record_says_so(card: ModelCard) -> None:

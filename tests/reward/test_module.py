@@ -15,6 +15,7 @@ from moslim.data.types import Example, PairBatch, Split, View
 from moslim.lora import LoraOptions
 from moslim.optim import WarmupLinear
 from moslim.preferences import PreferenceSet
+from moslim.reward import evaluated
 from moslim.reward.comparisons import BradleyTerry
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 from moslim.reward.module import RewardClassifier
@@ -335,6 +336,7 @@ def test_two_processes_train_as_one_does(preferences: PreferenceSet, tmp_path: P
 
 
 def sharded_adapter(folder: Path, resumed: Path | None, preferences: PreferenceSet, backbone: str) -> None:
+    evaluated.pass_tokens = lambda device: 8  # in several passes, of which processes would make unequally many
     module = make(preferences, backbone, lora=LORA, output=str(folder / "classifier"))
     few = {"limit_val_batches": 1, "limit_test_batches": 1, "num_sanity_val_steps": 0}
     run = trainer(folder, max_steps=2 if resumed is None else 4, strategy=sharded(), devices=2, **few)

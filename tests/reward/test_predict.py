@@ -15,6 +15,7 @@ from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.sources.table import Table
 from moslim.data.types import Example, Split, View
+from moslim.lora import LoraOptions
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.losses import Corn, Regression
@@ -233,12 +234,13 @@ def test_a_saved_classifier_brings_its_heads_and_their_loss(
 
 
 def test_a_saved_classifier_is_exported_without_a_checkpoint(
-    preferences: PreferenceSet, backbone: str, saved: str, tmp_path: Path
+    preferences: PreferenceSet, backbone: str, saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = MoslimTrainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     trainer.export(RewardClassifier(preferences, classifier=saved), out=str(tmp_path / "again"))
     before, after = (Scorer.from_pretrained(folder).classifier.state_dict() for folder in (saved, tmp_path / "again"))
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    assert "not trained any further" in capsys.readouterr().out
     with pytest.raises(ValueError, match="export needs a trained model"):
         trainer.export(RewardClassifier(preferences, backbone), out=str(tmp_path / "untrained"))
 
@@ -249,3 +251,6 @@ def test_only_a_classifier_with_an_adapter_has_an_adapter_form(
     with pytest.raises(ValueError, match=r"model\.lora is null"):
         RewardClassifier(preferences, backbone).export_adapter(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+    adapted = RewardClassifier(preferences, backbone, lora=LoraOptions(rank=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="holds the base model"):
+        adapted.export_adapter(backbone)

@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from moslim.lora import LoraOptions, add_lora
+from moslim.lora import LoraOptions, add_lora, merged
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.scorer import Scorer
-from moslim.reward.sharing import load_classifier, save_adapter, save_merged
+from moslim.reward.sharing import load_classifier, save_adapter, save_merged, whole_folder
 
 from .conftest import save_backbone
 
@@ -88,6 +88,29 @@ def test_an_earlier_export_leaves_no_weights_behind(
     save_adapter(adapted, backbone, tmp_path)
     assert not (tmp_path / "backbone").exists() and not (tmp_path / "model.safetensors.index.json").exists()
     assert torch.equal(load_classifier(tmp_path).head.weight, classifier.head.weight)
+
+
+def test_an_export_takes_its_place_whole_and_leaves_no_tokenizer_behind(tmp_path: Path) -> None:
+    for name in ("chat_template.jinja", "tokenizer.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / ".part-killed").mkdir()
+    with pytest.raises(OSError, match="disk"), whole_folder(tmp_path) as part:
+        (part / "tokenizer.json").write_text("half")
+        raise OSError("disk full")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "chat_template.jinja": "old",
+        "tokenizer.json": "old",
+        "notes.txt": "old",
+    }
+    with whole_folder(tmp_path) as part:
+        (part / "tokenizer.json").write_text("new")
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"tokenizer.json": "new", "notes.txt": "old"}
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_loaded_weights_are_aligned(form: str, adapted: torch.nn.Module, backbone: str, tmp_path: Path) -> None:
+    save_adapter(adapted, backbone, tmp_path) if form == "adapter" else save_merged(merged(adapted), tmp_path)
+    assert not [name for name, p in load_classifier(tmp_path).named_parameters() if p.data_ptr() % 64]
 
 
 def test_the_folder_of_another_model_is_not_overwritten(classifier: PreferenceClassifier, tmp_path: Path) -> None:

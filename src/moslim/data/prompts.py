@@ -81,18 +81,26 @@ def fit_roles(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> li
     return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+Frame = tuple[list[int], list[int]]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], frame: Frame | None = None) -> list[int]:
     """Returns the ids of a chat up to the point where the answer begins.
 
     Without a chat template, the contents stand one per line, between the special tokens that the tokenizer puts around
     a text (:func:`around`).
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The chat.
+        frame: What :func:`around` returns of the tokenizer, where it is known already.
 
     Raises:
         ValueError: The chat template refuses the messages.
     """
     if tokenizer.chat_template is None:
         text = "".join(f"{message['content']}\n" for message in messages)
-        before, after = around(tokenizer)
+        before, after = around(tokenizer) if frame is None else frame
         return [*before, *tokenizer(text, add_special_tokens=False)["input_ids"], *after]
     try:
         chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
@@ -123,6 +131,7 @@ class PromptRenderer:
         self.instruction = instruction
         self.preferences = preferences
         self._neutraliser = Neutraliser({*special_strings(tokenizer), *RESERVED, *instruction.reserved})
+        self._frame = around(tokenizer)
         self._cutter = _Cutter(max_length, Truncation())
 
     def question(self, question: Question) -> Question:
@@ -140,7 +149,9 @@ class PromptRenderer:
             ValueError: The instruction and the chat template alone are longer than ``max_length``.
         """
         messages = as_messages(self.question(question))
-        return self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, self._instructed(cut, preference)))
+        return self._cutter(
+            messages, lambda cut: prompt_ids(self.tokenizer, self._instructed(cut, preference), self._frame)
+        )
 
     def _instructed(self, messages: list[Message], preference: Preference) -> list[Message]:
         return self.instruction.render(messages, preference, self.preferences)
@@ -189,6 +200,7 @@ class PairEncoder:
         self.max_length = max_length
         self.truncation = Truncation()
         self._neutraliser = Neutraliser({*special_strings(tokenizer), *reserved})
+        self._frame = around(tokenizer)
         self._cutter = _Cutter(max_length, self.truncation)
         self._last: tuple[Question, list[Message], list[int]] | None = None
 
@@ -200,15 +212,16 @@ class PairEncoder:
         if self.max_length is None or len(prompt) + len(end) <= self.max_length:
             return prompt, end
         try:
-            ids = self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, cut) + end)
+            ids = self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, cut, self._frame) + end)
         except ValueError:
             return self._without_question(messages, end, self.max_length)
         return ids[: -len(end)], end
 
     def _without_question(self, messages: list[Message], end: list[int], most: int) -> tuple[list[int], list[int]]:
         """What is left of the prompt and the answer where not even the answer fits; an encoder's first token stays."""
-        prompt = prompt_ids(self.tokenizer, [{"role": message["role"], "content": ""} for message in messages])
-        first = around(self.tokenizer)[0] if self.tokenizer.chat_template is None else []
+        bare = [{"role": message["role"], "content": ""} for message in messages]
+        prompt = prompt_ids(self.tokenizer, bare, self._frame)
+        first = self._frame[0] if self.tokenizer.chat_template is None else []
         room = most - len(first)
         self.truncation.questions += 1
         self.truncation.answers += len(end) > room
@@ -220,7 +233,7 @@ class PairEncoder:
         """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
         if self._last is None or self._last[0] != question:
             messages = as_messages(self._neutraliser.question(question))
-            self._last = (question, messages, prompt_ids(self.tokenizer, messages))
+            self._last = (question, messages, prompt_ids(self.tokenizer, messages, self._frame))
         return self._last[1], self._last[2]
 
     def encode(self, question: Question, answer: str) -> list[int]:
@@ -292,12 +305,17 @@ def _without_start(messages: list[Message], characters: int) -> list[Message]:
     return result
 
 
-def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def around(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """Special ids that this tokenizer puts before a text, and those that part it from a second one.
 
-    Before: the beginning-of-sequence token, or an encoder's classification token. After: an encoder's separator, so
-    that a pair reads ``[CLS] question [SEP] answer [SEP]``. A decoder's end token is none: the answer follows.
+    Before: the beginning-of-sequence token, or an encoder's classification token. After: an encoder's separators, so
+    that a pair reads ``[CLS] question [SEP] answer [SEP]``. A tokenizer whose texts end without one has none.
     """
-    ids = tokenizer("a")["input_ids"]
-    before = ids[:1] if ids[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
-    return before, ids[-1:] if ids[-1] == tokenizer.sep_token_id else []
+    text, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not text:  # it cannot write this letter
+        return [], []
+    before = text[:1] if text[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
+    if text[-1] != tokenizer.sep_token_id:
+        return before, []
+    pair = tokenizer("a", "a")["input_ids"]
+    return before, pair[len(before) + len(bare) : -len(bare) - 1] or text[-1:]

@@ -251,7 +251,7 @@ class PreferenceClassifier(PreTrainedModel):
         Args:
             input_ids: ``[B, T]``, right-padded.
             attention_mask: ``[B, T]``, 0 on padding.
-            token_type_ids: Not used, so that whatever a tokenizer returns will do: separators part the texts.
+            token_type_ids: Not used, but some tokenizers return it: separators part question and answer.
         """
         return self.classify(self.features(input_ids, attention_mask))
 

@@ -31,7 +31,7 @@ from moslim.reward.losses import LevelLoss
 from moslim.reward.model_card import ModelCard, predict_config
 from moslim.reward.predictions import prediction_rows, rows_scored
 from moslim.reward.scorer import Scorer, pair_limit
-from moslim.reward.sharing import Form, save_adapter, save_merged
+from moslim.reward.sharing import Form, save_adapter, save_merged, whole_folder
 from moslim.reward.training_record import save_record
 from moslim.sharding import is_sharded
 
@@ -46,8 +46,8 @@ class ClassifierEvaluation(RunModule):
 
     start: str
     """What the run started from: folder or Hub name."""
-    is_ready: bool
-    """Whether that is a whole classifier, of use without training."""
+    starts_trained: bool
+    """Whether the start is a whole classifier, which can be exported without training."""
     classifier: Any
     loss: LevelLoss
     pairs: BradleyTerry
@@ -131,19 +131,23 @@ class ClassifierEvaluation(RunModule):
 
     def export(self, folder: str | Path) -> None:
         """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`."""
-        save_merged(merged(self.classifier), Path(folder))
-        self._complete(Path(folder), "merged")
+        with whole_folder(Path(folder)) as part:
+            save_merged(merged(self.classifier), part)
+            self._complete(part, "merged")
 
     def export_adapter(self, folder: str | Path) -> None:
         """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
 
         Raises:
-            ValueError: There is no adapter, or it changes more than the backbone.
+            ValueError: There is no adapter, it changes more than the backbone, or its base model is in that folder.
         """
         if not is_adapted(self.classifier):
             raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
-        save_adapter(self.classifier, self.start, Path(folder))
-        self._complete(Path(folder), "adapter")
+        if Path(folder).resolve() == Path(self.start).resolve():
+            raise ValueError(f"'{folder}' holds the base model, which the adapter needs: name another folder")
+        with whole_folder(Path(folder)) as part:
+            save_adapter(self.classifier, self.start, part)
+            self._complete(part, "adapter")
 
     def _complete(self, folder: Path, form: Form) -> None:
         """Adds to an exported classifier what people need to use it."""

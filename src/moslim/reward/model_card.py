@@ -17,6 +17,7 @@ from moslim.reporting import Result, markdown_table, number
 from moslim.reward.classifier import PreferenceClassifierConfig
 from moslim.reward.plain_use import plain_use
 from moslim.reward.sharing import Form
+from moslim.reward.training_record import of_all_runs
 
 _MEASURES = {"accuracy": "accuracy", "within_one": "within one level", "mae": "MAE", "kappa": "weighted kappa"}
 _TEST_MEASURES = {**_MEASURES, "spearman": "Spearman", "auroc": "AUROC"}
@@ -90,7 +91,7 @@ class ModelCard:
         return metadata | ({"datasets": datasets} if datasets else {})
 
     def _dimensions(self, dimensions: list[Dimension]) -> str:
-        labels = _of_all_runs(self.record, "labels")
+        labels = of_all_runs(self.record, "labels")
         rows = []
         for dimension in dimensions:
             counts = labels.get(dimension.name)
@@ -114,7 +115,7 @@ class ModelCard:
         parts = []
         if self.tested is not None:
             parts += [f"On {self.tested['n_rows']} test rows:", _test_table(self.tested)]
-        found = _of_all_runs(self.record, "validation")
+        found = of_all_runs(self.record, "validation")
         rows = [
             [name, *(number(found.get(f"{name}/{measure}")) for measure in _MEASURES)]
             for name in (*(dimension.name for dimension in dimensions), "mean")
@@ -126,7 +127,7 @@ class ModelCard:
     def _calibration(self, dimensions: list[Dimension]) -> str:
         if self.config.temperatures is None:
             return "Not calibrated: a probability of 0.8 need not mean that the level is right in 80 of 100 cases."
-        found = _of_all_runs(self.record, "validation")
+        found = of_all_runs(self.record, "validation")
         rows = []
         for dimension, temperature in zip(dimensions, self.config.temperatures, strict=True):
             places = [f"calibration/{dimension.name}/{measure}" for measure in _CALIBRATION]
@@ -178,11 +179,6 @@ class ModelCard:
                 "the answer."
             )
         return "\n".join(f"- {line}" for line in lines)
-
-
-def _of_all_runs(record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """What the last run that says something of it says; heads that a run only adds to are as they were."""
-    return {**_of_all_runs(record["before"], key), **record.get(key, {})} if "before" in record else record.get(key, {})
 
 
 def _sources(record: Mapping[str, Any]) -> list[dict[str, Any]]:

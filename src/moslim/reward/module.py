@@ -37,7 +37,7 @@ from moslim.reward.metrics import SubsetMetrics
 from moslim.reward.pooling import Pooling
 from moslim.reward.sharing import local_folder
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
-from moslim.reward.training_record import saved_record, training_record
+from moslim.reward.training_record import Record, saved_record, training_record
 from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
 
 _TEMPERATURES = "temperatures"
@@ -117,7 +117,7 @@ class RewardClassifier(ClassifierEvaluation):
         self.save_hyperparameters()
         keep_plain_hparams(self)
         self.start = start_name(backbone, classifier, extend)
-        self.is_ready = classifier is not None
+        self.starts_trained = classifier is not None
         self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
         self.cache = cache
         self.pairs = pairs or BradleyTerry()
@@ -165,6 +165,7 @@ class RewardClassifier(ClassifierEvaluation):
             model.backbone.requires_grad_(False)
         self._columns = preferences.columns_in(model.preferences, "classifier")
         self._kept_temperatures = frozen_temperatures(model)
+        self._added = [] if extend is None else [d for d in preferences.names if d not in self._kept_temperatures]
         if gradient_checkpointing:
             checkpoint_activations(model)
         self.classifier: Any = add_lora(model, lora, trained_whole=["head", "added"]) if lora else model
@@ -284,7 +285,7 @@ class RewardClassifier(ClassifierEvaluation):
         if is_sharded(sharded):
             self.classifier = self._collect(sharded)
         if self.trainer.is_global_zero:
-            self._record = training_record(self.trainer, self.preferences, self._calibration, self._before)
+            self._record = self._training_record()
             self.export(folder)
         self.classifier = sharded
 
@@ -292,10 +293,13 @@ class RewardClassifier(ClassifierEvaluation):
         """Keeps trained weights only, the temperatures, and what the model card says of the training."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
         if self.was_trained:
-            self._record = training_record(self.trainer, self.preferences, self._calibration, self._before)
+            self._record = self._training_record()
         checkpoint[_RECORD] = self._record
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
+
+    def _training_record(self) -> Record:
+        return training_record(self.trainer, self.preferences, self._calibration, self._before, self._added)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Completes the weights from the backbone."""

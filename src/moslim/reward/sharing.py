@@ -32,6 +32,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from moslim.checkpoints import fingerprint
 from moslim.lora import PEFT_PREFIX, base_weights
+from moslim.models import align
 from moslim.reward.adapter_form import ADAPTER, ADAPTER_WEIGHTS, BACKBONE, BASE, HEADS, SavedAdapter, heads
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
@@ -41,6 +42,32 @@ if TYPE_CHECKING:
 Form = Literal["merged", "adapter"]
 
 _INDEX = "model.safetensors.index.json"
+_PART = ".part-"
+_EARLIER = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write a classifier to, whose content is moved to its place in the end, or is lost on an error.
+
+    Weights and tokenizer of an earlier export go: they would be loaded with the new ones, or instead of them.
+
+    Raises:
+        ValueError: There is a model of another kind.
+    """
+    if (folder / "config.json").exists() and not is_classifier(folder):
+        raise ValueError(f"'{folder}' holds another model, which would be lost: name another folder for the classifier")
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_PART}*"):  # by a process that was killed
+        shutil.rmtree(left)
+    with TemporaryDirectory(prefix=_PART, dir=folder) as part:
+        yield Path(part)
+        for name in (BACKBONE, ADAPTER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for file in (file for pattern in _EARLIER for file in folder.glob(pattern)):
+            file.unlink()
+        for file in Path(part).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
@@ -50,7 +77,7 @@ def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
         classifier: The classifier.
         folder: Where to; what an earlier export left there is replaced.
     """
-    with _whole(folder) as part:
+    with whole_folder(folder) as part:
         top = heads(classifier)
         save_file(top, part / HEADS, metadata={"format": "pt"})
         classifier.backbone.save_pretrained(part / BACKBONE)
@@ -86,7 +113,7 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
     tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
     classifier: Any = adapted.get_base_model()
     made_on = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
-    with _whole(folder) as part:
+    with whole_folder(folder) as part:
         (part / ADAPTER).mkdir()
         options.save_pretrained(str(part / ADAPTER))
         save_file(tensors, part / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -148,6 +175,7 @@ def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceCla
     saved.check(get_peft_model_state_dict(adapted))
     set_peft_model_state_dict(adapted, saved.weights)
     classifier.backbone = adapted.merge_and_unload()  # type: ignore[operator]
+    align(classifier)
     return classifier.requires_grad_(True).eval()
 
 
@@ -188,22 +216,3 @@ def _save_config(classifier: PreferenceClassifier, folder: Path) -> None:
 
 def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write to; what stands there in the end is moved to its place, and nothing if writing fails.
-
-    Weights of an earlier export go: in another form or layout, they would be loaded instead of the new ones.
-    """
-    if (folder / "config.json").exists() and not is_classifier(folder):
-        raise ValueError(f"'{folder}' holds another model, which would be lost: name another folder for the classifier")
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".part-", dir=folder) as part:
-        yield Path(part)
-        for name in (BACKBONE, ADAPTER):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for file in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-            file.unlink()
-        for file in Path(part).iterdir():
-            os.replace(file, folder / file.name)

@@ -33,5 +33,10 @@ class Escaped(Layout):
         text = require(record, column, "layout.columns")
         if not isinstance(text, str):
             raise ValueError(f"{record.place}, field '{column}': {text!r:.60} is not a text")
-        # A character beyond the first 65536 is two escapes, which only together are one.
-        return _ESCAPE.sub(lambda found: json.loads(f'"{found[0]}"'), text)
+        return _ESCAPE.sub(_written_out, text)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    """A character; one beyond the first 65536 is two escapes, and half of it, where a text was cut, is U+FFFD."""
+    text: str = json.loads(f'"{found[0]}"')
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
