@@ -125,3 +125,12 @@ def test_fused_kernels_say_what_they_lack(folder, monkeypatch):
     monkeypatch.setattr("moslim.models.find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'moslim\[liger\]'"):
         fuse_kernels(model)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for load in (load_causal_lm, load_tokenizer):
+        with pytest.raises(FileNotFoundError, match=r"there is no folder 'outputs/mine/model'.*still to be run"):
+            load("outputs/mine/model")
+        with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here, and the Hub gives no"):
+            load("nobody/nothing")

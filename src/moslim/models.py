@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,15 +74,44 @@ class Architecture:
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hub name or folder."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    """Loads the tokenizer of a Hub name or folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    with named(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def load_causal_lm(path: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Loads a causal language model from a Hub name or folder; weights must be safetensors."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True
-    )
+    """Loads a causal language model from a Hub name or folder; weights must be safetensors.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    with named(path):
+        return AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True
+        )
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """Says which model is meant where none can be loaded.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and no such model on the Hub; or it cannot be reached.
+    """
+    folder = Path(path).is_dir()
+    if not folder and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+        raise FileNotFoundError(
+            f"there is no folder '{path}' (looked in {Path.cwd()}): is what makes it still to be run?"
+        )
+    try:
+        yield
+    except OSError as error:
+        where = "cannot be loaded" if folder else "is no folder here, and the Hub gives no such model"
+        raise FileNotFoundError(f"the model '{path}' {where}: {error}") from error
 
 
 def align(model: nn.Module) -> None:

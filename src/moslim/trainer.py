@@ -188,5 +188,5 @@ def _show(found: Replayed) -> None:
 def _method(model: LightningModule, name: str) -> Any:
     method = getattr(model, name, None)
     if not callable(method):
-        raise TypeError(f"{type(model).__name__} has no method `{name}`; give a model that has one with --model")
+        raise TypeError(f"{type(model).__name__} has no method `{name}`: is this the config of another kind of model?")
     return method

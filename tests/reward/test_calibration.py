@@ -124,6 +124,20 @@ def test_one_question_alone_is_fitted_and_not_measured() -> None:
     assert found.measures == {} and found.temperatures[1] > 1.3
 
 
+def test_too_few_rows_to_try_a_temperature_are_not_measured() -> None:
+    logits, targets, questions = overconfident(40, 2.0)  # enough to fit on all of them, not on half
+    found = calibrate(logits, targets, questions, PREFERENCES)
+    assert found.measures == {} and 1 not in found.temperatures
+
+
+def test_a_temperature_at_its_bound_is_said() -> None:
+    logits, targets, questions = overconfident(400, 1.0)
+    with pytest.warns(UserWarning, match="temperature of two is at its bound"):
+        logits[:, 0, :2] = targets[:, 0, :2]  # right about every row
+        found = calibrate(logits, targets, questions, PREFERENCES)
+    assert found.temperatures[0] < 0.101 and 0.5 < found.temperatures[1] < 2
+
+
 def test_a_classifier_without_any_label_keeps_its_temperatures() -> None:
     with pytest.warns(UserWarning, match="two, four"):
         found = calibrate(torch.zeros(0, 2, 4), torch.zeros(0, 2, 4), torch.zeros(0, dtype=torch.long), PREFERENCES)

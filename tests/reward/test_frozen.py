@@ -87,6 +87,16 @@ def test_the_trunk_runs_in_groups_of_like_length_without_dropout(preferences: Pr
     assert alone.shape == (4, 3 * 32)
 
 
+def test_too_few_rows_for_a_batch_are_said_before_the_backbone_runs(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreferenceClassifier, "features", refuse)
+    with pytest.raises(
+        ValueError, match=r"too few for one batch of 999 on each of 1 processes: lower data\.batch_size"
+    ):
+        trainer(tmp_path).fit(make(preferences, backbone), data(preferences, batch_size=999))
+
+
 def test_a_resumed_run_equals_the_uninterrupted_one(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     whole = make(preferences, backbone)
     trainer(tmp_path, max_steps=8).fit(whole, data(preferences))

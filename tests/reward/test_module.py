@@ -394,3 +394,40 @@ def test_evaluation_passes_pairs_of_like_length_and_keeps_their_order(
     assert shapes == [(3, 4), (1, 9), (1, 9)]
     torch.testing.assert_close(logits, whole.logits)
     torch.testing.assert_close(scores, whole.scores)
+
+
+def test_resuming_a_finished_run_leaves_its_record_alone(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "classifier"
+    run = trainer(tmp_path, max_steps=6)
+    run.fit(make(preferences, backbone, output=str(folder)), data(preferences))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    card = (folder / "README.md").read_text()
+    assert "On validation rows" in card
+    again = make(preferences, backbone, output=str(folder))
+    trainer(tmp_path, max_steps=6).fit(again, data(preferences), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert (folder / "README.md").read_text() == card
+
+
+def test_untrained_heads_are_not_tested_silently(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def untrained() -> bool:
+        found = any("never trained" in str(warning.message) for warning in recwarn)
+        recwarn.clear()
+        return found
+
+    module = make(preferences, backbone)
+    trainer(tmp_path).test(module, data(preferences), verbose=False)
+    assert untrained()
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, data(preferences))
+    run.test(module, data(preferences), verbose=False)
+    assert not untrained()
+
+
+def test_what_a_run_starts_from_is_never_its_output(preferences: PreferenceSet, backbone: str) -> None:
+    for output in (backbone, str(Path(backbone).parent)):
+        with pytest.raises(ValueError, match=f"holds the start = '{backbone}'"):
+            make(preferences, backbone, output=output)

@@ -134,6 +134,28 @@ def ordered_batches(rows: int, size: int, ranks: int) -> list[list[int]]:
     return batches
 
 
+def full_batches(stages: Sequence[int], size: int, ranks: int) -> list[list[int]]:
+    """Returns the rows of each stage, the first stage first.
+
+    Args:
+        stages: Stage of each row.
+        size: Rows per rank and batch.
+        ranks: Number of processes.
+
+    Raises:
+        ValueError: A stage has too few rows for a single batch.
+    """
+    rows = [[row for row, own in enumerate(stages) if own == stage] for stage in sorted(set(stages))]
+    fewest = min(map(len, rows), default=0)
+    if fewest < size * ranks:
+        which = " of one stage" if len(rows) > 1 else ""
+        raise ValueError(
+            f"there are only {fewest} training rows{which}, too few for one batch of {size} on each of {ranks} "
+            "processes: lower data.batch_size"
+        )
+    return rows
+
+
 class RepeatBatchSampler(Sampler[list[Draw]]):
     """Yields each batch ``repeats`` times; every rank gets its slice of the same global batch.
 
@@ -172,15 +194,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         staged = [0] * rows if stages is None else stages
         if len(staged) != rows:
             raise ValueError(f"stages has {len(staged)} entries for {rows} rows")
-        self._stages = [[row for row in range(rows) if staged[row] == stage] for stage in sorted(set(staged))]
-        fewest = min(map(len, self._stages), default=0)
-        least = 1 if budget else batch_size
-        if fewest < least * ranks:
-            which = " of one stage" if len(self._stages) > 1 else ""
-            raise ValueError(
-                f"there are only {fewest} training rows{which}, too few for one batch of {least} on each of "
-                f"{ranks} processes: lower batch_size"
-            )
+        self._stages = full_batches(staged, 1 if budget else batch_size, ranks)
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.rank, self.ranks, self.lengths = rank, ranks, lengths
         self.same_epochs, self.budget = same_epochs, budget

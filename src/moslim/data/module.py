@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.checkpoints import class_path
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
-from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader
+from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
 from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
 from moslim.data.prompts import PairEncoder, PromptRenderer, pad_id
 from moslim.data.requests import Request, combination_requests, sweep_requests
@@ -67,8 +67,8 @@ class PreferenceDataModule(LightningDataModule):
         workers: Processes that prepare training batches; 0 prepares them in the main process.
 
     Raises:
-        ValueError: ``scramble`` with a batch of one, where there is nothing to exchange, or ``token_budget`` without
-            ``group_by_length``.
+        ValueError: A batch size below 1, ``scramble`` with a batch of one, where there is nothing to exchange, or
+            ``token_budget`` without ``group_by_length``.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class PreferenceDataModule(LightningDataModule):
         workers: int = 0,
     ) -> None:
         super().__init__()
+        if min(batch_size, eval_batch_size) < 1:
+            raise ValueError(f"batch_size is {batch_size}, eval_batch_size {eval_batch_size}: give 1 or more")
         if scramble and batch_size < 2:
             raise ValueError("scramble exchanges levels within a batch, so it needs a batch_size of two or more")
         if token_budget is not None and (token_budget < 1 or not group_by_length):
@@ -124,6 +126,17 @@ class PreferenceDataModule(LightningDataModule):
         if (view, split) not in self._rows:
             self._rows[view, split] = self.source.rows(view, split, self.preferences, self.seed)
         return self._rows[view, split]
+
+    def setup(self, stage: str) -> None:
+        """Says that there are too few rows for a batch before a frozen backbone has run over them.
+
+        Raises:
+            ValueError: There are.
+        """
+        if stage == "fit" and self._view is View.REWARD and self._row_features is not None:
+            full_batches(
+                [row.stage for row in self.rows(View.REWARD, Split.TRAIN)], self.batch_size, self._processes[1]
+            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
@@ -172,15 +185,24 @@ class PreferenceDataModule(LightningDataModule):
         return self._in_order(requested(chosen, [self._test_requests(index) for index, _ in chosen]))
 
     def predict_dataloader(self) -> OrderedBatches | StreamedPairs | list[Any]:
-        """Rows of the source's predict split in order; a policy is asked for the levels that a row has."""
+        """Rows of the source's predict split in order; a policy is asked for the levels that a row has.
+
+        Raises:
+            ValueError: There are no rows.
+        """
         if self._view is View.REWARD:
             return self._streamed()
         rows = self.rows(self._view, Split.PREDICT)
+        if not rows:
+            raise ValueError("the source has no rows to answer; a Table takes them from data.source.predict")
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows))
-        asked = [known_levels(row.levels, self.preferences) for row in rows]
+        asked = [known_levels(row.requested or row.levels, self.preferences) for row in rows]
+        if not any(asked):
+            names = ", ".join(self.preferences.names)
+            warnings.warn(f"no row of predict asks for a level: columns named {names} would hold them", stacklevel=2)
         return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,10 +277,14 @@ class PreferenceDataModule(LightningDataModule):
     def _read_pairs(self, rows: list[Example]) -> Pairs:
         """Pairs for learning and measuring, with features where the module makes them once, not in every batch."""
         pairs = self._pairs(rows)
-        features: Callable[[list[list[int]]], Tensor] | None = getattr(self._module, "row_features", None)
-        if features is not None and rows:
-            pairs.compute(features)
+        if self._row_features is not None and rows:
+            pairs.compute(self._row_features)
         return pairs
+
+    @property
+    def _row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
+        features: Callable[[list[list[int]]], Tensor] | None = getattr(self._module, "row_features", None)
+        return features
 
     @property
     def _pair_length(self) -> int | None:

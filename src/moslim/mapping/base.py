@@ -114,8 +114,17 @@ class MappingFunction(Plugin, ABC):
         """Called once per training rollout, before the rewards are computed: the only place to update statistics."""
 
     def __call__(self, probs: Tensor, targets: Tensor, groups: Tensor) -> MappedReward:
-        """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments."""
+        """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments.
+
+        Raises:
+            ValueError: :meth:`per_dimension` returns another shape than ``[B, D]``.
+        """
         rewards, weights = self.per_dimension(probs, targets, groups), self.weights(targets)
+        if rewards.shape != targets.shape:
+            raise ValueError(
+                f"{type(self).__name__}.per_dimension returns {list(rewards.shape)}: a reward of every answer on every "
+                f"dimension is {list(targets.shape)}"
+            )
         return MappedReward(self.scalarize(rewards, weights), rewards, weights)
 
     def sizes(self, like: Tensor) -> Tensor:

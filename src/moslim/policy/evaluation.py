@@ -15,14 +15,17 @@ from moslim.data.types import PromptBatch, Question
 from moslim.evaluation.judges import Judge
 from moslim.evaluation.report import scalars
 from moslim.evaluation.steerability import measures, steerability
+from moslim.folders import refuse_sources, whole_folder
 from moslim.lora import merged
 from moslim.models import load_tokenizer
 from moslim.policy.answering import Answerer, Answers, Purpose
+from moslim.policy.model_card import policy_card
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
 from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.scorer import Scorer
+from moslim.reward.sharing import is_classifier
 
 
 class PolicyEvaluation(RunModule):
@@ -30,6 +33,7 @@ class PolicyEvaluation(RunModule):
 
     preferences: PreferenceSet
     model_path: str
+    classifier_path: str
     trust_remote_code: bool
     policy: Any
     roles: Roles
@@ -139,6 +143,16 @@ class PolicyEvaluation(RunModule):
         return self.answerer(self.policy, batch, [(self.seed, Purpose.PREDICT)], samples).texts
 
     def export(self, folder: str) -> None:
-        """Saves the policy (adapter merged) and its tokenizer in Hugging Face format."""
-        merged(self.policy).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Saves the policy (adapter merged), its tokenizer and a model card in Hugging Face format.
+
+        Raises:
+            ValueError: That folder holds what the run is built on, or a classifier.
+        """
+        refuse_sources(folder, {"model.model": self.model_path, "model.classifier": self.classifier_path})
+        with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
+            merged(self.policy).save_pretrained(part)
+            self.tokenizer.save_pretrained(part)
+            data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+            if data is not None:  # only it knows how levels are written
+                card = policy_card(data.renderer(self.tokenizer), self.tokenizer, self.model_path)
+                (part / "README.md").write_text(card, encoding="utf-8")

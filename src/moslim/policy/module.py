@@ -143,6 +143,7 @@ class PolicyTrainer(PolicyEvaluation):
             )
         self.preferences = preferences
         self.model_path = model
+        self.classifier_path = classifier
         self.mapping = mapping
         self.policy_optimizer = policy_optimizer
         self.engine = engine or TorchEngine()

@@ -25,7 +25,7 @@ class Calibration:
     Args:
         temperatures: One per head, fitted on all rows.
         measures: ``{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``, on questions that their temperature
-            has not seen.
+            has not seen; of heads with enough rows for both.
     """
 
     temperatures: list[float]
@@ -165,15 +165,27 @@ def calibrate(logits: Tensor, targets: Tensor, questions: Tensor, preferences: P
             f"fewer than {FEWEST} validation rows are labelled for {', '.join(few)}: not calibrated, these keep the "
             "temperature 1; give more validation rows"
         )
+    fitted = fit_temperatures(logits, targets)
+    wild = [
+        name
+        for name, temperature in zip(preferences.names, fitted.tolist(), strict=True)
+        if not 1.001 * _COLDEST < temperature < 0.999 * _HOTTEST
+    ]
+    if wild:
+        rank_zero_warn(
+            f"the temperature of {', '.join(wild)} is at its bound: on validation rows these heads know next to "
+            "nothing, or everything"
+        )
     held_out = torch.unique(questions, return_inverse=True)[1] % 2 == 1
     trial = fit_temperatures(logits[~held_out], targets[~held_out])
+    enough = label_counts(targets[~held_out]) >= FEWEST
     logits_there, targets_there = logits[held_out].double(), targets[held_out].double()
     measures: dict[str, Tensor] = {}
     for stage, temperatures in {"before": torch.ones_like(trial), "after": trial}.items():
         probs = (logits_there / temperatures[:, None]).softmax(-1)
         for d, (name, size) in enumerate(zip(preferences.names, preferences.sizes, strict=True)):
             rows = (targets_there[:, d] > 0).any(-1)
-            if rows.any():
+            if enough[d] and rows.any():
                 found = calibration_measures(probs[rows, d, :size], targets_there[rows, d, :size])
                 measures |= {f"{name}/{key}/{stage}": value.float() for key, value in found.items()}
-    return Calibration(fit_temperatures(logits, targets).tolist(), measures)
+    return Calibration(fitted.tolist(), measures)

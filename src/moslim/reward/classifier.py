@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import ModelOutput
 
-from moslim.models import align
+from moslim.models import align, named
 from moslim.precision import widened
 from moslim.preferences import PreferenceSet
 from moslim.reward.heads import HeadLinear, HeadShape, OwnHeads
@@ -169,14 +169,16 @@ class PreferenceClassifier(PreTrainedModel):
             trust_remote_code: Whether code from the backbone's repository may run.
 
         Raises:
+            FileNotFoundError: There is no such backbone.
             ValueError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
         """
         if isinstance(backbone, PreTrainedModel):
             trunk = cast(PreTrainedModel, backbone.base_model)
         else:
-            trunk, report = AutoModel.from_pretrained(
-                backbone, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-            )
+            with named(str(backbone)):
+                trunk, report = AutoModel.from_pretrained(
+                    backbone, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
+                )
             _refuse_missing([key for key in report["missing_keys"] if not key.startswith("pooler.")], str(backbone))
             align(trunk)
         if trunk.config.is_encoder_decoder:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moslim.base import RunModule
 from moslim.checkpoints import fingerprint
 from moslim.data.types import Example, PairBatch
+from moslim.folders import refuse_sources, whole_folder
 from moslim.jsonlines import JsonLines
 from moslim.lora import is_adapted, merged, unwrapped
 from moslim.packing import like_length, pass_tokens
@@ -31,7 +33,7 @@ from moslim.reward.losses import LevelLoss
 from moslim.reward.model_card import ModelCard, predict_config
 from moslim.reward.predictions import prediction_rows, rows_scored
 from moslim.reward.scorer import Scorer, pair_limit
-from moslim.reward.sharing import Form, save_adapter, save_merged, whole_folder
+from moslim.reward.sharing import Form, is_classifier, save_adapter, save_merged
 from moslim.reward.training_record import save_record
 from moslim.sharding import is_sharded
 
@@ -99,6 +101,8 @@ class ClassifierEvaluation(RunModule):
             FileNotFoundError: There is no such file.
             ValueError: A line of it cannot be used.
         """
+        if not (self.starts_trained or self.was_trained or self.trainer.ckpt_path):
+            rank_zero_warn("the heads that are tested were never trained: give --ckpt_path last, or a file")
         self._tested.clear()
         self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
@@ -130,8 +134,13 @@ class ClassifierEvaluation(RunModule):
         return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
 
     def export(self, folder: str | Path) -> None:
-        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`."""
-        with whole_folder(Path(folder)) as part:
+        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`.
+
+        Raises:
+            ValueError: That folder holds what the run started from, or another model.
+        """
+        refuse_sources(folder, {"the start": self.start})
+        with whole_folder(Path(folder), is_classifier) as part:
             save_merged(merged(self.classifier), part)
             self._complete(part, "merged")
 
@@ -139,13 +148,13 @@ class ClassifierEvaluation(RunModule):
         """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
 
         Raises:
-            ValueError: There is no adapter, it changes more than the backbone, or its base model is in that folder.
+            ValueError: There is no adapter, it changes more than the backbone, or that folder holds what the run
+                started from, or another model.
         """
         if not is_adapted(self.classifier):
             raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
-        if Path(folder).resolve() == Path(self.start).resolve():
-            raise ValueError(f"'{folder}' holds the base model, which the adapter needs: name another folder")
-        with whole_folder(Path(folder)) as part:
+        refuse_sources(folder, {"the start": self.start})
+        with whole_folder(Path(folder), is_classifier) as part:
             save_adapter(self.classifier, self.start, part)
             self._complete(part, "adapter")
 

@@ -132,10 +132,11 @@ class ModelCard:
         for dimension, temperature in zip(dimensions, self.config.temperatures, strict=True):
             places = [f"calibration/{dimension.name}/{measure}" for measure in _CALIBRATION]
             pairs = [(number(found.get(f"{p}/before")), number(found.get(f"{p}/after"))) for p in places]
-            rows.append([dimension.name, f"{temperature:.2f}", *(" to ".join(pair) for pair in pairs)])
+            shown = ("-" if pair == ("-", "-") else " to ".join(pair) for pair in pairs)
+            rows.append([dimension.name, f"{temperature:.2f}", *shown])
         return (
             "One temperature per dimension, fitted on validation rows and applied whenever the classifier scores. "
-            "Errors before and after, on questions that were not used for fitting:\n\n"
+            "Errors before and after, on questions that were not used for fitting (- where rows were too few):\n\n"
             + markdown_table(["dimension", "temperature", *_CALIBRATION.values()], rows)
         )
 

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.prompts import pad_id
 from moslim.data.types import PairBatch, View
+from moslim.folders import refuse_sources
 from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
@@ -118,6 +119,8 @@ class RewardClassifier(ClassifierEvaluation):
         keep_plain_hparams(self)
         self.start = start_name(backbone, classifier, extend)
         self.starts_trained = classifier is not None
+        if output is not None:
+            refuse_sources(output, {"the start": self.start})
         self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
         self.cache = cache
         self.pairs = pairs or BradleyTerry()
@@ -173,6 +176,7 @@ class RewardClassifier(ClassifierEvaluation):
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
         self._calibrated_at = 0
+        self._validated = False
         self._calibration: dict[str, Tensor] = {}
         # From a sharded classifier to a whole one; a function, since a module would be trained.
         self._collect: Callable[[Any], Any]
@@ -243,6 +247,7 @@ class RewardClassifier(ClassifierEvaluation):
         ``val/calibration/{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``.
         """
         self._report("val")
+        self._validated = not self.trainer.sanity_checking
         if self._calibrates:
             self.log_dict(self._calibrate())
 
@@ -287,6 +292,7 @@ class RewardClassifier(ClassifierEvaluation):
         if self.trainer.is_global_zero:
             self._record = self._training_record()
             self.export(folder)
+            rank_zero_info(f"the classifier is in {folder}")
         self.classifier = sharded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -299,6 +305,9 @@ class RewardClassifier(ClassifierEvaluation):
         keep_epoch_open(self.trainer, checkpoint)
 
     def _training_record(self) -> Record:
+        """The run's record; of a finished run that is resumed, which validates nothing, the one in its checkpoint."""
+        if self._record.get("steps") == self.global_step and not self._validated:
+            return self._record
         return training_record(self.trainer, self.preferences, self._calibration, self._before, self._added)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -16,13 +16,8 @@ Both come with the tokenizer, a model card (``README.md``), what it is made from
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import snapshot_download
@@ -31,8 +26,9 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel
 
 from moslim.checkpoints import fingerprint
+from moslim.folders import whole_folder
 from moslim.lora import PEFT_PREFIX, base_weights
-from moslim.models import align
+from moslim.models import align, named
 from moslim.reward.adapter_form import ADAPTER, ADAPTER_WEIGHTS, BACKBONE, BASE, HEADS, SavedAdapter, heads
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
@@ -42,32 +38,6 @@ if TYPE_CHECKING:
 Form = Literal["merged", "adapter"]
 
 _INDEX = "model.safetensors.index.json"
-_PART = ".part-"
-_EARLIER = ("*.safetensors", "*.safetensors.index.json", "tokenizer*", "chat_template*", "special_tokens_map.json")
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write a classifier to, whose content is moved to its place in the end, or is lost on an error.
-
-    Weights and tokenizer of an earlier export go: they would be loaded with the new ones, or instead of them.
-
-    Raises:
-        ValueError: There is a model of another kind.
-    """
-    if (folder / "config.json").exists() and not is_classifier(folder):
-        raise ValueError(f"'{folder}' holds another model, which would be lost: name another folder for the classifier")
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"{_PART}*"):  # by a process that was killed
-        shutil.rmtree(left)
-    with TemporaryDirectory(prefix=_PART, dir=folder) as part:
-        yield Path(part)
-        for name in (BACKBONE, ADAPTER):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for file in (file for pattern in _EARLIER for file in folder.glob(pattern)):
-            file.unlink()
-        for file in Path(part).iterdir():
-            os.replace(file, folder / file.name)
 
 
 def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
@@ -77,7 +47,7 @@ def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
         classifier: The classifier.
         folder: Where to; what an earlier export left there is replaced.
     """
-    with whole_folder(folder) as part:
+    with whole_folder(folder, is_classifier) as part:
         top = heads(classifier)
         save_file(top, part / HEADS, metadata={"format": "pt"})
         classifier.backbone.save_pretrained(part / BACKBONE)
@@ -113,7 +83,7 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
     tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
     classifier: Any = adapted.get_base_model()
     made_on = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
-    with whole_folder(folder) as part:
+    with whole_folder(folder, is_classifier) as part:
         (part / ADAPTER).mkdir()
         options.save_pretrained(str(part / ADAPTER))
         save_file(tensors, part / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
@@ -131,15 +101,20 @@ def load_classifier(source: str | Path, base: str | Path | None = None) -> Prefe
 
     Raises:
         FileNotFoundError: There is no such classifier, or an adapter's base model is missing.
-        ValueError: A weight is missing or renamed, the base model is another one, or ``base`` is given for a
-            classifier that needs none.
+        ValueError: It is a model of another kind, a weight is missing or renamed, the base model is another one, or
+            ``base`` is given for a classifier that needs none.
     """
     saved = saved_adapter(source)
     if saved is not None:
         return _load_adapted(saved, base)
     if base is not None:
         raise ValueError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
-    return PreferenceClassifier.from_pretrained(local_folder(source))
+    folder = local_folder(source)
+    if not is_classifier(folder):
+        raise ValueError(
+            f"'{source}' is another model, no saved classifier: to put new heads on it, name it as backbone"
+        )
+    return PreferenceClassifier.from_pretrained(folder)
 
 
 def saved_adapter(source: str | Path) -> SavedAdapter | None:
@@ -156,8 +131,13 @@ def saved_adapter(source: str | Path) -> SavedAdapter | None:
 
 
 def is_classifier(source: str | Path) -> bool:
-    """Whether a folder or Hub name holds a saved classifier, in either form."""
-    config, _ = PreferenceClassifierConfig.get_config_dict(source)
+    """Whether a folder or Hub name holds a saved classifier, in either form.
+
+    Raises:
+        FileNotFoundError: It holds no model.
+    """
+    with named(str(source)):
+        config, _ = PreferenceClassifierConfig.get_config_dict(source)
     return config.get("model_type") == PreferenceClassifierConfig.model_type
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from moslim.base import RunModule
 from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import PromptBatch, Question, TextBatch, View
+from moslim.folders import refuse_sources, whole_folder
 from moslim.models import Architecture, checkpoint_activations, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
+from moslim.reward.sharing import is_classifier
 
 
 class SupervisedTrainer(RunModule):
@@ -174,6 +177,12 @@ class SupervisedTrainer(RunModule):
         keep_epoch_open(self.trainer, checkpoint)
 
     def export(self, folder: str) -> None:
-        """Saves model and tokenizer in Hugging Face format."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Saves model and tokenizer in Hugging Face format.
+
+        Raises:
+            ValueError: That folder holds what the run started from, or a classifier.
+        """
+        refuse_sources(folder, {"model.model": self.model_path})
+        with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
+            self.model.save_pretrained(part)
+            self.tokenizer.save_pretrained(part)

@@ -1,0 +1,63 @@
+"""The README of an exported policy: what its levels are, and how a prompt asks for them."""
+
+from __future__ import annotations
+
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+from moslim.data.prompts import PromptRenderer
+from moslim.preferences import Preference
+from moslim.reporting import markdown_table
+
+_QUESTION = "How do I make tea?"
+
+
+def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, base: str) -> str:
+    """Returns the whole page.
+
+    Args:
+        renderer: What wrote the prompts of training.
+        tokenizer: The policy's tokenizer.
+        base: Hub name or folder of the model that training started from.
+    """
+    dimensions = renderer.preferences.dimensions
+    asked = Preference({dimension.name: len(dimension.levels) - 1 for dimension in dimensions[:2]})
+    messages = renderer.messages(_QUESTION, asked)
+    rows = [[dimension.name, " / ".join(dimension.levels)] for dimension in dimensions]
+    wanted = ", ".join(
+        f"{name} = {dimensions[i].levels[level]}" for i, (name, level) in enumerate(asked.levels.items())
+    )
+    prompt = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+    if tokenizer.chat_template is None:
+        prompt = '"".join(f"{message[\'content\']}\\n" for message in messages)'
+    special = "False" if tokenizer.chat_template is not None else "True"
+    return f"""# Policy: {", ".join(dimension.name for dimension in dimensions)}
+
+Answers at the levels that its prompt asks for. Made with [MOSLIM](https://arxiv.org/abs/2505.20336) from `{base}`.
+
+## Levels
+
+{markdown_table(["dimension", "levels, lowest first"], rows)}
+
+## How to ask
+
+The levels stand in the prompt, as they did in training; what is not named is left to the policy. For {wanted}:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+messages = {json.dumps(messages, ensure_ascii=False)}
+prompt = {prompt}
+inputs = tokenizer(prompt, add_special_tokens={special}, return_tensors="pt")
+answer = model.generate(input_ids=inputs["input_ids"], do_sample=True, max_new_tokens=100, top_k=0)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+## Limits
+
+How well it follows is measured by `python main.py test`, in `steerability.json` and `report.md` of that run. It was
+rewarded by a classifier, which can be wrong: judge it by something else.
+"""

@@ -1,0 +1,105 @@
+"""Runs what ``docs/policy.md`` shows, from the config to the exported model and the code of its card."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from moslim.cli import main
+from moslim.data.prompts import PromptRenderer
+from moslim.instructions import SystemMessage, Tags
+from moslim.policy.model_card import policy_card
+from moslim.preferences import Preference, PreferenceSet
+from moslim.workbench.grammar import TOPICS
+from moslim.workbench.questions import ask
+from tests.policy.conftest import save_classifier
+
+PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
+SMALL = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 1, "enable_model_summary": False}
+
+
+@pytest.fixture(scope="module")
+def folder(
+    models: dict[str, PreTrainedModel], tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Where all commands of the page have run, with a tiny model for a few steps."""
+    folder = tmp_path_factory.mktemp("policy")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", sys.path.copy())
+        patch.setattr(sys, "argv", ["main.py"])
+        models["llama"].save_pretrained("start")
+        tokenizer.save_pretrained("start")
+        save_classifier(Path("outputs/mine/classifier"), tokenizer, seed=0)
+        questions = [{"question": ask(topic, 0)} for topic in TOPICS[:48]]
+        Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+        (request,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+        Path("requests.jsonl").write_text(request)
+        (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+        config = yaml.safe_load(text)
+        config["trainer"] |= {**SMALL, "accelerator": "cpu"}
+        config["model"]["init_args"] |= {"samples_per_prompt": 2, "eval_samples": 1}
+        config["model"]["init_args"]["engine"]["init_args"]["max_new_tokens"] = 6
+        config["data"]["init_args"] |= {"batch_size": 4, "validation_questions": 1, "test_questions": 1}
+        Path("policy.yaml").write_text(yaml.safe_dump(config))
+        for block in re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL):
+            for line in block.splitlines():
+                main(shlex.split(line.removeprefix("python main.py ")))
+    return folder
+
+
+def test_a_file_of_requests_is_answered(folder: Path) -> None:
+    (row,) = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert row["question"] == "How do I clean the kettle?" and row["requested"] == {"warmth": 4}
+
+
+def test_the_card_s_code_runs_without_moslim(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    card = (folder / "shared/policy/README.md").read_text()
+    assert "For formality = ceremonial, warmth = glowing" in card and "[[Preferences]] formality: ceremonial" in card
+    assert "| warmth | icy / reserved / mild / friendly / glowing |" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "moslim" not in code
+    monkeypatch.chdir(folder / "shared/policy")
+    names: dict[str, object] = {}
+    exec(code.replace("max_new_tokens=100", "max_new_tokens=4"), names)
+    assert capsys.readouterr().out.strip() or names["answer"] is not None
+    assert isinstance(names["model"], AutoModelForCausalLM._model_mapping[type(names["model"].config)])
+
+
+def test_the_card_s_prompt_is_that_of_training(tokenizer: PreTrainedTokenizerBase) -> None:
+    preferences = PreferenceSet({"warmth": ["cold", "warm"]})
+    for instruction in (Tags(), SystemMessage()):
+        renderer = PromptRenderer(tokenizer, instruction, preferences)
+        (code,) = re.findall(r"```python\n(.*?)```", policy_card(renderer, tokenizer, "base"), re.DOTALL)
+        lines = [line for line in code.splitlines() if line.startswith(("messages =", "prompt =", "inputs ="))]
+        names = {"tokenizer": tokenizer}
+        exec("\n".join(lines), names)
+        ids = names["inputs"]["input_ids"][0].tolist()
+        assert ids == renderer.ids("How do I make tea?", Preference({"warmth": 1}))
+
+
+@pytest.mark.parametrize("other", ["start", "outputs/mine/classifier"])
+def test_an_export_never_takes_the_place_of_what_the_policy_is_built_on(
+    other: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(Path(other).rglob("*"))
+    for out in (other, "."):
+        with pytest.raises(ValueError, match=r"holds model\.(model|classifier) = .*name another folder"):
+            main(["export", "--config", "policy.yaml", "--ckpt_path", "last", "--out", out])
+    assert sorted(Path(other).rglob("*")) == before
+
+
+def test_a_prediction_without_rows_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"no rows to answer; a Table takes them from data\.source\.predict"):
+        main(["predict", "--config", "policy.yaml", "--ckpt_path", "last"])
+    Path("misspelt.jsonl").write_text('{"question": "How do I clean the kettle?", "warmht": 2}\n')
+    with pytest.warns(UserWarning, match="no row of predict asks for a level: columns named formality, warmth"):
+        options = ["--data.source.predict", "misspelt.jsonl", "--model.predictions", "bare.jsonl"]
+        main(["predict", "--config", "policy.yaml", "--ckpt_path", "last", *options])
