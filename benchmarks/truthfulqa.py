@@ -240,6 +240,7 @@ def throughput(folder: Path, parts: dict[str, Rows], backbone: str, steps: int =
     ours, plain, padding = [], [], 0.0
     for round_ in range(rounds):
         timer = ["--trainer.callbacks", "plain_trainer.Clock", "--trainer.limit_val_batches", "0"]
+        timer += ["--trainer.enable_checkpointing", "false"]  # the other does not save, either
         few = ["--trainer.max_steps", str(steps), "--trainer.precision", "32-true", "--model.calibrate", "false"]
         cli = fit(folder, "speed", round_, f"--model.backbone={backbone}", *timer, *few)[2]
         (clock,) = (c for c in cli.trainer.callbacks if isinstance(c, Clock))
