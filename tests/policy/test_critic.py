@@ -103,7 +103,8 @@ def test_sharing_prompts_keeps_the_gradient(form, tokenizer, batch):
     for shared, apart in zip(*gradients, strict=True):
         assert (shared is None) == (apart is None)
         if shared is not None:
-            torch.testing.assert_close(shared, apart, atol=1e-5, rtol=1e-5)
+            scale = apart.abs().max().clamp(min=1)  # large gradients round more
+            torch.testing.assert_close(shared / scale, apart / scale, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -137,7 +137,7 @@ def test_card_of_a_calibrated_classifier(card: ModelCard) -> None:
     card.config.temperatures = [1.5, 0.75]
     measures = {f"calibration/tone/ece/{when}": value for when, value in (("before", 0.2), ("after", 0.05))}
     card.record = {**card.record, "validation": measures}
-    assert "| tone | 1.50 | 0.200 to 0.050 | - to - | - to - |" in card.text()
+    assert "| tone | 1.50 | 0.200 to 0.050 | - | - |" in card.text()
     assert "Not measured" in card.text()
 
 

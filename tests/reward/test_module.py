@@ -427,7 +427,7 @@ def test_untrained_heads_are_not_tested_silently(
     assert not untrained()
 
 
-def test_what_a_run_starts_from_is_never_its_output(preferences: PreferenceSet, backbone: str) -> None:
+def test_what_a_run_starts_from_is_never_its_output(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     for output in (backbone, str(Path(backbone).parent)):
         with pytest.raises(ValueError, match=f"holds the start = '{backbone}'"):
-            make(preferences, backbone, output=output)
+            trainer(tmp_path, max_steps=1).fit(make(preferences, backbone, output=output), data(preferences))

@@ -252,5 +252,5 @@ def test_only_a_classifier_with_an_adapter_has_an_adapter_form(
         RewardClassifier(preferences, backbone).export_adapter(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     adapted = RewardClassifier(preferences, backbone, lora=LoraOptions(rank=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="holds the base model"):
+    with pytest.raises(ValueError, match="holds the start = "):
         adapted.export_adapter(backbone)

@@ -5,11 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
+from moslim.folders import whole_folder
 from moslim.lora import LoraOptions, add_lora, merged
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.scorer import Scorer
-from moslim.reward.sharing import load_classifier, save_adapter, save_merged, whole_folder
+from moslim.reward.sharing import is_classifier, load_classifier, save_adapter, save_merged
 
 from .conftest import save_backbone
 
@@ -94,7 +95,7 @@ def test_an_export_takes_its_place_whole_and_leaves_no_tokenizer_behind(tmp_path
     for name in ("chat_template.jinja", "tokenizer.json", "notes.txt"):
         (tmp_path / name).write_text("old")
     (tmp_path / ".part-killed").mkdir()
-    with pytest.raises(OSError, match="disk"), whole_folder(tmp_path) as part:
+    with pytest.raises(OSError, match="disk"), whole_folder(tmp_path, is_classifier) as part:
         (part / "tokenizer.json").write_text("half")
         raise OSError("disk full")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
@@ -102,7 +103,7 @@ def test_an_export_takes_its_place_whole_and_leaves_no_tokenizer_behind(tmp_path
         "tokenizer.json": "old",
         "notes.txt": "old",
     }
-    with whole_folder(tmp_path) as part:
+    with whole_folder(tmp_path, is_classifier) as part:
         (part / "tokenizer.json").write_text("new")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"tokenizer.json": "new", "notes.txt": "old"}
 

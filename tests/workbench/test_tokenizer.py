@@ -51,7 +51,9 @@ def test_no_text_of_the_world_has_an_unknown_word(tokenizer):
     assert tokenizer.unk_token_id not in {i for ids in tokenizer(texts)["input_ids"] for i in ids}
 
 
-@pytest.mark.parametrize("instruction", [Tags(), Tags(names=False), SystemMessage()], ids=repr)
+@pytest.mark.parametrize(
+    "instruction", [Tags(), Tags(names=False), SystemMessage()], ids=["tags", "bare tags", "system message"]
+)
 def test_no_shipped_instruction_has_an_unknown_word(instruction, tokenizer):
     renderer = PromptRenderer(tokenizer, instruction, PREFERENCES)
     asked = [{name: level} for name, levels in LEVELS.items() for level in range(len(levels))]

@@ -133,7 +133,7 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             ValueError: There are.
         """
-        if stage == "fit" and self._view is View.REWARD and self._row_features is not None:
+        if stage == "fit" and self._row_features is not None:
             full_batches(
                 [row.stage for row in self.rows(View.REWARD, Split.TRAIN)], self.batch_size, self._processes[1]
             )

@@ -119,8 +119,6 @@ class RewardClassifier(ClassifierEvaluation):
         keep_plain_hparams(self)
         self.start = start_name(backbone, classifier, extend)
         self.starts_trained = classifier is not None
-        if output is not None:
-            refuse_sources(output, {"the start": self.start})
         self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
         self.cache = cache
         self.pairs = pairs or BradleyTerry()
@@ -203,6 +201,11 @@ class RewardClassifier(ClassifierEvaluation):
         """See Lightning."""
         rate = 1e-3 if self.trunk == "frozen" else 1e-4 if self.lora else 1e-5
         return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
+
+    def on_fit_start(self) -> None:
+        """Refuses an ``output`` that the end of ``fit`` could not write."""
+        if self.output is not None:
+            refuse_sources(self.output, {"the start": self.start})
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Makes dropout a function of the step, so that a resumed run equals an uninterrupted one."""
