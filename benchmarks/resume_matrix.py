@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which runs are stopped")
     parser.add_argument("--keep", type=Path, help="new folder that keeps the runs, for a look at what differs")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background shells ignore it, as would the runs
     torch.set_num_threads(1)
     cells: dict[str, bool] = {}
     differences: dict[str, str] = {}

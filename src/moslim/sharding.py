@@ -53,7 +53,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, between_passes: bool = True) -> No
             "sharded: take trainer.strategy ddp"
         )
     for part in (*blocks, model):
-        fully_shard(part, mesh=mesh, reshard_after_forward=between_passes)
+        sharded: Any = fully_shard(part, mesh=mesh, reshard_after_forward=between_passes)
+        if mesh.device_type == "cpu":  # gloo has no mean, and torch 2.8 would take its sum for one
+            sharded.set_force_sum_reduction_for_comms(True)
     if not between_passes:
         model.set_reshard_after_backward(False)  # type: ignore[operator]  # it is an FSDPModule now
 

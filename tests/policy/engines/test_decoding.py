@@ -40,7 +40,7 @@ def test_every_way_gives_the_same_answers(models, prompts, way, kind, temperatur
             sampled(models[kind], prompts, WAYS[way])
         return
     plain = sampled(models[kind], prompts, PLAIN, temperature)
-    assert len(plain.mask.sum(dim=1).unique()) > 2  # some end before others
+    assert len(plain.mask.sum(dim=1).unique()) > 1  # some end before others
     assert_same(sampled(models[kind], prompts, WAYS[way], temperature), plain)
 
 

@@ -66,7 +66,7 @@ def test_a_large_last_layer_is_packed_for_the_time_of_sampling(prompts):
 def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature, share):
     found = TorchEngine(12, temperature).sample(models[kind], *prompts, seeds(5, 3), EOS, PAD)
     fresh = answer_logprobs(models[kind], together(prompts, found), temperature, Passes(share_prompts=share))
-    torch.testing.assert_close(found.logprobs, fresh, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.logprobs, fresh, atol=2e-5, rtol=0)
     assert (found.logprobs[found.mask] < 0).all() and found.logprobs.dtype == torch.float32
     lengths = found.mask.sum(dim=1)
     assert lengths.min() < 12 and lengths.max() <= 12  # some left the batch before others

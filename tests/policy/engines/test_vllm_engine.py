@@ -42,7 +42,7 @@ def server(started):
 
 @pytest.fixture
 def engine(server, tmp_path):
-    return VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=1e-5, patience=5.0)
+    return VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=2e-5, patience=5.0)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_arguments_are_checked(arguments):
 
 def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, preferences, lm, classifier, tmp_path):
     def policy():
-        engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=1e-5)
+        engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=2e-5)
         return make(preferences, lm, classifier, engine=engine, lora=LORA)
 
     whole = policy()
@@ -287,7 +287,7 @@ def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, pr
 
 
 def test_a_server_samples_ahead_with_the_weights_before_the_update(server, preferences, lm, classifier, tmp_path):
-    engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=1e-5)
+    engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=2e-5)
     module = make(preferences, lm, classifier, engine=engine, lora=LORA, off_policy=OffPolicy(overlap=True))
     trainer(tmp_path, max_steps=3).fit(module, data(preferences))
     module.training_answers.wait()
