@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from cli_parts import ByKeyword, Model, Plain
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from moslim.cli import SUBCOMMANDS, main, run
+from moslim.cli import SUBCOMMANDS, _keep_whole_numbers, main, run
 from moslim.preferences import PreferenceSet
 
 ROOT = Path(__file__).parents[1]
@@ -371,3 +372,16 @@ def test_defaults():
 def test_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out.strip() == "0.1.0"
+
+
+def test_a_whole_number_of_batches_stays_one_whatever_typing_remembers():
+    """``Union[int, float]`` may be an earlier ``Union[float, int]``, for which 1 is 1.0: all batches."""
+    parser = LightningArgumentParser()
+    names = [f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")]
+    for name in (*names, "overfit_batches", "val_check_interval"):
+        parser.add_argument(f"--trainer.{name}", type=float | int | None)
+    given = [f"--trainer.{name}=1" for name in names]
+    assert isinstance(parser.parse_args(given).trainer.limit_train_batches, float)
+    _keep_whole_numbers(parser)
+    found = parser.parse_args([*given, "--trainer.overfit_batches=0.5", "--trainer.val_check_interval=100"]).trainer
+    assert all(type(found[name]) is int for name in (*names, "val_check_interval")) and found.overfit_batches == 0.5

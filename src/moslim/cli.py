@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,11 @@ from moslim.preferences import PreferenceSet
 from moslim.restore import newest_checkpoint
 from moslim.trainer import MoslimTrainer
 
+_NUMBER_OR_SHARE: dict[str, Any] = {
+    **{f"limit_{stage}_batches": int | float | None for stage in ("train", "val", "test", "predict")},
+    "overfit_batches": int | float,
+    "val_check_interval": int | float | str | timedelta | dict[str, int] | None,
+}
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
 
 
@@ -63,6 +69,7 @@ class MoslimCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--preferences", type=PreferenceSet, sub_configs=True, help="The dimensions in use.")
+        _keep_whole_numbers(parser)
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(Gauges, "gauges")
@@ -137,6 +144,17 @@ def _csv_first(logger: Logger | list[Logger] | bool | None, root: str) -> list[L
         _never_prompt_for_wandb()
     csv: list[Logger] = [one for one in given if isinstance(one, CSVLogger)]
     return [*(csv or [CSVLogger(root, name="")]), *(one for one in given if not isinstance(one, CSVLogger))]
+
+
+def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
+    """Lets ``--trainer.limit_train_batches 1`` mean one batch, not 1.0 = all.
+
+    ``typing`` takes ``Union[int, float]`` for the ``Union[float, int]`` that some package may have written before, and
+    the parser tries the types in that order. ``int | float`` keeps its own.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    for name, kinds in _NUMBER_OR_SHARE.items():
+        actions[f"trainer.{name}"]._typehint = kinds  # type: ignore[attr-defined]  # there is no public way
 
 
 def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
