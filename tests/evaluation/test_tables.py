@@ -61,3 +61,8 @@ def test_summary_fits_the_console(result):
     (warmth,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["warmth"]]
     assert warmth[1:5] == ["0.50", "(0.00)", "0.67", "(0.33)"]
     assert "proxy minus gold: -0.058" in text
+
+
+def test_a_classifier_that_judges_is_not_called_gold(result):
+    judged = {**result, "judge": {**result["judge"], "proxy": True}}
+    assert "proxy minus what the judge, a classifier itself, finds met: -0.058" in summary_table(judged)

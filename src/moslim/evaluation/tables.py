@@ -96,7 +96,8 @@ def summary_table(result: Result) -> str:
     text = io.StringIO()
     Console(file=text, width=100, color_system=None).print(table)
     gap = result["reward"]["gap"]["after"]
-    return f"{text.getvalue().rstrip()}\n\nproxy minus gold: {number(gap)}\n"
+    met = "what the judge, a classifier itself, finds met" if result["judge"]["proxy"] else "gold"
+    return f"{text.getvalue().rstrip()}\n\nproxy minus {met}: {number(gap)}\n"
 
 
 def _control_rows(result: Result, mean: str, digits: int = 3) -> list[list[str]]:
