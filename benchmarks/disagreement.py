@@ -173,7 +173,7 @@ def main() -> None:
 
     first = [name for name, task in found.items() if FROZEN[1] in task.options]
     arm, seed = next(iter(ARMS)), args.seeds[0]
-    side_by_side(args.jobs, {name: cell(name, arm, seed) for name in first})  # makes the features that others read
+    side_by_side(args.jobs, {name: cell(name, arm, seed) for name in first})  # makes features that others read
     cells = {(name, arm, seed): cell(name, arm, seed) for name in found for arm in ARMS for seed in args.seeds}
     figures = side_by_side(args.jobs, cells)
     result["tasks"] = {

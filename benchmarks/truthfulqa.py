@@ -235,7 +235,7 @@ def added(folder: Path, parts: dict[str, Rows], backbone: str, labels: int = 300
     return {"labels": labels, "seconds": seconds, "unchanged": unchanged, "auroc": auroc(test, found)["informative"]}
 
 
-def throughput(folder: Path, parts: dict[str, Rows], backbone: str, steps: int = 30, rounds: int = 3) -> dict[str, Any]:
+def throughput(folder: Path, parts: dict[str, Rows], backbone: str, steps: int = 30, rounds: int = 5) -> dict[str, Any]:
     """Rows per second of ours and of a plain padded ``transformers.Trainer``, alternating, both in float32."""
     ours, plain, padding = [], [], 0.0
     for round_ in range(rounds):

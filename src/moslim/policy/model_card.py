@@ -28,10 +28,9 @@ def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, ba
     wanted = ", ".join(
         f"{name} = {dimensions[i].levels[level]}" for i, (name, level) in enumerate(asked.levels.items())
     )
-    prompt = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+    prompt, special = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)", False
     if tokenizer.chat_template is None:
-        prompt = '"".join(f"{message[\'content\']}\\n" for message in messages)'
-    special = "False" if tokenizer.chat_template is not None else "True"
+        prompt, special = '"".join(f"{message[\'content\']}\\n" for message in messages)', True
     return f"""# Policy: {", ".join(dimension.name for dimension in dimensions)}
 
 Answers at the levels that its prompt asks for. Made with [MOSLIM](https://arxiv.org/abs/2505.20336) from `{base}`.
