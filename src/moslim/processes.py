@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,17 @@ def mean_over_processes(values: Tensor) -> Tensor:
     if count > 1:
         torch.distributed.all_reduce(mean)
     return mean / count
+
+
+def averaged(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """Means over all processes of scalars to log; a process that lacks one does not count. Every process must ask."""
+    if process_count() == 1:
+        return dict(metrics)
+    found: dict[str, list[float]] = {}
+    for part in gathered({name: float(value) for name, value in metrics.items()}):
+        for name, value in part.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def shared_count(counted: Tensor) -> Tensor:

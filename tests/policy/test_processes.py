@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
-from moslim.processes import gathered, mean_over_processes, process_count
+from moslim.processes import averaged, gathered, mean_over_processes, process_count
 from tests.forked import in_two, sharded
 from tests.policy.runs import BATCH, LORA, data, make, trainer
 
@@ -27,19 +27,35 @@ TWO = {"strategy": "ddp_fork", "devices": 2}
 
 
 class SaveEachStep(Callback):
-    """Saves in every process, as checkpoints must be."""
+    """Saves in every process, as checkpoints must be, and what the first one logs."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def on_train_batch_end(self, trainer, *_):
         trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+        if trainer.is_global_zero:
+            torch.save(dict(trainer.callback_metrics), self.folder / f"{trainer.global_step}.metrics")
 
 
 def test_alone_there_is_nothing_to_tell():
     assert process_count() == 1 and gathered({"a": 1}) == [{"a": 1}]
     number = torch.tensor(3, requires_grad=False)
     assert mean_over_processes(number).item() == 3 and mean_over_processes(number).dtype == torch.float32
+    assert averaged({"a": number}) == {"a": number}
+
+
+def own_metrics(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.save(averaged({"both": torch.tensor(2.0 * rank), f"own/{rank}": 5.0}), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_metrics_are_means_over_the_processes_that_have_them(tmp_path):
+    in_two(own_metrics, tmp_path)
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"{rank}.pt") == {"both": 1.0, "own/0": 5.0, "own/1": 5.0}
 
 
 PARTS = {
@@ -93,6 +109,10 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
         name: [torch.load(tmp_path / name / f"{step}.ckpt", weights_only=True) for step in (1, 2)]
         for name in ("one", "ddp", "fsdp")
     }
+    for run, step in product(("ddp", "fsdp"), (1, 2)):
+        whole, shared = (torch.load(tmp_path / which / f"{step}.metrics") for which in ("one", run))
+        for metric in ("train/loss", "train/length", "train/truncated"):
+            torch.testing.assert_close(shared[metric], whole[metric], atol=1e-5, rtol=1e-4)
     unequal = 0
     for name, one, two in [(n, *both) for n in ("ddp", "fsdp") for both in zip(found["one"], found[n], strict=True)]:
         ((whole,), halves) = (saved["policy_run"]["rollouts"] for saved in (one, two))

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moslim.policy.metrics import level_offsets
+from moslim.processes import averaged
 from moslim.timing import Stopwatch
 
 GIB = 2**30
@@ -22,8 +23,9 @@ class Gauges(Callback):
 
     - ``time/step``, ``time/backward``, ``time/update`` (clipping, optimizer, schedule), in seconds,
     - ``memory/cpu``, and on a CUDA device ``memory/gpu`` and ``memory/gpu_peak``, in GiB,
-    - for a policy, ``offset/{dimension}/{level}``: achieved less requested level, and ``speed/tokens``: new answer
-      tokens per second over all steps on a rollout, of this process; the progress bar shows it too.
+    - for a policy, ``offset/{dimension}/{level}``: achieved less requested level, mean over processes, and
+      ``speed/tokens``: new answer tokens per second over all steps on a rollout, of this process; the progress bar
+      shows it too.
 
     The command line adds it to every run.
     """
@@ -59,10 +61,14 @@ class Gauges(Callback):
             return
         self._logged = step
         self._phase.lap("time/update")
-        values = {**self._phase.laps, "time/step": self._step.read(), **memory(pl_module.device)}
+        values: dict[str, Tensor | float] = {
+            **self._phase.laps,
+            "time/step": self._step.read(),
+            **memory(pl_module.device),
+        }
         if rollout is not None:
             module: Any = pl_module
-            values |= level_offsets(rollout, module.preferences, module.exact_judge)
+            values |= averaged(level_offsets(rollout, module.preferences, module.exact_judge))
         pl_module.log_dict(values, batch_size=1)
 
 

@@ -152,12 +152,12 @@ class Guards(Callback):
         folder = trainer.log_dir or trainer.default_root_dir
         if not self.keep or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
             return "The step was not kept."
-        assert module.logprobs is not None
+        assert module.logprobs is not None and module.step_loss is not None
         path = Path(folder) / "guards" / f"{guard}-step{trainer.global_step}.ckpt"
         self._record = {
             "guard": guard,
             "reason": reason,
-            "loss": float(trainer.callback_metrics["train/loss"]),
+            "loss": float(module.step_loss),
             "logprobs": module.logprobs.cpu(),
         }
         try:

@@ -55,9 +55,9 @@ class Replay(Callback):
             StepTaken: Always.
         """
         assert isinstance(pl_module, PolicyTrainer)
-        assert pl_module.rows is not None and pl_module.logprobs is not None
+        assert pl_module.rows is not None and pl_module.logprobs is not None and pl_module.step_loss is not None
         self.found = Replayed(
-            loss=float(trainer.callback_metrics["train/loss"]),
+            loss=float(pl_module.step_loss),
             logprobs=pl_module.logprobs.cpu(),
             rows=_rows(pl_module, trainer.global_step),
             record=self._record,

@@ -38,6 +38,7 @@ from moslim.policy.state import load_run, save_run
 from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.preferences import PreferenceSet
+from moslim.processes import averaged
 from moslim.sampling import PreferenceSampler
 from moslim.sharding import shard_mesh
 from moslim.timing import Stopwatch
@@ -179,7 +180,8 @@ class PolicyTrainer(PolicyEvaluation):
             judge.setup(preferences)
         self.rollout: Rollout | None = None
         self.rows: Rollout | None = None  # the part of it that the current step learns from ...
-        self.logprobs: Tensor | None = None  # ... and its log-probabilities [N, T] under the current weights
+        self.logprobs: Tensor | None = None  # ... its log-probabilities [N, T] under the current weights ...
+        self.step_loss: Tensor | None = None  # ... and its loss, in this process
 
     @property
     def batch_repeats(self) -> int:
@@ -269,14 +271,14 @@ class PolicyTrainer(PolicyEvaluation):
             default_kl=self.default_kl_coef > 0,
             cap=self.off_policy.cap,
         )
-        self.rows, self.logprobs = rows, update.logprobs.detach()
         parts = self.policy_optimizer.loss(update)
         loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
         if default_kl is not None:
             loss = loss + self.default_kl_coef * default_kl
             metrics["train/default_kl"] = default_kl.detach()
         clock.lap("time/forward")
-        self.log_dict({"train/loss": loss.detach(), **metrics, **clock.laps}, batch_size=len(rows))
+        self.rows, self.logprobs, self.step_loss = rows, update.logprobs.detach(), loss.detach()
+        self.log_dict({**averaged({"train/loss": self.step_loss, **metrics}), **clock.laps}, batch_size=len(rows))
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
@@ -330,9 +332,9 @@ class PolicyTrainer(PolicyEvaluation):
             sampler_logprobs=found.sampler_logprobs,
         )
         optimizer.observe(scores)
-        metrics = rollout_metrics(rollout, self.preferences, self.exact_judge)
-        metrics |= self.reward_functions.metrics(rollout.per_dimension)
-        metrics |= staleness_metrics(rollout, staleness, self.off_policy.cap)
+        found_here = rollout_metrics(rollout, self.preferences, self.exact_judge)
+        found_here |= self.reward_functions.metrics(rollout.per_dimension)
+        metrics = averaged(found_here | staleness_metrics(rollout, staleness, self.off_policy.cap))
         asked = self._sampler.metrics() if self._sampler else {}
         shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}
         self.log_dict(shown, prog_bar=True, batch_size=len(rollout))

@@ -24,7 +24,7 @@ from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
-from moslim.processes import mean_over_processes
+from moslim.processes import averaged, mean_over_processes
 from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
@@ -217,14 +217,14 @@ class RewardClassifier(ClassifierEvaluation):
         counts = self.loss.counts(batch.targets, self.preferences.sizes).sum(0)
         everywhere = mean_over_processes(torch.cat([counts, comparisons(batch.compared)[None]]))
         total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
-        names = zip(self.preferences.names, heads, counts.tolist(), strict=True)
+        names = zip(self.preferences.names, heads, everywhere[:-1].tolist(), strict=True)
         parts = {f"train/{name}/loss": head for name, head, count in names if count}
         if len(batch.worse):
             gaps = self._gaps(scores, batch)
             loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
             parts |= {"train/pairs/loss": loss.detach(), "train/pairs/accuracy": pair_accuracy(gaps, batch.compared)}
             total = total + self.pairs.weight * loss
-        self.log_dict({"train/loss": total.detach(), **parts}, batch_size=len(batch.rows))
+        self.log_dict(averaged({"train/loss": total.detach(), **parts}), batch_size=len(batch.rows))
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size

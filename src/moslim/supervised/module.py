@@ -119,7 +119,7 @@ class SupervisedTrainer(RunModule):
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """See Lightning."""
         loss = self._loss(batch)
-        self.log("train/loss", loss.detach(), batch_size=len(batch.rows), prog_bar=True)
+        self.log("train/loss", loss.detach(), batch_size=len(batch.rows), prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
