@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,7 @@ def circumstances() -> dict[str, Any]:
     """Versions of what matters, the machine's kind and size, and the command that was given."""
     packages = ("torch", "lightning", "transformers", "peft", "moslim")
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
     }
@@ -70,13 +71,17 @@ def once(folder: Path, name: str, settings: Any, measure: Callable[[], Any]) -> 
         settings: Plain data on which the outcome depends; with others, what is kept does not count.
         measure: Returns plain data.
     """
-    file, key = folder / f"{name}.json", digest(settings)
-    if (earlier := kept(file, key)) is not None:
-        return earlier["found"]
+    if (found := recalled(folder, name, settings)) is not None:
+        return found
     found = measure()
-    write(file, {"key": key, "found": found})
+    write(folder / f"{name}.json", {"key": digest(settings), "found": found})
     print(f"{name}: measured", flush=True)
     return found
+
+
+def recalled(folder: Path, name: str, settings: Any) -> Any:
+    """What :func:`once` has measured before; None if nothing."""
+    return (kept(folder / f"{name}.json", digest(settings)) or {}).get("found")
 
 
 def side_by_side(jobs: int, tasks: dict[T, Callable[[], R]]) -> dict[T, R]:

@@ -1,4 +1,8 @@
-"""Trainers in processes of their own that take turns step by step: what else a machine does strikes them all."""
+"""Trainers in processes of their own that take turns step by step: what else a machine does strikes them all.
+
+Each is told on its input to go on, and says on its output, in lines of JSON, what every step took, and at the end how
+much memory.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from worlds import World
+from transformers import AutoTokenizer
+from worlds import KL, RATE, World, data_of
+
+from moslim.data.asking import SampledPrompts
+from moslim.data.loader import RepeatBatchSampler
+from moslim.data.types import Split, View
 
 HERE = Path(__file__).resolve().parent
 
@@ -24,7 +34,7 @@ class Entrant:
     """Who takes part.
 
     Args:
-        kind: A function of racers.py.
+        kind: ``ours``, ``earlier`` (racers.py) or ``trl`` (trl_racer.py).
         settings: What it is given.
         source: Folder of another version of this project's source; None = this one.
     """
@@ -45,15 +55,25 @@ class Racer:
     """
 
     def __init__(self, entrant: Entrant, world: World, folder: Path, steps: int) -> None:
-        own = {"racer": entrant.kind, "settings": entrant.settings, "world": asdict(world)}
+        specification = {
+            "racer": entrant.kind,
+            "settings": entrant.settings,
+            "world": asdict(world),
+            "folder": str(folder),
+            "steps": steps,
+        }
+        script = "racers.py"
+        if entrant.kind == "trl":
+            script = "trl_racer.py"
+            specification |= {"rate": RATE, "kl": KL, "chats": asked(world, folder, steps)}
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
-            json.dump({**own, "folder": str(folder), "steps": steps}, file)
+            json.dump(specification, file)
         environment = dict(os.environ)
         if entrant.source is not None:
             environment["PYTHONPATH"] = str(entrant.source)
         self._log = open(f"{file.name}.log", "w+", encoding="utf-8")  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "racers.py"), file.name],
+            [sys.executable, str(HERE / script), file.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -82,6 +102,27 @@ class Racer:
             raise RuntimeError(f"{self._process.args} ended early:\n{self._log.read()[-3000:]}")
         found: dict[str, Any] = json.loads(line)
         return found
+
+
+def asked(world: World, folder: Path, steps: int) -> list[list[dict[str, str]]]:
+    """The prompts of our run, in its order, as chats.
+
+    Raises:
+        ValueError: TRL would make other tokens of them.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    data = data_of(world)
+    renderer = data.renderer(tokenizer)
+    rows = data.rows(View.POLICY, Split.TRAIN)
+    prompts = SampledPrompts(rows, data.preferences, data.sampler, data.source, data.seed)
+    order = RepeatBatchSampler(len(rows), data.batch_size, data.seed)
+    chats = []
+    for prompt in (prompts[draw] for batch in islice(order, steps) for draw in batch):
+        chats.append(renderer.messages(prompt.question, prompt.preference))
+        theirs = tokenizer.apply_chat_template(chats[-1], add_generation_prompt=True)["input_ids"]
+        if theirs != renderer.ids(prompt.question, prompt.preference):
+            raise ValueError(f"the trainers would be given different tokens for {chats[-1]}")
+    return chats
 
 
 def race(entrants: dict[str, Entrant], world: World, folder: Path, repeats: int) -> dict[str, dict[str, Any]]:

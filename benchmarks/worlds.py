@@ -29,6 +29,8 @@ from moslim.sampling import Uniform
 from moslim.workbench.grammar import LEVELS
 from moslim.workbench.tokenizer import PAD, ROLES, UNKNOWN, build_tokenizer, vocabulary
 
+RATE, KL = 1e-6, 0.05
+"""Learning rate and weight of the KL divergence, for every trainer."""
 STARTER = ROOT / "configs/quickstart/starter.yaml"
 END_EVERY = 24
 """Every so manieth word ends an answer, which gives random weights answers of natural lengths: geometric, mean 24."""

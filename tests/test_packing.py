@@ -44,8 +44,8 @@ def test_rows_of_like_length_go_together():
 
 def test_chunks_hold_like_lengths_and_no_common_padding(batch):
     chunks = list(chunks_by_length(batch, 24))
-    assert [chunk.index.tolist() for chunk in chunks] == [[2, 0, 6], [4, 3], [1, 5]]
-    assert [tuple(chunk.input_ids.shape) for chunk in chunks] == [(3, 6 + 2), (2, 6 + 4), (2, 3 + 5)]
+    assert [chunk.index.tolist() for chunk in chunks] == [[6, 0, 2], [5, 1], [4, 3]]
+    assert [tuple(chunk.input_ids.shape) for chunk in chunks] == [(3, 6 + 2), (2, 3 + 5), (2, 6 + 4)]
     for chunk in chunks:
         assert_holds(chunk, batch)
         assert chunk.attention_mask.any(dim=0).all()
@@ -59,7 +59,7 @@ def test_a_chunk_has_an_answer_and_no_more_tokens_than_allowed(batch, tokens, co
 
 
 def test_chunks_among_some_rows(batch):
-    assert [c.index.tolist() for c in chunks_by_length(batch, 99, torch.tensor([6, 4, 1]))] == [[6, 4, 1]]
+    assert [c.index.tolist() for c in chunks_by_length(batch, 99, torch.tensor([6, 4, 1]))] == [[6, 1, 4]]
     assert list(chunks_by_length(batch, 99, torch.tensor([], dtype=torch.long))) == []
 
 
@@ -90,6 +90,14 @@ def test_shared_prompts_are_there_once_with_all_their_answers(batch, tokens, gro
             assert [shown[i] for i in owners.tolist()] == [prompts[i] for i in chunk.index.tolist()]
             seen += chunk.index.tolist()
     assert sorted(seen) == sorted(range(7) if among is None else among.tolist())
+
+
+def test_long_prompts_make_small_chunks():
+    """Each answer holds a copy of its prompt's keys and values: 16 answers to one prompt of 40 tokens."""
+    ids, mask = torch.arange(42).repeat(16, 1), torch.ones(16, 2, dtype=torch.bool)
+    (block,) = shared_prompts(AnswerBatch(ids, torch.ones_like(ids), mask), 32)
+    assert [len(chunk.index) for chunk in block.chunks] == [6, 6, 4]  # 6 * 42 <= 8 * 32 < 7 * 42
+    assert sorted(i for chunk in block.chunks for i in chunk.index.tolist()) == list(range(16))
 
 
 def test_nothing_to_share(batch):

@@ -13,6 +13,9 @@ SharePrompts = Literal["auto", "always", "never"]
 """Whether each prompt is computed once for all its answers; ``auto``: where enough tokens are saved."""
 _WORTHWHILE = 0.8
 """Sharing must leave at most this part of the tokens: two passes in place of one have a cost of their own."""
+_HELD = 8
+"""Answers that share a pass, each with a copy of its prompt's keys and values, hold at most this many positions for each
+token that the pass may compute."""
 
 
 def pass_tokens(device: torch.device) -> int:
@@ -103,14 +106,17 @@ def chunks_by_length(batch: AnswerBatch, tokens: int, among: Tensor | None = Non
         among: ``[M]`` positions to take; None = all.
     """
     prompts, answers = batch.attention_mask[:, : batch.width].sum(dim=1), batch.mask.sum(dim=1)
-    rows = _shortest_first(answers, among)
+    rows = _shortest_first(prompts + answers, among)
     sizes = torch.stack([prompts[rows], answers[rows]], dim=1).tolist()
     for part, (prompt, answer) in within(sizes, tokens):
         yield batch.chunk(rows[part], prompt, answer)
 
 
 def shared_prompts(batch: AnswerBatch, tokens: int, among: Tensor | None = None) -> Iterator[SharedPrompts]:
-    """Groups a batch by prompt, found by its ids; see :func:`chunks_by_length` for the arguments."""
+    """Groups a batch by prompt, found by its ids; see :func:`chunks_by_length` for the arguments.
+
+    Where prompts are long, chunks are smaller: each holds at most ``8 * tokens`` positions, prompts included.
+    """
     rows = torch.arange(len(batch.mask), device=batch.mask.device) if among is None else among
     if not len(rows):
         return
@@ -125,8 +131,9 @@ def shared_prompts(batch: AnswerBatch, tokens: int, among: Tensor | None = None)
         members, owners = rows[inside][chosen], rank[inside][chosen] - part.start
         chunks, split = [], []
         for piece, (answer,) in within(answers[members][:, None].tolist(), tokens):
-            chunks.append(batch.chunk(members[piece], width, answer))
-            split.append(owners[piece])
+            most = max(1, _HELD * tokens // (width + answer))
+            chunks += [batch.chunk(rows, width, answer) for rows in members[piece].split(most)]
+            split += owners[piece].split(most)
         columns = slice(batch.width - width, batch.width)
         prompts = shown[order[part]]
         yield SharedPrompts(batch.input_ids[prompts, columns], batch.attention_mask[prompts, columns], chunks, split)

@@ -26,9 +26,9 @@ NAMES = ("nonfinite", "kl", "ratio", "identical", "truncated")
 class Broken(ExpectedDistance):
     """A mapping with a division by zero, from the third rollout on."""
 
-    def __init__(self, value=math.nan):
+    def __init__(self, value=math.nan, row=1):
         super().__init__()
-        self.value, self.seen = value, 0
+        self.value, self.row, self.seen = value, row, 0
 
     def observe(self, probs, targets):
         self.seen += 1
@@ -42,7 +42,7 @@ class Broken(ExpectedDistance):
     def __call__(self, probs, targets, groups):
         mapped = super().__call__(probs, targets, groups)
         total = mapped.total.clone()
-        total[1] = self.value if self.seen > 2 else total[1]
+        total[self.row] = self.value if self.seen > 2 else total[self.row]
         return replace(mapped, total=total)
 
 
@@ -217,19 +217,23 @@ def test_nothing_is_kept_where_nothing_shall_be_written(options, policy, prefere
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_stop_together(policy, preferences, tmp_path):
-    """Only the first process meets the bad reward."""
-    module = policy(mapping=Broken())
+@pytest.mark.parametrize("process", [0, 1])
+def test_processes_stop_together(process, policy, preferences, tmp_path):
+    """Only one process meets the bad reward; what is replayed is its step."""
+    module = policy(mapping=Broken(row=process * BATCH * SAMPLES + 1))
     run = trainer(tmp_path, max_steps=5, callbacks=[only("nonfinite", "stop")], strategy="ddp_fork", devices=2)
     with pytest.raises(Exception, match=r"guard `nonfinite`: .*\(step 2\)"):
         run.fit(module, data(preferences))
     checkpoint = torch.load(tmp_path / "guards" / "nonfinite-step2.ckpt", weights_only=True)
-    assert len(checkpoint["policy_run"]["rollouts"]) == 2
-    found = trainer(tmp_path, max_steps=5).replay(  # one process takes the whole batch, and finds the same reward
+    saved = checkpoint["policy_run"]["rollouts"]
+    assert len(saved) == 2 and checkpoint["guard"]["process"] == process
+    found = trainer(tmp_path, max_steps=5).replay(
         policy(mapping=Broken()), data(preferences), ckpt_path=tmp_path / "guards" / "nonfinite-step2.ckpt"
     )
     rewards = [row["reward"] for row in found.rows]
     assert len(rewards) == BATCH * SAMPLES and rewards[1] is None and rewards.count(None) == 1
+    assert [row["answer"] for row in found.rows] == saved[process]["answers"] != saved[1 - process]["answers"]
+    torch.testing.assert_close(found.logprobs, checkpoint["guard"]["logprobs"], atol=1e-6, rtol=0)
 
 
 def test_any_checkpoint_replays_as_its_next_step(policy, preferences, tmp_path, capsys):

@@ -10,7 +10,8 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.optimizers import RLOO
+from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
+from moslim.sampling import Curriculum, Reachable
 from tests.policy.runs import PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -66,10 +67,21 @@ def test_gradients_are_clipped(algorithm, norm, policy, preferences, tmp_path):
     torch.testing.assert_close(clipped, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_accumulated_minibatches_are_the_whole_rollout(policy, preferences, tmp_path):
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: RLOO(kl_coef=0.05),
+        lambda: GRPO(reduction="token_mean"),
+        lambda: GRPO(reduction="grpo", min_spread=0.3),
+        lambda: PPO(entropy_coef=0.01),
+        lambda: OnlineDPO(min_margin=0.3),
+    ],
+    ids=["rloo", "token mean", "groups left out", "critic, entropy", "pairs"],
+)
+def test_accumulated_minibatches_are_the_whole_rollout(optimizer, policy, preferences, tmp_path):
     results = []
     for parts in (1, 2):
-        module = policy(minibatches=parts, optimizer=sgd(0.1), policy_optimizer=RLOO(kl_coef=0.05))
+        module = policy(minibatches=parts, optimizer=sgd(0.1), policy_optimizer=optimizer(), default_kl_coef=0.5)
         run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=parts)
         run.fit(module, data(preferences))
         assert run.global_step == 2 and len(module.trace) == 2 * parts
@@ -90,7 +102,10 @@ def test_fast_dev_run_takes_a_step_of_everything_and_writes_nothing(policy, pref
     assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("metrics.csv"))
 
 
-def test_overfit_batches_asks_the_same_in_every_epoch(policy, preferences, tmp_path):
+@pytest.mark.parametrize(
+    "sampler", [Reachable([0.25, 0.5, 0.25]), Curriculum([0.0, 0.5, 0.5])], ids=["same", "curriculum"]
+)
+def test_overfit_batches_asks_the_same_in_every_epoch(sampler, policy, preferences, tmp_path):
     class Asked(Callback):
         seen = []
 
@@ -99,7 +114,7 @@ def test_overfit_batches_asks_the_same_in_every_epoch(policy, preferences, tmp_p
 
     asked, module = Asked(), policy()
     run = trainer(tmp_path, overfit_batches=2, max_epochs=3, max_steps=-1, callbacks=[asked])
-    run.fit(module, data(preferences))
+    run.fit(module, data(preferences, sampler=sampler))
     assert run.global_step == 6
     assert asked.seen[0:2] == asked.seen[2:4] == asked.seen[4:6] and asked.seen[0] != asked.seen[1]
     assert len({tuple(step["tokens"].flatten().tolist()) for step in module.trace}) == 6  # answered anew

@@ -10,6 +10,7 @@ from moslim.packing import AnswerBatch
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor, continues, last_layer
+from moslim.policy.statistics import Head
 from tests.policy.conftest import ARCHITECTURES, build_model
 
 SMALL = {
@@ -23,10 +24,10 @@ SMALL = {
     "initializer_range": 0.4,
 }
 BIASED = {"phi": {}, "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}}
-CHANGED = {
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 3.0},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
+CHANGED = {  # and the scale and cap that its logits then have
+    "gemma2": ({"head_dim": 8, "final_logit_softcapping": 3.0}, (1.0, 3.0)),
+    "cohere": ({"logit_scale": 0.3}, (0.3, None)),
+    "granite": ({"logits_scaling": 3.0}, (1 / 3, None)),
 }
 
 
@@ -63,7 +64,7 @@ def assert_equal_to_plain(model, batch):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_usual_architectures_can_be_taken_apart(models, kind):
     head = last_layer(models[kind])
-    assert head is models[kind].get_output_embeddings() and continues(models[kind])
+    assert head == Head(models[kind].get_output_embeddings()) and continues(models[kind])
     ids = torch.tensor([[7, 8, 9]])
     states = Predictor(models[kind], chunked=True).states(2, input_ids=ids)
     torch.testing.assert_close(head(states), models[kind](input_ids=ids).logits[:, -2:])
@@ -74,15 +75,31 @@ def test_a_last_layer_with_a_bias(kind, batch):
     model = build(kind, BIASED[kind])
     head = last_layer(model)
     assert head is not None
-    torch.nn.init.normal_(head.bias)
+    torch.nn.init.normal_(head.layer.bias)
     assert_equal_to_plain(model, batch)
 
 
 @pytest.mark.parametrize("kind", CHANGED)
-def test_logits_that_are_capped_or_scaled_are_left_to_the_model(kind, batch):
-    model = build(kind, CHANGED[kind])
+def test_logits_are_capped_or_scaled_as_the_model_does(kind, batch):
+    options, then = CHANGED[kind]
+    model = build(kind, options)
+    head = last_layer(model)
+    assert head is not None and (head.scale, head.cap) == then
+    assert_equal_to_plain(model, batch)
+
+
+def test_what_the_configuration_does_not_say_is_left_to_the_model(batch):
+    model = build("gemma2", CHANGED["gemma2"][0])
+    model.config.final_logit_softcapping = None
+    inner = model.forward
+    model.forward = lambda **inputs: _halved(inner(**inputs))
     assert last_layer(model) is None and Predictor(model, chunked=True).head is None
     assert_equal_to_plain(model, batch)
+
+
+def _halved(output):
+    output.logits = output.logits / 2
+    return output
 
 
 def test_a_scaled_input_of_the_last_layer_is_noticed():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moslim.policy.statistics import of_hidden, of_logits
+from moslim.policy.statistics import Head, of_hidden, of_logits
 
 TOKENS, WIDTH, WORDS = 13, 6, 11
 
@@ -34,11 +34,12 @@ def total(found, weights):
 
 @pytest.mark.parametrize("held", [1, 3 * WORDS, 5 * WORDS + 2, 1 << 22])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "then"), [(True, {}), (False, {}), (True, {"scale": 1.7, "cap": 2.0})])
 @pytest.mark.parametrize(("entropy", "kl"), [(False, False), (True, False), (False, True), (True, True)])
-def test_values_and_gradients_are_those_of_the_plain_form(inputs, held, temperature, bias, entropy, kl):
+def test_values_and_gradients_are_those_of_the_plain_form(inputs, held, temperature, bias, then, entropy, kl):
     hidden, other, tokens, weights = inputs
-    head, reference = linear(1, bias), linear(2, bias)
+    layers = linear(1, bias), linear(2, bias)
+    head, reference = (Head(layer, **then) for layer in layers)
     results = []
     for plain in (True, False):
         states = hidden.clone().requires_grad_()
@@ -48,7 +49,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(inputs, held, temperat
         else:
             found = of_hidden(states, head, tokens, temperature, entropy, (other, reference) if kl else None, held)
         assert (found.entropy is None, found.kl is None) == (not entropy, not kl)
-        gradients = torch.autograd.grad(total(found, weights), [states, *head.parameters()])
+        gradients = torch.autograd.grad(total(found, weights), [states, *layers[0].parameters()])
         results.append((found, gradients))
     (expected, wanted), (found, gradients) = results
     for name in ("logprobs", "entropy", "kl"):
@@ -76,7 +77,7 @@ def test_one_number_can_have_the_gradient_alone(inputs):
     hidden, other, tokens, _ = inputs
     head, reference = linear(1, True), linear(2, True)
     states = hidden.requires_grad_()
-    found = of_hidden(states, head, tokens, 0.7, True, (other, reference), held=4 * WORDS)
+    found = of_hidden(states, Head(head), tokens, 0.7, True, (other, Head(reference)), held=4 * WORDS)
     plain = of_logits(head(states), tokens, 0.7, True, reference(other).detach())
     for name in ("logprobs", "entropy", "kl"):
         mine, theirs = (
@@ -89,18 +90,20 @@ def test_a_frozen_layer_and_a_frozen_trunk(inputs):
     hidden, _, tokens, _ = inputs
     head = linear(1, True)
     both = torch.autograd.grad(
-        of_hidden(hidden.requires_grad_(), head, tokens, 1.0).logprobs.sum(), [hidden, *head.parameters()]
+        of_hidden(hidden.requires_grad_(), Head(head), tokens, 1.0).logprobs.sum(), [hidden, *head.parameters()]
     )
-    own = torch.autograd.grad(of_hidden(hidden.detach(), head, tokens, 1.0).logprobs.sum(), list(head.parameters()))
+    own = torch.autograd.grad(
+        of_hidden(hidden.detach(), Head(head), tokens, 1.0).logprobs.sum(), list(head.parameters())
+    )
     head.requires_grad_(False)
-    (rest,) = torch.autograd.grad(of_hidden(hidden, head, tokens, 1.0).logprobs.sum(), [hidden])
+    (rest,) = torch.autograd.grad(of_hidden(hidden, Head(head), tokens, 1.0).logprobs.sum(), [hidden])
     assert torch.equal(rest, both[0]) and all(torch.equal(a, b) for a, b in zip(own, both[1:], strict=True))
 
 
 def test_no_tokens_at_all():
     head = linear(1, False)
     hidden = torch.zeros(0, WIDTH, requires_grad=True)
-    found = of_hidden(hidden, head, torch.zeros(0, dtype=torch.long), 1.0).logprobs
+    found = of_hidden(hidden, Head(head), torch.zeros(0, dtype=torch.long), 1.0).logprobs
     found.sum().backward()
     assert found.shape == (0,) and hidden.grad.shape == (0, WIDTH)
 
@@ -109,7 +112,7 @@ def test_half_precision_gives_float32_numbers_and_gradients_of_its_own_type(inpu
     hidden, _, tokens, _ = inputs
     head = linear(1, True).bfloat16()
     states = hidden.bfloat16().requires_grad_()
-    found = of_hidden(states, head, tokens, 1.0, held=2 * WORDS).logprobs
+    found = of_hidden(states, Head(head), tokens, 1.0, held=2 * WORDS).logprobs
     expected = head(states).float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
     gradients = torch.autograd.grad(found.sum(), [states, head.weight, head.bias])
@@ -124,7 +127,7 @@ def test_under_autocast_the_layer_is_applied_in_half_precision(inputs):
     head = linear(1, False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = hidden.clone().requires_grad_()
-        found = of_hidden(states, head, tokens, 1.0).logprobs
+        found = of_hidden(states, Head(head), tokens, 1.0).logprobs
         expected = head(states).float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
@@ -153,6 +156,6 @@ def test_no_tensor_holds_the_logits_of_all_tokens(inputs):
     held = 4 * WORDS
     with Largest() as largest:
         states = hidden.clone().requires_grad_()
-        total(of_hidden(states, head, tokens, 0.7, True, (other, reference), held), weights).backward()
+        total(of_hidden(states, Head(head), tokens, 0.7, True, (other, Head(reference)), held), weights).backward()
     assert largest.numbers == max(TOKENS * WIDTH, WORDS * WIDTH)  # the hidden states, the layer's gradient
     assert held < largest.numbers < TOKENS * WORDS

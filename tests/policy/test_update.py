@@ -43,7 +43,7 @@ def roles(request, tokenizer):
 
 
 def run(roles, rows, passes, temperature=1.0, **options):
-    return forward(roles, rows, length=4, samples=1, temperature=temperature, passes=passes, **options)
+    return forward(roles, rows, [rows], length=4, samples=1, temperature=temperature, passes=passes, **options)
 
 
 def all_logits(model, rows):

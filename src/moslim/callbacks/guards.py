@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moslim.callbacks import faults
 from moslim.policy.module import PolicyTrainer
+from moslim.policy.state import GUARD_RECORD
+from moslim.processes import gathered
 
 Action = Literal["stop", "warn", "off"]
-RECORD = "guard"
-"""Key of a checkpoint under which a guard says why it wrote it."""
 
 
 class GuardError(RuntimeError):
@@ -82,7 +82,15 @@ class Guards(Callback):
         """
         if not isinstance(pl_module, PolicyTrainer):
             raise TypeError(f"Guards watch a PolicyTrainer, not a {type(pl_module).__name__}")
-        self.trips.clear()
+        self.trips.clear()  # of an earlier run; a checkpoint's are taken up after this
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often each guard has tripped."""
+        return {"trips": dict(self.trips)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting there."""
+        self.trips = dict(state_dict["trips"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes where in the life of a rollout the step is."""
@@ -99,7 +107,7 @@ class Guards(Callback):
         checks: dict[str, Callable[[], str | None]] = {}
         if self._batch_idx % module.batch_repeats == 0:
             reference = rollout.reference_logprobs
-            updated = rows.mask & rows.used[:, None]  # answers that nothing needs are not computed
+            updated = rows.update_mask  # answers that nothing needs are not computed
             checks = {
                 "nonfinite": lambda: (
                     faults.nonfinite("a level probability of the classifier", rollout.probs)
@@ -121,7 +129,7 @@ class Guards(Callback):
             GuardError: A weight is not finite, and ``nonfinite`` is ``stop``.
         """
         if self._record is not None:
-            checkpoint[RECORD] = self._record
+            checkpoint[GUARD_RECORD] = self._record
         elif self.actions["nonfinite"] == "stop":
             trained = [(name, p.detach()) for name, p in pl_module.named_parameters() if p.requires_grad]
             reason = faults.nonfinite_weights(trained)
@@ -141,25 +149,23 @@ class Guards(Callback):
         module.log(f"guards/{guard}", float(self.trips[guard]), batch_size=1)
         if action == "warn" and self.trips[guard] > 1:
             return
-        reason = f"{reason or 'it tripped in another process'} (step {trainer.global_step})"
-        kept = self._keep(trainer, module, guard, reason)
+        reasons = gathered(reason)
+        process = next(rank for rank, found in enumerate(reasons) if found is not None)
+        reason = f"{reasons[process]} (step {trainer.global_step})"
+        kept = self._keep(trainer, module, guard, reason, process)
         if action == "stop":
             raise GuardError(f"guard `{guard}`: {reason}; docs/troubleshooting.md says what to do. {kept}")
         rank_zero_warn(f"guard `{guard}`: {reason}; further ones are only counted, as guards/{guard}. {kept}")
 
-    def _keep(self, trainer: Trainer, module: PolicyTrainer, guard: str, reason: str) -> str:
-        """Writes the step down as a checkpoint; every process must ask."""
+    def _keep(self, trainer: Trainer, module: PolicyTrainer, guard: str, reason: str, process: int) -> str:
+        """Writes the step down as a checkpoint, with the figures of the process that tripped; every one must ask."""
         folder = trainer.log_dir or trainer.default_root_dir
         if not self.keep or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
             return "The step was not kept."
         assert module.logprobs is not None and module.step_loss is not None
         path = Path(folder) / "guards" / f"{guard}-step{trainer.global_step}.ckpt"
-        self._record = {
-            "guard": guard,
-            "reason": reason,
-            "loss": float(module.step_loss),
-            "logprobs": module.logprobs.cpu(),
-        }
+        own = gathered({"loss": float(module.step_loss), "logprobs": module.logprobs.cpu()})[process]
+        self._record = {"guard": guard, "reason": reason, "process": process, **own}
         try:
             trainer.save_checkpoint(path, weights_only=False)
         finally:

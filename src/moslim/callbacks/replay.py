@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moslim.callbacks.answers import Row, answer_rows
-from moslim.callbacks.guards import RECORD
 from moslim.policy.kl import k1
 from moslim.policy.module import PolicyTrainer
+from moslim.policy.state import GUARD_RECORD
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Replay(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Reads what the guard noted."""
-        self._record = checkpoint.get(RECORD)
+        self._record = checkpoint.get(GUARD_RECORD)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keeps the numbers.

@@ -262,7 +262,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         if self._start_epoch is not None:
-            self._start_epoch(self.batch_sampler.epoch)
+            self._start_epoch(0 if self.batch_sampler.same_epochs else self.batch_sampler.epoch)
         first, repeats = self.batch_sampler.start, self.batch_sampler.repeats
         batches = super().__iter__()
         return with_following(batches, first, repeats) if self._look_ahead else batches

@@ -31,8 +31,9 @@ class MappedReward:
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """``sum_d w_d v_d / sum_d w_d`` over what is not NaN, 0 where all is; ``[B, D]`` and ``[B, D]`` to ``[B]``."""
-    weights = weights.to(values.dtype) * ~values.isnan()
-    return (values.nan_to_num() * weights).sum(-1) / weights.sum(-1).clamp(min=1e-12)
+    absent = values.isnan()
+    weights = weights.to(values.dtype) * ~absent
+    return (values.masked_fill(absent, 0.0) * weights).sum(-1) / weights.sum(-1).clamp(min=1e-12)
 
 
 class MappingFunction(Plugin, ABC):

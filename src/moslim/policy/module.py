@@ -258,11 +258,16 @@ class PolicyTrainer(PolicyEvaluation):
             stateful = own_parts([self.mapping, self.policy_optimizer])
             with unchanged_on_failure([*stateful, *([self._sampler] if self._sampler else [])]):
                 self.rollout = self._roll_out(batch, key)
-        rows = self._minibatch(self.rollout, batch_idx % self.batch_repeats)
+        number = batch_idx % self.batch_repeats
+        accumulated = min(self.trainer.accumulate_grad_batches, self.batch_repeats)
+        first = number - number % accumulated
+        together = [self._minibatch(self.rollout, part) for part in range(first, first + accumulated)]
+        rows = together[number - first]
         clock = Stopwatch(self.device)
         update, default_kl = forward(
             self.roles,
             rows,
+            together,
             length=self.engine.max_new_tokens,
             samples=self.samples_per_prompt,
             temperature=self.engine.temperature,

@@ -122,6 +122,11 @@ class Rollout:
         order = units[torch.randperm(len(units), generator=generator)]
         return self.rows(order.tensor_split(minibatches)[part].flatten().to(self.mask.device))
 
+    @property
+    def update_mask(self) -> Tensor:
+        """``[N, T]`` bool: the tokens that updates learn from."""
+        return self.mask & self.used[:, None]
+
     def state(self) -> dict[str, Any]:
         """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -12,6 +12,8 @@ from moslim.processes import gathered, process_count
 if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer
 
+GUARD_RECORD = "guard"
+"""Key of a checkpoint under which a guard says why it wrote it."""
 _KEY = "policy_run"
 
 
@@ -30,6 +32,8 @@ def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
 
 def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     """Checks what :func:`save_run` recorded and takes up this process's rollout.
+
+    One process takes up, of a step that a guard has kept in several, that of the process in which it tripped.
 
     Raises:
         ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
@@ -53,13 +57,16 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
             raise ValueError(f"the {role} has other weights than the one that this checkpoint was trained with")
     if module.reset_state:
         _renew_critic(module, checkpoint)
-    rollouts = saved["rollouts"]
-    if len(rollouts) == process_count() and rollouts[module.global_rank] is not None:
+    rollouts, rank = saved["rollouts"], module.global_rank
+    replayed = GUARD_RECORD in checkpoint and process_count() == 1
+    if replayed:
+        rank = checkpoint[GUARD_RECORD]["process"]
+    if (replayed or len(rollouts) == process_count()) and rollouts[rank] is not None:
         # the module itself may be moved there only after this
         device = module.device if module._trainer is None else module.trainer.strategy.root_device
-        module.rollout = Rollout.from_state(rollouts[module.global_rank], device)
+        module.rollout = Rollout.from_state(rollouts[rank], device)
         if "ahead" in saved:
-            module.training_answers.load(saved["ahead"][module.global_rank], device)
+            module.training_answers.load(saved["ahead"][rank], device)
 
 
 def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:

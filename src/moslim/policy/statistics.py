@@ -22,6 +22,38 @@ HELD_LOGITS = 1 << 22
 """Numbers in the largest tensor over the vocabulary: 16 MiB in float32."""
 
 
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: ``z = scale * layer(h)``, and with a cap ``cap * tanh(z / cap)``.
+
+    Args:
+        layer: The model's last layer.
+        scale: Of Cohere's and Granite's models.
+        cap: Of Gemma's ("soft cap"); None = none.
+    """
+
+    layer: nn.Linear
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """``[.., H]`` to ``[.., V]``."""
+        return self.finish(self.layer(hidden))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What follows the layer."""
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+    def pull_back(self, gradient: Tensor, tempered: Tensor, temperature: float) -> None:
+        """Turns a gradient by tempered logits into that by the layer's output, in place."""
+        if self.cap is not None:
+            gradient *= 1 - (tempered * (temperature / self.cap)).square()
+        if self.scale != temperature:
+            gradient *= self.scale / temperature
+
+
 @dataclass
 class Statistics:
     """What is known of ``M`` tokens. All float32, or float64 where the model is.
@@ -61,40 +93,41 @@ def of_logits(
 
 def of_hidden(
     hidden: Tensor,
-    head: nn.Linear,
+    head: Head,
     tokens: Tensor,
     temperature: float,
     entropy: bool = False,
-    reference: tuple[Tensor, nn.Linear] | None = None,
+    reference: tuple[Tensor, Head] | None = None,
     held: int = HELD_LOGITS,
 ) -> Statistics:
     """The same from hidden states, a few rows of logits at a time.
 
     Args:
         hidden: ``[M, H]``.
-        head: The model's last layer.
+        head: The model's last layer, and what follows it.
         tokens: ``[M]``.
         temperature: Above 0.
         entropy: Whether to compute it.
         reference: The reference's hidden states ``[M, H]`` and last layer; no gradient flows into them.
         held: Most logits in memory at a time; at least one row is.
     """
-    rows = max(1, held // head.out_features)
-    own = _operands(hidden, head)
-    other = (None, None, None) if reference is None else _operands(*reference)
-    logprobs, entropies, kl = _OfHidden.apply(rows, temperature, entropy, tokens, *own, *other)  # type: ignore[no-untyped-call]
+    rows = max(1, held // head.layer.out_features)
+    own = _operands(hidden, head.layer)
+    other = (None, None, None) if reference is None else _operands(reference[0], reference[1].layer)
+    heads = (head, None if reference is None else reference[1])
+    logprobs, entropies, kl = _OfHidden.apply(rows, temperature, entropy, heads, tokens, *own, *other)  # type: ignore[no-untyped-call]
     return Statistics(logprobs, entropies if entropy else None, None if reference is None else kl)
 
 
-def _operands(hidden: Tensor, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+def _operands(hidden: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
     """Input, weight and bias in the type in which they are multiplied."""
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    return hidden.to(dtype), head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
+    return hidden.to(dtype), layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = widened(linear(hidden, weight, bias))
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, temperature: float) -> Tensor:
+    logits = widened(head.finish(linear(hidden, weight, bias)))
     return logits if temperature == 1 else logits.div_(temperature)
 
 
@@ -104,7 +137,7 @@ def _parts(length: int, rows: int) -> Iterator[slice]:
 
 class _OfHidden(torch.autograd.Function):
     """With ``z`` the tempered logits: d log p(y) / dz = 1_y - p;  dH / dz = -p (log p + H);
-    dKL / dz = p (log p - log q - KL).
+    dKL / dz = p (log p - log q - KL). From there to the layer's output by temperature and :class:`Head`.
     """
 
     @staticmethod
@@ -113,6 +146,7 @@ class _OfHidden(torch.autograd.Function):
         rows: int,
         temperature: float,
         entropy: bool,
+        heads: tuple[Head, Head | None],
         tokens: Tensor,
         hidden: Tensor,
         weight: Tensor,
@@ -122,14 +156,14 @@ class _OfHidden(torch.autograd.Function):
         logprobs = hidden.new_zeros(len(hidden), dtype=at_least_float32(hidden.dtype))
         entropies, kl = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
         for part in _parts(len(hidden), rows):
-            logp = _logits(hidden[part], weight, bias, temperature).log_softmax(dim=-1)
+            logp = _logits(hidden[part], weight, bias, heads[0], temperature).log_softmax(dim=-1)
             logprobs[part] = logp.gather(-1, tokens[part, None])[:, 0]
             if entropy:
                 entropies[part] = -(logp.exp() * logp).sum(dim=-1)
-            if reference[0] is not None:
-                logq = _reference(reference, part, temperature)
+            if heads[1] is not None:
+                logq = _reference(reference, part, heads[1], temperature)
                 kl[part] = (logp.exp() * (logp - logq)).sum(dim=-1)
-        ctx.rows, ctx.temperature = rows, temperature
+        ctx.rows, ctx.temperature, ctx.heads = rows, temperature, heads
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(tokens, hidden, weight, bias, entropies, kl, *reference)
         return logprobs, entropies, kl
@@ -138,12 +172,12 @@ class _OfHidden(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, to_logprobs: Tensor | None, to_entropy: Tensor | None, to_kl: Tensor | None) -> Any:
         tokens, hidden, weight, bias, entropies, kl, *reference = ctx.saved_tensors
-        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[4] else None
+        to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[5] else None
         wide = at_least_float32(hidden.dtype)  # in which the many parts are added up, whatever the weights are
-        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[5] else None
-        to_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[6] else None
+        to_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[6] else None
+        to_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[7] else None
         for part in _parts(len(hidden), ctx.rows):
-            logits = _logits(hidden[part], weight, bias, ctx.temperature)
+            logits = _logits(hidden[part], weight, bias, ctx.heads[0], ctx.temperature)
             if to_entropy is None and to_kl is None:
                 slope, to_logits = hidden.new_zeros(len(logits), 1, dtype=wide), logits.softmax(dim=-1)
             else:
@@ -152,15 +186,14 @@ class _OfHidden(torch.autograd.Function):
                 if to_entropy is not None:
                     slope -= to_entropy[part, None] * (logp + entropies[part, None])
                 if to_kl is not None:
-                    logq = _reference(reference, part, ctx.temperature)
+                    logq = _reference(reference, part, ctx.heads[1], ctx.temperature)
                     slope += to_kl[part, None] * (logp - logq - kl[part, None])
             if to_logprobs is not None:
                 slope -= to_logprobs[part, None]
             to_logits *= slope
             if to_logprobs is not None:
                 to_logits.scatter_add_(1, tokens[part, None], to_logprobs[part, None])
-            if ctx.temperature != 1:
-                to_logits /= ctx.temperature
+            ctx.heads[0].pull_back(to_logits, logits, ctx.temperature)
             if to_bias is not None:
                 to_bias += to_logits.sum(dim=0)
             factor = to_logits.to(weight.dtype)
@@ -170,12 +203,12 @@ class _OfHidden(torch.autograd.Function):
                 _add_product(to_weight, factor.T, hidden[part])
         grads = (to_hidden, to_weight, to_bias)
         own = (None if g is None else g.to(x.dtype) for g, x in zip(grads, (hidden, weight, bias), strict=True))
-        return None, None, None, None, *own, *(None for _ in reference)
+        return None, None, None, None, None, *own, *(None for _ in reference)
 
 
-def _reference(operands: Any, part: slice, temperature: float) -> Tensor:
+def _reference(operands: Any, part: slice, head: Head, temperature: float) -> Tensor:
     hidden, weight, bias = operands
-    return _logits(hidden[part], weight, bias, temperature).log_softmax(dim=-1)
+    return _logits(hidden[part], weight, bias, head, temperature).log_softmax(dim=-1)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from moslim.processes import mean_over_processes
 def forward(
     roles: Roles,
     rows: Rollout,
+    together: Sequence[Rollout],
     length: int,
     samples: int,
     temperature: float,
@@ -30,6 +33,8 @@ def forward(
     Args:
         roles: Policy, critic and reference.
         rows: ``N`` answers.
+        together: All minibatches of the rollout whose gradients make one step, ``rows`` among them: what is averaged is
+            averaged over them all. (A step that learns from several rollouts takes the mean of theirs.)
         length: The engine's length limit.
         samples: Answers per prompt.
         temperature: The sampler's.
@@ -77,7 +82,7 @@ def forward(
         logprobs=logprobs,
         old=rows.old_logprobs,
         advantages=rows.advantages,
-        mask=rows.mask & rows.used[:, None],
+        mask=rows.update_mask,
         length=length,
         samples=samples,
         reference=rows.reference_logprobs,
@@ -87,8 +92,11 @@ def forward(
         returns=rows.returns,
         sampler=rows.sampler_logprobs,
         cap=cap,
+        step_mask=torch.cat([part.update_mask for part in together]),
+        parts=len(together),
     )
     if not default_kl:
         return update, None
-    tokens = mean_over_processes(rows.mask[uninstructed].sum())
+    asked_nothing = torch.cat([part.mask[part.uninstructed] for part in together])
+    tokens = mean_over_processes(asked_nothing.sum()) / len(together)
     return update, divergence / tokens if tokens > 0 else None

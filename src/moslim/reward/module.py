@@ -222,13 +222,17 @@ class RewardClassifier(ClassifierEvaluation):
         if len(batch.worse):
             gaps = self._gaps(scores, batch)
             loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
-            parts |= {"train/pairs/loss": loss.detach(), "train/pairs/accuracy": pair_accuracy(gaps, batch.compared)}
+            parts["train/pairs/loss"] = loss.detach()
+            if batch.compared.any():
+                parts["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
             total = total + self.pairs.weight * loss
+        elif everywhere[-1] > 0:
+            parts["train/pairs/loss"] = total.new_zeros(())  # its part of the mean over processes
         self.log_dict(averaged({"train/loss": total.detach(), **parts}), batch_size=len(batch.rows))
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size
-            self.log("train/padding", padding, on_step=False, on_epoch=True, batch_size=size)
+            self.log("train/padding", padding, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return total
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:

@@ -4,6 +4,7 @@ from functools import partial
 import pytest
 import torch
 
+from moslim.mapping.base import weighted_mean
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.policy.optimizers.aggregation import normalize_then_sum
 from tests.policy.optimizers.tables import scores
@@ -63,8 +64,22 @@ def test_a_satisfied_dimension_is_not_blown_up():
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
-def test_equal_answers_score_nothing(floor):
-    assert normalize_then_sum(torch.full((2, 3, 2), 0.3), floor).abs().max() < 1e-6
+@pytest.mark.parametrize("samples", [3, 7, 16])
+def test_equal_answers_score_nothing(floor, samples):
+    rewards = torch.linspace(-3, 3, 200)[:, None, None].expand(200, samples, 1)  # their mean is rounded
+    assert normalize_then_sum(rewards, floor).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_answer_that_no_reward_applies_to_is_neither_good_nor_bad(kind):
+    given = scores([[0.0, -1.0, -2.0, 0.0], [0.0] * 4], per_dimension=[[[NAN], [-1.0], [-2.0], [NAN]], [[NAN]] * 4])
+    assert kind().scores(given).tolist() == [[-1.5, -1.0, -2.0, -1.5], [0.0] * 4]
+
+
+def test_infinity_stays_infinity():
+    total = weighted_mean(torch.tensor([[math.inf, 1.0], [NAN, 2.0]]), torch.ones(2, 2))
+    assert total.tolist() == [math.inf, 2.0]
+    assert not normalize_then_sum(torch.tensor([[[math.inf], [1.0]]]), 0.1).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", [RLOO, GRPO])

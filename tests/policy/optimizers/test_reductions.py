@@ -20,6 +20,15 @@ def test_an_answer_with_an_empty_mask_does_not_count(reduction):
     assert reduce_tokens(values, mask & False, reduction, 5) == 0
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_parts_of_a_step_average_to_the_whole(reduction):
+    values = torch.arange(12.0).reshape(4, 3)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    cut = [slice(0, 1), slice(1, 4)]
+    parts = [reduce_tokens(values[part], mask[part], reduction, 5, mask, 2) for part in cut]
+    torch.testing.assert_close(sum(parts) / 2, reduce_tokens(values, mask, reduction, 5))
+
+
 VALUES = torch.tensor([[1.0, 2.0, 6.0], [7.0, 99.0, 99.0]])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,8 +52,6 @@ class Choice:
             raise ValueError(f"engine.top_k is {self.top_k}: give 1 or more, or null for no limit")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"engine.top_p is {self.top_p}: give a number above 0, at most 1")
-        if self.method not in get_args(DrawMethod):
-            raise ValueError(f"engine.decoding.draw is '{self.method}': give one of {', '.join(get_args(DrawMethod))}")
 
     @property
     def cuts(self) -> bool:

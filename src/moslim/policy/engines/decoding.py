@@ -35,7 +35,8 @@ class Decoding:
             from seconds to minutes and is done again for other numbers of answers or much longer prompts.
         pack_head: On a CPU, copy a large last layer into the order in which few rows read it fastest.
         draw: ``inverse_cdf`` takes one random number per token, a function of its answer's seed and of nothing else;
-            ``multinomial`` is torch's own, for comparison: its draws repeat only if the whole batch does.
+            ``multinomial`` is torch's own: its draws repeat only if the whole batch does. None = the first, but on CUDA
+            the second: cumulative sums, which the first needs, are not reproducible there.
         answers: Most answers that are sampled at once, those of one prompt together; more are sampled in turns, prompts
             of like length first. None = all.
     """
@@ -45,12 +46,14 @@ class Decoding:
     cache: CacheKind = "growing"
     compiled: bool = False
     pack_head: bool = True
-    draw: DrawMethod = "inverse_cdf"
+    draw: DrawMethod | None = None
     answers: int | None = None
 
     def __post_init__(self) -> None:
         if self.cache not in get_args(CacheKind):
             raise ValueError(f"engine.decoding.cache is '{self.cache}': give one of {', '.join(get_args(CacheKind))}")
+        if self.draw not in (None, *get_args(DrawMethod)):
+            raise ValueError(f"engine.decoding.draw is '{self.draw}': give one of {', '.join(get_args(DrawMethod))}")
         if self.compiled and self.cache != "static":
             raise ValueError(f"engine.decoding.compiled needs one size: set cache to static, not {self.cache}")
         if self.answers is not None and self.answers < 1:

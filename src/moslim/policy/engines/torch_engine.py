@@ -2,7 +2,7 @@
 
 Faster than ``generate`` in five places: each prompt is computed once and its cache repeated for its answers, the cache
 grows in place, a large last layer is packed for few rows, tokens are drawn by inverse CDF (``torch.multinomial`` is
-slow on CPU), and finished answers leave at once. ``Decoding`` can switch each of them off.
+slow on a CPU), and finished answers leave at once. ``Decoding`` can switch each of them off.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class TorchEngine(RolloutEngine):
         self.top_k = top_k
         self.top_p = top_p
         self.decoding = decoding or Decoding()
-        self._choice()  # refuses what is out of range
+        self._choice(torch.device("cpu"))  # refuses what is out of range
 
     @torch.no_grad()
     def sample(
@@ -81,7 +81,7 @@ class TorchEngine(RolloutEngine):
         pad_id: int,
     ) -> Completions:
         samples, device = seeds.shape[1], seeds.device
-        dtype, choice = at_least_float32(model.dtype), self._choice()
+        dtype, choice = at_least_float32(model.dtype), self._choice(device)
         found = _Table(seeds.numel(), self.max_new_tokens, pad_id, choice.cuts, dtype, device)
         eos = torch.tensor(eos_ids, device=device)
         lengths = attention_mask.sum(dim=1)
@@ -132,8 +132,9 @@ class TorchEngine(RolloutEngine):
             if step < self.max_new_tokens - 1:
                 answers.feed(tokens)
 
-    def _choice(self) -> Choice:
-        return Choice(self.temperature, self.top_k, self.top_p, self.decoding.draw)
+    def _choice(self, device: torch.device) -> Choice:
+        method = self.decoding.draw or ("multinomial" if device.type == "cuda" else "inverse_cdf")
+        return Choice(self.temperature, self.top_k, self.top_p, method)
 
     def _stopped(self, tokens: Tensor) -> Tensor:
         """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""

@@ -7,6 +7,23 @@ from typing import Literal
 from torch import Tensor
 
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+_LEAST = 1e-4
+
+
+def neutral_where_nothing_counts(total: Tensor, per_dimension: Tensor) -> Tensor:
+    """Gives an answer that no reward applies to the mean of its prompt's others, so that it is neither good nor bad.
+
+    Args:
+        total: ``[G, n]``.
+        per_dimension: ``[G, n, D]``, NaN where inactive.
+
+    Returns:
+        ``[G, n]``; as it was in groups where no answer has a reward.
+    """
+    nothing = per_dimension.isnan().all(dim=-1)
+    others = (~nothing).sum(dim=1, keepdim=True)
+    mean = total.masked_fill(nothing, 0.0).sum(dim=1, keepdim=True) / others.clamp(min=1)
+    return total.where(~nothing | (others == 0), mean)
 
 
 def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor | None = None) -> Tensor:
@@ -14,9 +31,10 @@ def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor 
 
     ``sum_d w_d (r_d - mean_G r_d) / sqrt(var_G r_d + std_floor^2) / sqrt(sum_d w_d^2)`` over the dimensions that are
     active for the answer; mean and variance (uncorrected) are those of the group's answers that have a value. The floor
-    keeps a dimension that is already satisfied from being noise blown up to unit variance; the root keeps prompts
-    that name many dimensions from counting more. GDPO's last step, dividing by the standard deviation of the whole
-    batch, is GRPO's ``scale: batch`` and the whitening of REINFORCE++ and PPO.
+    keeps a dimension that is already satisfied from being noise blown up to unit variance; without one, a deviation
+    below 1e-4 is taken for rounding. The root keeps prompts that name many dimensions from counting more. GDPO's last
+    step, dividing by the standard deviation of the whole batch, is GRPO's ``scale: batch`` and the whitening of
+    REINFORCE++ and PPO.
 
     Args:
         per_dimension: ``[G, n, D]``, NaN where inactive.
@@ -35,10 +53,10 @@ def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor 
             "or aggregation to sum_then_normalize"
         )
     active = (~per_dimension.isnan()).to(per_dimension.dtype)
-    values = per_dimension.nan_to_num()
+    values = per_dimension.masked_fill(per_dimension.isnan(), 0.0)
     count = active.sum(dim=1, keepdim=True).clamp(min=1)
     centred = (values - values.sum(dim=1, keepdim=True) / count) * active
-    scale = (centred.square().sum(dim=1, keepdim=True) / count + std_floor**2).sqrt().clamp(min=1e-8)
+    scale = (centred.square().sum(dim=1, keepdim=True) / count + std_floor**2).sqrt().clamp(min=_LEAST)
     weight = active if weights is None else active * weights
     total = (centred / scale * weight).sum(dim=-1)
     return total / weight.square().sum(dim=-1).sqrt().clamp(min=1e-8)

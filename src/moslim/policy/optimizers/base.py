@@ -11,7 +11,12 @@ from torch import Tensor
 
 from moslim.plugin import Plugin
 from moslim.policy.critic import CriticOptions
-from moslim.policy.optimizers.aggregation import Aggregation, normalize_then_sum
+from moslim.policy.optimizers.aggregation import (
+    Aggregation,
+    neutral_where_nothing_counts,
+    normalize_then_sum,
+)
+from moslim.policy.optimizers.reductions import Reduction, reduce_tokens
 
 
 @dataclass
@@ -60,6 +65,8 @@ class UpdateBatch:
         returns: ``[N, T]`` what the critic should have said.
         sampler: ``[N, T]`` under what the tokens were drawn from; None = the policy that ``old`` is of.
         cap: Largest importance weight; None = all are 1.
+        step_mask: ``[M, T]`` the masks of all minibatches whose gradients make one step, where they are several.
+        parts: How many these are.
     """
 
     logprobs: Tensor
@@ -75,6 +82,8 @@ class UpdateBatch:
     returns: Tensor | None = None
     sampler: Tensor | None = None
     cap: float | None = None
+    step_mask: Tensor | None = None
+    parts: int = 1
 
     @property
     def log_ratio(self) -> Tensor:
@@ -100,6 +109,10 @@ class UpdateBatch:
     def token_advantages(self) -> Tensor:
         """``[N, T]``, or ``[N, 1]`` where all tokens of an answer share one."""
         return self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
+
+    def reduce(self, values: Tensor, reduction: Reduction) -> Tensor:
+        """Averages per-token values ``[N, T]`` to a scalar, see :func:`reduce_tokens`."""
+        return reduce_tokens(values, self.mask, reduction, self.length, self.step_mask, self.parts)
 
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean over this process's tokens, detached, for metrics."""
@@ -164,7 +177,7 @@ class PolicyOptimizer(Plugin, ABC):
         """One score per answer ``[G, n]``: the aggregated reward, less the penalty; without any KL."""
         if self.aggregation == "normalize_then_sum":
             return normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights) - rewards.penalty
-        return rewards.total - rewards.penalty
+        return neutral_where_nothing_counts(rewards.total, rewards.per_dimension) - rewards.penalty
 
     @abstractmethod
     def advantages(self, rewards: GroupScores) -> Tensor:

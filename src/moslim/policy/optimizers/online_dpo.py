@@ -63,14 +63,20 @@ class OnlineDPO(PolicyOptimizer):
             raise ValueError("OnlineDPO needs the reference's log-probabilities in the batch")
         log_odds = ((batch.logprobs - batch.reference) * batch.mask).sum(dim=1)
         margin = (log_odds * batch.advantages).reshape(-1, batch.samples).sum(dim=1)  # one per prompt
-        pair = batch.mask.any(dim=1).reshape(-1, batch.samples).any(dim=1)
+        pair = _pairs(batch.mask, batch.samples)
+        counted = pair if batch.step_mask is None else _pairs(batch.step_mask, batch.samples)
         if self.loss_type == "sigmoid":
             losses = -logsigmoid(self.beta * margin)
         else:
             losses = (margin - 1 / (2 * self.beta)).square()
-        loss = (losses * pair).sum() / shared_count(pair)
+        loss = (losses * pair).sum() / shared_count(counted) * batch.parts
         won = margin.detach()[pair]
         metrics = {"pairs": pair.float().mean()}
         if len(won):
             metrics |= {"accuracy": (won > 0).float().mean(), "margin": self.beta * won.mean()}
         return LossParts(loss, metrics)
+
+
+def _pairs(mask: Tensor, samples: int) -> Tensor:
+    """Which prompts have a pair, ``[G]`` bool."""
+    return mask.any(dim=1).reshape(-1, samples).any(dim=1)

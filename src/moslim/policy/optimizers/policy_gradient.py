@@ -13,7 +13,7 @@ from moslim.plugin import Plugin
 from moslim.policy.kl import KLEstimator, KLPlace, check_kl, kl_loss
 from moslim.policy.kl_controllers import KLController
 from moslim.policy.optimizers.base import GroupScores, LossParts, PolicyOptimizer, UpdateBatch
-from moslim.policy.optimizers.reductions import Reduction, reduce_tokens
+from moslim.policy.optimizers.reductions import Reduction
 from moslim.processes import mean_over_processes
 
 
@@ -118,7 +118,7 @@ class PolicyGradient(PolicyOptimizer):
 
     def reduce(self, values: Tensor, batch: UpdateBatch) -> Tensor:
         """Averages per-token values ``[N, T]`` to a scalar."""
-        return reduce_tokens(values, batch.mask, self.reduction, batch.length)
+        return batch.reduce(values, self.reduction)
 
     def regularized(self, surrogate: Tensor, metrics: dict[str, Tensor], batch: UpdateBatch) -> LossParts:
         """Adds the KL divergence where it stands in the loss, reduced as the surrogate, and the entropy bonus."""
@@ -131,7 +131,7 @@ class PolicyGradient(PolicyOptimizer):
         if self.kl_controller is not None:
             metrics["kl_coef"] = torch.tensor(self.beta)
         if batch.entropy is not None:
-            entropy = reduce_tokens(batch.entropy, batch.mask, "token_mean", batch.length)
+            entropy = batch.reduce(batch.entropy, "token_mean")
             loss = loss - self.entropy_coef * entropy
             metrics["entropy_bonus"] = entropy.detach()  # nats per token, exact
         return LossParts(loss, metrics)

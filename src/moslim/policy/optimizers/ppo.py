@@ -11,7 +11,7 @@ from moslim.lora import LoraOptions
 from moslim.policy.critic import CriticOptions
 from moslim.policy.optimizers.base import GroupScores, LossParts, UpdateBatch
 from moslim.policy.optimizers.policy_gradient import PolicyGradient
-from moslim.policy.optimizers.reductions import Reduction, reduce_tokens, whiten
+from moslim.policy.optimizers.reductions import Reduction, whiten
 from moslim.policy.optimizers.returns import generalized_advantages
 
 
@@ -22,7 +22,8 @@ class PPO(PolicyGradient):
     A token's reward is ``-kl_coef * k1``; the answer's score is added to that of its last token, cut answers
     included (TRL puts it one position later and lengthens the critic's mask). Advantages are GAE, whitened over all
     tokens of all processes; the critic's targets are GAE plus values, before whitening. The value loss is
-    ``0.5 * mean max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2)``, as in TRL and verl. Defaults are TRL's.
+    ``0.5 * mean max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2)``, as in TRL and verl. Defaults are TRL's, but
+    for ``std_floor``: with 0, whitening is TRL's too.
 
     Args:
         reduction: How token losses are averaged; ``token_mean`` is TRL's. The value loss always is.
@@ -79,7 +80,7 @@ class PPO(PolicyGradient):
         else:
             step = (batch.values - batch.old_values).clamp(-self.value_clip, self.value_clip)
             worse = torch.maximum(error, (batch.old_values + step - batch.returns).square())
-        loss = 0.5 * reduce_tokens(worse, batch.mask, "token_mean", batch.length)
+        loss = 0.5 * batch.reduce(worse, "token_mean")
         return loss, batch.token_mean((worse > error).float())
 
     def _surplus(self, rewards: GroupScores) -> Tensor:

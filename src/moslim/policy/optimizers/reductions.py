@@ -12,7 +12,9 @@ from moslim.processes import mean_over_processes, process_count, shared_count
 Reduction = Literal["grpo", "token_mean", "constant"]
 
 
-def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: int) -> Tensor:
+def reduce_tokens(
+    values: Tensor, mask: Tensor, reduction: Reduction, length: int, step_mask: Tensor | None = None, parts: int = 1
+) -> Tensor:
     """Averages per-token values to a scalar.
 
     Answers with an empty mask do not count.
@@ -22,13 +24,16 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: Reduction, length: in
         mask: ``[N, T]`` bool.
         reduction: ``grpo`` is the mean over answers of the mean over tokens (arXiv 2402.03300), ``token_mean`` the mean
             over all tokens (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit,
-            then the mean over answers (Dr. GRPO, arXiv 2503.20783). All of one minibatch, over all processes; with
-            gradient accumulation, minibatches count alike, however many tokens they have.
+            then the mean over answers (Dr. GRPO, arXiv 2503.20783). All over all processes.
         length: The engine's length limit.
+        step_mask: ``[M, T]`` bool, the masks of all minibatches whose gradients make one step, this one's among them:
+            the mean of their results, which Lightning takes, is then that over all they hold. None = this one alone.
+        parts: How many these are.
     """
+    counted = mask if step_mask is None else step_mask
     if reduction == "token_mean":
-        return (values * mask).sum() / shared_count(mask)
-    answers = shared_count(mask.any(dim=1))
+        return (values * mask).sum() / shared_count(counted) * parts
+    answers = shared_count(counted.any(dim=1)) / parts
     if reduction == "constant":
         return (values * mask).sum() / (answers * length)
     return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / answers

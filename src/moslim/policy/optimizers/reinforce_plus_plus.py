@@ -17,7 +17,8 @@ class ReinforcePlusPlus(PolicyGradient):
     """Each token's advantage is what follows it, less the batch's mean, in the batch's standard deviations.
 
     A token's reward is ``-kl_coef * k1``; the answer's score is added to that of its last token. Returns to go are
-    whitened over all tokens of all processes (Bessel-corrected, as in verl; OpenRLHF's is not). The loss is PPO's.
+    whitened over all tokens of all processes (Bessel-corrected; with ``std_floor: 0`` as in verl; OpenRLHF's is not
+    corrected). The loss is PPO's.
 
     Args:
         baseline: Subtract the mean score of the prompt's answers first (REINFORCE++-baseline, OpenRLHF's
