@@ -22,6 +22,7 @@ import yaml
 from common import RESULTS, ROOT, digest, kept, write
 
 STARTER, REWARD, POLICY = (f"configs/quickstart/{stage}.yaml" for stage in ("starter", "reward", "policy"))
+SCRAMBLED = "configs/quickstart/scrambled.yaml"
 PREFERENCES = "configs/preferences/workbench.yaml"
 EXPERIMENTS = ROOT / "configs/experiment"
 DEFAULT = "default"
@@ -171,6 +172,11 @@ def read(config: str) -> dict[str, Any]:
 def fingerprint(*configs: str) -> str:
     """A hash of what configs say; comments and the order of keys do not matter."""
     return digest([read(one) for one in configs])
+
+
+def quickstart_key() -> str:
+    """What a result of quickstart.py is recognised by: a hash of all that its configs say."""
+    return fingerprint(STARTER, REWARD, POLICY, SCRAMBLED, PREFERENCES)
 
 
 def arms() -> dict[str, list[str]]:

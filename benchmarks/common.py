@@ -120,6 +120,11 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def outdated(key: str, now: str) -> str:
+    """A sentence for a result that was measured with other configs than those of today; empty for one that was not."""
+    return "" if key == now else "\n**The configs have changed since: these are figures of earlier ones.**\n\n"
+
+
 def table(header: Row, rows: list[Row]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

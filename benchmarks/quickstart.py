@@ -20,12 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import POLICY, REWARD, STARTER, fingerprint
+from cells import POLICY, SCRAMBLED, quickstart_key
 from common import RESULTS, ROOT, circumstances, kept, write
 
 REPORT = ROOT / "outputs/quickstart/report/steerability.json"
 CONTROL = ROOT / "outputs/quickstart/scrambled/report/steerability.json"
-SCRAMBLED = "configs/quickstart/scrambled.yaml"
 LAYERS = f"--config {POLICY} --config {SCRAMBLED}"
 ADDED = ("classifier", "seconds")
 """What a seed's result holds besides the contents of its steerability.json."""
@@ -100,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
     parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of a seed")
     args = parser.parse_args()
-    key = fingerprint(STARTER, REWARD, POLICY, SCRAMBLED)
+    key = quickstart_key()
     before = kept(args.out, key) or {"scrambled": {}}
     result: dict[str, Any] = {**circumstances(), "key": key, "scrambled": before["scrambled"]}
     for seed in map(str, args.seeds):

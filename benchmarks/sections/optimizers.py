@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import circumstances_line, met, table
+from cells import Cell, World
+from common import circumstances_line, met, outdated, table
+from optimizers import ARMS
 
 
 def section(result: dict[str, Any]) -> str:
@@ -24,6 +26,8 @@ def section(result: dict[str, Any]) -> str:
         ]
         for name, run in runs.items()
     ]
+    world = World(result["seed"], result["fold"])
+    old = [outdated(run["key"], Cell(ARMS[name], world, "optimizers").key) for name, run in runs.items()]
     stopped = {name: run["failed"] for name, run in result.items() if isinstance(run, dict) and "failed" in run}
     failed = "".join(f"\n{name} did not come to its end: {why}\n" for name, why in stopped.items())
     header = ["optimizer", "mean Spearman (>= 0.8)", "lowest", "exact", "within one", "MAE", "proxy less gold"]
@@ -32,6 +36,6 @@ def section(result: dict[str, Any]) -> str:
 ## Policy optimizers
 
 {circumstances_line(result)}
-The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not tuned.
+{max(old)}The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not tuned.
 
 {table(header, rows)}{failed}"""

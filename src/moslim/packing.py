@@ -14,7 +14,7 @@ SharePrompts = Literal["auto", "always", "never"]
 _WORTHWHILE = 0.8
 """Sharing must leave at most this part of the tokens: two passes in place of one have a cost of their own."""
 _HELD = 8
-"""Answers that share a pass, each with a copy of its prompt's keys and values, hold at most this many positions for each
+"""Answers that share a pass, each with a copy of its prompt's keys and values, hold at most so many positions for each
 token that the pass may compute."""
 
 
