@@ -6,6 +6,7 @@ Every seed has a starter and a classifier of its own, made once by the quickstar
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import yaml
 from common import RESULTS, ROOT, digest, kept, write
 
 STARTER, REWARD, POLICY = (f"configs/quickstart/{stage}.yaml" for stage in ("starter", "reward", "policy"))
-SCRAMBLED = "configs/quickstart/scrambled.yaml"
+SCRAMBLED, REFRESH = (f"configs/quickstart/{layer}.yaml" for layer in ("scrambled", "refresh"))
 PREFERENCES = "configs/preferences/workbench.yaml"
 EXPERIMENTS = ROOT / "configs/experiment"
 DEFAULT = "default"
@@ -61,6 +62,12 @@ class World:
             "--model.classifier",
             f"{self.folder}/reward/classifier",
         ]
+
+    @property
+    def mark(self) -> str:
+        """A hash of the classifier's weights, which are others on another machine, by rounding alone."""
+        weights = ROOT / self.folder / "reward/classifier/model.safetensors"
+        return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
     def make(self) -> None:
         """Trains starter and classifier, unless they are there from the same configs."""
@@ -112,6 +119,11 @@ class Cell:
         return kept(self.file, self.key)
 
     @property
+    def stands(self) -> bool:
+        """Whether there is a result, and of the models that are there now."""
+        return self.kept is not None and self.kept.get("world") == self.world.mark
+
+    @property
     def key(self) -> str:
         """What a result is recognised by: a hash of all that its configs say, those of its classifier included."""
         contents = [read(layer) for layer in self.layers]
@@ -146,6 +158,7 @@ class Cell:
         report = json.loads((ROOT / folder / "report/steerability.json").read_text(encoding="utf-8"))
         return {
             "key": key,
+            "world": self.world.mark,
             "answers": self.answers,
             "tokens": round(mean_length(ROOT / folder) * self.answers),
             "seconds": round(seconds, 1),
@@ -174,9 +187,9 @@ def fingerprint(*configs: str) -> str:
     return digest([read(one) for one in configs])
 
 
-def quickstart_key() -> str:
-    """What a result of quickstart.py is recognised by: a hash of all that its configs say."""
-    return fingerprint(STARTER, REWARD, POLICY, SCRAMBLED, PREFERENCES)
+def quickstart_key(*more: str) -> str:
+    """What a result on a quickstart's models is recognised by: a hash of what its configs, and ``more``, say."""
+    return fingerprint(STARTER, REWARD, POLICY, PREFERENCES, *more)
 
 
 def arms() -> dict[str, list[str]]:
@@ -215,6 +228,9 @@ def mean_length(folder: Path) -> float:
 def finish(cells: Sequence[Cell], jobs: int, minutes: float) -> None:
     """Runs the cells that have no result yet, side by side, and keeps each one's result at once.
 
+    Cells are compared within their world. So where some are missing whose world is no longer there, as on another
+    machine, all that stood on it are run anew.
+
     Args:
         cells: All of them.
         jobs: Cells at a time.
@@ -227,12 +243,12 @@ def finish(cells: Sequence[Cell], jobs: int, minutes: float) -> None:
             try:
                 result = cell.result()
             except Refused as failure:
-                result = {"key": cell.key, "failed": str(failure)}
+                result = {"key": cell.key, "world": cell.world.mark, "failed": str(failure)}
             write(cell.file, result)
             found = result.get("failed") or f"Spearman {result['mean']['spearman']:.3f}"
             print(f"{cell.arm}, seed {cell.world.seed}: {found}", flush=True)
 
-    missing = [cell for cell in cells if cell.kept is None]
+    worlds = dict.fromkeys(cell.world for cell in cells if cell.kept is None)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(World.make, dict.fromkeys(cell.world for cell in missing)))
-        list(pool.map(one, missing))
+        list(pool.map(World.make, worlds))
+        list(pool.map(one, [cell for cell in cells if cell.world in worlds and not cell.stands]))

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cells import POLICY, REWARD, STARTER, fingerprint
+from cells import POLICY, quickstart_key
 from common import RESULTS, ROOT, circumstances, once, source_digest, write
 from throughput import PLAIN
 
@@ -95,12 +95,12 @@ def main() -> None:
     args = parser.parse_args()
     made: dict[str, dict[str, Any]] = {}
     here = circumstances()
-    depends = [here["versions"], here["machine"], source_digest(), fingerprint(STARTER, REWARD, POLICY)]
+    depends = [here["versions"], here["machine"], source_digest(), quickstart_key()]
     for seed in args.seeds:
         for form in args.forms:
             measure = partial(stage, args.work, form, seed)
             made.setdefault(str(seed), {})[form] = once(args.work, f"{form}-{seed}", [depends, FORMS[form]], measure)
-            write(args.out, {**here, "speedup": speedups(made), "runs": made})
+            write(args.out, {**here, "key": quickstart_key(), "speedup": speedups(made), "runs": made})
 
 
 if __name__ == "__main__":

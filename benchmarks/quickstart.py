@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
     parser.add_argument("--no-repeat", action="store_true", help="leave out the second run of a seed")
     args = parser.parse_args()
-    key = quickstart_key()
+    key = quickstart_key(SCRAMBLED)
     before = kept(args.out, key) or {"scrambled": {}}
     result: dict[str, Any] = {**circumstances(), "key": key, "scrambled": before["scrambled"]}
     for seed in map(str, args.seeds):

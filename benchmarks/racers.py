@@ -106,6 +106,7 @@ def fit(world: World, folder: Path, steps: int, callbacks: list[Callback], optio
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        log_every_n_steps=1,
         use_distributed_sampler=False,
         callbacks=callbacks,
     )

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cells import REFRESH, quickstart_key
 from common import RESULTS, ROOT, circumstances, write
 
 from moslim.data.requests import sweep_requests
@@ -31,7 +32,7 @@ from moslim.workbench.grammar import LEVELS
 
 POLICY = ["configs/quickstart/policy.yaml"]
 REWARD = ["configs/quickstart/reward.yaml"]
-REFRESH = [*REWARD, "configs/quickstart/refresh.yaml"]
+LAYERS = [*REWARD, REFRESH]
 FOLDER = ROOT / "outputs/quickstart/refresh"
 ANSWERS = ROOT / "outputs/quickstart/policy/answers.jsonl"
 CLASSIFIERS = {"before": "outputs/quickstart/reward/classifier", "after": "outputs/quickstart/refresh/classifier"}
@@ -91,7 +92,7 @@ def main() -> None:
     table = [f"--data.source={TABLE}", f"--data.source.predict={asked}"]
     unseen = FOLDER / "answers.jsonl"
     run("predict", POLICY, args.seed, "--ckpt_path=last", *table, f"--model.predictions={unseen}")
-    run("fit", REFRESH, args.seed)
+    run("fit", LAYERS, args.seed)
     train, test = (save(FOLDER / f"{f.parent.name}_labelled.jsonl", labelled(lines(f))) for f in (ANSWERS, unseen))
     fresh = [f"--data.source.samples={ANSWERS}"]
     held_out = [f"--data.source={TABLE}", f"--data.source.path={train}", f"--data.source.test={test}"]
@@ -103,7 +104,7 @@ def main() -> None:
         }
         for when, classifier in CLASSIFIERS.items()
     }
-    write(args.out, {**circumstances(), "seed": args.seed, **result})
+    write(args.out, {**circumstances(), "key": quickstart_key(REFRESH), "seed": args.seed, **result})
 
 
 if __name__ == "__main__":

@@ -59,6 +59,13 @@ def test_a_cell_is_kept_until_what_it_depends_on_changes(
     for name in (cells.STARTER, cells.REWARD, cells.PREFERENCES, cells.POLICY):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("# another comment\n" + (ROOT / name).read_text())
+    weights = tmp_path / cell.world.folder / "reward/classifier/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"some")
+    cells.write(cell.file, {"key": cell.key, "world": cell.world.mark})
+    assert cell.stands
+    weights.write_bytes(b"those of another machine")
+    assert cell.kept is not None and not cell.stands
     policy = (tmp_path / cells.POLICY).read_text()
     (tmp_path / cells.POLICY).write_text(policy.replace("max_steps:", "max_steps: 1"))
     assert cell.kept is not None  # its length is given

@@ -14,7 +14,8 @@ from moslim.workbench.grammar import LEVELS
 
 FEW_STEPS = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_check_interval 2
     --trainer.check_val_every_n_epoch null --trainer.limit_val_batches 1 --trainer.limit_test_batches 1
-    --trainer.limit_predict_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false"""
+    --trainer.limit_predict_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false
+    --trainer.log_every_n_steps 1"""
 """Options that make any command short."""
 SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.samples_per_prompt 2 --model.eval_samples 1
     --model.passes.tokens 128

@@ -28,6 +28,7 @@ def section(result: dict[str, Any]) -> str:
     ]
     world = World(result["seed"], result["fold"])
     old = [outdated(run["key"], Cell(ARMS[name], world, "optimizers").key) for name, run in runs.items()]
+    note = max(old, default="")
     stopped = {name: run["failed"] for name, run in result.items() if isinstance(run, dict) and "failed" in run}
     failed = "".join(f"\n{name} did not come to its end: {why}\n" for name, why in stopped.items())
     header = ["optimizer", "mean Spearman (>= 0.8)", "lowest", "exact", "within one", "MAE", "proxy less gold"]
@@ -36,6 +37,7 @@ def section(result: dict[str, Any]) -> str:
 ## Policy optimizers
 
 {circumstances_line(result)}
-{max(old)}The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not tuned.
+{note}The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not
+tuned.
 
 {table(header, rows)}{failed}"""

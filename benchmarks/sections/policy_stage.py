@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import circumstances_line, met, table
+from cells import quickstart_key
+from common import circumstances_line, met, outdated, table
 
 MEASURES = ("spearman", "exact", "within_one", "mae")
 
 
 def section(result: dict[str, Any]) -> str:
     """Returns the section."""
+    note = outdated(result.get("key", ""), quickstart_key())
     text = f"""
 ## The quickstart's policy stage, three ways
 
 {circumstances_line(result)}
-The same starter, classifier, seed and number of steps. "Every fast way off" is what docs/speed.md lists, all of it;
-"one step off" samples the answers to the next batch while the current ones are learnt from, on the same two cores. CPU
-seconds are those of all threads, the start of Python included. Quality by the gold scorer on held-out questions.
+{note}The same starter, classifier, seed and number of steps. "Every fast way off" is what docs/speed.md lists, all of
+it; "one step off" samples the answers to the next batch while the current ones are learnt from, on the same two cores.
+CPU seconds are those of all threads, the start of Python included. Quality by the gold scorer on held-out questions.
 
 """
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from cells import quickstart_key
+from cells import SCRAMBLED, quickstart_key
 from common import circumstances_line, met, outdated, table
 
 Run = dict[str, Any]
@@ -47,7 +47,7 @@ def figures(run: Run) -> dict[str, float]:
 def section(result: dict[str, Any]) -> str:
     """Returns the section."""
     runs = {key: value for key, value in result.items() if key.isdigit()}
-    text = f"\n## Quickstart\n\n{circumstances_line(result)}\n{outdated(result['key'], quickstart_key())}"
+    text = f"\n## Quickstart\n\n{circumstances_line(result)}\n{outdated(result['key'], quickstart_key(SCRAMBLED))}"
     for seed, failure in result.get("failed", {}).items():
         text += f"\nSeed {seed}: **{failure['stage']} failed**. {_heads(failure['classifier'])}\n"
     if not runs:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import circumstances_line, table
+from cells import REFRESH, quickstart_key
+from common import circumstances_line, outdated, table
 
 KINDS = {"fresh": "topics of training, fresh answers", "held_out": "held-out topics"}
 
@@ -12,12 +13,13 @@ KINDS = {"fresh": "topics of training, fresh answers", "held_out": "held-out top
 def section(result: dict[str, Any]) -> str:
     """Returns the section."""
     before, after = result["before"], result["after"]
+    note = outdated(result.get("key", ""), quickstart_key(REFRESH))
     tricks = (part["fresh"]["subsets"]["adversarial"] for part in (before, after))
     return f"""
 ## Refresh
 
 {circumstances_line(result)}
-The classifier (seed {result["seed"]}) goes on with answers of its policy, labelled by the gold scorer. Gap: its
+{note}The classifier (seed {result["seed"]}) goes on with answers of its policy, labelled by the gold scorer. Gap: its
 probability of the requested level less the share of answers that have this level, on the same answers before and after;
 above 0 it rewards what is not there, below 0 it misses what is. In brackets: 95% interval over questions.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
 
 Result = dict[str, Any]
 """A report's figures as plain data."""
+
+
+def due(trainer: Trainer, steps: int = 1) -> bool:
+    """Whether one of the next optimizer steps is among those that ``trainer.log_every_n_steps`` shows.
+
+    What is logged in the others is lost, and computing and logging some thirty numbers costs a small model's step a few
+    per cent.
+    """
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set dynamically
+    return bool(every) and (trainer.global_step + steps) // every > trainer.global_step // every
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Each guard trips on a tiny run that was made to misbehave, keeps its step, and is silent on a good run."""
 
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -215,6 +216,26 @@ def test_nothing_is_kept_where_nothing_shall_be_written(options, policy, prefere
     with pytest.raises(GuardError, match="The step was not kept"):
         trainer(tmp_path, callbacks=[guards], **options).fit(policy(engine=Endless(8)), data(preferences))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_goes_on_counting(policy, preferences, tmp_path):
+    def run(steps, **resume):
+        guards, saver = only("truncated", "warn"), SaveEachStep(tmp_path)
+        loop = trainer(tmp_path, max_steps=steps, callbacks=[guards, saver], enable_checkpointing=True)
+        loop.fit(policy(engine=Endless(8)), data(preferences), **resume)
+        return guards.trips["truncated"]
+
+    with pytest.warns(UserWarning, match="guard `truncated`"):
+        assert run(2) == 2
+    kept = torch.load(tmp_path / "step=2.ckpt", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "guard `truncated`")
+        assert run(3, ckpt_path=tmp_path / "step=2.ckpt") == 3
+    assert [path.name for path in (tmp_path / "guards").iterdir()] == ["truncated-step0.ckpt"]
+    kept["callbacks"] = {key: state for key, state in kept["callbacks"].items() if "Guards" not in key}
+    torch.save(kept, tmp_path / "earlier.ckpt")  # as guards without a state have written it
+    with pytest.warns(UserWarning, match="guard `truncated`"):
+        assert run(3, ckpt_path=tmp_path / "earlier.ckpt") == 1
 
 
 @pytest.mark.parametrize("process", [0, 1])

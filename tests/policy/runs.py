@@ -89,7 +89,13 @@ def data(preferences: PreferenceSet, **options: Any) -> PreferenceDataModule:
 def trainer(folder: Path, **options: Any) -> MoslimTrainer:
     """A quiet trainer that checks nothing but what it is told to."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    plain = {"enable_checkpointing": False, "limit_val_batches": 0, "use_distributed_sampler": False, "max_epochs": -1}
+    plain = {
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+        "use_distributed_sampler": False,
+        "max_epochs": -1,
+    }
     return MoslimTrainer(default_root_dir=folder, **{**quiet, **plain, **options})
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
+from torch.optim.lr_scheduler import LambdaLR
 
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
@@ -78,9 +79,11 @@ def test_gradients_are_clipped(algorithm, norm, policy, preferences, tmp_path):
     ],
     ids=["rloo", "token mean", "groups left out", "critic, entropy", "pairs"],
 )
-def test_accumulated_minibatches_are_the_whole_rollout(optimizer, policy, preferences, tmp_path):
+@pytest.mark.parametrize("several", [2, 5])
+def test_accumulated_minibatches_are_the_whole_rollout(several, optimizer, policy, preferences, tmp_path):
+    several = min(several, 3) if optimizer().whole_groups else several  # 12 answers to 4 prompts, in uneven parts
     results = []
-    for parts in (1, 2):
+    for parts in (1, several):
         module = policy(minibatches=parts, optimizer=sgd(0.1), policy_optimizer=optimizer(), default_kl_coef=0.5)
         run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=parts)
         run.fit(module, data(preferences))
@@ -88,6 +91,37 @@ def test_accumulated_minibatches_are_the_whole_rollout(optimizer, policy, prefer
         results.append(weights(module))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_windows_follow_the_inner_epochs(policy, preferences, tmp_path):
+    """The second epoch's parts are others than the first one's; together they are the same answers again."""
+    results = []
+    for parts in (1, 2):
+        optimizer = GRPO(reduction="token_mean", min_spread=0.3)
+        module = policy(minibatches=parts, inner_epochs=2, optimizer=sgd(0.1), policy_optimizer=optimizer)
+        run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=parts)
+        run.fit(module, data(preferences))
+        assert {step["key"] for step in module.trace} == {(0, 0)} and len(module.trace) == 2 * parts
+        results.append(weights(module))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_step_over_two_rollouts_takes_the_mean_of_theirs(policy, preferences, tmp_path):
+    def change(first_rate, **options):
+        module = policy(
+            policy_optimizer=GRPO(reduction="token_mean"),
+            optimizer=sgd(0.1),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: first_rate if step == 0 else 1.0),
+        )
+        before = weights(module)
+        trainer(tmp_path, **options).fit(module, data(preferences))
+        return moved(module, before)
+
+    both = change(1.0, max_steps=1, accumulate_grad_batches=2)
+    one, other = change(1.0, max_steps=1), change(0.0, max_steps=2)  # that of the second rollout alone
+    assert (one - other).norm() > 0.1 * one.norm()
+    torch.testing.assert_close(both, (one + other) / 2, atol=1e-5, rtol=1e-3)
 
 
 def test_fast_dev_run_takes_a_step_of_everything_and_writes_nothing(policy, preferences, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moslim.evaluation.judges import Judge
-from moslim.policy.metrics import level_offsets, rollout_metrics
+from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
 
@@ -50,7 +50,8 @@ def rollout(targets, reference=True):
 
 
 def metrics(*args, judge=None, **options):
-    found = rollout_metrics(rollout(*args, **options), PREFERENCES, judge)
+    answers = rollout(*args, **options)
+    found = progress_metrics(answers) | rollout_metrics(answers, PREFERENCES, judge)
     return {name: value.item() for name, value in found.items()}
 
 

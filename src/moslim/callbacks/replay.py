@@ -23,8 +23,8 @@ class Replayed:
         loss: Its loss.
         logprobs: ``[N, T]`` of its answers under the weights of the checkpoint.
         rows: One record per answer.
-        record: What the guard that wrote the checkpoint noted: ``guard``, ``reason``, ``loss``, ``logprobs``; None in
-            an ordinary checkpoint.
+        record: What the guard that wrote the checkpoint noted: ``guard``, ``reason``, ``process``, ``loss`` (that
+            process's part of it), ``logprobs``; None in an ordinary checkpoint.
     """
 
     loss: float

@@ -31,7 +31,7 @@ class MappedReward:
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """``sum_d w_d v_d / sum_d w_d`` over what is not NaN, 0 where all is; ``[B, D]`` and ``[B, D]`` to ``[B]``."""
-    absent = values.isnan()
+    absent = values.isnan() | (weights == 0)
     weights = weights.to(values.dtype) * ~absent
     return (values.masked_fill(absent, 0.0) * weights).sum(-1) / weights.sum(-1).clamp(min=1e-12)
 

@@ -75,7 +75,8 @@ class Answerer:
         Args:
             model: The policy or its reference.
             batch: ``B`` prompts.
-            keys: What identifies each of them; an answer depends on its prompt, its key and its number alone.
+            keys: What identifies each of them; an answer depends on its prompt, its key and its number (and
+                where the engine draws by ``multinomial``, on the batch).
             samples: Answers per prompt, ``n``.
         """
         seeds = answer_seeds(keys, samples, batch.input_ids.device)

@@ -14,12 +14,18 @@ from moslim.policy.kl import k1, k3
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
 
-IN_THE_BAR = ("train/reward", "train/kl")
-"""What the progress bar shows of a rollout."""
+
+def progress_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """What the progress bar shows: mean reward of instructed answers, KL divergence in nats per answer."""
+    metrics = {"train/reward": rollout.rewards[~rollout.per_dimension.isnan().all(dim=1)].mean()}
+    if rollout.reference_logprobs is not None:
+        kl = k1(rollout.old_logprobs, rollout.reference_logprobs) * rollout.mask
+        metrics["train/kl"] = kl.sum(dim=1).mean()
+    return {name: value for name, value in metrics.items() if not value.isnan()}
 
 
 def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge | None) -> dict[str, Tensor]:
-    """Scalars by name; what has no value, because nothing asked for it, is left out.
+    """Further scalars by name; what has no value, because nothing asked for it, is left out.
 
     ``train/proxy`` is the mean probability that the classifier gives to the requested levels, ``train/gold`` the share
     of requested levels that the judge finds: the gap between them is how far the classifier is being fooled.
@@ -31,16 +37,14 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
         judge: Who measures gold; None leaves it out.
     """
     metrics: dict[str, Tensor] = {
-        "train/reward": rollout.rewards[~rollout.per_dimension.isnan().all(dim=1)].mean(),
         "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per answer
         "train/truncated": 1 - rollout.ended.float().mean(),
         "train/used": rollout.used.float().mean(),  # share of answers that take part in updates
         "train/entropy": -(rollout.old_logprobs * rollout.mask).sum() / rollout.mask.sum(),  # nats per token
     }
     if rollout.reference_logprobs is not None:
-        pair = (rollout.old_logprobs, rollout.reference_logprobs)
-        metrics["train/kl"] = (k1(*pair) * rollout.mask).sum(dim=1).mean()  # nats per answer
-        metrics["train/kl_k3"] = (k3(*pair) * rollout.mask).sum() / rollout.mask.sum()  # nats per token
+        per_token = k3(rollout.old_logprobs, rollout.reference_logprobs) * rollout.mask
+        metrics["train/kl_k3"] = per_token.sum() / rollout.mask.sum()  # nats per token
     by_dimension = {"proxy": requested_probability(rollout.probs, rollout.targets)}
     if judge is not None:
         levels = judge.levels(rollout.questions, rollout.answers).to(rollout.targets.device)

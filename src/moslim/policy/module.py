@@ -25,7 +25,7 @@ from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.metrics import IN_THE_BAR, rollout_metrics
+from moslim.policy.metrics import progress_metrics, rollout_metrics
 from moslim.policy.off_policy import OffPolicy, staleness_metrics, with_logprobs
 from moslim.policy.optimizers import PolicyOptimizer
 from moslim.policy.passes import Passes
@@ -39,6 +39,7 @@ from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.preferences import PreferenceSet
 from moslim.processes import averaged
+from moslim.reporting import due
 from moslim.sampling import PreferenceSampler
 from moslim.sharding import shard_mesh
 from moslim.timing import Stopwatch
@@ -283,7 +284,9 @@ class PolicyTrainer(PolicyEvaluation):
             metrics["train/default_kl"] = default_kl.detach()
         clock.lap("time/forward")
         self.rows, self.logprobs, self.step_loss = rows, update.logprobs.detach(), loss.detach()
-        self.log_dict({**averaged({"train/loss": self.step_loss, **metrics}), **clock.laps}, batch_size=len(rows))
+        if due(self.trainer):
+            metrics["train/loss"] = self.step_loss
+            self.log_dict({**averaged(metrics), **clock.laps}, batch_size=len(rows))
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
@@ -337,13 +340,13 @@ class PolicyTrainer(PolicyEvaluation):
             sampler_logprobs=found.sampler_logprobs,
         )
         optimizer.observe(scores)
-        found_here = rollout_metrics(rollout, self.preferences, self.exact_judge)
-        found_here |= self.reward_functions.metrics(rollout.per_dimension)
-        metrics = averaged(found_here | staleness_metrics(rollout, staleness, self.off_policy.cap))
-        asked = self._sampler.metrics() if self._sampler else {}
-        shown = {name: metrics.pop(name) for name in IN_THE_BAR if name in metrics}
-        self.log_dict(shown, prog_bar=True, batch_size=len(rollout))
-        self.log_dict({**metrics, **asked, **clock.laps}, batch_size=len(rollout))
+        self.log_dict(averaged(progress_metrics(rollout)), prog_bar=True, batch_size=len(rollout))
+        if due(self.trainer, max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)):
+            metrics = rollout_metrics(rollout, self.preferences, self.exact_judge)
+            metrics |= self.reward_functions.metrics(rollout.per_dimension)
+            metrics |= staleness_metrics(rollout, staleness, self.off_policy.cap)
+            asked = self._sampler.metrics() if self._sampler else {}
+            self.log_dict({**averaged(metrics), **asked, **clock.laps}, batch_size=len(rollout))
         return rollout
 
     @property

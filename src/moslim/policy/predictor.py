@@ -16,7 +16,7 @@ _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Predictor:
-    """Computes what predicts next tokens: hidden states where the last layer is all that follows, else logits.
+    """Computes what predicts next tokens: hidden states where all that follows is known (:class:`Head`), else logits.
 
     Args:
         model: Causal language model in the Hugging Face form, with or without an adapter.
@@ -94,7 +94,9 @@ def last_layer(model: Any) -> Head | None:
 
 def _scale(config: Any) -> float:
     """What logits are multiplied by: Cohere's ``logit_scale``, Granite's ``logits_scaling`` the other way round."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    found = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    times, over = (value if isinstance(value, int | float) and value else 1.0 for value in found)
+    return times / over
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     rollouts, rank = saved["rollouts"], module.global_rank
     replayed = GUARD_RECORD in checkpoint and process_count() == 1
     if replayed:
-        rank = checkpoint[GUARD_RECORD]["process"]
+        rank = checkpoint[GUARD_RECORD].get("process", 0)
     if (replayed or len(rollouts) == process_count()) and rollouts[rank] is not None:
         # the module itself may be moved there only after this
         device = module.device if module._trainer is None else module.trainer.strategy.root_device

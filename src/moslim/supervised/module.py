@@ -83,7 +83,7 @@ class SupervisedTrainer(RunModule):
         self.model = self._build().train()
         if gradient_checkpointing:
             checkpoint_activations(self.model)
-        self._answered = 0  # rows of this prediction so far: an answer depends on its row, not on the batch size
+        self._answered = 0  # rows of this prediction so far: an answer is drawn by its row, whatever the batch size
 
     def _build(self) -> PreTrainedModel:
         if self.architecture is None:

@@ -86,3 +86,10 @@ def test_wrong_options(options, message):
         Decoding(**options)
     with pytest.raises(ValueError, match="draw is 'dice'"):
         TorchEngine(decoding=Decoding(draw="dice"))
+
+
+@pytest.mark.parametrize(("device", "method"), [("cpu", "inverse_cdf"), ("cuda", "multinomial")])
+def test_how_tokens_are_drawn_depends_on_the_device_unless_it_is_said(device, method):
+    assert TorchEngine(4)._choice(torch.device(device)).method == method
+    for said in ("inverse_cdf", "multinomial"):
+        assert TorchEngine(4, decoding=Decoding(draw=said))._choice(torch.device(device)).method == said

@@ -79,6 +79,7 @@ def test_an_answer_that_no_reward_applies_to_is_neither_good_nor_bad(kind):
 def test_infinity_stays_infinity():
     total = weighted_mean(torch.tensor([[math.inf, 1.0], [NAN, 2.0]]), torch.ones(2, 2))
     assert total.tolist() == [math.inf, 2.0]
+    assert weighted_mean(torch.tensor([[math.inf, 1.0]]), torch.tensor([[0.0, 1.0]])).item() == 1
     assert not normalize_then_sum(torch.tensor([[[math.inf], [1.0]]]), 0.1).isfinite().all()
 
 

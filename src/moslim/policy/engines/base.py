@@ -89,7 +89,8 @@ class RolloutEngine(ABC):
             model: Causal language model in the Hugging Face form, in eval mode.
             input_ids: ``[B, P]`` prompts, left-padded.
             attention_mask: ``[B, P]``.
-            seeds: ``[B, n]`` int64, one per answer; an answer depends on its prompt and its seed alone.
+            seeds: ``[B, n]`` int64, one per answer; an answer depends on its prompt and its seed alone, but
+                where ``decoding.draw`` is ``multinomial``.
             eos_ids: Tokens that end an answer.
             pad_id: Token to put after the end.
 

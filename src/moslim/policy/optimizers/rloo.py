@@ -47,7 +47,9 @@ class RLOO(PolicyGradient):
             return super().loss(batch)
         objective, clipped = self.clipped(batch.log_ratio.sum(dim=1), batch.advantages)
         weights = batch.importance(batch.log_surplus.sum(dim=1))
-        return self.regularized(-(objective * weights).mean(), {"clip_fraction": clipped.mean()}, batch)
+        answers = len(batch.mask if batch.step_mask is None else batch.step_mask)
+        surrogate = -(objective * weights).sum() / answers * batch.parts
+        return self.regularized(surrogate, {"clip_fraction": clipped.mean()}, batch)
 
     def reduce(self, values: Tensor, batch: UpdateBatch) -> Tensor:
         """Averages per-token values; in the sequence form, sums them over each answer and averages over answers."""
