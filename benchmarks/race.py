@@ -48,29 +48,18 @@ class Racer:
     """A trainer in a process of its own, which does a step when told to.
 
     Args:
-        entrant: Which.
-        world: What is trained.
-        folder: Where its models lie.
-        steps: How many steps it will be told to do.
+        script: File beside this one, see turn.py.
+        specification: What it is told.
+        folder: Where that, and what it prints, is written.
+        source: Folder of another version of this project's source; None = this one.
     """
 
-    def __init__(self, entrant: Entrant, world: World, folder: Path, steps: int) -> None:
-        specification = {
-            "racer": entrant.kind,
-            "settings": entrant.settings,
-            "world": asdict(world),
-            "folder": str(folder),
-            "steps": steps,
-        }
-        script = "racers.py"
-        if entrant.kind == "trl":
-            script = "trl_racer.py"
-            specification |= {"rate": RATE, "kl": KL, "chats": asked(world, folder, steps)}
+    def __init__(self, script: str, specification: dict[str, Any], folder: Path, source: Path | None = None) -> None:
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".json", delete=False) as file:
             json.dump(specification, file)
         environment = dict(os.environ)
-        if entrant.source is not None:
-            environment["PYTHONPATH"] = str(entrant.source)
+        if source is not None:
+            environment["PYTHONPATH"] = str(source)
         self._log = open(f"{file.name}.log", "w+", encoding="utf-8")  # noqa: SIM115  # closed with the process
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / script), file.name],
@@ -82,7 +71,7 @@ class Racer:
         )
 
     def step(self) -> dict[str, Any]:
-        """Does one step; seconds, phases and mean length of answers."""
+        """Does one step; what it reports of it."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
@@ -91,8 +80,12 @@ class Racer:
     def finish(self) -> float:
         """Ends it after its last step; peak memory in MiB."""
         peak: float = self._line()["peak_mb"]
-        self._process.communicate()
+        self.stop()
         return peak
+
+    def stop(self) -> None:
+        """Ends it wherever it is."""
+        self._process.communicate()
 
     def _line(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -132,12 +125,27 @@ def race(entrants: dict[str, Entrant], world: World, folder: Path, repeats: int)
         By entrant: medians ``s_per_step``, ``cpu_s_per_step`` (of all threads) and ``phases``, ``mean_length``,
         ``tokens_per_s`` and ``peak_mb``.
     """
-    racers = {name: Racer(entrant, world, folder, repeats + 1) for name, entrant in entrants.items()}
+    racers = {name: _racer(entrant, world, folder, repeats + 1) for name, entrant in entrants.items()}
     laps: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
     for _ in range(repeats + 1):
         for name, racer in racers.items():
             laps[name].append(racer.step())
     return {name: _summary(laps[name][1:], racer.finish(), world) for name, racer in racers.items()}
+
+
+def _racer(entrant: Entrant, world: World, folder: Path, steps: int) -> Racer:
+    specification = {
+        "racer": entrant.kind,
+        "settings": entrant.settings,
+        "world": asdict(world),
+        "folder": str(folder),
+        "steps": steps,
+    }
+    script = "racers.py"
+    if entrant.kind == "trl":
+        script = "trl_racer.py"
+        specification |= {"rate": RATE, "kl": KL, "chats": asked(world, folder, steps)}
+    return Racer(script, specification, folder, entrant.source)
 
 
 def _summary(laps: list[dict[str, Any]], peak: float, world: World) -> dict[str, Any]:
