@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -32,4 +33,5 @@ def _become(rank: int, port: int, function: Callable[..., Any], arguments: tuple
     own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "fork"}
     os.environ.update({name: str(value) for name, value in (own | found).items()})
+    torch.set_num_threads(1)  # the first to ask makes a fork's thread pool anew: two threads at once would both fail
     function(*arguments)

@@ -30,7 +30,7 @@ def save_world(folder: Path) -> None:
     tokenizer = WorkbenchTokenizer().load()
     torch.manual_seed(0)
     starter = Architecture("llama", WorkbenchTokenizer(), SIZES).build(tokenizer)
-    classifier = PreferenceClassifier.from_backbone(starter, PreferenceSet(LEVELS))
+    classifier = PreferenceClassifier.from_backbone(starter, PreferenceSet(LEVELS), link="corn")
     quickstart = folder / "outputs" / "quickstart"
     for model, place in ((starter, "starter/model"), (classifier, "reward/classifier")):
         model.save_pretrained(quickstart / place)
