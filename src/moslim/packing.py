@@ -132,7 +132,7 @@ def shared_prompts(batch: AnswerBatch, tokens: int, among: Tensor | None = None)
         chunks, split = [], []
         for piece, (answer,) in within(answers[members][:, None].tolist(), tokens):
             most = max(1, _HELD * tokens // (width + answer))
-            chunks += [batch.chunk(rows, width, answer) for rows in members[piece].split(most)]
+            chunks += [batch.chunk(few, width, answer) for few in members[piece].split(most)]
             split += owners[piece].split(most)
         columns = slice(batch.width - width, batch.width)
         prompts = shown[order[part]]

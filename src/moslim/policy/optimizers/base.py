@@ -11,11 +11,7 @@ from torch import Tensor
 
 from moslim.plugin import Plugin
 from moslim.policy.critic import CriticOptions
-from moslim.policy.optimizers.aggregation import (
-    Aggregation,
-    neutral_where_nothing_counts,
-    normalize_then_sum,
-)
+from moslim.policy.optimizers.aggregation import Aggregation, neutral_where_nothing_counts, normalize_then_sum
 from moslim.policy.optimizers.reductions import Reduction, reduce_tokens
 
 
