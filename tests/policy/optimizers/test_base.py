@@ -64,8 +64,13 @@ def test_a_satisfied_dimension_is_not_blown_up():
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_equal_answers_score_nothing(floor):
+    assert normalize_then_sum(torch.full((2, 3, 2), 0.3), floor).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
 @pytest.mark.parametrize("samples", [3, 7, 16])
-def test_equal_answers_score_nothing(floor, samples):
+def test_rounding_is_not_blown_up(floor, samples):
     rewards = torch.linspace(-3, 3, 200)[:, None, None].expand(200, samples, 1)  # their mean is rounded
     assert normalize_then_sum(rewards, floor).abs().max() < 0.01
 
