@@ -8,22 +8,22 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from moslim.optim import WarmupLinear, configure
+from moslim.optim import WarmupDecay, configure
 
 
 class Line(LightningModule):
     """One weight, whose rates are recorded."""
 
-    def __init__(self, warmup_steps: int = 3, final: float = 0.5) -> None:
+    def __init__(self, warmup_steps: int = 3, final: float = 0.5, power: float = 1.0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.frozen = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
-        self.warmup_steps, self.final = warmup_steps, final
+        self.warmup_steps, self.final, self.power = warmup_steps, final, power
         self.rates: list[float] = []
 
     def configure_optimizers(self):
         def schedule(optimizer: torch.optim.Optimizer) -> LRScheduler:
-            return WarmupLinear(optimizer, self.warmup_steps, self.final)
+            return WarmupDecay(optimizer, self.warmup_steps, self.final, self.power)
 
         return configure(self, lambda parameters: SGD(parameters, lr=8.0), schedule, self.parameters())
 
@@ -54,6 +54,17 @@ def test_length_of_the_run_follows_from_epochs(tmp_path: Path) -> None:
     module = Line(warmup_steps=0, final=0.0)
     trainer(tmp_path, max_epochs=2).fit(module)
     assert module.rates == pytest.approx([8, 7, 6, 5, 4, 3, 2, 1])
+
+
+def test_power_below_one_keeps_the_rate_high(tmp_path: Path) -> None:
+    module = Line(warmup_steps=0, final=0.25, power=0.5)
+    trainer(tmp_path, max_steps=4, max_epochs=-1).fit(module)
+    assert module.rates == pytest.approx([8.0, 2 + 6 * 0.75**0.5, 2 + 6 * 0.5**0.5, 5.0])
+
+
+def test_power_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="power is 0"):
+        WarmupDecay(SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0), power=0.0)
 
 
 def test_resumed_run_may_be_longer(tmp_path: Path) -> None:
@@ -88,7 +99,7 @@ def test_endless_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_schedule_without_a_run_says_what_it_lacks() -> None:
-    schedule = WarmupLinear(SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0))
+    schedule = WarmupDecay(SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0))
     with pytest.raises(RuntimeError, match="length of the run"):
         schedule.step()
 

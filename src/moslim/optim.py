@@ -26,18 +26,28 @@ class FollowsRun(Protocol):
         """
 
 
-class WarmupLinear(LRScheduler):
-    """Linear warm-up, then a linear fall to the end of the run, whose length it learns from the Trainer.
+class WarmupDecay(LRScheduler):
+    """Linear warm-up, then a fall to the end of the run, whose length it learns from the Trainer.
 
     Args:
         optimizer: The optimizer.
         warmup_steps: Steps before the full rate; the first of them takes ``1 / (warmup_steps + 1)`` of it.
         final: Fraction of the full rate that is reached at the end of the run.
+        power: 1 falls linearly; what is above ``final`` falls as this power of the part of the run that is left, so
+            that below 1 the rate stays high for longer.
+
+    Raises:
+        ValueError: ``power`` is not above 0.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, final: float = 0.0) -> None:
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 0, final: float = 0.0, power: float = 1.0
+    ) -> None:
+        if power <= 0:
+            raise ValueError(f"power is {power}: give a number above 0; 1 falls linearly")
         self.warmup_steps = warmup_steps
         self.final = final
+        self.power = power
         self._run_length: Callable[[], float] | None = None
         super().__init__(optimizer)
 
@@ -57,12 +67,12 @@ class WarmupLinear(LRScheduler):
         if step <= self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self._run_length is None:
-            raise RuntimeError("WarmupLinear does not know the length of the run: call follow() with a function for it")
+            raise RuntimeError("WarmupDecay does not know the length of the run: call follow() with a function for it")
         end = self._run_length()
         if not math.isfinite(end):
-            raise ValueError("WarmupLinear needs a run that ends: set trainer.max_steps or trainer.max_epochs")
+            raise ValueError("WarmupDecay needs a run that ends: set trainer.max_steps or trainer.max_epochs")
         done = min(1.0, (step - self.warmup_steps) / max(1.0, end - self.warmup_steps))
-        return 1.0 + done * (self.final - 1.0)
+        return self.final + (1.0 - self.final) * (1.0 - done) ** self.power
 
 
 def configure(

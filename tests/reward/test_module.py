@@ -13,7 +13,7 @@ from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, PairBatch, Split, View
 from moslim.lora import LoraOptions
-from moslim.optim import WarmupLinear
+from moslim.optim import WarmupDecay
 from moslim.preferences import PreferenceSet
 from moslim.reward import evaluated
 from moslim.reward.comparisons import BradleyTerry
@@ -33,7 +33,7 @@ def make(preferences: PreferenceSet, backbone: str, **options: object) -> Reward
         preferences,
         backbone,
         optimizer=lambda parameters: AdamW(parameters, lr=5e-3, weight_decay=0.0),
-        lr_scheduler=lambda optimizer: WarmupLinear(optimizer, warmup_steps=2, final=0.1),
+        lr_scheduler=lambda optimizer: WarmupDecay(optimizer, warmup_steps=2, final=0.1),
         **options,
     )
 

@@ -14,7 +14,7 @@ from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, Split, View
 from moslim.models import Architecture, PretrainedTokenizer, WorkbenchTokenizer
-from moslim.optim import WarmupLinear
+from moslim.optim import WarmupDecay
 from moslim.policy.engines import TorchEngine
 from moslim.preferences import PreferenceSet
 from moslim.supervised.module import SupervisedTrainer
@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SupervisedTrainer
     folder = tmp_path_factory.mktemp("trained")
     learner = module(
         optimizer=lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.0),
-        lr_scheduler=lambda optimizer: WarmupLinear(optimizer, warmup_steps=5, final=0.1),
+        lr_scheduler=lambda optimizer: WarmupDecay(optimizer, warmup_steps=5, final=0.1),
         output=str(folder / "deep" / "model"),
     )
     trainer(folder, max_steps=120).fit(learner, data())
@@ -231,7 +231,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
         learner = module(
             architecture=dropout,
             optimizer=lambda parameters: AdamW(parameters, lr=5e-3),
-            lr_scheduler=lambda optimizer: WarmupLinear(optimizer, warmup_steps=10),
+            lr_scheduler=lambda optimizer: WarmupDecay(optimizer, warmup_steps=10),
         )
         saver = ModelCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=3)
         fitting = trainer(tmp_path, max_steps=steps, callbacks=[saver], enable_checkpointing=True)
