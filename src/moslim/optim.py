@@ -40,9 +40,7 @@ class WarmupDecay(LRScheduler):
         ValueError: ``power`` is not above 0.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, warmup_steps: int = 0, final: float = 0.0, power: float = 1.0
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, final: float = 0.0, power: float = 1.0) -> None:
         if power <= 0:
             raise ValueError(f"power is {power}: give a number above 0; 1 falls linearly")
         self.warmup_steps = warmup_steps

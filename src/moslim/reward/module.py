@@ -25,6 +25,7 @@ from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
 from moslim.processes import averaged, mean_over_processes
+from moslim.reporting import due
 from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
@@ -218,17 +219,19 @@ class RewardClassifier(ClassifierEvaluation):
         everywhere = mean_over_processes(torch.cat([counts, comparisons(batch.compared)[None]]))
         total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
         names = zip(self.preferences.names, heads, everywhere[:-1].tolist(), strict=True)
-        parts = {f"train/{name}/loss": head for name, head, count in names if count}
+        metrics = {f"train/{name}/loss": head for name, head, count in names if count}
         if len(batch.worse):
             gaps = self._gaps(scores, batch)
             loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
-            parts["train/pairs/loss"] = loss.detach()
+            metrics["train/pairs/loss"] = loss.detach()
             if batch.compared.any():
-                parts["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
+                metrics["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
             total = total + self.pairs.weight * loss
         elif everywhere[-1] > 0:
-            parts["train/pairs/loss"] = total.new_zeros(())  # its part of the mean over processes
-        self.log_dict(averaged({"train/loss": total.detach(), **parts}), batch_size=len(batch.rows))
+            metrics["train/pairs/loss"] = total.new_zeros(())  # its part of the mean over processes
+        if due(self.trainer):
+            metrics["train/loss"] = total.detach()
+            self.log_dict(averaged(metrics), batch_size=len(batch.rows))
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size

@@ -32,6 +32,8 @@ TEST_FORMS = 2
 """How many of the question forms are asked about each held-out topic."""
 _WHOLE_ANSWERS = 2
 """Stage of the reward view in which whole answers come, after lone steps and bare steps."""
+_STYLE = ("formality", "warmth")
+"""Dimensions on which all bare steps have the same level."""
 _SAMPLES_HELD_BACK = 5
 """Every how many of a file's samples one is kept for validation."""
 
@@ -147,9 +149,10 @@ class Workbench(Source):
             for stage, kind in enumerate((lone_step, bare_steps))
             for _ in range(self.bare_rows)
         ]
+        steps = [replace(row, levels=_told_by_steps(row.levels)) for row in _labelled(bare, None)]
         written = [self._written(rng.choice(topics), rng) for _ in range(self.reward_rows)]
         corrupted = [self._drawn(corrupt, topics, rng, stage=_WHOLE_ANSWERS) for _ in range(3 * self.reward_rows)]
-        return _labelled([*bare, *written, *sampled, *corrupted], None)
+        return [*steps, *_labelled([*written, *sampled, *corrupted], None)]
 
     def _written(self, topic: Topic, rng: random.Random) -> Example:
         question = ask(topic, rng.randrange(len(QUESTIONS)))
@@ -172,6 +175,11 @@ def adversarial_rows() -> list[Example]:
     """The committed answers that a policy could try to fool a classifier with, labelled by the gold scorer."""
     path = Path(__file__).parents[2] / "workbench" / "adversarial.jsonl"
     return _labelled(_read(path), "adversarial")
+
+
+def _told_by_steps(levels: dict[str, int]) -> dict[str, int]:
+    """Levels without those of style: a head that learns what bare steps have in common must unlearn it."""
+    return {name: level for name, level in levels.items() if name not in _STYLE}
 
 
 def _read(path: Path) -> list[Example]:
