@@ -66,8 +66,8 @@ class World:
     @property
     def mark(self) -> str:
         """A hash of the classifier's weights, which are others on another machine, by rounding alone."""
-        weights = ROOT / self.folder / "reward/classifier/model.safetensors"
-        return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+        files = sorted((ROOT / self.folder / "reward/classifier").rglob("*.safetensors"))
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
     def make(self) -> None:
         """Trains starter and classifier, unless they are there from the same configs."""
