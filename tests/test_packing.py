@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moslim.packing import AnswerBatch, chunks_by_length, distinct_prompts, like_length, shared_prompts, sharing_pays
+from moslim.packing import AnswerBatch, chunks_by_length, like_length, worthwhile
 from moslim.policy.passes import Passes
 
 PROMPTS, ANSWERS = [3, 6, 2], [[2, 5], [1, 4, 3], [5, 2]]
@@ -63,57 +63,21 @@ def test_chunks_among_some_rows(batch):
     assert list(chunks_by_length(batch, 99, torch.tensor([], dtype=torch.long))) == []
 
 
-def test_equal_prompts_are_found_by_their_ids_whatever_the_order_and_the_padding(batch):
-    rows = torch.tensor([5, 3, 0, 6, 4])
-    shown, owner = distinct_prompts(batch, rows)
-    assert len(shown) == 3 and set(shown.tolist()) <= set(rows.tolist())
-    prompts = real(batch.input_ids[:, :6], batch.attention_mask[:, :6])
-    assert [prompts[i] for i in shown[owner].tolist()] == [prompts[i] for i in rows.tolist()]
+def test_sequences_begin_at_the_first_column_whatever_the_padding(batch):
+    rows = torch.tensor([5, 2, 0])
+    ids, lengths = batch.sequences(rows)
+    everything = real(batch.input_ids, batch.attention_mask)
+    assert lengths.tolist() == [2 + 5, 6 + 1, 3 + 2] and ids.shape == (3, 7)
+    assert [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)] == [
+        everything[i] for i in rows.tolist()
+    ]
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(99, [3]), (9, [2, 1]), (1, [1, 1, 1])])
-@pytest.mark.parametrize("among", [None, torch.tensor([6, 1, 3, 4, 0, 5])])
-def test_shared_prompts_are_there_once_with_all_their_answers(batch, tokens, groups, among):
-    found = list(shared_prompts(batch, tokens, among))
-    assert [len(prompts.input_ids) for prompts in found] == groups
-    prompts = real(batch.input_ids[:, :6], batch.attention_mask[:, :6])
-    seen = []
-    for block in found:
-        assert len(block.input_ids) == 1 or block.input_ids.numel() <= tokens
-        shown = real(block.input_ids, block.attention_mask)
-        assert block.attention_mask.any(dim=0).all()
-        for chunk, owners in zip(block.chunks, block.owners, strict=True):
-            assert_holds(chunk, batch)
-            assert len(chunk.index) == 1 or chunk.mask.numel() <= tokens
-            width = chunk.input_ids.shape[1] - chunk.mask.shape[1]
-            assert torch.equal(chunk.attention_mask[:, :width], block.attention_mask[owners])
-            assert [shown[i] for i in owners.tolist()] == [prompts[i] for i in chunk.index.tolist()]
-            seen += chunk.index.tolist()
-    assert sorted(seen) == sorted(range(7) if among is None else among.tolist())
+def test_sharing_is_worth_it_where_it_saves_a_fifth():
+    assert worthwhile(8, 10) and not worthwhile(9, 10)
 
 
-def test_long_prompts_make_small_chunks():
-    """Each answer holds a copy of its prompt's keys and values: 16 answers to one prompt of 40 tokens."""
-    ids, mask = torch.arange(42).repeat(16, 1), torch.ones(16, 2, dtype=torch.bool)
-    (block,) = shared_prompts(AnswerBatch(ids, torch.ones_like(ids), mask), 32)
-    assert [len(chunk.index) for chunk in block.chunks] == [6, 6, 4]  # 6 * 42 <= 8 * 32 < 7 * 42
-    assert sorted(i for chunk in block.chunks for i in chunk.index.tolist()) == list(range(16))
-
-
-def test_nothing_to_share(batch):
-    none = torch.tensor([], dtype=torch.long)
-    assert list(shared_prompts(batch, 9, none)) == [] and not sharing_pays(batch, none)
-
-
-def test_sharing_pays_where_it_saves_tokens(batch):
-    # 2 * 3 + 3 * 6 + 2 * 2 tokens of prompts and 22 of answers; prompts once: 11 and 22.
-    assert sharing_pays(batch)
-    assert not sharing_pays(batch, torch.tensor([0, 2, 5]))  # one answer to each prompt
-    assert not sharing_pays(batch, torch.tensor([5, 6]))  # 11 tokens become 9: less than a fifth is saved
-    assert sharing_pays(batch, torch.tensor([2, 3, 4]))  # 26 become 14
-
-
-@pytest.mark.parametrize(("options", "message"), [({"tokens": 0}, "1 or more"), ({"share_prompts": "yes"}, "'auto'")])
+@pytest.mark.parametrize(("options", "message"), [({"tokens": 0}, "1 or more"), ({"share_prefixes": "yes"}, "'auto'")])
 def test_wrong_options(options, message):
     with pytest.raises(ValueError) as error:
         Passes(**options)

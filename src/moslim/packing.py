@@ -1,4 +1,4 @@
-"""How answers are put into forward passes: in chunks of like length, with each prompt computed once for its answers."""
+"""Answers with their prompts, and how they are cut into chunks of like length for forward passes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SharePrompts = Literal["auto", "always", "never"]
-"""Whether each prompt is computed once for all its answers; ``auto``: where enough tokens are saved."""
+SharePrefixes = Literal["auto", "always", "never"]
+"""Whether what several texts begin with is computed once; ``auto``: where enough tokens are saved."""
 _WORTHWHILE = 0.8
-"""Sharing must leave at most this part of the tokens: two passes in place of one have a cost of their own."""
-_HELD = 8
-"""Answers that share a pass, each with a copy of its prompt's keys and values, hold at most so many positions for each
-token that the pass may compute."""
+"""Sharing must leave at most this part of the tokens: attention along the paths of a tree has a cost of its own."""
 
 
 def pass_tokens(device: torch.device) -> int:
@@ -51,23 +48,6 @@ class Chunk:
 
 
 @dataclass
-class SharedPrompts:
-    """Different prompts, and the chunks of their answers, which all have the prompts' width ``P'``.
-
-    Args:
-        input_ids: ``[G, P']``, left-padded.
-        attention_mask: ``[G, P']``.
-        chunks: The answers.
-        owners: Per chunk ``[C]``, which of the prompts each of its answers is to.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    chunks: list[Chunk]
-    owners: list[Tensor]
-
-
-@dataclass
 class AnswerBatch:
     """``N`` answers with their prompts.
 
@@ -89,6 +69,15 @@ class AnswerBatch:
     def to(self, device: torch.device) -> AnswerBatch:
         """The same on a device."""
         return AnswerBatch(self.input_ids.to(device), self.attention_mask.to(device), self.mask.to(device))
+
+    def sequences(self, among: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompts and answers at ``among`` ``[M]`` from column 0 on, ``[M, L]``, and their lengths ``[M]``."""
+        attention = self.attention_mask[among]
+        lengths = attention.sum(dim=1)
+        columns = torch.arange(int(lengths.max()), device=among.device)
+        starts = self.width - attention[:, : self.width].sum(dim=1)
+        places = (starts[:, None] + columns).clamp(max=attention.shape[1] - 1)
+        return self.input_ids[among].gather(1, places), lengths
 
     def chunk(self, index: Tensor, prompt: int, answer: int) -> Chunk:
         """The answers at ``index``, cut to ``prompt`` and ``answer`` columns."""
@@ -112,51 +101,9 @@ def chunks_by_length(batch: AnswerBatch, tokens: int, among: Tensor | None = Non
         yield batch.chunk(rows[part], prompt, answer)
 
 
-def shared_prompts(batch: AnswerBatch, tokens: int, among: Tensor | None = None) -> Iterator[SharedPrompts]:
-    """Groups a batch by prompt, found by its ids; see :func:`chunks_by_length` for the arguments.
-
-    Where prompts are long, chunks are smaller: each holds at most ``8 * tokens`` positions, prompts included.
-    """
-    rows = torch.arange(len(batch.mask), device=batch.mask.device) if among is None else among
-    if not len(rows):
-        return
-    shown, owner = distinct_prompts(batch, rows)
-    lengths = batch.attention_mask[shown, : batch.width].sum(dim=1)
-    order = lengths.argsort(stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))[owner]
-    answers = batch.mask.sum(dim=1)
-    for part, (width,) in within(lengths[order][:, None].tolist(), tokens):
-        inside = (rank >= part.start) & (rank < part.stop)
-        chosen = _shortest_first(answers[rows[inside]])
-        members, owners = rows[inside][chosen], rank[inside][chosen] - part.start
-        chunks, split = [], []
-        for piece, (answer,) in within(answers[members][:, None].tolist(), tokens):
-            most = max(1, _HELD * tokens // (width + answer))
-            chunks += [batch.chunk(few, width, answer) for few in members[piece].split(most)]
-            split += owners[piece].split(most)
-        columns = slice(batch.width - width, batch.width)
-        prompts = shown[order[part]]
-        yield SharedPrompts(batch.input_ids[prompts, columns], batch.attention_mask[prompts, columns], chunks, split)
-
-
-def distinct_prompts(batch: AnswerBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns one of the rows for each of ``G`` different prompts ``[G]``, and which of these each row has ``[M]``."""
-    columns = slice(0, batch.width)
-    ids = batch.input_ids[rows, columns].masked_fill(batch.attention_mask[rows, columns] == 0, -1)
-    _, owner = ids.unique(dim=0, return_inverse=True)
-    shown = owner.new_empty(int(owner.max()) + 1).scatter_(0, owner, rows)
-    return shown, owner
-
-
-def sharing_pays(batch: AnswerBatch, among: Tensor | None = None) -> bool:
-    """Whether computing every prompt once leaves few enough tokens."""
-    rows = torch.arange(len(batch.mask), device=batch.mask.device) if among is None else among
-    if not len(rows):
-        return False
-    shown, _ = distinct_prompts(batch, rows)
-    apart = batch.attention_mask[rows].sum()
-    together = batch.attention_mask[shown, : batch.width].sum() + batch.mask[rows].sum()
-    return bool(together <= _WORTHWHILE * apart)
+def worthwhile(nodes: int, tokens: int) -> bool:
+    """Whether a tree of so many nodes is to be computed in place of so many tokens."""
+    return nodes <= _WORTHWHILE * tokens
 
 
 def _shortest_first(lengths: Tensor, among: Tensor | None = None) -> Tensor:

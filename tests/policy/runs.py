@@ -23,7 +23,7 @@ from moslim.sampling import Reachable
 from moslim.trainer import MoslimTrainer
 
 LIMIT, BATCH, SAMPLES = 8, 4, 3
-PLAIN = Passes(share_prompts="never", chunked_logprobs=False)
+PLAIN = Passes(share_prefixes="never", chunked_logprobs=False)
 """Every fast way switched off."""
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 

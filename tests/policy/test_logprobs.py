@@ -6,17 +6,18 @@ import torch
 from moslim.packing import AnswerBatch
 from moslim.policy.logprobs import answer_logprobs, plan
 from moslim.policy.passes import Passes
+from moslim.tree import Tree
 from tests.policy.conftest import ARCHITECTURES
 
-PLAIN = Passes(tokens=10**6, share_prompts="never", chunked_logprobs=False)
+PLAIN = Passes(tokens=10**6, share_prefixes="never", chunked_logprobs=False)
 WAYS = {
-    "padded": Passes(tokens=10**6, share_prompts="never"),
-    "padded, small": Passes(tokens=30, share_prompts="never"),
-    "one by one": Passes(tokens=1, share_prompts="never"),
-    "shared": Passes(tokens=10**6, share_prompts="always"),
-    "shared, small": Passes(tokens=30, share_prompts="always"),
-    "shared, one by one": Passes(tokens=1, share_prompts="always"),
-    "shared, plain": Passes(tokens=30, share_prompts="always", chunked_logprobs=False),
+    "padded": Passes(tokens=10**6, share_prefixes="never"),
+    "padded, small": Passes(tokens=30, share_prefixes="never"),
+    "one by one": Passes(tokens=1, share_prefixes="never"),
+    "shared": Passes(tokens=10**6, share_prefixes="always"),
+    "shared, small": Passes(tokens=30, share_prefixes="always"),
+    "shared, one by one": Passes(tokens=1, share_prefixes="always"),
+    "shared, plain": Passes(tokens=30, share_prefixes="always", chunked_logprobs=False),
 }
 
 
@@ -74,23 +75,27 @@ def test_neither_order_nor_what_padding_holds_matters(models, answers, share):
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     noise = torch.where(answers.attention_mask.bool(), answers.input_ids, torch.arange(21) + 9)
     shuffled = AnswerBatch(noise[order], answers.attention_mask[order], answers.mask[order])
-    found = answer_logprobs(models["qwen2"], shuffled, 1.0, Passes(tokens=40, share_prompts=share))
+    found = answer_logprobs(models["qwen2"], shuffled, 1.0, Passes(tokens=40, share_prefixes=share))
     torch.testing.assert_close(found, expected[order], atol=1e-5, rtol=0)
 
 
 def test_sharing_is_chosen_where_it_pays_and_possible(models, answers):
-    model = models["llama"]
-    assert plan(model, answers, Passes()).shared and not plan(model, answers, Passes()).whole
+    def trees(passes, among=None, kind="llama"):
+        return {isinstance(one.read, Tree) for one in plan(models[kind], answers, passes, among)}
+
     alone = torch.tensor([0, 3, 6])  # one answer to each prompt
-    assert plan(model, answers, Passes(), alone).whole and not plan(model, answers, Passes(), alone).shared
-    assert plan(model, answers, Passes(share_prompts="always"), alone).shared
-    assert plan(model, answers, Passes(share_prompts="never")).whole
+    assert trees(Passes()) == {True} and trees(Passes(), alone) == {False}
+    assert trees(Passes(share_prefixes="always"), alone) == {True} and trees(Passes(share_prefixes="never")) == {False}
+    assert plan(models["llama"], answers, Passes(), torch.tensor([], dtype=torch.long)) == []
 
 
-def test_sharing_computes_each_prompt_once(models, answers):
+def test_what_answers_begin_with_is_computed_once(models, answers):
     seen = []
     handle = models["llama"].model.embed_tokens.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    ids = answers.input_ids.clone()
+    ids[4, 12:15] = ids[3, 12:15]  # an answer of 4 tokens, and one of 3 that is its beginning
     with torch.no_grad():
-        answer_logprobs(models["llama"], answers, 1.0, WAYS["shared"])
+        answer_logprobs(models["llama"], AnswerBatch(ids, answers.attention_mask, answers.mask), 1.0, WAYS["shared"])
     handle.remove()
-    assert [tuple(ids.shape) for ids in seen] == [(3, 12), (9, 8)]  # the prompts; answers without their last token
+    # three prompts; answers without their last tokens, of which the shorter of the two has none of its own
+    assert [tuple(ids.shape) for ids in seen] == [(1, 12 + 3 + 7 + (1 + 8 + 0) + (3 + 0 + 7) + (1 + 4 + 0))]

@@ -1,4 +1,4 @@
-"""Which models can be taken apart, and which can continue a prompt."""
+"""Which models can be taken apart."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
-from moslim.policy.predictor import Predictor, continues, last_layer
+from moslim.policy.predictor import Predictor, last_layer
 from moslim.policy.statistics import Head
 from tests.policy.conftest import ARCHITECTURES, build_model
 
@@ -47,10 +47,10 @@ def batch():
 
 
 def assert_equal_to_plain(model, batch):
-    plain = answer_logprobs(model, batch, 0.8, Passes(share_prompts="never", chunked_logprobs=False))
+    plain = answer_logprobs(model, batch, 0.8, Passes(share_prefixes="never", chunked_logprobs=False))
     wanted = torch.autograd.grad(plain.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     for share in ("always", "never"):
-        found = answer_logprobs(model, batch, 0.8, Passes(tokens=16, share_prompts=share))
+        found = answer_logprobs(model, batch, 0.8, Passes(tokens=16, share_prefixes=share))
         torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
         gradients = torch.autograd.grad(
             found.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True
@@ -64,7 +64,7 @@ def assert_equal_to_plain(model, batch):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_usual_architectures_can_be_taken_apart(models, kind):
     head = last_layer(models[kind])
-    assert head == Head(models[kind].get_output_embeddings()) and continues(models[kind])
+    assert head == Head(models[kind].get_output_embeddings())
     ids = torch.tensor([[7, 8, 9]])
     states = Predictor(models[kind], chunked=True).states(2, input_ids=ids)
     torch.testing.assert_close(head(states), models[kind](input_ids=ids).logits[:, -2:])
@@ -136,20 +136,14 @@ def test_an_adapter_elsewhere(kind, tokenizer, batch):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p)
-    assert last_layer(model) is not None and continues(model)
+    assert last_layer(model) is not None
     assert_equal_to_plain(model, batch)
     with model.disable_adapter():
-        without = answer_logprobs(model, batch, 1.0, Passes(share_prompts="always"))
+        without = answer_logprobs(model, batch, 1.0, Passes(share_prefixes="always"))
     assert (without - answer_logprobs(model, batch, 1.0, Passes())).abs().max() > 0.01
 
 
-def test_activations_that_are_computed_twice_go_without_a_cache(tokenizer, batch):
+def test_activations_that_are_computed_twice(tokenizer, batch):
     model = build_model("llama", tokenizer)
     checkpoint_activations(model)
-    assert continues(model.eval()) and not continues(model.train())
-    assert_equal_to_plain(model, batch)
-
-
-def test_recurrent_layers_cannot_continue_several_answers():
-    model = build("mamba", {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4})
-    assert not continues(model)
+    assert_equal_to_plain(model.train(), batch)

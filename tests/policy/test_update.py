@@ -13,7 +13,7 @@ from tests.policy.conftest import build_model
 from tests.policy.runs import PLAIN
 
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
-PASSES = [PLAIN, Passes(), Passes(tokens=9, share_prompts="always"), Passes(tokens=20, share_prompts="never")]
+PASSES = [PLAIN, Passes(), Passes(tokens=9, share_prefixes="always"), Passes(tokens=20, share_prefixes="never")]
 
 
 @pytest.fixture

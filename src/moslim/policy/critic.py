@@ -47,7 +47,7 @@ def trunk(model: Any) -> Any:
 
 
 class TrunkReader:
-    """Reads hidden states of answers, without computing logits, for :func:`moslim.policy.logprobs.answer_states`.
+    """Reads hidden states of answers, without computing logits, for :class:`moslim.policy.logprobs.AnswerPass`.
 
     Args:
         model: Causal language model in the Hugging Face form, with or without adapters.

@@ -69,7 +69,7 @@ class PolicyEvaluation(RunModule):
         """``[N, D, K]`` level probabilities by the training classifier, in the order of ``preferences``."""
         how = self.passes
         probs = self.scorer.probabilities(
-            answers.questions, answers.texts, share_prompts=how.share_prompts, tokens=how.tokens
+            answers.questions, answers.texts, share_prefixes=how.share_prefixes, tokens=how.tokens
         )
         return probs[:, self.columns]
 

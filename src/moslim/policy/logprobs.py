@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from moslim.caches import branch
-from moslim.packing import (
-    AnswerBatch,
-    Chunk,
-    SharedPrompts,
-    chunks_by_length,
-    shared_prompts,
-    sharing_pays,
-    token_positions,
-)
+from moslim.lora import unwrapped
+from moslim.packing import AnswerBatch, Chunk, chunks_by_length, token_positions, worthwhile
 from moslim.policy.passes import Passes
-from moslim.policy.predictor import Predictor, continues
+from moslim.policy.predictor import Predictor
+from moslim.tree import Tree, grow, in_order
+from moslim.tree_attention import along, reads_trees
 
 
 class Reader(Protocol):
@@ -34,63 +27,87 @@ class Reader(Protocol):
 
 
 @dataclass
-class Plan:
-    """Which forward passes a batch takes: answers with their prompts, or continuing shared ones."""
+class AnswerPass:
+    """One forward pass, and the ``A`` answer tokens that it predicts, of which ``M`` are told apart.
 
-    whole: list[Chunk]
-    shared: list[SharedPrompts]
+    Args:
+        read: What the model is given: padded answers with their prompts, or all as a tree.
+        before: ``[M]`` the position of the pass, counted through, whose state predicts each of the tokens.
+        tokens: ``[M]``.
+        rows: ``[A]`` answers of the batch ...
+        columns: ``[A]`` ... and places in them, from 0.
+        which: ``[A]`` which of the tokens stands there; None = one after the other.
+    """
+
+    read: Chunk | Tree
+    before: Tensor
+    tokens: Tensor
+    rows: Tensor
+    columns: Tensor
+    which: Tensor | None = None
+
+    def states(self, reader: Reader) -> Tensor:
+        """Runs a model; its states ``[M, H or V]`` before the tokens."""
+        if isinstance(self.read, Tree):
+            with along(unwrapped(reader.model).base_model, self.read) as inputs:
+                found = reader.states(len(self.read.tokens), **inputs)
+        else:
+            ids, attention = self.read.input_ids, self.read.attention_mask
+            places = token_positions(attention)
+            keep = self.read.mask.shape[1] + 1
+            found = reader.states(
+                keep, input_ids=ids, attention_mask=attention, position_ids=places, use_cache=False
+            )
+        return found.flatten(0, 1).index_select(0, self.before)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """From values of the different tokens ``[M]`` to all ``[A]``."""
+        return values if self.which is None else values.index_select(0, self.which)
+
+    def put(self, target: Tensor, values: Tensor) -> None:
+        """Writes values of the different tokens ``[M]`` into ``[N, T]``."""
+        target[self.rows, self.columns] = self.spread(values)
 
 
-def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> Plan:
+def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = None) -> list[AnswerPass]:
     """Chooses the forward passes.
 
     Args:
-        model: The model that will take a gradient through them, if any does.
+        model: The causal language model that will take a gradient through them, if any does.
         batch: ``N`` answers.
         passes: How they may be computed.
         among: ``[M]`` positions to take; None = all.
     """
     tokens = passes.limit(batch.mask.device)
-    wanted = passes.share_prompts == "always" or (passes.share_prompts == "auto" and sharing_pays(batch, among))
-    if wanted and continues(model):
-        return Plan([], list(shared_prompts(batch, tokens, among)))
-    return Plan(list(chunks_by_length(batch, tokens, among)), [])
+    rows = torch.arange(len(batch.mask), device=batch.mask.device) if among is None else among
+    if not len(rows):
+        return []
+    if passes.share_prefixes != "never" and reads_trees(unwrapped(model).base_model):
+        ids, lengths = batch.sequences(rows)
+        lengths = lengths - 1  # the last token predicts nothing that is asked for
+        found = in_order(ids, lengths)
+        if passes.share_prefixes == "always" or worthwhile(int(found.new.sum()), int(lengths.sum())):
+            return [_of_tree(batch, rows[part], ids[part], lengths[part]) for part in found.parts(tokens)]
+    return [_padded(chunk) for chunk in chunks_by_length(batch, tokens, among)]
 
 
-def answer_states(reader: Reader, plan: Plan) -> Iterator[tuple[Chunk, Tensor]]:
-    """Runs a model over answers.
-
-    Returns:
-        For each chunk, the states before its tokens, which predict them: ``[C, T', H or V]``.
-    """
-    for chunk in plan.whole:
-        yield chunk, _states(reader, chunk.mask.shape[1] + 1, chunk.input_ids, chunk.attention_mask)[:, :-1]
-    for prompts in plan.shared:
-        yield from _continued(reader, prompts)
+def _padded(chunk: Chunk) -> AnswerPass:
+    mask = chunk.mask
+    states = torch.arange(mask.shape[0] * (mask.shape[1] + 1), device=mask.device).view(mask.shape[0], -1)
+    rows, columns = mask.nonzero(as_tuple=True)
+    return AnswerPass(chunk, states[:, :-1][mask], chunk.tokens[mask], chunk.index[rows], columns)
 
 
-def _continued(reader: Reader, prompts: SharedPrompts) -> Iterator[tuple[Chunk, Tensor]]:
-    """Computes each prompt once; the gradients of all its answers meet in its keys and values."""
-    cache = DynamicCache(config=reader.model.config)
-    last = _states(reader, 1, prompts.input_ids, prompts.attention_mask, cache)
-    for chunk, owners in zip(prompts.chunks, prompts.owners, strict=True):
-        states = last.index_select(0, owners)
-        width = chunk.mask.shape[1] - 1  # the last token predicts nothing that is asked for
-        if width:
-            ids, attention = chunk.tokens[:, :-1], chunk.attention_mask[:, :-1]
-            states = torch.cat([states, _states(reader, width, ids, attention, branch(cache, owners))], dim=1)
-        yield chunk, states
-
-
-def _states(
-    reader: Reader, keep: int, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None
-) -> Tensor:
-    """States at the last ``keep`` positions; the mask also covers what the cache holds."""
-    positions = token_positions(attention_mask)[:, -input_ids.shape[1] :]
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": positions}
-    if cache is None:
-        return reader.states(keep, **inputs, use_cache=False)
-    return reader.states(keep, **inputs, past_key_values=cache, use_cache=True)
+def _of_tree(batch: AnswerBatch, index: Tensor, ids: Tensor, lengths: Tensor) -> AnswerPass:
+    """A tree of some of the answers, ``ids`` with their prompts, of which ``lengths`` tokens are computed."""
+    tree = grow(ids[:, : int(lengths.max())], lengths)
+    rows, columns = batch.mask[index].nonzero(as_tuple=True)
+    prompts = batch.attention_mask[index, : batch.width].sum(dim=1)
+    at = prompts[rows] + columns
+    before, tokens = tree.nodes[rows, at - 1], ids[rows, at]
+    most = tokens.max() + 1
+    different, which = (before * most + tokens).unique(return_inverse=True)
+    return AnswerPass(tree, different // most, different % most, index[rows], columns, which)
 
 
 def answer_logprobs(model: Any, batch: AnswerBatch, temperature: float, passes: Passes) -> Tensor:
@@ -107,13 +124,6 @@ def answer_logprobs(model: Any, batch: AnswerBatch, temperature: float, passes: 
     """
     predictor = Predictor(model, passes.chunked_logprobs)
     result = torch.zeros(batch.mask.shape, dtype=predictor.dtype, device=batch.mask.device)
-    for chunk, states in answer_states(predictor, plan(model, batch, passes)):
-        found = predictor.statistics(states[chunk.mask], chunk.tokens[chunk.mask], temperature)
-        put(result, chunk, found.logprobs)
+    for one in plan(model, batch, passes):
+        one.put(result, predictor.statistics(one.states(predictor), one.tokens, temperature).logprobs)
     return result
-
-
-def put(target: Tensor, chunk: Chunk, values: Tensor) -> None:
-    """Writes one number per answer token of a chunk into ``[N, T]``."""
-    rows = torch.zeros_like(chunk.mask, dtype=values.dtype).masked_scatter(chunk.mask, values)
-    target[chunk.index, : chunk.mask.shape[1]] = rows

@@ -7,7 +7,7 @@ from typing import get_args
 
 import torch
 
-from moslim.packing import SharePrompts, pass_tokens
+from moslim.packing import SharePrefixes, pass_tokens
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,20 @@ class Passes:
     Args:
         tokens: Most tokens per forward pass, padding included; None = 1024 on a CPU, where small passes stay in the
             cache, else 32768.
-        share_prompts: Compute each prompt once, and let its answers continue from there; ``auto`` does where enough
-            tokens are saved. Architectures that cannot compute prompts with every answer.
+        share_prefixes: Compute what answers begin with once: their prompt, and the words that they have in common;
+            ``auto`` does where enough tokens are saved. Architectures that cannot compute every answer whole.
         chunked_logprobs: Never hold the logits of all tokens; where the architecture forbids that, they are held.
     """
 
     tokens: int | None = None
-    share_prompts: SharePrompts = "auto"
+    share_prefixes: SharePrefixes = "auto"
     chunked_logprobs: bool = True
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"passes.tokens is {self.tokens}: give 1 or more")
-        if self.share_prompts not in get_args(SharePrompts):
-            raise ValueError(f"passes.share_prompts is '{self.share_prompts}': give 'auto', 'always' or 'never'")
+        if self.share_prefixes not in get_args(SharePrefixes):
+            raise ValueError(f"passes.share_prefixes is '{self.share_prefixes}': give 'auto', 'always' or 'never'")
 
     def limit(self, device: torch.device) -> int:
         """Most tokens per forward pass on a device."""

@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moslim import caches
 from moslim.policy.statistics import Head, Statistics, of_hidden, of_logits
 from moslim.precision import at_least_float32
 
@@ -117,17 +116,6 @@ def _nothing_else_happens(model: Any, head: Head) -> bool:
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     expected = head.finish(made_up)
     return torch.allclose(logits, expected, rtol=1e-2) and torch.allclose(hidden, given[0], rtol=1e-3, atol=1e-5)
-
-
-def continues(model: Any) -> bool:
-    """Whether answers can go on from a prompt's keys and values, with a gradient.
-
-    Not while activations are computed twice, which goes without a cache; see also :mod:`moslim.caches`.
-    """
-    inner = _inner(model)
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()):
-        return False
-    return caches.continues(inner.base_model, inner.config)
 
 
 def _inner(model: Any) -> Any:

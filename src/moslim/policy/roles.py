@@ -15,7 +15,7 @@ from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base
 from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
 from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead
-from moslim.policy.logprobs import answer_logprobs, answer_states, plan, put
+from moslim.policy.logprobs import answer_logprobs, plan
 from moslim.policy.passes import Passes
 from moslim.precision import at_least_float32
 from moslim.reward.adapter_form import SavedAdapter
@@ -182,8 +182,8 @@ class Roles:
         assert self.critic is not None
         with self.playing("critic") as model:
             result = torch.zeros(batch.mask.shape, dtype=at_least_float32(model.dtype), device=batch.mask.device)
-            for chunk, states in answer_states(TrunkReader(model), plan(model, batch, passes, among)):
-                put(result, chunk, self.critic(states[chunk.mask]))
+            for one in plan(model, batch, passes, among):
+                one.put(result, self.critic(one.states(TrunkReader(model))))
         return result
 
     def _adapter(self, role: Role) -> Role | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Cache, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from moslim.checkpoints import fingerprint
@@ -42,22 +42,23 @@ class SharedBackbone(nn.Module):
         super().__init__()
         self._roles = roles
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The trunk's."""
+        return trunk(self._roles.policy).config
+
     @torch.no_grad()
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
         use_cache: bool = False,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        """Hidden states ``[B, T, H]``, float32 or finer, of pairs ``[B, T]``, or of answers behind cached prompts.
-
-        Without gradient.
-        """
+        """Hidden states ``[B, T, H]``, float32 or finer, of pairs ``[B, T]``, or of a tree of them. Without gradient."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
-        inputs |= {"position_ids": position_ids, "past_key_values": past_key_values}
+        inputs |= {"position_ids": position_ids}
         with self._roles.playing("classifier") as model, evaluating(model):
             found = trunk(model)(**inputs, output_hidden_states=output_hidden_states)
         layers = tuple(widened(state) for state in found.hidden_states) if output_hidden_states else None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moslim.policy.logprobs import answer_states, plan, put
+from moslim.policy.logprobs import plan
 from moslim.policy.optimizers import UpdateBatch
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
@@ -64,18 +64,18 @@ def forward(
         if compared:
             with torch.no_grad(), roles.reference() as reference:
                 other = Predictor(reference, passes.chunked_logprobs)
-                references = [(other, states) for _, states in answer_states(other, chosen)]
-        for number, (chunk, states) in enumerate(answer_states(predictor, chosen)):
-            wanted = (references[number][0], references[number][1][chunk.mask]) if compared else None
-            read = states[chunk.mask]
-            found = predictor.statistics(read, chunk.tokens[chunk.mask], temperature, entropy, wanted)
-            put(logprobs, chunk, found.logprobs)
+                references = [(other, one.states(other)) for one in chosen]
+        for number, one in enumerate(chosen):
+            states = one.states(predictor)
+            wanted = references[number] if compared else None
+            found = predictor.statistics(states, one.tokens, temperature, entropy, wanted)
+            one.put(logprobs, found.logprobs)
             if entropies is not None and found.entropy is not None:
-                put(entropies, chunk, found.entropy)
+                one.put(entropies, found.entropy)
             if values is not None and roles.critic is not None:
-                put(values, chunk, roles.critic(read))
+                one.put(values, roles.critic(states))
             if found.kl is not None:
-                divergence = divergence + found.kl.sum()
+                divergence = divergence + one.spread(found.kl).sum()
     if roles.critic is not None and values is None:
         values = roles.values(rows.batch, passes, needed.nonzero()[:, 0])
     update = UpdateBatch(

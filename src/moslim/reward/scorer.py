@@ -12,12 +12,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
-from moslim.packing import SharePrompts, like_length, pass_tokens, sharing_pays
+from moslim.packing import SharePrefixes, like_length, pass_tokens, worthwhile
 from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.prefix import can_share, joined, shared_features
+from moslim.reward.prefix import can_share, shared_features
 from moslim.reward.sharing import load_classifier
+from moslim.tree import in_order
 
 _NO_LIMIT = 10**9
 """Tokenizers without a limit say a larger number than this."""
@@ -74,7 +75,7 @@ class Scorer:
         questions: Sequence[Question],
         answers: Sequence[str],
         batch_size: int | None = None,
-        share_prompts: SharePrompts = "auto",
+        share_prefixes: SharePrefixes = "auto",
         tokens: int | None = None,
     ) -> Tensor:
         """Probability of every level of every dimension.
@@ -84,24 +85,27 @@ class Scorer:
         Args:
             questions: ``N`` questions, without any instruction.
             answers: ``N`` answers.
-            batch_size: Whole pairs per forward pass; None = as many as ``tokens`` allow, unless questions are shared.
-            share_prompts: Compute each question once, and let all its answers go on from there; ``auto`` does where
-                enough tokens are saved and no ``batch_size`` is given. Backbones that cannot compute whole pairs.
+            batch_size: Whole pairs per forward pass; None = as many as ``tokens`` allow.
+            share_prefixes: Compute what pairs begin with once, a question and the words that answers have in common;
+                ``auto`` does where enough tokens are saved and no ``batch_size`` is given. Backbones that cannot
+                compute whole pairs.
             tokens: Most tokens per forward pass, padding included; None = as :func:`pass_tokens` says.
 
         Returns:
             ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
             dimension lacks.
         """
-        spans = [self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True)]
-        tokens = tokens or pass_tokens(self.classifier.device)
-        wanted = share_prompts == "always" or (share_prompts == "auto" and batch_size is None)
-        if spans and wanted and can_share(self.classifier, spans):
-            batch = joined(spans, pad_id(self.tokenizer)).to(self.classifier.device)
-            if share_prompts == "always" or sharing_pays(batch):
-                features = shared_features(self.classifier, batch, tokens)
+        spans = (self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True))
+        rows, tokens = [[*prompt, *answer] for prompt, answer in spans], tokens or pass_tokens(self.classifier.device)
+        wanted = share_prefixes == "always" or (share_prefixes == "auto" and batch_size is None)
+        if rows and wanted and can_share(self.classifier):
+            ids, mask = (x.to(self.classifier.device) for x in pad(rows, pad_id(self.tokenizer), left=False))
+            lengths = mask.sum(dim=1)
+            found = in_order(ids, lengths)
+            if share_prefixes == "always" or worthwhile(int(found.new.sum()), int(lengths.sum())):
+                features = shared_features(self.classifier, ids, lengths, found.parts(tokens))
                 return self.classifier.level_probabilities(self.classifier.classify(features).logits)
-        return self._apart([[*prompt, *answer] for prompt, answer in spans], batch_size, tokens)
+        return self._apart(rows, batch_size, tokens)
 
     def _apart(self, rows: list[list[int]], batch_size: int | None, tokens: int) -> Tensor:
         """The same of whole pairs."""

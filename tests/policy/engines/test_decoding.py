@@ -7,12 +7,14 @@ from moslim.policy.engines import Decoding, TorchEngine
 from tests.policy.conftest import ARCHITECTURES
 from tests.policy.engines.test_torch_engine import EOS, PAD, seeds
 
-PLAIN = Decoding(share_prompts=False, drop_finished=False, cache="dynamic")
+PLAIN = Decoding(share_prompts=False, drop_finished=False, merge=False, cache="dynamic")
 WAYS = {
     "fast": Decoding(),
     "prompts computed for every answer": Decoding(share_prompts=False),
     "finished answers stay": Decoding(drop_finished=False),
+    "equal answers apart": Decoding(merge=False),
     "transformers' cache": Decoding(cache="dynamic"),
+    "prompts for every answer, which then merge": Decoding(share_prompts=False, drop_finished=False),
     "in turns": Decoding(answers=7),
     "one prompt at a time": Decoding(answers=1),
     "static": Decoding(cache="static"),

@@ -65,7 +65,7 @@ def test_a_large_last_layer_is_packed_for_the_time_of_sampling(prompts):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_logprobs_are_those_of_a_fresh_forward_pass(models, prompts, kind, temperature, share):
     found = TorchEngine(12, temperature).sample(models[kind], *prompts, seeds(5, 3), EOS, PAD)
-    fresh = answer_logprobs(models[kind], together(prompts, found), temperature, Passes(share_prompts=share))
+    fresh = answer_logprobs(models[kind], together(prompts, found), temperature, Passes(share_prefixes=share))
     torch.testing.assert_close(found.logprobs, fresh, atol=2e-5, rtol=0)
     assert (found.logprobs[found.mask] < 0).all() and found.logprobs.dtype == torch.float32
     lengths = found.mask.sum(dim=1)

@@ -14,12 +14,13 @@ class GrowingLayer(DynamicLayer):
     """One layer's keys and values with room for more; transformers' own copies everything for every token.
 
     Args:
-        room: Tokens to make room for when the storage is made anew: when rows are repeated after a prefill, and when
-            the room is used up.
+        rows: Most rows, for which there is room as soon as rows are chosen for the first time.
+        room: Tokens to make room for when the storage is made, then and whenever the room is used up.
     """
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, rows: int, room: int) -> None:
         super().__init__()
+        self._rows = rows
         self._room = room
         self._storage: tuple[Tensor, Tensor] | None = None
 
@@ -27,31 +28,30 @@ class GrowingLayer(DynamicLayer):
         """Appends ``[B, heads, t, width]`` keys and values and returns all of them."""
         if not self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
-        length = cast(Tensor, self.keys).shape[-2]
+        rows, _, length, _ = cast(Tensor, self.keys).shape
         end = length + key_states.shape[-2]
         if not self._in_place() or end > self._stored()[0].shape[-2]:
-            self._store(repeats=1, room=max(self._room, end - length))
+            self._store(torch.arange(rows, device=key_states.device), max(self._room, end - length))
         for storage, new in zip(self._stored(), (key_states, value_states), strict=True):
-            storage[:, :, length:end] = new
-        self._show(end)
+            storage[:rows, :, length:end] = new
+        self._show(rows, end)
         return cast(Tensor, self.keys), cast(Tensor, self.values)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row, with room for what is to come."""
-        if self.get_seq_length() > 0:
-            self._store(repeats, self._room)
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the rows at ``indices``, in that order; only rows that change their place are copied."""
-        if self.get_seq_length() == 0 or not self._in_place():
-            super().batch_select_indices(indices)
+        """Goes on with the rows at ``indices``, in that order, some of them several times or never.
+
+        Only rows that come to another place are copied.
+        """
+        length = self.get_seq_length()
+        if length == 0:
+            return
+        if not self._in_place() or len(indices) > len(self._stored()[0]):
+            self._store(indices, self._room)
             return
         moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
-        length = self.get_seq_length()
         for storage in self._stored():
             storage[moved, :, :length] = storage[indices[moved], :, :length]
-        self._storage = cast(Any, tuple(storage[: len(indices)] for storage in self._stored()))
-        self._show(length)
+        self._show(len(indices), length)
 
     def _in_place(self) -> bool:
         """Whether keys and values still lie in the storage; methods of the base class may have replaced them."""
@@ -60,27 +60,28 @@ class GrowingLayer(DynamicLayer):
     def _stored(self) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], self._storage)
 
-    def _store(self, repeats: int, room: int) -> None:
+    def _store(self, rows: Tensor, room: int) -> None:
         stored = []
         for old in (cast(Tensor, self.keys), cast(Tensor, self.values)):
-            batch, heads, length, width = old.shape
-            storage = old.new_empty(batch * repeats, heads, length + room, width)
-            storage.view(batch, repeats, heads, length + room, width)[..., :length, :] = old[:, None]
+            _, heads, length, width = old.shape
+            storage = old.new_empty(max(len(rows), self._rows), heads, length + room, width)
+            storage[: len(rows), :, :length] = old[rows]
             stored.append(storage)
         self._storage = (stored[0], stored[1])
-        self._show(length)
+        self._show(len(rows), length)
 
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (storage[:, :, :length] for storage in self._stored())
+    def _show(self, rows: int, length: int) -> None:
+        self.keys, self.values = (storage[:rows, :, :length] for storage in self._stored())
 
 
-def growing_cache(config: PreTrainedConfig, room: int) -> DynamicCache:
+def growing_cache(config: PreTrainedConfig, rows: int, room: int) -> DynamicCache:
     """A cache for a model; layers of a kind other than full attention stay transformers' own.
 
     Args:
         config: The model's.
+        rows: Most rows.
         room: Most tokens that will be generated.
     """
     cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [GrowingLayer(rows, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

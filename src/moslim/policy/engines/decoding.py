@@ -29,6 +29,7 @@ class Decoding:
     Args:
         share_prompts: Compute each prompt once, and repeat its keys and values for its answers.
         drop_finished: Let an answer leave the batch as soon as it ends.
+        merge: Compute answers to one prompt once for as long as they are the same.
         cache: ``growing`` keeps keys and values where there is room for more; ``dynamic`` is transformers' own, which
             copies them all for every token; ``static`` has one size from the start, and nothing leaves it.
         compiled: Compile the step from token to token, on CUDA into a graph; needs ``cache: static``. Compiling takes
@@ -43,6 +44,7 @@ class Decoding:
 
     share_prompts: bool = True
     drop_finished: bool = True
+    merge: bool = True
     cache: CacheKind = "growing"
     compiled: bool = False
     pack_head: bool = True
@@ -130,45 +132,85 @@ class _Prompts:
 
 
 class _Flexible(Continuation):
-    """With a cache that grows with every token, and from which answers can be dropped."""
+    """With a cache whose rows come and go: answers to one prompt share a row for as long as they are the same."""
 
     def __init__(self, prompts: _Prompts, room: int, decoding: Decoding) -> None:
-        self._model, self._drop = prompts.model, decoding.drop_finished
+        self._model, self._drop, self._merge = prompts.model, decoding.drop_finished, decoding.merge
         config = prompts.model.config
-        growing = decoding.cache == "growing"
-        self._cache = growing_cache(config, room) if growing else DynamicCache(config=config)
+        total = len(prompts.input_ids) * prompts.samples
+        self._cache = growing_cache(config, total, room) if decoding.cache == "growing" else DynamicCache(config=config)
         self.logits = prompts.computed(self._cache, decoding.share_prompts)
+        rows = torch.arange(len(self.logits), device=self.logits.device)
+        attention, position = prompts.attention_mask, prompts.positions[:, -1:]
         if decoding.share_prompts:
-            self._cache.batch_repeat_interleave(prompts.samples)
-            self.logits = prompts.repeated(self.logits)
-        self._padded = not bool(prompts.attention_mask.all())
-        self._attention = prompts.repeated(prompts.attention_mask)
-        self._position = prompts.repeated(prompts.positions[:, -1:])
+            self._row = prompts.repeated(rows)  # of each answer
+            self.logits = self.logits[self._row]
+        else:
+            self._row = rows
+            attention, position = prompts.repeated(attention), prompts.repeated(position)
+        self._attention = None if bool(attention.all()) else attention
+        self._position = position
         self._places: Tensor | None = None  # of the answers that are still wanted, where others stay in the batch
 
     def feed(self, tokens: Tensor) -> None:
         """See the base class."""
         if self._places is not None:
-            tokens = tokens.new_zeros(len(self._position)).index_copy(0, self._places, tokens)
+            tokens = tokens.new_zeros(len(self._row)).index_copy(0, self._places, tokens)
+        source, tokens, self._row = branches(self._row, tokens, self._merge)
+        if len(source) != len(self._position) or bool((source[1:] <= source[:-1]).any()):
+            self._cache.batch_select_indices(source)
+            self._position = self._position[source]
+            self._attention = None if self._attention is None else self._attention[source]
         self._position = self._position + 1
-        self._attention = torch.cat([self._attention, self._attention.new_ones(len(tokens), 1)], dim=1)
+        if self._attention is not None:
+            self._attention = torch.cat([self._attention, self._attention.new_ones(len(tokens), 1)], dim=1)
         logits = self._model(
             input_ids=tokens[:, None],
-            attention_mask=self._attention if self._padded else None,
+            attention_mask=self._attention,
             position_ids=self._position,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        self.logits = logits if self._places is None else logits[self._places]
+        self.logits = logits[self._row if self._places is None else self._row[self._places]]
 
     def keep(self, rows: Tensor) -> None:
         """See the base class."""
-        if not self._drop:
+        if self._drop:
+            self._row = self._row[rows]
+        else:
             self._places = rows if self._places is None else self._places[rows]
-            return
-        self._cache.batch_select_indices(rows)
-        self._attention, self._position = self._attention[rows], self._position[rows]
+
+
+def branches(rows: Tensor, tokens: Tensor, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``A`` answers in ``R`` rows need when each takes another token.
+
+    Args:
+        rows: ``[A]`` the row that each answer shares with others.
+        tokens: ``[A]`` its next token.
+        merge: Whether answers with the same token stay in one row; else each gets its own.
+
+    Returns:
+        For each of ``S`` new rows the old one that it goes on from and its token, ``[S]``, and the new row of each
+        answer ``[A]``. A row keeps its place if it can, so that little is copied.
+    """
+    if merge:
+        most = tokens.max() + 1
+        pairs, which = (rows * most + tokens).unique(return_inverse=True)
+        parents, tokens = pairs // most, pairs % most
+    else:
+        parents, order = rows.sort(stable=True)
+        which, tokens = order.argsort(), tokens[order]
+    count = torch.arange(len(parents), device=rows.device)
+    stays = parents < len(parents)
+    stays[1:] &= parents[1:] != parents[:-1]
+    free = torch.ones_like(stays)
+    free[parents[stays]] = False
+    place = torch.where(stays, parents, count)
+    place[~stays] = count[free]
+    source, taken = torch.empty_like(parents), torch.empty_like(tokens)
+    source[place], taken[place] = parents, tokens
+    return source, taken, place[which]
 
 
 class _Fixed(Continuation):

@@ -33,7 +33,7 @@ def logprob_difference(
     tokens, mask = found.tokens[rows], found.mask[rows]
     ids = torch.cat([input_ids[owners], tokens], dim=1)
     attention = torch.cat([attention_mask[owners], mask.to(attention_mask.dtype)], dim=1)
-    own = answer_logprobs(model, AnswerBatch(ids, attention, mask), temperature, Passes(share_prompts="never"))
+    own = answer_logprobs(model, AnswerBatch(ids, attention, mask), temperature, Passes(share_prefixes="never"))
     return float((own - found.logprobs[rows])[mask].abs().max())
 
 
