@@ -41,10 +41,11 @@ OURS = Entrant("ours")
 PLAIN = Entrant(
     "ours",
     {
-        "passes": {"tokens": 10**9, "share_prompts": "never", "chunked_logprobs": False},
+        "passes": {"tokens": 10**9, "share_prefixes": "never", "chunked_logprobs": False},
         "decoding": {
             "share_prompts": False,
             "drop_finished": False,
+            "merge": False,
             "cache": "dynamic",
             "pack_head": False,
             "draw": "multinomial",

@@ -50,8 +50,9 @@ def _attend(
     if sliding_window is not None and length > sliding_window:
         behind = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
         band = ((behind >= 0) & (behind < sliding_window))[None, None]
-    parts = [along_paths(states) for states in (query, key, value)]
-    found, _ = sdpa_attention_forward(module, *parts, band, dropout=dropout, scaling=scaling, is_causal=band is None)
+    queries, keys, values = map(along_paths, (query, key, value))
+    causal = band is None
+    found, _ = sdpa_attention_forward(module, queries, keys, values, band, dropout, scaling, is_causal=causal)
     return found.flatten(0, 1).index_select(0, tree.cells)[None], None
 
 
@@ -84,25 +85,25 @@ def along(trunk: Any, tree: Tree) -> Iterator[dict[str, Any]]:
         _TREE.reset(token)
 
 
-def reads_trees(trunk: Any) -> bool:
+def reads_trees(trunk: Any, device: torch.device) -> bool:
     """Whether a transformer gives the same states on a tree as on each sequence.
 
     Not while activations are computed twice. Besides, it is tried once: that says more than any list of architectures.
 
     Args:
         trunk: A transformer without its last layer, in the Hugging Face form.
+        device: Where it is.
     """
     if trunk.training and any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules()):
         return False
     if trunk not in _READS:
         kinds = getattr(trunk.config, "layer_types", None) or []
-        _READS[trunk] = not trunk.config.is_encoder_decoder and _KINDS.issuperset(kinds) and _agrees(trunk)
+        _READS[trunk] = not trunk.config.is_encoder_decoder and _KINDS.issuperset(kinds) and _agrees(trunk, device)
     return _READS[trunk]
 
 
 @torch.no_grad()
-def _agrees(trunk: Any) -> bool:
-    device = next(trunk.parameters()).device
+def _agrees(trunk: Any, device: torch.device) -> bool:
     tokens = torch.tensor([[0, 1, 2], [0, 1, 1], [0, 2, 0]], device=device)
     tree = grow(tokens, torch.full((3,), 3, device=device))
     with torch.autocast(device.type, enabled=False):

@@ -65,9 +65,13 @@ def test_probabilities_are_those_of_whole_pairs(trunk, options, preferences, bac
 def test_each_question_is_read_once_where_that_pays(preferences, backbone):
     own = scorer("llama", preferences, backbone)
     assert can_share(own.classifier)  # which is tried once, with tokens of its own
-    assert tokens_read(own) == tokens_read(own, share_prefixes="always") < 0.8 * tokens_read(own, share_prefixes="never")
+    assert (
+        tokens_read(own) == tokens_read(own, share_prefixes="always") < 0.8 * tokens_read(own, share_prefixes="never")
+    )
     one_each = own.probabilities(QUESTIONS, GIVEN[:3], share_prefixes="auto")
-    torch.testing.assert_close(one_each, own.probabilities(QUESTIONS, GIVEN[:3], share_prefixes="never"), atol=0, rtol=0)
+    torch.testing.assert_close(
+        one_each, own.probabilities(QUESTIONS, GIVEN[:3], share_prefixes="never"), atol=0, rtol=0
+    )
 
 
 @pytest.mark.parametrize("trunk", ["bert", "mamba"])
@@ -75,7 +79,8 @@ def test_backbones_that_cannot_compute_whole_pairs(trunk, preferences, backbone)
     own = scorer(trunk, preferences, backbone)
     assert not can_share(own.classifier)
     assert torch.equal(
-        own.probabilities(ASKED, GIVEN, share_prefixes="always"), own.probabilities(ASKED, GIVEN, share_prefixes="never")
+        own.probabilities(ASKED, GIVEN, share_prefixes="always"),
+        own.probabilities(ASKED, GIVEN, share_prefixes="never"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,9 +54,7 @@ class AnswerPass:
             ids, attention = self.read.input_ids, self.read.attention_mask
             places = token_positions(attention)
             keep = self.read.mask.shape[1] + 1
-            found = reader.states(
-                keep, input_ids=ids, attention_mask=attention, position_ids=places, use_cache=False
-            )
+            found = reader.states(keep, input_ids=ids, attention_mask=attention, position_ids=places, use_cache=False)
         return found.flatten(0, 1).index_select(0, self.before)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -78,11 +75,12 @@ def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = 
         passes: How they may be computed.
         among: ``[M]`` positions to take; None = all.
     """
-    tokens = passes.limit(batch.mask.device)
-    rows = torch.arange(len(batch.mask), device=batch.mask.device) if among is None else among
+    device = batch.mask.device
+    tokens = passes.limit(device)
+    rows = torch.arange(len(batch.mask), device=device) if among is None else among
     if not len(rows):
         return []
-    if passes.share_prefixes != "never" and reads_trees(unwrapped(model).base_model):
+    if passes.share_prefixes != "never" and reads_trees(unwrapped(model).base_model, device):
         ids, lengths = batch.sequences(rows)
         lengths = lengths - 1  # the last token predicts nothing that is asked for
         found = in_order(ids, lengths)

@@ -56,7 +56,7 @@ class SharedBackbone(nn.Module):
         use_cache: bool = False,
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
-        """Hidden states ``[B, T, H]``, float32 or finer, of pairs ``[B, T]``, or of a tree of them. Without gradient."""
+        """Hidden states ``[B, T, H]`` of pairs ``[B, T]``, float32 or finer, without gradient."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
         inputs |= {"position_ids": position_ids}
         with self._roles.playing("classifier") as model, evaluating(model):

@@ -15,12 +15,10 @@ from moslim.tree_attention import along, reads_trees
 
 def can_share(classifier: PreferenceClassifier) -> bool:
     """Whether what pairs begin with can be computed once: the backbone looks back only, and reads trees."""
-    return is_causal(classifier.config.backbone) and reads_trees(classifier.backbone)
+    return is_causal(classifier.config.backbone) and reads_trees(classifier.backbone, classifier.device)
 
 
-def shared_features(
-    classifier: PreferenceClassifier, ids: Tensor, lengths: Tensor, parts: Iterator[Tensor]
-) -> Tensor:
+def shared_features(classifier: PreferenceClassifier, ids: Tensor, lengths: Tensor, parts: Iterator[Tensor]) -> Tensor:
     """Pooled hidden states of pairs, as :meth:`PreferenceClassifier.features` gives them.
 
     Args:

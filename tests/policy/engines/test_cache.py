@@ -17,10 +17,10 @@ def assert_equal(one, other):
 
 
 def test_it_holds_what_transformers_own_layer_holds():
-    ours, theirs = GrowingLayer(room=4), DynamicLayer()
+    ours, theirs = GrowingLayer(rows=6, room=4), DynamicLayer()
     for layer in (ours, theirs):
         layer.update(*states(2, 5, 0))  # the prompt
-        layer.batch_repeat_interleave(3)
+        layer.batch_select_indices(torch.arange(2).repeat_interleave(3))
     for step in range(11):  # beyond the room, twice
         returned = [layer.update(*states(len(layer.keys), 1, step)) for layer in (ours, theirs)]
         assert torch.equal(returned[0][0], returned[1][0]) and torch.equal(returned[0][1], returned[1][1])
@@ -29,15 +29,20 @@ def test_it_holds_what_transformers_own_layer_holds():
             for layer in (ours, theirs):
                 layer.batch_select_indices(torch.arange(len(layer.keys))[1:])
             assert_equal(ours, theirs)
+        if step in (5, 9):  # a row goes on as two
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([0, *range(len(layer.keys))]))
+            assert_equal(ours, theirs)
     for layer in (ours, theirs):
-        layer.update(*states(3, 7, 99))  # many tokens at once
+        layer.batch_select_indices(torch.arange(8) % 3)  # more rows than there is room for
+        layer.update(*states(8, 7, 99))  # many tokens at once
         layer.crop(-2)
-        layer.update(*states(3, 1, 100))
+        layer.update(*states(8, 1, 100))
     assert_equal(ours, theirs)
 
 
 def test_tokens_within_the_room_are_written_in_place():
-    layer = GrowingLayer(room=4)
+    layer = GrowingLayer(rows=2, room=4)
     layer.update(*states(2, 5, 0))
     places = []
     for step in range(6):
@@ -46,9 +51,9 @@ def test_tokens_within_the_room_are_written_in_place():
     assert len(set(places[:4])) == 1 and places[4] != places[3] and places[5] == places[4]
 
 
-@pytest.mark.parametrize("kept", [[2, 0], [0, 2], [2, 1], [1]])
-def test_dropped_rows_do_not_write_into_the_others(kept):
-    layer = GrowingLayer(room=4)
+@pytest.mark.parametrize("kept", [[2, 0], [0, 2], [2, 1], [1], [1, 1, 2], [0, 2, 2, 0]])
+def test_chosen_rows_do_not_write_into_the_others(kept):
+    layer = GrowingLayer(rows=4, room=4)
     layer.update(*states(3, 5, 0))
     before = layer.update(*states(3, 1, 1))[0].clone()
     place = layer.keys.data_ptr()
@@ -58,17 +63,19 @@ def test_dropped_rows_do_not_write_into_the_others(kept):
 
 
 def test_repeated_rows_have_room_at_once():
-    layer = GrowingLayer(room=4)
+    layer = GrowingLayer(rows=6, room=4)
     before = layer.update(*states(2, 5, 0))[0].clone()
-    layer.batch_repeat_interleave(3)
+    layer.batch_select_indices(torch.tensor([0, 1, 1]))
     place = layer.keys.data_ptr()
-    for step in range(4):
+    layer.update(*states(3, 1, 1))
+    layer.batch_select_indices(torch.tensor([0, 1, 2, 0, 2, 0]))
+    for step in range(3):
         keys, _ = layer.update(*states(6, 1, step))
-    assert torch.equal(keys[:, :, :5], before.repeat_interleave(3, dim=0)) and keys.data_ptr() == place
+    assert torch.equal(keys[:, :, :5], before[[0, 1, 1, 0, 1, 0]]) and keys.data_ptr() == place
 
 
 def test_layers_of_another_kind_stay_as_they_are():
     config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=6)
-    assert not any(isinstance(layer, GrowingLayer) for layer in growing_cache(config, 5).layers)
-    full = growing_cache(AutoConfig.for_model("llama", num_hidden_layers=2), 5)
+    assert not any(isinstance(layer, GrowingLayer) for layer in growing_cache(config, 3, 5).layers)
+    full = growing_cache(AutoConfig.for_model("llama", num_hidden_layers=2), 3, 5)
     assert isinstance(full, DynamicCache) and [type(layer) for layer in full.layers] == [GrowingLayer] * 2

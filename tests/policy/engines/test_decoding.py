@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moslim.policy.engines import Decoding, TorchEngine
+from moslim.policy.engines.decoding import branches
 from tests.policy.conftest import ARCHITECTURES
 from tests.policy.engines.test_torch_engine import EOS, PAD, seeds
 
@@ -95,3 +96,24 @@ def test_how_tokens_are_drawn_depends_on_the_device_unless_it_is_said(device, me
     assert TorchEngine(4)._choice(torch.device(device)).method == method
     for said in ("inverse_cdf", "multinomial"):
         assert TorchEngine(4, decoding=Decoding(draw=said))._choice(torch.device(device)).method == said
+
+
+def test_answers_are_computed_once_for_as_long_as_they_are_the_same(models, prompts):
+    """Greedy answers to one prompt never differ: one row each."""
+    rows = []
+    handle = models["llama"].model.embed_tokens.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    for merge, expected in ((True, 5), (False, 15)):
+        rows.clear()
+        sampled(models["llama"], prompts, Decoding(merge=merge), temperature=0)
+        assert rows[:2] == [5, expected] and max(rows) == expected
+    handle.remove()
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_rows_keep_their_place_if_they_can(merge):
+    """Answers 0 and 1 are still the same, 2 and 3 were, 4 is alone, and that in row 1 has ended."""
+    rows, tokens = torch.tensor([0, 0, 3, 3, 2]), torch.tensor([7, 7, 5, 9, 8])
+    source, taken, now = branches(rows, tokens, merge)
+    assert torch.equal(source[now], rows) and torch.equal(taken[now], tokens)
+    expected = [0, 3, 2, 3] if merge else [0, 0, 2, 3, 3]
+    assert source.tolist() == expected and len(now.unique()) == len(expected)

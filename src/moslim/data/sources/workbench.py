@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def adversarial_rows() -> list[Example]:
     return _labelled(_read(path), "adversarial")
 
 
-def _told_by_steps(levels: dict[str, int]) -> dict[str, int]:
+def _told_by_steps(levels: Mapping[str, int]) -> dict[str, int]:
     """Levels without those of style: a head that learns what bare steps have in common must unlearn it."""
     return {name: level for name, level in levels.items() if name not in _STYLE}
 
