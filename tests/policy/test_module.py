@@ -163,12 +163,14 @@ def test_inner_epochs_and_minibatches(preferences, lm, classifier, tmp_path):
     assert run.global_step == 12
     assert [step["key"] for step in module.trace] == [(0, 0)] * 6 + [(0, 1)] * 6
     assert [step["new"] for step in module.trace] == ([True] + [False] * 5) * 2
-    assert [len(part) for part in module.parts] == [BATCH * SAMPLES // 3] * 12
+    assert [len(part) for part in module.parts] == [6, 3, 3] * 4  # of four prompts, three answers each
     orders = []
     for epoch in range(4):
         shuffled = torch.cat([part.advantages for part in module.parts[3 * epoch : 3 * epoch + 3]])
         whole = module.trace[3 * epoch]["advantages"]
         assert torch.equal(shuffled.sort().values, whole.sort().values)  # every answer once per inner epoch
+        groups = whole.reshape(BATCH, SAMPLES).tolist()
+        assert all(group in groups for group in shuffled.reshape(BATCH, SAMPLES).tolist())  # those to a prompt together
         orders.append(shuffled.tolist())
     assert orders[0] != orders[1] and orders[2] != orders[3]
 
@@ -180,9 +182,6 @@ def test_minibatches_keep_pairs_together(preferences, lm, classifier, tmp_path):
     for part in module.parts:
         assert all(len(set(part.questions[i : i + SAMPLES])) == 1 for i in range(0, len(part), SAMPLES))
         assert (part.advantages.reshape(-1, SAMPLES).sum(dim=1) == 0).all()
-    module = make(preferences, lm, classifier, policy_optimizer=OnlineDPO(), minibatches=BATCH + 1)
-    with pytest.raises(ValueError, match=f"only {BATCH} prompts, whose answers must stay together"):
-        trainer(tmp_path, max_steps=1).fit(module, data(preferences))
 
 
 def test_what_a_rollout_holds_of_a_critic(preferences, lm, classifier, tmp_path):
@@ -209,16 +208,9 @@ def test_groups_without_spread_take_no_part(preferences, lm, classifier, tmp_pat
     assert not (found.used & found.uninstructed).any()
 
 
-@pytest.mark.parametrize(("minibatches", "sizes"), [(5, [3, 3, 2, 2, 2]), (12, [1] * 12)])
-def test_minibatches_that_do_not_divide_the_answers(minibatches, sizes, preferences, lm, classifier, tmp_path):
-    module = make(preferences, lm, classifier, minibatches=minibatches)
-    trainer(tmp_path, max_steps=minibatches).fit(module, data(preferences))
-    assert [len(part) for part in module.parts] == sizes
-
-
-def test_more_minibatches_than_answers_are_refused(preferences, lm, classifier, tmp_path):
-    module = make(preferences, lm, classifier, minibatches=13)
-    with pytest.raises(ValueError, match="minibatches is 13, but a rollout has only 12 answers"):
+def test_more_minibatches_than_prompts_are_refused(preferences, lm, classifier, tmp_path):
+    module = make(preferences, lm, classifier, minibatches=BATCH + 1)
+    with pytest.raises(ValueError, match=f"minibatches is {BATCH + 1}, but a rollout has only {BATCH} prompts"):
         trainer(tmp_path, max_steps=1).fit(module, data(preferences))
 
 

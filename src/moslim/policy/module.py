@@ -67,7 +67,7 @@ class PolicyTrainer(PolicyEvaluation):
         samples_per_prompt: Answers to each training prompt, ``n``.
         eval_samples: Answers to each prompt in validation and test.
         inner_epochs: Passes over a rollout.
-        minibatches: Training steps per pass.
+        minibatches: Training steps per pass, each on all answers to some of the prompts.
         passes: How log-probabilities of answers are computed; None = every fast way that the model allows.
         off_policy: What is done about answers that another policy sampled; None = corrected, and never asked for.
         default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
@@ -290,8 +290,7 @@ class PolicyTrainer(PolicyEvaluation):
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
-        together = self.samples_per_prompt if self.policy_optimizer.whole_groups else 1
-        return rollout.minibatch(step, self.minibatches, together, (self.seed, Purpose.SHUFFLE))
+        return rollout.minibatch(step, self.minibatches, self.samples_per_prompt, (self.seed, Purpose.SHUFFLE))
 
     @torch.no_grad()
     def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:

@@ -99,27 +99,29 @@ class Rollout:
                 changes[field.name] = value[index]
         return dataclasses.replace(self, **changes)
 
-    def minibatch(self, step: int, minibatches: int, together: int, seed: Sequence[int]) -> Rollout:
-        """One of the parts that an inner epoch cuts the answers into, in an order of its own.
+    def minibatch(self, step: int, minibatches: int, samples: int, seed: Sequence[int]) -> Rollout:
+        """One of the parts that an inner epoch cuts the prompts into, in an order of its own.
 
         Args:
             step: Number of the training step in this rollout.
             minibatches: Parts per inner epoch; 1 gives the rollout as it is.
-            together: How many adjacent answers stay together: 1, or all those to a prompt.
+            samples: Answers per prompt, which stay together: they are compared, and what they begin with is shared.
             seed: What the order depends on, beside rollout and inner epoch.
 
         Raises:
-            ValueError: There are fewer answers, or prompts, than parts.
+            ValueError: There are fewer prompts than parts.
         """
         if minibatches == 1:
             return self
-        units = torch.arange(len(self)).reshape(-1, together)
-        if minibatches > len(units):
-            what = "answers" if together == 1 else "prompts, whose answers must stay together"
-            raise ValueError(f"minibatches is {minibatches}, but a rollout has only {len(units)} {what}")
+        prompts = torch.arange(len(self)).reshape(-1, samples)
+        if minibatches > len(prompts):
+            raise ValueError(
+                f"minibatches is {minibatches}, but a rollout has only {len(prompts)} prompts, whose answers stay "
+                "together"
+            )
         epoch, part = divmod(step, minibatches)
         generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, epoch))
-        order = units[torch.randperm(len(units), generator=generator)]
+        order = prompts[torch.randperm(len(prompts), generator=generator)]
         return self.rows(order.tensor_split(minibatches)[part].flatten().to(self.mask.device))
 
     @property

@@ -53,7 +53,7 @@ class UpdateBatch:
         advantages: ``[N]`` or ``[N, T]``, as ``advantages`` returned them.
         mask: ``[N, T]`` bool, up to and including the end-of-sequence token; empty for answers that are not ``used``.
         length: The engine's length limit, for constant normalisation.
-        samples: Answers per prompt; with ``whole_groups``, those of one prompt are adjacent.
+        samples: Answers per prompt; those of one prompt are adjacent.
         reference: ``[N, T]`` under the reference; None unless ``needs_reference``.
         entropy: ``[N, T]`` nats, with gradient; None unless ``needs_entropy``.
         values: ``[N, T]`` the critic's, with gradient; None without a critic, as the next two.
@@ -144,8 +144,6 @@ class PolicyOptimizer(Plugin, ABC):
     """
 
     role: ClassVar[str] = "policy_optimizer"
-    whole_groups: ClassVar[bool] = False
-    """Whether a minibatch must hold all answers to its prompts, adjacent."""
 
     aggregation: Aggregation = "sum_then_normalize"
     std_floor: float = 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
@@ -28,8 +28,6 @@ class OnlineDPO(PolicyOptimizer):
         loss_type: ``sigmoid`` or ``ipo``.
         min_margin: Pairs whose scores differ by this or less are dropped, in units of the score.
     """
-
-    whole_groups: ClassVar[bool] = True
 
     beta: float = 0.1
     loss_type: LossType = "sigmoid"
