@@ -365,6 +365,7 @@ FACTORS = {
     "aggregation": ["model.policy_optimizer.aggregation"],
     "kl": ["model.policy_optimizer.kl"],
     "mapping": ["model.mapping", "model.policy_optimizer.aggregation"],
+    "minibatches": ["model.minibatches", "model.optimizer.lr", "trainer.max_steps"],
     "optimizer": ["model.policy_optimizer", "model.inner_epochs", "model.minibatches"],
     "sampler": ["data.sampler", "trainer.limit_train_batches"],
     "samples": [],  # the small sizes go over them; tests/test_benchmarks.py counts answers
