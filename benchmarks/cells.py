@@ -67,6 +67,8 @@ class World:
     def mark(self) -> str:
         """A hash of the classifier's weights, which are others on another machine, by rounding alone."""
         files = sorted((ROOT / self.folder / "reward/classifier").rglob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"there is no classifier in {self.folder}: World.make makes it")
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
     def make(self) -> None:

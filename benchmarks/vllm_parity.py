@@ -105,6 +105,7 @@ def train(url: str, kind: str, updates: int, temperature: float = 1.0) -> tuple[
     print(f"{kind}, temperature {temperature:g}", flush=True)
     engine = ["--model.engine.urls", f"[{url}]", "--model.engine.parity_answers", ALL]
     sizes = ["--trainer.max_steps", str(updates + 1), "--model.engine.temperature", str(temperature)]
+    sizes += ["--model.minibatches", "1"]
     where = ["--model", "vllm_parity.Recorded", "--trainer.default_root_dir", f"runs/{kind} {temperature:g}"]
     model = run(["fit", *LAYERS, *where, *engine, *sizes, *QUIET, *KINDS[kind]]).model
     return model, {

@@ -44,6 +44,7 @@ def main() -> None:
             with serving(VLLMProcess(python, STARTER.absolute(), 160, Path("vllm.log").absolute())) as server:
                 urls = ["--model.engine.urls", f"[{server.url}]", "--model.engine.tolerance", "1e-4"]
                 where = ["--trainer.default_root_dir", f"runs/{kind}", "--trainer.max_steps", str(args.steps)]
+                where += ["--model.minibatches", "1"]
                 found = run(["fit", *LAYERS, *urls, *where, *QUIET, *options])
             print(f"{kind}: {found.trainer.global_step} steps, largest difference {found.model.engine.difference:.2g}")
 

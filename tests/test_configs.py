@@ -53,7 +53,7 @@ SMALL = {  # by the config that a command names first
         --model.architecture.options.intermediate_size 16 --model.engine.max_new_tokens 6
         --data.source.corpus_rows 64 --data.source.reward_rows 8 --data.eval_batch_size 8""",
     "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.source.bare_rows 16 --data.batch_size 8",
-    "configs/quickstart/policy.yaml": f"{SMALL_POLICY} --data.source.policy_rows 64",
+    "configs/quickstart/policy.yaml": f"{SMALL_POLICY} --data.batch_size 8 --data.source.policy_rows 64",
     "configs/reward/helpsteer2.yaml": "--trainer.accumulate_grad_batches 1 --data.batch_size 4",
     "configs/policy/helpsteer2_rloo.yaml": SMALL_POLICY,
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
+from tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 from moslim import PolicyTrainer, RewardClassifier
 from moslim.cli import MoslimCLI, run
@@ -27,7 +27,7 @@ PAGE = (ROOT / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n# (my_lab\.\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^    python main\.py (.+?)$", re.sub(r" \\\n +", " ", PAGE), re.MULTILINE)
 SMALL = {
-    "configs/quickstart/policy.yaml": SMALL_POLICY,
+    "configs/quickstart/policy.yaml": f"{SMALL_POLICY} {ONE_EACH}",
     "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.source.bare_rows 16 --data.batch_size 8",
 }
 NO_GATE = ["--trainer.callbacks", "null"]  # nothing here is trained enough to pass one

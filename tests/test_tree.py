@@ -68,7 +68,13 @@ def test_long_beginnings_make_small_parts():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("llama", {}), ("qwen3", {"head_dim": 8}), ("gemma3_text", {"head_dim": 8, "sliding_window": 2}), ("mixtral", {})],
+    [
+        ("llama", {}),
+        ("qwen3", {"head_dim": 8}),
+        ("gemma3_text", {"head_dim": 8, "sliding_window": 2}),
+        ("phi3", {"sliding_window": 2}),
+        ("mixtral", {}),
+    ],
 )
 def test_states_are_those_of_each_sequence(kind, options, sequences):
     model = build(kind, num_key_value_heads=1, **options)
@@ -89,6 +95,14 @@ def test_states_are_those_of_each_sequence(kind, options, sequences):
     ("kind", "options"),
     [
         ("mamba", {"state_size": 4}),
+        ("gptj", {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 2}),
+        ("phimoe", {"num_key_value_heads": 1, "sliding_window": 4}),  # three whose windows are in their masks alone
+        (
+            "qwen2_moe",
+            {"num_key_value_heads": 1, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        ),
+        ("doge", {"num_key_value_heads": 1, "keep_window_size": 8}),
         ("bert", {}),
         ("t5", {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}),
         ("bloom", {}),
@@ -103,3 +117,33 @@ def test_activations_that_are_computed_twice_stand_in_the_way():
     model = build("llama")
     checkpoint_activations(model)
     assert reads_trees(model.eval(), CPU) and not reads_trees(model.train(), CPU)
+
+
+def test_gradients_are_those_of_each_sequence(sequences):
+    """In bfloat16, gradients that meet in a node are added up in float32: 7 sequences from one token on."""
+    ids, lengths = sequences
+    ids = ids.clamp(max=39)
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        model = build("llama").to(dtype)
+        alone = sum(model(input_ids=ids[i : i + 1, :n]).last_hidden_state.sum() for i, n in enumerate(lengths.tolist()))
+        wanted = torch.autograd.grad(alone, list(model.parameters()))
+        tree = grow(ids, lengths)
+        with along(model, tree) as inputs:
+            nodes = model(**inputs).last_hidden_state[0]
+        inside = torch.arange(5) < lengths[:, None]
+        found = torch.autograd.grad(nodes[tree.nodes[inside]].sum(), list(model.parameters()))
+        for one, other in zip(found, wanted, strict=True):
+            assert (one - other).norm() <= allowed * other.norm() + 1e-4
+
+
+def test_what_a_model_is_set_to_comes_back_whatever_happens(sequences):
+    config = AutoConfig.for_model("gemma3", text_config={**SMALL, "num_key_value_heads": 1, "head_dim": 8})
+    model = build("llama")
+    model.config = config
+    config._attn_implementation = "sdpa"
+    config.vision_config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match="on the way"), along(model, grow(*sequences)):
+        assert config.get_text_config()._attn_implementation == "moslim_tree"
+        raise RuntimeError("on the way")
+    found = [one._attn_implementation for one in (config, config.text_config, config.vision_config)]
+    assert found == ["sdpa", "sdpa", "eager"]

@@ -21,6 +21,8 @@ SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.samples_per_prompt 2 -
     --model.passes.tokens 128
     --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 1"""
 """Options that make rollouts and sweeps small."""
+ONE_EACH = "--model.minibatches 1"
+"""Makes every step one on a rollout of its own."""
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -30,7 +32,7 @@ def save_world(folder: Path) -> None:
     tokenizer = WorkbenchTokenizer().load()
     torch.manual_seed(0)
     starter = Architecture("llama", WorkbenchTokenizer(), SIZES).build(tokenizer)
-    classifier = PreferenceClassifier.from_backbone(starter, PreferenceSet(LEVELS), link="corn")
+    classifier = PreferenceClassifier.from_backbone(starter, PreferenceSet(LEVELS))
     quickstart = folder / "outputs" / "quickstart"
     for model, place in ((starter, "starter/model"), (classifier, "reward/classifier")):
         model.save_pretrained(quickstart / place)

@@ -49,7 +49,7 @@ class Sequences:
     def parts(self, tokens: int) -> Iterator[Tensor]:
         """Cuts them into parts whose trees have at most so many nodes; yields which of the sequences given are in each.
 
-        A part has at least one sequence, and reads, sequence by sequence, at most eight times as many tokens.
+        A part has at least one sequence; more than one read, sequence by sequence, at most eight times as many tokens.
         """
         own, lengths = self.new.sum(dim=1).tolist(), self.lengths.tolist()
         start, nodes, widest = 0, 0, 0

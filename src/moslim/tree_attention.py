@@ -5,22 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from moslim.precision import at_least_float32
 from moslim.tree import Tree, grow
 
 _NAME = "moslim_tree"
-_TREE: ContextVar[Tree] = ContextVar(_NAME)
 _FOREIGN = ("softcap", "s_aux", "position_bias")
 """What some architectures add to attention, and this does not know."""
 _KINDS = {"full_attention", "sliding_attention"}
+_NO_MASK = (1, 1, 1, 1)
 _READS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@dataclass
+class _Reading:
+    """A forward pass over a tree.
+
+    Args:
+        paths: ``[R, L]`` nodes of the sequences that have all of them.
+        cells: ``[U]`` where each node stands there, counted through.
+        windows: How far back layers were told to look.
+    """
+
+    paths: Tensor
+    cells: Tensor
+    windows: set[int | None] = field(default_factory=set)
+
+
+_READING: ContextVar[_Reading] = ContextVar(_NAME)
+
+
+class _Laid(torch.autograd.Function):
+    """Rows ``[U, W]`` where they stand on paths. Gradients that meet in a row are added up in float32 or finer."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.count, gradient.shape[1], dtype=at_least_float32(gradient.dtype))
+        return total.index_add_(0, places, gradient.to(total.dtype)).to(gradient.dtype), None
 
 
 def _attend(
@@ -34,17 +71,21 @@ def _attend(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface: ``[1, heads, U, width]`` of nodes, which are laid out path by path."""
-    if any(others.get(name) is not None for name in _FOREIGN):
+    """Transformers' attention interface: ``[1, heads, U, width]`` of nodes, which are laid out path by path.
+
+    Raises:
+        NotImplementedError: The architecture's attention is of another kind.
+    """
+    if attention_mask is None or attention_mask.shape != _NO_MASK or any(others.get(n) is not None for n in _FOREIGN):
         raise NotImplementedError
-    tree = _TREE.get()
-    paths = tree.nodes[tree.rows]
-    length = paths.shape[1]
+    reading = _READING.get()
+    reading.windows.add(sliding_window)
+    length = reading.paths.shape[1]
 
     def along_paths(states: Tensor) -> Tensor:
         nodes = states[0].transpose(0, 1)
-        rows = nodes.flatten(1).index_select(0, paths.flatten())
-        return rows.view(*paths.shape, *nodes.shape[1:]).transpose(1, 2)
+        rows: Tensor = _Laid.apply(nodes.flatten(1), reading.paths.flatten())
+        return rows.view(*reading.paths.shape, *nodes.shape[1:]).transpose(1, 2)
 
     band = None
     if sliding_window is not None and length > sliding_window:
@@ -53,7 +94,7 @@ def _attend(
     queries, keys, values = map(along_paths, (query, key, value))
     causal = band is None
     found, _ = sdpa_attention_forward(module, queries, keys, values, band, dropout, scaling, is_causal=causal)
-    return found.flatten(0, 1).index_select(0, tree.cells)[None], None
+    return found.flatten(0, 1).index_select(0, reading.cells)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -69,26 +110,33 @@ def along(trunk: Any, tree: Tree) -> Iterator[dict[str, Any]]:
         trunk: A transformer that :func:`reads_trees`.
         tree: What it is given.
     """
-    config, token = trunk.config, _TREE.set(tree)
-    before = config._attn_implementation
+    with _reading(trunk, tree):
+        yield _inputs(tree)
+
+
+@contextmanager
+def _reading(trunk: Any, tree: Tree) -> Iterator[_Reading]:
+    config, reading = trunk.config.get_text_config(), _Reading(tree.nodes[tree.rows], tree.cells)
+    before, token = config._attn_implementation, _READING.set(reading)
     config._attn_implementation = _NAME
     try:
-        yield {
-            "input_ids": tree.tokens[None],
-            "position_ids": tree.positions[None],
-            # four axes: taken as it is, so that none is made; it is not read
-            "attention_mask": torch.zeros(1, 1, 1, 1, device=tree.tokens.device),
-            "use_cache": False,
-        }
+        yield reading
     finally:
         config._attn_implementation = before
-        _TREE.reset(token)
+        _READING.reset(token)
+
+
+def _inputs(tree: Tree) -> dict[str, Any]:
+    # A mask of four axes is passed on as it is; none at all would be made.
+    mask = torch.zeros(_NO_MASK, device=tree.tokens.device)
+    nodes = {"input_ids": tree.tokens[None], "position_ids": tree.positions[None]}
+    return {**nodes, "attention_mask": mask, "use_cache": False}
 
 
 def reads_trees(trunk: Any, device: torch.device) -> bool:
     """Whether a transformer gives the same states on a tree as on each sequence.
 
-    Not while activations are computed twice. Besides, it is tried once: that says more than any list of architectures.
+    Not while activations are computed twice. Besides, it is tried once.
 
     Args:
         trunk: A transformer without its last layer, in the Hugging Face form.
@@ -97,23 +145,34 @@ def reads_trees(trunk: Any, device: torch.device) -> bool:
     if trunk.training and any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules()):
         return False
     if trunk not in _READS:
-        kinds = getattr(trunk.config, "layer_types", None) or []
-        _READS[trunk] = not trunk.config.is_encoder_decoder and _KINDS.issuperset(kinds) and _agrees(trunk, device)
+        _READS[trunk] = _agrees(trunk, device)
+        if not _READS[trunk]:
+            kind = trunk.config.model_type
+            rank_zero_info(f"{kind}: its attention cannot read trees, so that every text is computed whole.")
     return _READS[trunk]
 
 
 @torch.no_grad()
 def _agrees(trunk: Any, device: torch.device) -> bool:
-    tokens = torch.tensor([[0, 1, 2], [0, 1, 1], [0, 2, 0]], device=device)
+    config = trunk.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if trunk.config.is_encoder_decoder or not _KINDS.issuperset(kinds):
+        return False
+    tokens = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 0, 1]], device=device)
     tree = grow(tokens, torch.full((3,), 3, device=device))
     with torch.autocast(device.type, enabled=False):
+        whole = trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
         try:
-            whole = trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
-            with along(trunk, tree) as inputs:
-                nodes = trunk(**inputs).last_hidden_state[0]
-        except (TypeError, ValueError, NotImplementedError, RuntimeError, AttributeError, KeyError):
+            with _reading(trunk, tree) as reading:
+                nodes = trunk(**_inputs(tree)).last_hidden_state[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return False
-    least = 1e-4 if torch.finfo(whole.dtype).eps < 1e-6 else 3e-2
+    # Three tokens are too few to see a window: a layer must have been told of it.
+    if getattr(config, "sliding_window", None) and "sliding_attention" in kinds and reading.windows <= {None}:
+        return False
     if nodes.shape != (len(tree.tokens), whole.shape[-1]):
         return False
+    least = 1e-4 if torch.finfo(trunk.dtype).eps < 1e-6 else 3e-2
     return bool((nodes[tree.nodes] - whole).abs().max() <= least * whole.abs().max())

@@ -14,7 +14,7 @@ from moslim.callbacks.dashboard import METRICS, STEP
 from moslim.cli import run
 from tests.callbacks.offline_board import summaries
 from tests.callbacks.offline_wandb import read
-from tests.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
+from tests.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
@@ -24,7 +24,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 FIT = f"""fit --config {ROOT}/configs/quickstart/policy.yaml --config {ROOT}/configs/logger/wandb.yaml
-    {FEW_STEPS} {SMALL_POLICY} --trainer.enable_progress_bar true --trainer.log_every_n_steps 1
+    {FEW_STEPS} {SMALL_POLICY} {ONE_EACH} --trainer.enable_progress_bar true --trainer.log_every_n_steps 1
     --data.source.policy_rows 64 --dashboard.artifacts true --trainer.val_check_interval 3""".split()
 GAUGES = {"time/step", "time/backward", "time/update", "time/sample", "time/forward", "speed/tokens", "memory/cpu"}
 ROLLOUT = {"train/reward", "train/kl", "train/entropy", "train/length", "train/truncated", "train/loss"}
@@ -135,8 +135,9 @@ def test_tensorboard_by_its_logger(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["main.py"])
     run(
-        f"""fit --config {ROOT}/configs/quickstart/policy.yaml {FEW_STEPS} {SMALL_POLICY} --trainer.limit_val_batches 0
-        --data.source.policy_rows 64 --trainer.log_every_n_steps 1 --trainer.default_root_dir outputs/board
+        f"""fit --config {ROOT}/configs/quickstart/policy.yaml {FEW_STEPS} {SMALL_POLICY} {ONE_EACH}
+        --trainer.limit_val_batches 0 --data.source.policy_rows 64 --trainer.log_every_n_steps 1
+        --trainer.default_root_dir outputs/board
         --trainer.logger lightning.pytorch.loggers.TensorBoardLogger --trainer.logger.save_dir outputs""".split()
     )
     (file,) = folder.glob("outputs/lightning_logs/version_0/events.out.*")

@@ -44,7 +44,12 @@ def data(preferences: PreferenceSet, source: Source | None = None) -> Preference
 
 def trainer(folder: Path, **options: object) -> Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    plain = {"enable_checkpointing": False, "num_sanity_val_steps": 1, "use_distributed_sampler": False}
+    plain = {
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 1,
+        "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
+    }
     return Trainer(default_root_dir=folder, **{**quiet, **plain, "max_epochs": -1, **options})
 
 

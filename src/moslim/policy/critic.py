@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moslim.lora import LoraOptions
+from moslim.policy.predictor import kept
 from moslim.precision import widened
 
 
@@ -56,7 +57,6 @@ class TrunkReader:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def states(self, keep: int, **inputs: Any) -> Tensor:
-        """``[B, keep, H]`` at the last positions; the arguments are the trunk's."""
-        found: Tensor = trunk(self.model)(**inputs).last_hidden_state[:, -keep:]
-        return found
+    def states(self, keep: int | Tensor, **inputs: Any) -> Tensor:
+        """``[B, keep, H]`` at the last positions, or at those given; the arguments are the trunk's."""
+        return kept(trunk(self.model)(**inputs).last_hidden_state, keep)

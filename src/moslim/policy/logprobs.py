@@ -21,8 +21,8 @@ class Reader(Protocol):
 
     model: Any
 
-    def states(self, keep: int, **inputs: Any) -> Tensor:
-        """States ``[B, keep, ...]`` at the last positions."""
+    def states(self, keep: int | Tensor, **inputs: Any) -> Tensor:
+        """States ``[B, keep, ...]`` at the last positions, or at those given."""
 
 
 @dataclass
@@ -48,13 +48,12 @@ class AnswerPass:
     def states(self, reader: Reader) -> Tensor:
         """Runs a model; its states ``[M, H or V]`` before the tokens."""
         if isinstance(self.read, Tree):
+            needed, places = self.before.unique(return_inverse=True)
             with along(unwrapped(reader.model).base_model, self.read) as inputs:
-                found = reader.states(len(self.read.tokens), **inputs)
-        else:
-            ids, attention = self.read.input_ids, self.read.attention_mask
-            places = token_positions(attention)
-            keep = self.read.mask.shape[1] + 1
-            found = reader.states(keep, input_ids=ids, attention_mask=attention, position_ids=places, use_cache=False)
+                return reader.states(needed, **inputs)[0].index_select(0, places)
+        ids, attention = self.read.input_ids, self.read.attention_mask
+        inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": token_positions(attention)}
+        found = reader.states(self.read.mask.shape[1] + 1, **inputs, use_cache=False)
         return found.flatten(0, 1).index_select(0, self.before)
 
     def spread(self, values: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class Passes:
 
     Args:
         tokens: Most tokens per forward pass, padding included; None = 1024 on a CPU, where small passes stay in the
-            cache, else 32768.
+            cache, else 32768. Attention reads shared beginnings answer by answer: up to eight times as many.
         share_prefixes: Compute what answers begin with once: their prompt, and the words that they have in common;
             ``auto`` does where enough tokens are saved. Architectures that cannot compute every answer whole.
         chunked_logprobs: Never hold the logits of all tokens; where the architecture forbids that, they are held.

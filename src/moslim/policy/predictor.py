@@ -31,16 +31,16 @@ class Predictor:
         """Of what is computed from its outputs."""
         return at_least_float32(self.model.dtype)
 
-    def states(self, keep: int, **inputs: Any) -> Tensor:
-        """``[B, keep, H or V]`` hidden states or logits at the last positions.
+    def states(self, keep: int | Tensor, **inputs: Any) -> Tensor:
+        """``[B, keep, H or V]`` hidden states or logits at the last positions, or at those given.
 
         Args:
-            keep: Number of positions.
+            keep: Number of positions, or which ``[keep]``.
             inputs: Ids, mask, positions and cache, as the model's forward takes them.
         """
         if self.head is None:
             return self.model(**inputs, logits_to_keep=keep).logits
-        return _inner(self.model).base_model(**inputs).last_hidden_state[:, -keep:]
+        return kept(_inner(self.model).base_model(**inputs).last_hidden_state, keep)
 
     def statistics(
         self,
@@ -70,6 +70,11 @@ class Predictor:
 
     def _logits(self, states: Tensor) -> Tensor:
         return states if self.head is None else self.head(states)
+
+
+def kept(states: Tensor, keep: int | Tensor) -> Tensor:
+    """Some of the states ``[B, T, H]``: the last ones, or those at given positions."""
+    return states[:, -keep:] if isinstance(keep, int) else states.index_select(1, keep)
 
 
 def last_layer(model: Any) -> Head | None:

@@ -47,6 +47,12 @@ class SharedBackbone(nn.Module):
         """The trunk's."""
         return trunk(self._roles.policy).config
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The trunk's."""
+        found: torch.dtype = trunk(self._roles.policy).dtype
+        return found
+
     @torch.no_grad()
     def forward(
         self,
@@ -57,10 +63,14 @@ class SharedBackbone(nn.Module):
         output_hidden_states: bool = False,
     ) -> BaseModelOutput:
         """Hidden states ``[B, T, H]`` of pairs ``[B, T]``, float32 or finer, without gradient."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
-        inputs |= {"position_ids": position_ids}
         with self._roles.playing("classifier") as model, evaluating(model):
-            found = trunk(model)(**inputs, output_hidden_states=output_hidden_states)
+            found = trunk(model)(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                output_hidden_states=output_hidden_states,
+            )
         layers = tuple(widened(state) for state in found.hidden_states) if output_hidden_states else None
         return BaseModelOutput(last_hidden_state=widened(found.last_hidden_state), hidden_states=layers)
 

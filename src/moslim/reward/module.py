@@ -218,20 +218,23 @@ class RewardClassifier(ClassifierEvaluation):
         counts = self.loss.counts(batch.targets, self.preferences.sizes).sum(0)
         everywhere = mean_over_processes(torch.cat([counts, comparisons(batch.compared)[None]]))
         total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
-        names = zip(self.preferences.names, heads, everywhere[:-1].tolist(), strict=True)
-        metrics = {f"train/{name}/loss": head for name, head, count in names if count}
+        shown = due(self.trainer)
+        parts: dict[str, Tensor] = {}
+        if shown:
+            names = zip(self.preferences.names, heads, everywhere[:-1].tolist(), strict=True)
+            parts = {f"train/{name}/loss": head for name, head, count in names if count}
+            if everywhere[-1] > 0:
+                parts["train/pairs/loss"] = total.new_zeros(())  # of a process without pairs, whose mean is taken too
         if len(batch.worse):
             gaps = self._gaps(scores, batch)
             loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
-            metrics["train/pairs/loss"] = loss.detach()
-            if batch.compared.any():
-                metrics["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
             total = total + self.pairs.weight * loss
-        elif everywhere[-1] > 0:
-            metrics["train/pairs/loss"] = total.new_zeros(())  # its part of the mean over processes
-        if due(self.trainer):
-            metrics["train/loss"] = total.detach()
-            self.log_dict(averaged(metrics), batch_size=len(batch.rows))
+            if shown:
+                parts["train/pairs/loss"] = loss.detach()
+                if batch.compared.any():
+                    parts["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
+        if shown:
+            self.log_dict(averaged({"train/loss": total.detach(), **parts}), batch_size=len(batch.rows))
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size

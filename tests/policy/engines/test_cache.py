@@ -3,7 +3,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from moslim.policy.engines.cache import GrowingLayer, growing_cache
+from moslim.policy.engines.cache import GrowingCache, GrowingLayer
 
 
 def states(rows, tokens, seed):
@@ -76,6 +76,6 @@ def test_repeated_rows_have_room_at_once():
 
 def test_layers_of_another_kind_stay_as_they_are():
     config = AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=6)
-    assert not any(isinstance(layer, GrowingLayer) for layer in growing_cache(config, 3, 5).layers)
-    full = growing_cache(AutoConfig.for_model("llama", num_hidden_layers=2), 3, 5)
+    assert not any(isinstance(layer, GrowingLayer) for layer in GrowingCache(config, 3, 5).layers)
+    full = GrowingCache(AutoConfig.for_model("llama", num_hidden_layers=2), 3, 5)
     assert isinstance(full, DynamicCache) and [type(layer) for layer in full.layers] == [GrowingLayer] * 2

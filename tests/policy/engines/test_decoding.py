@@ -15,7 +15,7 @@ WAYS = {
     "finished answers stay": Decoding(drop_finished=False),
     "equal answers apart": Decoding(merge=False),
     "transformers' cache": Decoding(cache="dynamic"),
-    "prompts for every answer, which then merge": Decoding(share_prompts=False, drop_finished=False),
+    "finished answers stay apart": Decoding(merge=False, drop_finished=False),
     "in turns": Decoding(answers=7),
     "one prompt at a time": Decoding(answers=1),
     "static": Decoding(cache="static"),

@@ -10,7 +10,7 @@ import pytest
 from moslim.cli import run
 from moslim.policy.engines import VLLMEngine
 from tests.policy.engines.small_server import SmallServer
-from tests.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
+from tests.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,7 +24,7 @@ def test_the_layer_runs_by_its_own_command(tmp_path: Path, monkeypatch: pytest.M
     server = SmallServer(str(tmp_path / "outputs/quickstart/starter/model"))
     try:
         with contextlib.chdir(tmp_path):
-            small = shlex.split(f"{FEW_STEPS} {SMALL_POLICY} --data.source.policy_rows 64")
+            small = shlex.split(f"{FEW_STEPS} {SMALL_POLICY} {ONE_EACH} --data.source.policy_rows 64")
             cli = run([*shlex.split(command), *small, "--model.engine.urls", f"[{server.url}]"])
     finally:
         server.stop()

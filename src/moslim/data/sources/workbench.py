@@ -45,7 +45,8 @@ class Workbench(Source):
     Topics of one fold are in the starter's text, whose facts must be known, and otherwise in the test alone. The
     classifier learns from written answers, the starter's own samples and corrupted answers, all labelled by the gold
     scorer. These come last: first single steps, right or wrong, then up to four of them, because a classifier that
-    meets whole answers at once counts sentences and does not look at what is in them.
+    meets whole answers at once counts sentences and does not look at what is in them. Bare steps have no labels of
+    style, which is the same for all of them.
 
     Args:
         fold: Which third of the topics is held out; tune on one fold, report on another.

@@ -42,13 +42,16 @@ class GrowingLayer(DynamicLayer):
 
         Only rows that come to another place are copied.
         """
+        self.go_on(indices, _moved(indices))
+
+    def go_on(self, indices: Tensor, moved: Tensor) -> None:
+        """The same, for places ``moved`` that are known to get other rows."""
         length = self.get_seq_length()
         if length == 0:
             return
         if not self._in_place() or len(indices) > len(self._stored()[0]):
             self._store(indices, self._room)
             return
-        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
         for storage in self._stored():
             storage[moved, :, :length] = storage[indices[moved], :, :length]
         self._show(len(indices), length)
@@ -74,7 +77,7 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (storage[:rows, :, :length] for storage in self._stored())
 
 
-def growing_cache(config: PreTrainedConfig, rows: int, room: int) -> DynamicCache:
+class GrowingCache(DynamicCache):
     """A cache for a model; layers of a kind other than full attention stay transformers' own.
 
     Args:
@@ -82,6 +85,20 @@ def growing_cache(config: PreTrainedConfig, rows: int, room: int) -> DynamicCach
         rows: Most rows.
         room: Most tokens that will be generated.
     """
-    cache = DynamicCache(config=config)
-    cache.layers = [GrowingLayer(rows, room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+
+    def __init__(self, config: PreTrainedConfig, rows: int, room: int) -> None:
+        super().__init__(config=config)
+        self.layers = [GrowingLayer(rows, room) if type(layer) is DynamicLayer else layer for layer in self.layers]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Goes on with the rows at ``indices``; which of them move, for which a GPU is waited for, is asked once."""
+        moved = _moved(indices)
+        for layer in self.layers:
+            if isinstance(layer, GrowingLayer):
+                layer.go_on(indices, moved)
+            else:
+                cast(Any, layer).batch_select_indices(indices)
+
+
+def _moved(indices: Tensor) -> Tensor:
+    return (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]

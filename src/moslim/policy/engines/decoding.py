@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from moslim.packing import token_positions
-from moslim.policy.engines.cache import growing_cache
+from moslim.policy.engines.cache import GrowingCache
 from moslim.policy.engines.choice import DrawMethod
 
 CacheKind = Literal["growing", "dynamic", "static"]
@@ -29,7 +29,8 @@ class Decoding:
     Args:
         share_prompts: Compute each prompt once, and repeat its keys and values for its answers.
         drop_finished: Let an answer leave the batch as soon as it ends.
-        merge: Compute answers to one prompt once for as long as they are the same.
+        merge: Compute answers to one prompt once for as long as they are the same. Not with a static cache, nor where
+            each answer has its prompt computed for itself.
         cache: ``growing`` keeps keys and values where there is room for more; ``dynamic`` is transformers' own, which
             copies them all for every token; ``static`` has one size from the start, and nothing leaves it.
         compiled: Compile the step from token to token, on CUDA into a graph; needs ``cache: static``. Compiling takes
@@ -138,7 +139,8 @@ class _Flexible(Continuation):
         self._model, self._drop, self._merge = prompts.model, decoding.drop_finished, decoding.merge
         config = prompts.model.config
         total = len(prompts.input_ids) * prompts.samples
-        self._cache = growing_cache(config, total, room) if decoding.cache == "growing" else DynamicCache(config=config)
+        growing = decoding.cache == "growing"
+        self._cache = GrowingCache(config, total, room) if growing else DynamicCache(config=config)
         self.logits = prompts.computed(self._cache, decoding.share_prompts)
         rows = torch.arange(len(self.logits), device=self.logits.device)
         attention, position = prompts.attention_mask, prompts.positions[:, -1:]
@@ -157,6 +159,7 @@ class _Flexible(Continuation):
         if self._places is not None:
             tokens = tokens.new_zeros(len(self._row)).index_copy(0, self._places, tokens)
         source, tokens, self._row = branches(self._row, tokens, self._merge)
+        self._merge = self._merge and len(source) < len(self._row)  # once apart, they stay so
         if len(source) != len(self._position) or bool((source[1:] <= source[:-1]).any()):
             self._cache.batch_select_indices(source)
             self._position = self._position[source]
