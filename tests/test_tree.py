@@ -43,8 +43,9 @@ def test_every_beginning_is_there_once(sequences):
     assert len({path[:end] for path in paths for end in range(1, len(path) + 1)}) == 6
     for path, row in zip(paths, ROWS, strict=True):
         assert tree.tokens[list(path)].tolist() == row and tree.positions[list(path)].tolist() == list(range(len(row)))
-    assert torch.equal(tree.nodes[tree.rows].flatten()[tree.cells], torch.arange(6))
-    assert len(tree.rows) < 7  # of equal sequences one is enough
+    assert torch.equal(tree.paths.flatten()[tree.cells], torch.arange(6))
+    assert {tuple(path) for path in tree.paths.tolist()} <= {tuple(path) for path in tree.nodes.tolist()}
+    assert len(tree.paths) < 7  # of equal sequences one is enough
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 6, 100])

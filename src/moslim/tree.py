@@ -21,14 +21,14 @@ class Tree:
         tokens: ``[U]`` the token that each of them ends with.
         positions: ``[U]`` where that token stands, from 0.
         nodes: ``[N, L]`` the node of every token of the sequences; 0 behind their end.
-        rows: ``[R]`` sequences that have all nodes among them.
-        cells: ``[U]`` where each node stands in ``nodes[rows]``, counted through.
+        paths: ``[R, L]`` those rows of ``nodes`` that have all of them: what others repeat is left out.
+        cells: ``[U]`` where each node stands in ``paths``, counted through.
     """
 
     tokens: Tensor
     positions: Tensor
     nodes: Tensor
-    rows: Tensor
+    paths: Tensor
     cells: Tensor
 
 
@@ -84,14 +84,13 @@ def grow(tokens: Tensor, lengths: Tensor) -> Tree:
     number = torch.full_like(found.new, -1, dtype=torch.long)
     number[found.new] = torch.arange(int(found.new.sum()), device=tokens.device)
     inside = torch.arange(tokens.shape[1], device=tokens.device) < found.lengths[:, None]
-    nodes = torch.empty_like(number)
-    nodes[found.order] = number.cummax(dim=0).values.masked_fill(~inside, 0)
+    ordered = number.cummax(dim=0).values.masked_fill(~inside, 0)
     has_own = found.new.any(dim=1)
     columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(found.new)
     return Tree(
         tokens=tokens[found.order][found.new],
         positions=columns[found.new],
-        nodes=nodes,
-        rows=found.order[has_own],
+        nodes=torch.empty_like(ordered).index_copy_(0, found.order, ordered),
+        paths=ordered[has_own],
         cells=found.new[has_own].flatten().nonzero()[:, 0],
     )

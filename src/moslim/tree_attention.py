@@ -31,13 +31,11 @@ class _Reading:
     """A forward pass over a tree.
 
     Args:
-        paths: ``[R, L]`` nodes of the sequences that have all of them.
-        cells: ``[U]`` where each node stands there, counted through.
+        tree: The tree.
         windows: How far back layers were told to look.
     """
 
-    paths: Tensor
-    cells: Tensor
+    tree: Tree
     windows: set[int | None] = field(default_factory=set)
 
 
@@ -80,12 +78,13 @@ def _attend(
         raise NotImplementedError
     reading = _READING.get()
     reading.windows.add(sliding_window)
-    length = reading.paths.shape[1]
+    paths = reading.tree.paths
+    length = paths.shape[1]
 
     def along_paths(states: Tensor) -> Tensor:
         nodes = states[0].transpose(0, 1)
-        rows: Tensor = _Laid.apply(nodes.flatten(1), reading.paths.flatten())
-        return rows.view(*reading.paths.shape, *nodes.shape[1:]).transpose(1, 2)
+        rows: Tensor = _Laid.apply(nodes.flatten(1), paths.flatten())
+        return rows.view(*paths.shape, *nodes.shape[1:]).transpose(1, 2)
 
     band = None
     if sliding_window is not None and length > sliding_window:
@@ -94,7 +93,7 @@ def _attend(
     queries, keys, values = map(along_paths, (query, key, value))
     causal = band is None
     found, _ = sdpa_attention_forward(module, queries, keys, values, band, dropout, scaling, is_causal=causal)
-    return found.flatten(0, 1).index_select(0, reading.cells)[None], None
+    return found.flatten(0, 1).index_select(0, reading.tree.cells)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -116,7 +115,7 @@ def along(trunk: Any, tree: Tree) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _reading(trunk: Any, tree: Tree) -> Iterator[_Reading]:
-    config, reading = trunk.config.get_text_config(), _Reading(tree.nodes[tree.rows], tree.cells)
+    config, reading = trunk.config.get_text_config(), _Reading(tree)
     before, token = config._attn_implementation, _READING.set(reading)
     config._attn_implementation = _NAME
     try:
