@@ -86,10 +86,13 @@ def test_differences_are_paired_by_seed(ablation: ModuleType) -> None:
     assert ablation.difference(runs(0.9), default) is None
 
     factors = {"default": {"default": default}, "kl": {"kl/none": runs(0.4, 0.6, 0.8), "kl/b": runs(0.5, 0.8, 1.1)}}
-    assert ablation.verdict(factors).startswith("**No arm is better")
+    factors["kl"]["kl/not_run"] = {}
+    assert ablation.verdict(factors).startswith("Better than the default beyond doubt: none. Better with every seed")
     assert "Worse beyond doubt: `kl/none`." in ablation.verdict(factors)
     factors["kl"]["kl/c"] = runs(0.6, 0.8, 1.0)
-    assert ablation.verdict(factors).startswith("Better than the default beyond doubt: `kl/c`.")
+    factors["kl"]["kl/d"] = runs(0.6, 0.8, 1.3)
+    said = ablation.verdict(factors)
+    assert "beyond doubt: `kl/c`. Better with every seed, which may be chance: `kl/c`, `kl/d`. Worse" in said
 
 
 def test_sections_and_results_belong_to_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:

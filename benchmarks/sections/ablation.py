@@ -81,7 +81,9 @@ def verdict(factors: dict[str, dict[str, Runs]]) -> str:
         f"`{arm}`"
         for arms in factors.values()
         for arm, runs in arms.items()
-        if runs is not default and all(run["spearman"] > default[seed]["spearman"] for seed, run in runs.items())
+        if runs
+        and runs is not default
+        and all(run["spearman"] > default[seed]["spearman"] for seed, run in runs.items())
     ]
     return (
         f"Better than the default beyond doubt: {', '.join(better) or 'none'}. Better with every seed, which may be "
