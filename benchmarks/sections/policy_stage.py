@@ -46,7 +46,11 @@ CPU seconds are those of all threads, the start of Python included. Quality by t
         for seed, runs in result["runs"].items()
         for form, own in runs.items()
     ]
-    text += "\nSeconds per step, mean over the run; `sample` is the time that the step waits for answers:\n\n"
+    text += (
+        "\nSeconds, means over what was logged: `sample` (the time that a rollout waits for answers), `reward`, `old`, "
+        "`reference` and `critic` of a rollout; `forward`, `backward` and `update` of one of the optimizer steps that are "
+        "made of it; `step` of such a one that makes no rollout itself:\n\n"
+    )
     text += table(["seed", "form", *phases], rows)
     stale = {
         seed: runs["one step off"]["off_policy"] for seed, runs in result["runs"].items() if "one step off" in runs

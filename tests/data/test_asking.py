@@ -73,3 +73,11 @@ def test_requests_are_put_to_questions():
     dataset = requested([(4, Example("x")), (9, Example("y"))], [[Request(A, "sweep"), Request(NONE, "default")], []])
     assert len(dataset) == 2
     assert dataset[Draw(0, 1)] == Prompt("x", NONE, 4, "default")
+
+
+def test_a_batch_that_comes_again_is_not_made_again(tokenizer, preferences):
+    collate = CollatePrompts(PromptRenderer(tokenizer, Tags(), preferences))
+    first = collate([Prompt("a", B, 7), Prompt("b", NONE, 3)])
+    assert collate([Prompt("a", B, 7), Prompt("b", NONE, 3)]) is first
+    other = collate([Prompt("a", A, 7), Prompt("b", NONE, 3)])
+    assert other is not first and other.targets.tolist() == [[0, -1], [-1, -1]]

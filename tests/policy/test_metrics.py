@@ -3,26 +3,12 @@ import math
 import pytest
 import torch
 
-from moslim.evaluation.judges import Judge
 from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
 
 PREFERENCES = PreferenceSet({"tone": ["bad", "good"], "amount": ["none", "some", "much"]})
 NAN = math.nan
-
-
-class Fixed(Judge):
-    """Finds what it was told to find."""
-
-    name, proxy = "fixed", False
-
-    def __init__(self, found):
-        self.found = torch.tensor(found)
-
-    def levels(self, questions, answers):
-        assert len(questions) == len(answers) == len(self.found)
-        return self.found
 
 
 def rollout(targets, reference=True):
@@ -49,14 +35,14 @@ def rollout(targets, reference=True):
     )
 
 
-def metrics(*args, judge=None, **options):
+def metrics(*args, judged=None, **options):
     answers = rollout(*args, **options)
-    found = progress_metrics(answers) | rollout_metrics(answers, PREFERENCES, judge)
+    found = progress_metrics(answers) | rollout_metrics(answers, PREFERENCES, judged)
     return {name: value.item() for name, value in found.items()}
 
 
 def test_every_figure_by_hand():
-    found = metrics([[1, 0], [1, -1]], judge=Fixed([[1.0, 2.0], [0.0, 1.0]]))
+    found = metrics([[1, 0], [1, -1]], judged=torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
     k3 = [math.exp(-0.5) - 0.5, math.e - 2, math.exp(-0.5) - 0.5]
     assert found == pytest.approx(
         {
@@ -81,7 +67,7 @@ def test_every_figure_by_hand():
 
 def test_what_nothing_asked_for_is_left_out():
     always = {"train/length", "train/truncated", "train/used", "train/entropy"}
-    found = metrics([[1, -1], [-1, -1]], reference=False, judge=Fixed([[NAN, 0.0], [1.0, 0.0]]))
+    found = metrics([[1, -1], [-1, -1]], reference=False, judged=torch.tensor([[NAN, 0.0], [1.0, 0.0]]))
     assert found.keys() == always | {f"train/{kind}{name}" for kind in ("reward", "proxy") for name in ("", "/tone")}
     assert (found["train/reward"], found["train/proxy/tone"]) == pytest.approx((3.0, 0.8))
     assert metrics([[-1, -1], [-1, -1]], reference=False).keys() == always
@@ -91,6 +77,6 @@ def test_offsets_by_requested_level():
     asked = rollout([[1, 0], [1, -1]])
     expected = {"offset/tone/1": (-0.2 - 0.6) / 2, "offset/amount/0": 0.3 + 0.4}
     assert level_offsets(asked, PREFERENCES, None) == pytest.approx(expected)
-    judged = level_offsets(asked, PREFERENCES, Fixed([[1.0, NAN], [0.0, 1.0]]))
+    judged = level_offsets(asked, PREFERENCES, torch.tensor([[1.0, NAN], [0.0, 1.0]]))
     assert judged == pytest.approx({"offset/tone/1": -0.5})
     assert level_offsets(rollout([[-1, -1], [-1, -1]]), PREFERENCES, None) == {}

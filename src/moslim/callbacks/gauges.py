@@ -1,4 +1,4 @@
-"""How fast a run is, where its time goes, what memory it holds, and which levels it hits."""
+"""How fast a run is, where its time goes, and what memory it holds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from moslim.policy.metrics import level_offsets
-from moslim.processes import averaged
 from moslim.timing import Stopwatch
 
 GIB = 2**30
@@ -23,9 +21,8 @@ class Gauges(Callback):
 
     - ``time/step``, ``time/backward``, ``time/update`` (clipping, optimizer, schedule), in seconds,
     - ``memory/cpu``, and on a CUDA device ``memory/gpu`` and ``memory/gpu_peak``, in GiB,
-    - for a policy, ``offset/{dimension}/{level}``: achieved less requested level, mean over processes, and
-      ``speed/tokens``: new answer tokens per second over all steps on a rollout, of this process; the progress bar
-      shows it too.
+    - for a policy, ``speed/tokens``: new answer tokens per second over all steps on a rollout, of this process; the
+      progress bar shows it too.
 
     The command line adds it to every run.
     """
@@ -66,9 +63,6 @@ class Gauges(Callback):
             "time/step": self._step.read(),
             **memory(pl_module.device),
         }
-        if rollout is not None:
-            module: Any = pl_module
-            values |= averaged(level_offsets(rollout, module.preferences, module.exact_judge))
         pl_module.log_dict(values, batch_size=1)
 
 

@@ -123,9 +123,15 @@ class CollatePrompts:
 
     renderer: PromptRenderer
     scramble: bool = False
+    _last: tuple[list[Prompt], PromptBatch] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self, prompts: list[Prompt]) -> PromptBatch:
-        """Left-pads the prompts."""
+        """Left-pads the prompts. Those of the last call, which comes again for every step on a rollout, are kept."""
+        if self._last is None or self._last[0] != prompts:
+            self._last = (prompts, self._collated(prompts))
+        return self._last[1]
+
+    def _collated(self, prompts: list[Prompt]) -> PromptBatch:
         shown = [prompt.preference for prompt in prompts]
         wanted = shown
         if self.scramble:

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moslim.evaluation.judges import Judge
 from moslim.levels import expected_level, requested_probability
 from moslim.policy.kl import k1, k3
 from moslim.policy.rollout import Rollout
@@ -24,7 +23,7 @@ def progress_metrics(rollout: Rollout) -> dict[str, Tensor]:
     return {name: value for name, value in metrics.items() if not value.isnan()}
 
 
-def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge | None) -> dict[str, Tensor]:
+def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judged: Tensor | None) -> dict[str, Tensor]:
     """Further scalars by name; what has no value, because nothing asked for it, is left out.
 
     ``train/proxy`` is the mean probability that the classifier gives to the requested levels, ``train/gold`` the share
@@ -34,7 +33,7 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
     Args:
         rollout: ``N`` answers.
         preferences: The ``D`` dimensions.
-        judge: Who measures gold; None leaves it out.
+        judged: ``[N, D]`` levels that the judge found, for gold; None leaves it out.
     """
     metrics: dict[str, Tensor] = {
         "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per answer
@@ -46,10 +45,9 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
         per_token = k3(rollout.old_logprobs, rollout.reference_logprobs) * rollout.mask
         metrics["train/kl_k3"] = per_token.sum() / rollout.mask.sum()  # nats per token
     by_dimension = {"proxy": requested_probability(rollout.probs, rollout.targets)}
-    if judge is not None:
-        levels = judge.levels(rollout.questions, rollout.answers).to(rollout.targets.device)
-        hit = (levels == rollout.targets).float()
-        by_dimension["gold"] = hit.masked_fill((rollout.targets < 0) | levels.isnan(), torch.nan)
+    if judged is not None:
+        hit = (judged == rollout.targets).float()
+        by_dimension["gold"] = hit.masked_fill((rollout.targets < 0) | judged.isnan(), torch.nan)
     metrics |= {f"train/{kind}": values.nanmean() for kind, values in by_dimension.items()}
     for kind, values in {"reward": rollout.per_dimension[:, : len(preferences)], **by_dimension}.items():
         per_dimension = zip(preferences.names, values.nanmean(dim=0), strict=True)
@@ -57,24 +55,21 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judge: Judge |
     return {name: value for name, value in metrics.items() if not value.isnan()}
 
 
-def level_offsets(rollout: Rollout, preferences: PreferenceSet, judge: Judge | None) -> dict[str, float]:
+def level_offsets(rollout: Rollout, preferences: PreferenceSet, judged: Tensor | None) -> dict[str, float]:
     """How far the achieved levels lie above (+) or below (-) the requested one, in levels.
 
     Args:
         rollout: ``N`` answers.
         preferences: The ``D`` dimensions.
-        judge: Who measures the achieved level; None takes the one that the classifier expects.
+        judged: ``[N, D]`` levels that the judge found; None takes those that the classifier expects.
 
     Returns:
         Mean by ``offset/{dimension}/{number of the requested level}``; a level that nothing asked for is left out.
     """
     targets, width = rollout.targets, rollout.probs.shape[-1]
-    if judge is None:
-        achieved = expected_level(rollout.probs)
-    else:
-        achieved = judge.levels(rollout.questions, rollout.answers).to(targets.device)
-    judged = (targets >= 0) & ~achieved.isnan()
-    asked = F.one_hot(targets.clamp(min=0), width) * judged[..., None]  # [N, D, K]
+    achieved = expected_level(rollout.probs) if judged is None else judged
+    known = (targets >= 0) & ~achieved.isnan()
+    asked = F.one_hot(targets.clamp(min=0), width) * known[..., None]  # [N, D, K]
     offsets = ((achieved - targets).nan_to_num()[..., None] * asked).sum(dim=0) / asked.sum(dim=0)  # 0 / 0 = NaN
     rows = zip(preferences.names, offsets.tolist(), strict=True)
     found = {f"offset/{name}/{level}": value for name, row in rows for level, value in enumerate(row)}

@@ -25,7 +25,7 @@ from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.metrics import progress_metrics, rollout_metrics
+from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics
 from moslim.policy.off_policy import OffPolicy, staleness_metrics, with_logprobs
 from moslim.policy.optimizers import PolicyOptimizer
 from moslim.policy.passes import Passes
@@ -341,7 +341,10 @@ class PolicyTrainer(PolicyEvaluation):
         optimizer.observe(scores)
         self.log_dict(averaged(progress_metrics(rollout)), prog_bar=True, batch_size=len(rollout))
         if due(self.trainer, max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)):
-            metrics = rollout_metrics(rollout, self.preferences, self.exact_judge)
+            judge = self.exact_judge  # it reads texts, which takes a while: once
+            judged = judge.levels(rollout.questions, rollout.answers).to(self.device) if judge else None
+            metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
+            metrics |= level_offsets(rollout, self.preferences, judged)
             metrics |= self.reward_functions.metrics(rollout.per_dimension)
             metrics |= staleness_metrics(rollout, staleness, self.off_policy.cap)
             asked = self._sampler.metrics() if self._sampler else {}
