@@ -48,8 +48,8 @@ CPU seconds are those of all threads, the start of Python included. Quality by t
     ]
     text += (
         "\nSeconds, means over what was logged: `sample` (the time that a rollout waits for answers), `reward`, `old`, "
-        "`reference` and `critic` of a rollout; `forward`, `backward` and `update` of one of the optimizer steps that are "
-        "made of it; `step` of such a one that makes no rollout itself:\n\n"
+        "`reference` and `critic` of a rollout; `forward`, `backward` and `update` of one of the optimizer steps that "
+        "are made of it; `step` of such a one that makes no rollout itself:\n\n"
     )
     text += table(["seed", "form", *phases], rows)
     stale = {
