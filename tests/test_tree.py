@@ -7,17 +7,9 @@ from transformers import AutoConfig, AutoModel
 from moslim.models import checkpoint_activations
 from moslim.tree import grow, in_order
 from moslim.tree_attention import along, reads_trees
+from tests.policy.conftest import SMALL
 
 ROWS = [[5, 6, 7], [9], [5, 6], [5, 6, 7, 8], [5, 4], [9], [5, 6, 7]]
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.4,
-}
 CPU = torch.device("cpu")
 
 
@@ -52,9 +44,13 @@ def test_every_beginning_is_there_once(sequences):
 def test_parts_hold_few_nodes_and_every_sequence_once(sequences, tokens):
     ids, lengths = sequences
     parts = list(in_order(ids, lengths).parts(tokens))
-    assert sorted(i for part in parts for i in part.tolist()) == list(range(7))
-    nodes = [len(grow(ids[part], lengths[part]).tokens) for part in parts]
-    assert all(count <= tokens or len(part) == 1 for count, part in zip(nodes, parts, strict=True))
+    assert sorted(i for part in parts for i in part.order.tolist()) == list(range(7))
+    for part in parts:
+        tree, alone = part.tree(), grow(ids[part.order], lengths[part.order])
+        assert len(tree.tokens) <= tokens or len(part.order) == 1
+        assert len(tree.tokens) == len(alone.tokens)
+        for row, length in enumerate(part.lengths.tolist()):
+            assert tree.tokens[tree.nodes[row, :length]].tolist() == ROWS[part.order[row]]
     assert tokens < 6 or len(parts) == 1
     assert list(in_order(ids[:0], lengths[:0]).parts(tokens)) == []
 
@@ -64,7 +60,7 @@ def test_long_beginnings_make_small_parts():
     ids = torch.arange(41).repeat(16, 1)
     ids[:, -1] += torch.arange(16)
     parts = list(in_order(ids, torch.full((16,), 41)).parts(64))
-    assert [len(part) for part in parts] == [12, 4]  # 12 * 41 <= 8 * 64 < 13 * 41
+    assert [len(part.order) for part in parts] == [12, 4]  # 12 * 41 <= 8 * 64 < 13 * 41
 
 
 @pytest.mark.parametrize(

@@ -66,10 +66,6 @@ class AnswerBatch:
         """``P``."""
         return self.input_ids.shape[1] - self.mask.shape[1]
 
-    def to(self, device: torch.device) -> AnswerBatch:
-        """The same on a device."""
-        return AnswerBatch(self.input_ids.to(device), self.attention_mask.to(device), self.mask.to(device))
-
     def sequences(self, among: Tensor) -> tuple[Tensor, Tensor]:
         """Prompts and answers at ``among`` ``[M]`` from column 0 on, ``[M, L]``, and their lengths ``[M]``."""
         attention = self.attention_mask[among]
@@ -95,7 +91,8 @@ def chunks_by_length(batch: AnswerBatch, tokens: int, among: Tensor | None = Non
         among: ``[M]`` positions to take; None = all.
     """
     prompts, answers = batch.attention_mask[:, : batch.width].sum(dim=1), batch.mask.sum(dim=1)
-    rows = _shortest_first(prompts + answers, among)
+    rows = torch.arange(len(answers), device=answers.device) if among is None else among
+    rows = rows[(prompts + answers)[rows].argsort(stable=True)]
     sizes = torch.stack([prompts[rows], answers[rows]], dim=1).tolist()
     for part, (prompt, answer) in within(sizes, tokens):
         yield batch.chunk(rows[part], prompt, answer)
@@ -104,11 +101,6 @@ def chunks_by_length(batch: AnswerBatch, tokens: int, among: Tensor | None = Non
 def worthwhile(nodes: int, tokens: int) -> bool:
     """Whether a tree of so many nodes is to be computed in place of so many tokens."""
     return nodes <= _WORTHWHILE * tokens
-
-
-def _shortest_first(lengths: Tensor, among: Tensor | None = None) -> Tensor:
-    rows = torch.arange(len(lengths), device=lengths.device) if among is None else among
-    return rows[lengths[rows].argsort(stable=True)]
 
 
 def like_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,29 +37,52 @@ class Sequences:
     """``N`` token sequences in alphabetical order, so that those with a common beginning are neighbours.
 
     Args:
-        order: ``[N]`` which of the sequences given each of them is.
+        tokens: ``[N, L]``.
         lengths: ``[N]``.
+        order: ``[N]`` which of the sequences given each of them is.
         new: ``[N, L]`` bool, tokens up to which a sequence differs from all before it: one for each node of their tree.
     """
 
-    order: Tensor
+    tokens: Tensor
     lengths: Tensor
+    order: Tensor
     new: Tensor
 
-    def parts(self, tokens: int) -> Iterator[Tensor]:
-        """Cuts them into parts whose trees have at most so many nodes; yields which of the sequences given are in each.
+    def parts(self, tokens: int) -> Iterator[Sequences]:
+        """Cuts them into parts whose trees have at most so many nodes.
 
         A part has at least one sequence; more than one read, sequence by sequence, at most eight times as many tokens.
         """
         own, lengths = self.new.sum(dim=1).tolist(), self.lengths.tolist()
         start, nodes, widest = 0, 0, 0
         for end, length in enumerate(lengths):
-            nodes, widest = nodes + own[end] if end > start else length, max(widest, length) if end > start else length
+            nodes, widest = nodes + own[end], max(widest, length)
             if end > start and (nodes > tokens or (end + 1 - start) * widest > _HELD * tokens):
-                yield self.order[start:end]
+                yield self._part(start, end)
                 start, nodes, widest = end, length, length
         if lengths:
-            yield self.order[start:]
+            yield self._part(start, len(lengths))
+
+    def tree(self) -> Tree:
+        """Their tree; its ``nodes`` are in alphabetical order, too."""
+        number = torch.full_like(self.tokens, -1)
+        number[self.new] = torch.arange(int(self.new.sum()), device=number.device)
+        nodes = number.cummax(dim=0).values.masked_fill(~_inside(self.tokens, self.lengths), 0)
+        has_own = self.new.any(dim=1)
+        return Tree(
+            tokens=self.tokens[self.new],
+            positions=self.new.nonzero()[:, 1],
+            nodes=nodes,
+            paths=nodes[has_own],
+            cells=self.new[has_own].flatten().nonzero()[:, 0],
+        )
+
+    def _part(self, start: int, end: int) -> Sequences:
+        lengths = self.lengths[start:end]
+        width = int(lengths.max())
+        tokens, new = self.tokens[start:end, :width], self.new[start:end, :width].clone()
+        new[:1] = _inside(tokens[:1], lengths[:1])  # nothing is before it any more
+        return Sequences(tokens, lengths, self.order[start:end], new)
 
 
 def in_order(tokens: Tensor, lengths: Tensor) -> Sequences:
@@ -69,28 +92,21 @@ def in_order(tokens: Tensor, lengths: Tensor) -> Sequences:
         tokens: ``[N, L]`` int64, each from column 0 on.
         lengths: ``[N]``.
     """
-    inside = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    inside = _inside(tokens, lengths)
     tokens = tokens.masked_fill(~inside, -1)
     keys = [row.tobytes() for row in tokens.cpu().numpy()]  # any order does in which like beginnings are neighbours
     order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.long, device=tokens.device)
     tokens, new = tokens[order], inside[order]
     new[1:] &= ~(tokens[1:] == tokens[:-1]).cumprod(dim=1).bool()
-    return Sequences(order, lengths[order], new)
+    return Sequences(tokens, lengths[order], order, new)
 
 
 def grow(tokens: Tensor, lengths: Tensor) -> Tree:
-    """Makes a tree of sequences; see :func:`in_order` for the arguments."""
+    """Makes a tree of sequences, ``nodes`` in their own order; see :func:`in_order` for the arguments."""
     found = in_order(tokens, lengths)
-    number = torch.full_like(found.new, -1, dtype=torch.long)
-    number[found.new] = torch.arange(int(found.new.sum()), device=tokens.device)
-    inside = torch.arange(tokens.shape[1], device=tokens.device) < found.lengths[:, None]
-    ordered = number.cummax(dim=0).values.masked_fill(~inside, 0)
-    has_own = found.new.any(dim=1)
-    columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(found.new)
-    return Tree(
-        tokens=tokens[found.order][found.new],
-        positions=columns[found.new],
-        nodes=torch.empty_like(ordered).index_copy_(0, found.order, ordered),
-        paths=ordered[has_own],
-        cells=found.new[has_own].flatten().nonzero()[:, 0],
-    )
+    tree = found.tree()
+    return replace(tree, nodes=tree.nodes[found.order.argsort()])
+
+
+def _inside(tokens: Tensor, lengths: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

@@ -18,6 +18,16 @@ from moslim.workbench.tokenizer import build_tokenizer
 ENDS = list(range(40, 60))
 """Words that end an answer, besides the end token, which random weights would hardly ever draw."""
 
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.4,
+}
+"""Options of most architectures, for models without a tokenizer."""
 WIDE = {"initializer_range": 0.3, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 ARCHITECTURES = {
     "llama": ("llama", {**WIDE, "intermediate_size": 48}),

@@ -11,18 +11,8 @@ from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor, last_layer
 from moslim.policy.statistics import Head
-from tests.policy.conftest import ARCHITECTURES, build_model
+from tests.policy.conftest import ARCHITECTURES, SMALL, build_model
 
-SMALL = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.4,
-}
 BIASED = {"phi": {}, "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}}
 CHANGED = {  # and the scale and cap that its logits then have
     "gemma2": ({"head_dim": 8, "final_logit_softcapping": 3.0}, (1.0, 3.0)),
@@ -33,7 +23,9 @@ CHANGED = {  # and the scale and cap that its logits then have
 
 def build(model_type, options):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **options})).eval()
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **{**SMALL, "num_key_value_heads": 2, **options})
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from moslim.lora import unwrapped
 from moslim.packing import AnswerBatch, Chunk, chunks_by_length, token_positions, worthwhile
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
-from moslim.tree import Tree, grow, in_order
+from moslim.tree import Sequences, Tree, in_order
 from moslim.tree_attention import along, reads_trees
 
 
@@ -84,7 +84,7 @@ def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = 
         lengths = lengths - 1  # the last token predicts nothing that is asked for
         found = in_order(ids, lengths)
         if passes.share_prefixes == "always" or worthwhile(int(found.new.sum()), int(lengths.sum())):
-            return [_of_tree(batch, rows[part], ids[part], lengths[part]) for part in found.parts(tokens)]
+            return [_of_tree(batch, rows[part.order], ids[part.order], part) for part in found.parts(tokens)]
     return [_padded(chunk) for chunk in chunks_by_length(batch, tokens, among)]
 
 
@@ -95,9 +95,9 @@ def _padded(chunk: Chunk) -> AnswerPass:
     return AnswerPass(chunk, states[:, :-1][mask], chunk.tokens[mask], chunk.index[rows], columns)
 
 
-def _of_tree(batch: AnswerBatch, index: Tensor, ids: Tensor, lengths: Tensor) -> AnswerPass:
-    """A tree of some of the answers, ``ids`` with their prompts, of which ``lengths`` tokens are computed."""
-    tree = grow(ids[:, : int(lengths.max())], lengths)
+def _of_tree(batch: AnswerBatch, index: Tensor, ids: Tensor, part: Sequences) -> AnswerPass:
+    """A tree of some of the answers, ``ids`` with their prompts, of which ``part`` is computed."""
+    tree = part.tree()
     rows, columns = batch.mask[index].nonzero(as_tuple=True)
     prompts = batch.attention_mask[index, : batch.width].sum(dim=1)
     at = prompts[rows] + columns

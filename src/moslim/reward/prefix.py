@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moslim.reward.classifier import PreferenceClassifier, is_causal
 from moslim.reward.pooling import pool
-from moslim.tree import grow
+from moslim.tree import Sequences
 from moslim.tree_attention import along, reads_trees
 
 
@@ -18,25 +18,22 @@ def can_share(classifier: PreferenceClassifier) -> bool:
     return is_causal(classifier.config.backbone) and reads_trees(classifier.backbone, classifier.device)
 
 
-def shared_features(classifier: PreferenceClassifier, ids: Tensor, lengths: Tensor, parts: Iterator[Tensor]) -> Tensor:
-    """Pooled hidden states of pairs, as :meth:`PreferenceClassifier.features` gives them.
+def shared_features(classifier: PreferenceClassifier, parts: Iterator[Sequences]) -> Tensor:
+    """Pooled hidden states of ``N`` pairs, as :meth:`PreferenceClassifier.features` gives them.
 
     Args:
         classifier: The classifier.
-        ids: ``[N, T]`` pairs, right-padded, on its device.
-        lengths: ``[N]`` how long they are.
-        parts: Which of them share a forward pass, each in one of them.
+        parts: The pairs, on its device; those that share a forward pass together.
 
     Returns:
         ``[N, H]``.
     """
     features, order = [], []
     for part in parts:
-        own = lengths[part]
-        tree = grow(ids[part, : int(own.max())], own)
+        tree = part.tree()
         with along(classifier.backbone, tree) as inputs:
             nodes = classifier.states(**inputs)[0]
-        mask = (torch.arange(tree.nodes.shape[1], device=ids.device) < own[:, None]).long()
+        mask = (torch.arange(tree.nodes.shape[1], device=nodes.device) < part.lengths[:, None]).long()
         features.append(pool(nodes[tree.nodes], mask, classifier.config.pooling))
-        order.append(part)
+        order.append(part.order)
     return torch.cat(features)[torch.cat(order).argsort()]

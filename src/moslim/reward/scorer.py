@@ -103,7 +103,7 @@ class Scorer:
             lengths = mask.sum(dim=1)
             found = in_order(ids, lengths)
             if share_prefixes == "always" or worthwhile(int(found.new.sum()), int(lengths.sum())):
-                features = shared_features(self.classifier, ids, lengths, found.parts(tokens))
+                features = shared_features(self.classifier, found.parts(tokens))
                 return self.classifier.level_probabilities(self.classifier.classify(features).logits)
         return self._apart(rows, batch_size, tokens)
 
