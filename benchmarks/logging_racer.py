@@ -36,6 +36,9 @@ class Silent(PolicyTrainer):
     def log_dict(self, *args: Any, **options: Any) -> None:
         """Does nothing."""
 
+    def record(self, values: Any) -> None:
+        """Does nothing."""
+
 
 class Turns(Callback):
     """One step per turn, from its beginning to where the next would begin: so what Lightning logs in between counts."""

@@ -31,6 +31,13 @@ def due(trainer: Trainer, steps: int = 1) -> bool:
     return bool(every) and (trainer.global_step + steps) // every > trainer.global_step // every
 
 
+def shown(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether an optimizer step has just been made after this training batch, and is among those that are shown."""
+    every, number = trainer.log_every_n_steps, batch_idx + 1  # type: ignore[attr-defined]  # set dynamically
+    stepped = number % trainer.accumulate_grad_batches == 0 or number >= trainer.num_training_batches
+    return bool(every) and stepped and trainer.global_step % every == 0
+
+
 def plain(value: Any) -> Any:
     """Turns tensors into lists, NaN and infinities into None, and rounds floats to 6 digits, in any nesting."""
     if isinstance(value, Tensor):

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from moslim.base import RunModule
+from moslim.reporting import shown
 from moslim.timing import Stopwatch
 
 GIB = 2**30
@@ -31,7 +33,7 @@ class Gauges(Callback):
         self._step: Stopwatch | None = None
         self._phase: Stopwatch | None = None
         self._cycle: Stopwatch | None = None
-        self._logged = -1
+        self._speed: dict[str, float] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = Stopwatch(pl_module.device)
@@ -51,19 +53,17 @@ class Gauges(Callback):
         rollout = getattr(pl_module, "rollout", None)
         if rollout is not None and (batch_idx + 1) % _repeats(pl_module) == 0 and self._cycle is not None:
             tokens, seconds = int(rollout.mask.sum()), self._cycle.read()
-            pl_module.log("speed/tokens", tokens / seconds, prog_bar=True, batch_size=1)
+            self._speed = {"speed/tokens": tokens / seconds}
+            pl_module.log_dict(self._speed, prog_bar=True, logger=False, batch_size=1)
             self._cycle = None  # in a run resumed within a rollout, its first one has no beginning
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]  # set dynamically
-        if self._step is None or self._phase is None or not every or step % every or step == self._logged:
+        if self._step is None or self._phase is None or not shown(trainer, batch_idx):
             return
-        self._logged = step
         self._phase.lap("time/update")
-        values: dict[str, Tensor | float] = {
-            **self._phase.laps,
-            "time/step": self._step.read(),
-            **memory(pl_module.device),
-        }
-        pl_module.log_dict(values, batch_size=1)
+        gauges = {**self._phase.laps, "time/step": self._step.read(), **memory(pl_module.device), **self._speed}
+        if isinstance(pl_module, RunModule):
+            pl_module.record(gauges)
+        else:
+            pl_module.log_dict(gauges, batch_size=1)
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -286,7 +286,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.rows, self.logprobs, self.step_loss = rows, update.logprobs.detach(), loss.detach()
         if due(self.trainer):
             metrics["train/loss"] = self.step_loss
-            self.log_dict({**averaged(metrics), **clock.laps}, batch_size=len(rows))
+            self.record({**averaged(metrics), **clock.laps})
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
@@ -339,7 +339,8 @@ class PolicyTrainer(PolicyEvaluation):
             sampler_logprobs=found.sampler_logprobs,
         )
         optimizer.observe(scores)
-        self.log_dict(averaged(progress_metrics(rollout)), prog_bar=True, batch_size=len(rollout))
+        progress = averaged(progress_metrics(rollout))
+        self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
         if due(self.trainer, max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)):
             judge = self.exact_judge  # it reads texts, which takes a while: once
             judged = judge.levels(rollout.questions, rollout.answers).to(self.device) if judge else None
@@ -348,7 +349,7 @@ class PolicyTrainer(PolicyEvaluation):
             metrics |= self.reward_functions.metrics(rollout.per_dimension)
             metrics |= staleness_metrics(rollout, staleness, self.off_policy.cap)
             asked = self._sampler.metrics() if self._sampler else {}
-            self.log_dict({**averaged(metrics), **asked, **clock.laps}, batch_size=len(rollout))
+            self.record({**progress, **averaged(metrics), **asked, **clock.laps})
         return rollout
 
     @property

@@ -234,7 +234,7 @@ class RewardClassifier(ClassifierEvaluation):
                 if batch.compared.any():
                     parts["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
         if shown:
-            self.log_dict(averaged({"train/loss": total.detach(), **parts}), batch_size=len(batch.rows))
+            self.record(averaged({"train/loss": total.detach(), **parts}))
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size

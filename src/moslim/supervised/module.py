@@ -24,6 +24,8 @@ from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
+from moslim.processes import mean_over_processes
+from moslim.reporting import due
 from moslim.reward.sharing import is_classifier
 
 
@@ -119,7 +121,10 @@ class SupervisedTrainer(RunModule):
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """See Lightning."""
         loss = self._loss(batch)
-        self.log("train/loss", loss.detach(), batch_size=len(batch.rows), prog_bar=True, sync_dist=True)
+        mean = mean_over_processes(loss)
+        self.log("train/loss", mean, batch_size=len(batch.rows), prog_bar=True, logger=False)
+        if due(self.trainer):
+            self.record({"train/loss": mean})
         return loss
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
