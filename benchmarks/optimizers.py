@@ -3,7 +3,8 @@
     python benchmarks/optimizers.py --out benchmarks/results/optimizers.json
 
 Trains the policy of `make quickstart` once with every optimizer, from the same starter and classifier: RLOO as the
-quickstart's own config has it, the others as configs/experiment/optimizer/ says. Only the optimizer's options differ.
+quickstart's own config has it, the others as configs/experiment/optimizer/ says. Only the optimizer's options
+differ, and PPO passes over each rollout twice.
 What was run before with the same configs is not repeated, see ablation.py.
 Last result: benchmarks/results/optimizers.json, shown in docs/benchmarks.md.
 """

@@ -87,5 +87,8 @@ def verdict(factors: dict[str, dict[str, Runs]]) -> str:
     ]
     return (
         f"Better than the default beyond doubt: {', '.join(better) or 'none'}. Better with every seed, which may be "
-        f"chance: {', '.join(ahead) or 'none'}. Worse beyond doubt: {', '.join(worse) or 'none'}."
+        f"chance: {', '.join(ahead) or 'none'}. Worse beyond doubt: {', '.join(worse) or 'none'}.\n\n"
+        "A default gives way to an arm that is better beyond doubt at the same cost. More minibatches and PPO, which "
+        "passes over a rollout twice and trains a critic, make more optimizer steps of each rollout than the default; "
+        "with the whole budget the optimizers end close together (see Policy optimizers)."
     )

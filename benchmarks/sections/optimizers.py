@@ -38,6 +38,6 @@ def section(result: dict[str, Any]) -> str:
 
 {circumstances_line(result)}
 {note}The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not
-tuned.
+tuned. PPO passes over each rollout twice, as is usual, and so makes twice as many optimizer steps as the others.
 
 {table(header, rows)}{failed}"""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moslim.jsonlines import JsonLines
@@ -24,7 +24,8 @@ class RunModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._recorded: dict[str, float] = {}
+        self.recorded: dict[str, float] = {}
+        """What :meth:`record` keeps until it is sent."""
 
     @property
     def run_folder(self) -> Path:
@@ -58,18 +59,12 @@ class RunModule(LightningModule):
                 once.
         """
         figures = {name: float(value) for name, value in values.items()}
-        self._recorded |= figures
+        self.recorded |= figures
         self.trainer.callback_metrics.update({name: torch.tensor(figure) for name, figure in figures.items()})
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Sends what was recorded, if the step is shown. A subclass that overrides it calls ``super()``."""
-        if not self._recorded or not shown(self.trainer, batch_idx):
-            return
-        row = {**self._recorded, "epoch": self.trainer.current_epoch}
-        self._recorded = {}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(row, self.trainer.global_step - 1)  # steps count from 0, as in what Lightning logs
-            logger.save()
+    def configure_callbacks(self) -> list[Callback]:
+        """What sends the recorded numbers. A subclass adds its callbacks to these."""
+        return [StepRow()]
 
     def open_predictions(self) -> JsonLines:
         """Begins the file of ``predictions``; a module that can go on with an interrupted one says so here."""
@@ -95,3 +90,26 @@ class RunModule(LightningModule):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+class StepRow(Callback):
+    """Sends what a module recorded to the loggers, in one row for each step that is shown.
+
+    The Trainer puts a module's own callbacks behind those of the config, so that these can record, too.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets what an earlier fit did not come to send."""
+        cast(RunModule, pl_module).recorded = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sends the row, if an optimizer step has been made."""
+        module = cast(RunModule, pl_module)
+        if not module.recorded or not shown(trainer, batch_idx):
+            return
+        row, module.recorded = {**module.recorded, "epoch": trainer.current_epoch}, {}
+        for logger in trainer.loggers:
+            logger.log_metrics(row, trainer.global_step - 1)  # steps count from 0, as in what Lightning logs
+            logger.save()

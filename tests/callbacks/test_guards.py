@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from moslim.callbacks import faults
+from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.guards import GuardError, Guards
 from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
@@ -192,6 +193,15 @@ def test_a_classifier_that_gives_no_numbers_is_noticed(policy, preferences, tmp_
     with pytest.raises(GuardError, match="guard `nonfinite`: a level probability of the classifier is not finite"):
         run.fit(module, data(preferences))
     assert run.global_step == 0
+
+
+def test_what_a_guard_stops_is_not_saved_as_the_last_checkpoint(policy, preferences, tmp_path):
+    save = StepCheckpoint(tmp_path, every_n_train_steps=100, save_last=True, save_on_exception=True)
+    options, *_ = MISBEHAVIOUR["nonfinite"]
+    run = trainer(tmp_path, max_steps=5, callbacks=[only("nonfinite", "stop"), save], enable_checkpointing=True)
+    with pytest.raises(GuardError):
+        run.fit(policy(**options()), data(preferences))
+    assert not [*tmp_path.glob("*.ckpt")]
 
 
 def test_broken_weights_are_not_saved(policy, preferences, tmp_path):

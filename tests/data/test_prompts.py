@@ -191,11 +191,12 @@ def test_an_instruction_that_does_not_fit_is_an_error(tokenizer, preferences):
 
 
 def test_answer_ends(tokenizer):
-    assert words(tokenizer, answer_ids(tokenizer, "boil water .")) == "boil water . <|end|>"
-    assert answer_ids(tokenizer, "") == [tokenizer.eos_token_id]
+    assert words(tokenizer, answer_ids(tokenizer, ["boil water ."])[0]) == "boil water . <|end|>"
+    assert answer_ids(tokenizer, [""]) == [[tokenizer.eos_token_id]]
+    assert answer_ids(tokenizer, []) == []
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        answer_ids(tokenizer, "boil")
+        answer_ids(tokenizer, ["boil"])
 
 
 def test_pair_without_instruction_and_without_forgery(tokenizer):
@@ -205,7 +206,7 @@ def test_pair_without_instruction_and_without_forgery(tokenizer):
     )
     prompt, answer = encoder.spans(CHAT, "boil")
     assert prompt == prompt_ids(tokenizer, CHAT)
-    assert answer == answer_ids(tokenizer, "boil")
+    assert [answer] == answer_ids(tokenizer, ["boil"])
 
 
 def test_batch_is_padded_on_the_right(tokenizer):

@@ -18,6 +18,7 @@ from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.module import PolicyTrainer
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
+from moslim.policy.roles import Roles
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
 from tests.policy.runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, data, make, trainer, weights
@@ -428,3 +429,14 @@ def test_load_from_checkpoint(preferences, lm, classifier, trained):
     module = PolicyTrainer.load_from_checkpoint(trained, weights_only=True, reset_state=True, **parts)
     saved = torch.load(trained, weights_only=True)["state_dict"]
     assert saved and all(torch.equal(module.state_dict()[name], value) for name, value in saved.items())
+
+
+def test_without_a_divergence_the_reference_makes_no_pass(preferences, lm, classifier, tmp_path, monkeypatch):
+    passes = []
+    reference_logprobs = Roles.reference_logprobs
+    monkeypatch.setattr(Roles, "reference_logprobs", lambda *a, **o: passes.append(1) or reference_logprobs(*a, **o))
+    for coefficient, expected in ((0.1, 2), (0.0, 0)):
+        module = make(preferences, lm, classifier, policy_optimizer=RLOO(kl_coef=coefficient))
+        trainer(tmp_path, max_steps=2).fit(module, data(preferences))
+        assert len(passes) == expected and (module.rollout.reference_logprobs is None) == (expected == 0)
+        passes.clear()

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from moslim.callbacks.checkpoint import StepCheckpoint
+from moslim.callbacks.faults import kl_above
 from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
@@ -58,6 +59,19 @@ def test_metrics_are_means_over_the_processes_that_have_them(tmp_path):
         assert torch.load(tmp_path / f"{rank}.pt") == {"both": 1.0, "own/0": 5.0, "own/1": 5.0}
 
 
+def own_divergence(folder):
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    old = torch.full((2, 3), 1.0 + 3 * rank)  # 3 and 12 nats per answer
+    (folder / f"{rank}").write_text(str(kl_above(old, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 7.4)))
+    torch.distributed.destroy_process_group()
+
+
+def test_the_divergence_that_a_guard_limits_is_that_of_all_processes(tmp_path):
+    in_two(own_divergence, tmp_path)
+    assert {"is 7.5 nats" in (tmp_path / f"{rank}").read_text() for rank in (0, 1)} == {True}
+
+
 PARTS = {
     # Answers of unequal length, and prompts without instruction that fall on one process more than on the other.
     "running statistics, token mean": lambda: {
@@ -78,6 +92,11 @@ PARTS = {
     "groups left out": lambda: {
         "mapping": TargetProbability(scope="batch"),
         "policy_optimizer": GRPO(min_spread=0.6, scale="batch", reduction="grpo"),
+    },
+    "minibatches": lambda: {
+        "mapping": TargetProbability(scope="batch"),
+        "policy_optimizer": GRPO(kl_coef=0.5, reduction="token_mean"),
+        "minibatches": 2,
     },
     "batch statistics, sequence": lambda: {
         "mapping": TargetProbability(scope="batch"),

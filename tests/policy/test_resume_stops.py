@@ -61,6 +61,35 @@ def test_a_stop_within_an_accumulation_goes_back_to_the_step_before_it(preferenc
         assert torch.equal(weights(resumed)[name], value), name
 
 
+class Interrupted(torch.optim.SGD):
+    """Is stopped in the middle of its second step, or just after it."""
+
+    def __init__(self, parameters, after):
+        super().__init__(parameters, lr=0.1)
+        self.after, self.steps = after, 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        stopped = self.steps == 2
+        if stopped and not self.after:
+            closure()
+            raise KeyboardInterrupt
+        loss = super().step(closure)
+        if stopped:
+            raise KeyboardInterrupt
+        return loss
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_weights_are_not_saved_while_they_change(after, preferences, lm, classifier, tmp_path):
+    save = StepCheckpoint(tmp_path, every_n_train_steps=100, save_on_exception=True)
+    module = make(preferences, lm, classifier, optimizer=lambda parameters: Interrupted(parameters, after))
+    run = trainer(tmp_path, max_steps=3, callbacks=[save], enable_checkpointing=True)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit(module, data(preferences))
+    assert not [*tmp_path.glob("*.ckpt")]
+
+
 @pytest.mark.parametrize("validation", [{}, {"val_check_interval": 3, "check_val_every_n_epoch": None}])
 def test_the_last_checkpoint_is_the_end_of_the_training(validation, preferences, lm, classifier, tmp_path):
     validation = {**validation, "limit_val_batches": len(validation)}

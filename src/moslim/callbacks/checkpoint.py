@@ -7,24 +7,40 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from moslim.callbacks.guards import GuardError
+
 
 class StepCheckpoint(ModelCheckpoint):
     """Lightning's, with the same options; the command line adds it to every run.
 
     A checkpoint does not hold half-summed gradients. So one that is due within ``trainer.accumulate_grad_batches`` is
-    written after the optimizer step that follows, and none is written where an exception comes in between.
+    written after the optimizer step that follows. With ``save_on_exception``, none is written where an exception comes
+    in between or while weights change, nor of what a guard has stopped, which would trip it again.
 
     With ``save_last``, ``last.ckpt`` is the end of a training that comes to its end. Lightning leaves it as it was at
     the last interval.
     """
 
     _postponed = False
+    _stepping = False
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or within_accumulation(trainer)
 
     def _should_save_on_exception(self, trainer: Trainer) -> bool:
-        return super()._should_save_on_exception(trainer) and not within_accumulation(trainer)
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        changing = self._stepping and progress.processed < progress.ready  # by a batch that is not counted yet
+        return super()._should_save_on_exception(trainer) and not within_accumulation(trainer) and not changing
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, GuardError):
+            super().on_exception(trainer, pl_module, exception)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._stepping = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stepping = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._postponed = within_accumulation(trainer)

@@ -49,7 +49,7 @@ METRICS = {
     "train/default_kl": Meaning("nats per token, on prompts without instruction", "last,max"),
     "offset/*": Meaning("levels: achieved less requested, by requested level"),
     "sampler/*": Meaning("probability that a prompt asks for this; `dimensions`: the most that one may name"),
-    "time/*": Meaning("seconds per step", "mean"),
+    "time/*": Meaning("seconds: of a step; sample, reward, old, reference and critic: of a rollout", "mean"),
     "speed/tokens": Meaning("new answer tokens per second and process", "mean"),
     "memory/*": Meaning("GiB", "max"),
     "guards/*": Meaning("times that a guard tripped", "max"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moslim.policy.kl import k1
+from moslim.processes import mean_over_processes
 
 
 def nonfinite(name: str, values: Tensor) -> str | None:
@@ -17,7 +18,7 @@ def nonfinite(name: str, values: Tensor) -> str | None:
 
 
 def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: float) -> str | None:
-    """Compares the estimated KL divergence to the reference, in nats per answer, with a limit.
+    """Compares the estimated KL divergence to the reference, in nats per answer of all processes, with a limit.
 
     Args:
         logprobs: ``[N, T]`` of the sampler.
@@ -27,7 +28,7 @@ def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: fl
     """
     if reference is None:
         return None
-    kl = float((k1(logprobs, reference) * mask).sum(dim=1).mean())
+    kl = float(mean_over_processes((k1(logprobs, reference) * mask).sum(dim=1).mean()))
     return (
         None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, not within {limit:g}"
     )

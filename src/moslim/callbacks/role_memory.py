@@ -75,7 +75,11 @@ class RoleMemory(Callback):
                 self._on_pass(trunk(model), lambda: "reference")
 
     def _on_pass(self, model: Any, role: Callable[[], Role]) -> None:
-        self._handles.append(model.register_forward_pre_hook(lambda *_: self._begin(role())))
+        def begin(passing: Any, *_: Any) -> None:
+            if passing is model:  # and not a copy, which has its hooks, too: another thread may sample with one
+                self._begin(role())
+
+        self._handles.append(model.register_forward_pre_hook(begin))
 
     def _begin(self, role: Role | None) -> None:
         """Notes the peak of the role that made passes until now."""

@@ -37,7 +37,9 @@ class TokenBudget:
     """Batches by what they cost instead of by rows.
 
     Args:
-        tokens: Most tokens of a rank's batch, padding included; a row that is longer makes a batch of its own.
+        tokens: Most tokens of a process's batch, padding included; a row that is longer makes a batch of its own.
+            Several processes have the batch of one with as many times the tokens, cut by rows: the part with the longer
+            rows may exceed the budget by their difference.
         widths: Tokens of each row; of its longest text, where it has several.
         texts: Texts of each row.
     """

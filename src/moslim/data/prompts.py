@@ -59,9 +59,12 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("the tokenizer has no end-of-sequence token, so no answer can end: set tokenizer.eos_token")
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Returns the ids of an answer, followed by the end token."""
-    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], end_id(tokenizer)]
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each answer, followed by the end token; tokenised together, equal ones once."""
+    texts = list(dict.fromkeys(answers))
+    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [], strict=True))
+    end = end_id(tokenizer)
+    return [[*ids[answer], end] for answer in answers]
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -206,7 +209,15 @@ class PairEncoder:
 
     def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
         """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``."""
-        end = answer_ids(self.tokenizer, self._neutraliser.text(answer))
+        return self.many_spans([question], [answer])[0]
+
+    def many_spans(self, questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """The same of ``N`` pairs, faster than one by one."""
+        neutral = {answer: self._neutraliser.text(answer) for answer in dict.fromkeys(answers)}
+        ends = answer_ids(self.tokenizer, [neutral[answer] for answer in answers])
+        return [self._fit(question, end) for question, end in zip(questions, ends, strict=True)]
+
+    def _fit(self, question: Question, end: list[int]) -> tuple[list[int], list[int]]:
         messages, prompt = self._prompt(question)
         self.truncation.pairs += 1
         if self.max_length is None or len(prompt) + len(end) <= self.max_length:
@@ -243,7 +254,7 @@ class PairEncoder:
 
     def batch(self, questions: Sequence[Question], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns input ids and attention mask ``[B, T]`` of ``B`` pairs, right-padded."""
-        rows = [self.encode(q, a) for q, a in zip(questions, answers, strict=True)]
+        rows = [prompt + end for prompt, end in self.many_spans(questions, answers)]
         return pad(rows, pad_id(self.tokenizer), left=False)
 
 

@@ -195,12 +195,13 @@ class PolicyTrainer(PolicyEvaluation):
         return self.off_policy.overlap
 
     def configure_callbacks(self) -> list[Callback]:
-        """The mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
+        """Also the mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
 
         Raises:
             ValueError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
         """
-        return own_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
+        parts = own_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [*super().configure_callbacks(), *parts]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""

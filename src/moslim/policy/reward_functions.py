@@ -120,7 +120,8 @@ class RewardFunctions:
         names = {name for row in rows for name in row}
         columns = {name: [row.get(name) for row in rows for _ in range(samples)] for name in names}
         found = [function(answers, levels, columns) for function in self.functions]
-        return torch.tensor(found, device=targets.device).reshape(len(found), len(levels)).T
+        values = torch.tensor(found, dtype=torch.float32, device=targets.device)  # whatever the run's precision
+        return values.reshape(len(found), len(levels)).T
 
     def join(self, mapped: MappedReward, values: Tensor, is_mean: bool) -> MappedReward:
         """Adds the functions' columns to what the mapping function found.

@@ -13,6 +13,7 @@ from torch import Tensor
 from moslim.data.types import Question
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
+from moslim.processes import process_count, process_rank
 
 
 @dataclass
@@ -100,13 +101,16 @@ class Rollout:
         return dataclasses.replace(self, **changes)
 
     def minibatch(self, step: int, minibatches: int, samples: int, seed: Sequence[int]) -> Rollout:
-        """One of the parts that an inner epoch cuts the prompts into, in an order of its own.
+        """One of the parts that an inner epoch cuts the prompts into, anew each time.
+
+        Neighbours, as many as there are parts, are dealt to different ones. So the parts of several processes together
+        are those of one process with the same batch, where each has a multiple of ``minibatches`` prompts.
 
         Args:
             step: Number of the training step in this rollout.
             minibatches: Parts per inner epoch; 1 gives the rollout as it is.
             samples: Answers per prompt, which stay together: they are compared, and what they begin with is shared.
-            seed: What the order depends on, beside rollout and inner epoch.
+            seed: What the cut depends on, beside rollout and inner epoch.
 
         Raises:
             ValueError: There are fewer prompts than parts.
@@ -121,8 +125,11 @@ class Rollout:
             )
         epoch, part = divmod(step, minibatches)
         generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, epoch))
-        order = prompts[torch.randperm(len(prompts), generator=generator)]
-        return self.rows(order.tensor_split(minibatches)[part].flatten().to(self.mask.device))
+        groups = -(-len(prompts) // minibatches)
+        noise = torch.rand(process_count(), groups, minibatches, generator=generator)[process_rank()]
+        noise[-1, minibatches - (groups * minibatches - len(prompts)) :] = torch.inf  # the first parts are the larger
+        dealt = noise.argsort(dim=1).flatten()[: len(prompts)]
+        return self.rows(prompts[dealt == part].flatten().to(self.mask.device))
 
     @property
     def update_mask(self) -> Tensor:

@@ -95,7 +95,7 @@ class Scorer:
             ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
             dimension lacks.
         """
-        spans = (self._encoder.spans(q, a) for q, a in zip(questions, answers, strict=True))
+        spans = self._encoder.many_spans(questions, answers)
         rows, tokens = [[*prompt, *answer] for prompt, answer in spans], tokens or pass_tokens(self.classifier.device)
         wanted = share_prefixes == "always" or (share_prefixes == "auto" and batch_size is None)
         if rows and wanted and can_share(self.classifier):

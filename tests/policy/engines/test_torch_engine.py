@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
@@ -166,6 +168,21 @@ def test_a_text_that_ends_answers(models, prompts, tokenizer):
         else:
             assert own == text and found.ended[row] == plain.ended[row]
     assert 2 < stopped < len(texts)
+
+
+def test_a_stop_string_of_many_bytes_is_found():
+    """Where a token is a byte, a letter takes up to four of them."""
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    number = {letter: i for i, letter in enumerate(sorted(bytewise.alphabet()))}
+    made = Tokenizer(BPE(number, []))
+    made.pre_tokenizer, made.decoder = bytewise, decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    engine = TorchEngine(12, stop_strings=["🤖"])
+    engine.bind(tokenizer)
+    rows = tokenizer(["go 🤖", "go 🦊", "🤖 went"])["input_ids"]
+    assert [len(row) for row in rows] == [7, 7, 9]
+    assert engine._stopped(torch.tensor(rows[:2])).tolist() == [True, False]
+    assert engine._stopped(torch.tensor(rows[2:])).tolist() == [False]  # it would have stopped long before
 
 
 def test_stop_strings_need_a_tokenizer_and_something_to_look_for(models, prompts):

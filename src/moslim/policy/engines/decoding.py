@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from moslim.lora import unwrapped
 from moslim.packing import token_positions
-from moslim.policy.engines.cache import GrowingCache
+from moslim.policy.engines.cache import GrowingCache, GrowingLayer
 from moslim.policy.engines.choice import DrawMethod
+from moslim.tree_attention import reads_trees
 
 CacheKind = Literal["growing", "dynamic", "static"]
 _ROUND = 64
@@ -150,26 +152,31 @@ class _Flexible(Continuation):
         else:
             self._row = rows
             attention, position = prompts.repeated(attention), prompts.repeated(position)
-        self._attention = None if bool(attention.all()) else attention
+        self._padding = (
+            None if bool(attention.all()) else _Padding(attention, room, _as_they_are(self._model, self._cache))
+        )
         self._position = position
         self._places: Tensor | None = None  # of the answers that are still wanted, where others stay in the batch
+        self._apart = False  # whether each answer has a row of its own, as it then has to the end
 
     def feed(self, tokens: Tensor) -> None:
         """See the base class."""
         if self._places is not None:
             tokens = tokens.new_zeros(len(self._row)).index_copy(0, self._places, tokens)
-        source, tokens, self._row = branches(self._row, tokens, self._merge)
-        self._merge = self._merge and len(source) < len(self._row)  # once apart, they stay so
+        if self._apart:
+            source, self._row = self._row, torch.arange(len(tokens), device=tokens.device)
+        else:
+            source, tokens, self._row = branches(self._row, tokens, self._merge)
+            self._apart = len(source) == len(self._row)
         if len(source) != len(self._position) or bool((source[1:] <= source[:-1]).any()):
             self._cache.batch_select_indices(source)
             self._position = self._position[source]
-            self._attention = None if self._attention is None else self._attention[source]
+            if self._padding is not None:
+                self._padding.choose(source)
         self._position = self._position + 1
-        if self._attention is not None:
-            self._attention = torch.cat([self._attention, self._attention.new_ones(len(tokens), 1)], dim=1)
         logits = self._model(
             input_ids=tokens[:, None],
-            attention_mask=self._attention,
+            attention_mask=None if self._padding is None else self._padding.next_mask(),
             position_ids=self._position,
             past_key_values=self._cache,
             use_cache=True,
@@ -183,6 +190,39 @@ class _Flexible(Continuation):
             self._row = self._row[rows]
         else:
             self._places = rows if self._places is None else self._places[rows]
+
+
+class _Padding:
+    """Which columns before each row's tokens are padding.
+
+    Args:
+        attention: ``[R, P]``.
+        room: Most tokens that follow.
+        as_they_are: Whether the model's attention is to get the mask; else the model makes its own of it, every time.
+    """
+
+    def __init__(self, attention: Tensor, room: int, as_they_are: bool) -> None:
+        self._width = attention.shape[1]
+        self._as_they_are = as_they_are
+        self._mask = torch.cat([attention, attention.new_ones(len(attention), room)], dim=1)
+        if as_they_are:
+            self._mask = self._mask.bool()[:, None, None]
+
+    def choose(self, rows: Tensor) -> None:
+        """Goes on with these rows."""
+        self._mask = self._mask[rows]
+
+    def next_mask(self) -> Tensor:
+        """The mask of one more column."""
+        self._width += 1
+        return self._mask[..., : self._width]
+
+
+def _as_they_are(model: Any, cache: Cache) -> bool:
+    """Whether masks of four axes come to the model's attention as they are, and none of its layers needs another."""
+    everything = all(type(layer) is GrowingLayer for layer in cache.layers)
+    by_torch = model.config.get_text_config()._attn_implementation == "sdpa"
+    return everything and by_torch and reads_trees(unwrapped(model).base_model, model.device)
 
 
 def branches(rows: Tensor, tokens: Tensor, merge: bool) -> tuple[Tensor, Tensor, Tensor]:

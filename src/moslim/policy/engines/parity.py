@@ -39,4 +39,4 @@ def logprob_difference(
 
 def spread(start: int, end: int, count: int) -> Tensor:
     """At most ``count`` whole numbers, spread evenly over ``start .. end - 1``."""
-    return torch.linspace(start, end - 1, min(count, end - start)).round().long()
+    return torch.linspace(start, end - 1, min(count, end - start), dtype=torch.float64).round().long()

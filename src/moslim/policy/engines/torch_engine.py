@@ -89,7 +89,8 @@ class TorchEngine(RolloutEngine):
         together = len(order) if self.decoding.answers is None else max(1, self.decoding.answers // samples)
         parts = (torch.arange(len(order), device=device),) if together >= len(order) else order.split(together)
         packs = self.decoding.pack_head and not self.decoding.compiled  # a graph has its addresses in it
-        with packed_head(model, seeds.numel()) if packs else nullcontext():
+        # Operations cost less in inference mode; the table, made outside, can still take part in a loss.
+        with torch.inference_mode(), packed_head(model, seeds.numel()) if packs else nullcontext():
             for part in parts:
                 columns = slice(input_ids.shape[1] - int(lengths[part].max()), None)
                 rows = (part[:, None] * samples + torch.arange(samples, device=device)).flatten()
@@ -140,7 +141,8 @@ class TorchEngine(RolloutEngine):
         """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""
         if self.tokenizer is None:
             raise RuntimeError("an engine with stop_strings needs a tokenizer: call engine.bind(tokenizer) first")
-        longest = max(map(len, self.stop_strings)) + 1  # tokens are rarely empty, so no more can be part of one
+        # Tokens of bytes are the shortest that are not empty, so that no more can be part of a stop string.
+        longest = max(len(stop.encode()) for stop in self.stop_strings) + 1
         texts = self.tokenizer.batch_decode(tokens[:, -longest:])
         found = [any(stop in text for stop in self.stop_strings) for text in texts]
         return torch.tensor(found, device=tokens.device)
