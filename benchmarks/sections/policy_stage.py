@@ -17,9 +17,10 @@ def section(result: dict[str, Any]) -> str:
 ## The quickstart's policy stage, three ways
 
 {circumstances_line(result)}
-{note}The same starter, classifier, seed and number of steps. "Every fast way off" is what docs/speed.md lists, all of
-it; "one step off" samples the answers to the next batch while the current ones are learnt from, on the same two cores.
-CPU seconds are those of all threads, the start of Python included. Quality by the gold scorer on held-out questions.
+{note}The same starter, classifier, seed and number of steps. "Every fast way off" is all in docs/speed.md that has a
+switch; "one step off" samples the answers to the next batch while the current ones are learnt from, on the same two
+cores. CPU seconds are those of all threads, the start of Python included. Quality by the gold scorer on held-out
+questions.
 
 """
     rows = [

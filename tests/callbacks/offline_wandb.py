@@ -20,6 +20,7 @@ class OfflineRun:
         metrics: By name or ``beginning*``: the x-axis and the summaries that were defined.
         config: The run's configuration.
         artifacts: Kind by name.
+        pictures: Files by name.
     """
 
     id: str = ""
@@ -27,6 +28,7 @@ class OfflineRun:
     metrics: dict[str, tuple[str, frozenset[str]]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, list[Path]] = field(default_factory=dict)
 
 
 def read(folder: Path) -> OfflineRun:
@@ -42,6 +44,9 @@ def read(folder: Path) -> OfflineRun:
             run.config |= body["update"]
         elif kind == "history":
             run.history.append(body["item"])
+            for name, value in body["item"].items():
+                if isinstance(value, dict) and value.get("_type") == "images/separated":
+                    run.pictures[name] = [folder / "files" / file for file in value["filenames"]]
         elif kind == "metric":
             summaries = frozenset(name for name, wanted in body.get("summary", {}).items() if wanted)
             run.metrics[body.get("glob_name") or body["name"]] = (body.get("step_metric", ""), summaries)

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
+PNG = b"\x89PNG"
 FIT = f"""fit --config {ROOT}/configs/quickstart/policy.yaml --config {ROOT}/configs/logger/wandb.yaml
     {FEW_STEPS} {SMALL_POLICY} {ONE_EACH} --trainer.enable_progress_bar true --trainer.log_every_n_steps 1
     --data.source.policy_rows 64 --dashboard.artifacts true --trainer.val_check_interval 3""".split()
@@ -113,7 +114,29 @@ def test_the_report_of_a_classifier_s_test_is_an_artifact(folder, monkeypatch):
     )
     wandb.finish()
     (path,) = folder.glob("tested/wandb/offline-run-*")
-    assert read(path).artifacts.items() >= {f"report-{read(path).id}": "report"}.items()
+    board = read(path)
+    assert board.artifacts.items() >= {f"report-{board.id}": "report"}.items()
+    assert board.pictures.keys() >= {"test/confusion", "test/reliability"}
+    assert all(picture.read_bytes().startswith(PNG) for (picture,) in board.pictures.values())
+
+
+def test_a_policy_s_test_shows_its_pictures(folder, monkeypatch):
+    import wandb
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    monkeypatch.setenv("WANDB_DATA_DIR", str(folder))
+    run(
+        f"""test --config {ROOT}/configs/quickstart/policy.yaml --config {ROOT}/configs/logger/wandb.yaml {FEW_STEPS}
+        {SMALL_POLICY} --ckpt_path last --data.source.policy_rows 64
+        --trainer.logger.save_dir {folder}/steered""".split()
+    )
+    wandb.finish()
+    (path,) = folder.glob("steered/wandb/offline-run-*")
+    board = read(path)
+    assert board.pictures.keys() >= {"steerability/requested_achieved", "steerability/cross_talk"}
+    assert all(picture.read_bytes().startswith(PNG) for (picture,) in board.pictures.values())
+    assert any("steerability/mean/exact" in row for row in board.history)
 
 
 def test_the_same_gauges_need_no_account(runs):
