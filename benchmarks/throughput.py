@@ -49,6 +49,7 @@ PLAIN = Entrant(
             "cache": "dynamic",
             "pack_head": False,
             "draw": "multinomial",
+            "inference_mode": False,
         },
         "off_policy": {"old_logprobs": "recompute"},
     },

@@ -29,8 +29,8 @@ class Line(RunModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def rows(folder, every, accumulate, batches=7):
-    module = Line()
+def rows(folder, every, accumulate, batches=7, kind=Line, **options):
+    module = kind()
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -40,6 +40,7 @@ def rows(folder, every, accumulate, batches=7):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, DataLoader(torch.ones(batches, 1)))
     with open(folder / "metrics.csv", newline="") as file:
@@ -65,6 +66,27 @@ def test_a_shown_step_is_one_row(tmp_path, every, accumulate, expected):
     found, _ = rows(tmp_path, every, accumulate)
     assert [(step, batch) for step, batch, _ in found] == expected
     assert all(float(double) == 2 * batch for _, batch, double in found)
+
+
+class Deaf(Line):
+    def configure_callbacks(self):
+        return []
+
+
+def test_numbers_that_nothing_would_send_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match=r"Deaf.configure_callbacks .* return \[\*super"):
+        rows(tmp_path, 1, 1, kind=Deaf)
+
+
+def test_recorded_numbers_are_not_rounded_to_the_precision_of_the_run(tmp_path):
+    class Half(Line):
+        def training_step(self, batch, batch_idx):
+            self.record({"train/batch": 257.0, "train/double": 1e6})
+            return (self.slope * batch).mean()
+
+    found, module = rows(tmp_path, 1, 1, 1, Half, precision="bf16-true")
+    assert found == [(0, 257, "1000000.0")]
+    assert float(module.trainer.callback_metrics["train/batch"]) == 257
 
 
 def test_what_is_recorded_can_be_monitored_at_once(tmp_path):

@@ -54,13 +54,24 @@ class RunModule(LightningModule):
         For dozens of numbers: ``self.log`` holds each in a metric of its own, which takes up to half a millisecond.
         What it does beside, this does not: show numbers in the progress bar, or average them over an epoch.
 
+        The row is sent before the module's own ``on_train_batch_end``.
+
         Args:
             values: By name; the same on all processes, or rank 0's are taken. ``trainer.callback_metrics`` has them at
                 once.
+
+        Raises:
+            RuntimeError: Nothing would send them.
         """
+        if not any(isinstance(callback, StepRow) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{type(self).__name__}.configure_callbacks leaves out what its base class returns, which sends "
+                "recorded numbers to the loggers: return [*super().configure_callbacks(), ...]"
+            )
         figures = {name: float(value) for name, value in values.items()}
         self.recorded |= figures
-        self.trainer.callback_metrics.update({name: torch.tensor(figure) for name, figure in figures.items()})
+        single = {name: torch.tensor(figure, dtype=torch.float32) for name, figure in figures.items()}
+        self.trainer.callback_metrics.update(single)  # float32 whatever the run's precision, as Lightning's own
 
     def configure_callbacks(self) -> list[Callback]:
         """What sends the recorded numbers. A subclass adds its callbacks to these."""

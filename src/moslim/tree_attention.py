@@ -147,7 +147,10 @@ def reads_trees(trunk: Any, device: torch.device) -> bool:
         _READS[trunk] = _agrees(trunk, device)
         if not _READS[trunk]:
             kind = trunk.config.model_type
-            rank_zero_info(f"{kind}: its attention cannot read trees, so that every text is computed whole.")
+            rank_zero_info(
+                f"{kind}: its attention cannot read trees: texts that begin alike are computed apart, and sampling "
+                "makes masks anew for every token."
+            )
     return _READS[trunk]
 
 

@@ -45,8 +45,8 @@ def read(folder: Path) -> OfflineRun:
         elif kind == "history":
             run.history.append(body["item"])
             for name, value in body["item"].items():
-                if isinstance(value, dict) and value.get("_type") == "images/separated":
-                    run.pictures[name] = [folder / "files" / file for file in value["filenames"]]
+                if name.endswith(".filenames"):
+                    run.pictures[name.removesuffix(".filenames")] = [folder / "files" / file for file in value]
         elif kind == "metric":
             summaries = frozenset(name for name, wanted in body.get("summary", {}).items() if wanted)
             run.metrics[body.get("glob_name") or body["name"]] = (body.get("step_metric", ""), summaries)

@@ -18,7 +18,9 @@ def nonfinite(name: str, values: Tensor) -> str | None:
 
 
 def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: float) -> str | None:
-    """Compares the estimated KL divergence to the reference, in nats per answer of all processes, with a limit.
+    """Compares the estimated KL divergence to the reference, in nats per answer, with a limit.
+
+    The mean over all processes counts, each of which must ask. The reason is told by those that are not below it.
 
     Args:
         logprobs: ``[N, T]`` of the sampler.
@@ -28,10 +30,11 @@ def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: fl
     """
     if reference is None:
         return None
-    kl = float(mean_over_processes((k1(logprobs, reference) * mask).sum(dim=1).mean()))
-    return (
-        None if kl <= limit else f"the KL divergence to the reference is {kl:.4g} nats per answer, not within {limit:g}"
-    )
+    own = (k1(logprobs, reference) * mask).sum(dim=1).mean()
+    kl = mean_over_processes(own)
+    if kl <= limit or own < kl:  # false where either is NaN
+        return None
+    return f"the KL divergence to the reference is {float(kl):.4g} nats per answer, not within {limit:g}"
 
 
 def off_policy(logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float) -> str | None:

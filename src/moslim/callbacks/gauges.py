@@ -35,6 +35,10 @@ class Gauges(Callback):
         self._cycle: Stopwatch | None = None
         self._speed: dict[str, float] = {}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = self._phase = self._cycle = None
+        self._speed = {}
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = Stopwatch(pl_module.device)
         if batch_idx % _repeats(pl_module) == 0:

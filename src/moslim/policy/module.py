@@ -201,7 +201,7 @@ class PolicyTrainer(PolicyEvaluation):
             ValueError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
         """
         parts = own_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [*super().configure_callbacks(), *parts]
+        return [*parts, *super().configure_callbacks()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""

@@ -126,7 +126,8 @@ class Rollout:
         epoch, part = divmod(step, minibatches)
         generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, epoch))
         groups = -(-len(prompts) // minibatches)
-        noise = torch.rand(process_count(), groups, minibatches, generator=generator)[process_rank()]
+        shape = process_count(), groups, minibatches
+        noise = torch.rand(shape, generator=generator, dtype=torch.float64)[process_rank()]
         noise[-1, minibatches - (groups * minibatches - len(prompts)) :] = torch.inf  # the first parts are the larger
         dealt = noise.argsort(dim=1).flatten()[: len(prompts)]
         return self.rows(prompts[dealt == part].flatten().to(self.mask.device))

@@ -1,14 +1,20 @@
 """Every fast way of decoding against the slow one: the same answers, token by token."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from transformers import DynamicCache
 
-from moslim.policy.engines import Decoding, TorchEngine
+from moslim.lora import add_lora
+from moslim.policy.engines import Decoding, TorchEngine, decoding
+from moslim.policy.engines.cache import GrowingCache
 from moslim.policy.engines.decoding import branches
 from tests.policy.conftest import ARCHITECTURES
 from tests.policy.engines.test_torch_engine import EOS, PAD, seeds
+from tests.policy.runs import LORA
 
-PLAIN = Decoding(share_prompts=False, drop_finished=False, merge=False, cache="dynamic")
+PLAIN = Decoding(share_prompts=False, drop_finished=False, merge=False, cache="dynamic", inference_mode=False)
 WAYS = {
     "fast": Decoding(),
     "prompts computed for every answer": Decoding(share_prompts=False),
@@ -17,6 +23,7 @@ WAYS = {
     "transformers' cache": Decoding(cache="dynamic"),
     "finished answers stay apart": Decoding(merge=False, drop_finished=False),
     "in turns": Decoding(answers=7),
+    "without inference mode": Decoding(inference_mode=False),
     "one prompt at a time": Decoding(answers=1),
     "static": Decoding(cache="static"),
     "static, prompts computed for every answer": Decoding(cache="static", share_prompts=False),
@@ -45,6 +52,25 @@ def test_every_way_gives_the_same_answers(models, prompts, way, kind, temperatur
     plain = sampled(models[kind], prompts, PLAIN, temperature)
     assert len(plain.mask.sum(dim=1).unique()) > 1  # some end before others
     assert_same(sampled(models[kind], prompts, WAYS[way], temperature), plain)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_masks_come_as_they_are_where_all_layers_attend_to_everything(models, kind):
+    config = models[kind].config
+    assert decoding._as_they_are(models[kind], GrowingCache(config, 2, 2)) == (kind != "sliding")
+    assert not decoding._as_they_are(models[kind], DynamicCache(config=config))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_masks_that_are_made_once_say_the_same(models, prompts, half, adapted, monkeypatch):
+    model = deepcopy(models["qwen2"])
+    if adapted:
+        model = add_lora(model, LORA).eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = sampled(model, prompts, Decoding())
+        monkeypatch.setattr(decoding, "_as_they_are", lambda *_: False)
+        assert_same(found, sampled(model, prompts, Decoding()))
 
 
 def test_a_static_cache_is_used_again_and_forgets_what_it_held(models, prompts):

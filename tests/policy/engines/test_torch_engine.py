@@ -126,6 +126,28 @@ def test_the_model_is_left_without_gradients(models, prompts):
     assert not found.logprobs.requires_grad and all(p.grad is None for p in models["llama"].parameters())
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"decoding": Decoding(cache="static")}])
+def test_what_was_sampled_can_take_part_in_a_loss(models, prompts, options):
+    found = TorchEngine(3, **options).sample(models["llama"], *prompts, seeds(5, 1), EOS, PAD)
+    values = [value for value in vars(found).values() if value is not None]
+    assert len(values) == 4 + ("top_p" in options) and not any(value.is_inference() for value in values)
+    weight = torch.ones_like(found.logprobs, requires_grad=True)
+    (weight * found.logprobs).sum().backward()
+    assert torch.equal(weight.grad, found.logprobs)
+
+
+def test_code_that_comes_with_a_model_is_not_run_in_inference_mode(models):
+    class Theirs(type(models["llama"])):
+        pass
+
+    theirs = Theirs(models["llama"].config)
+    with Decoding().without_gradients(theirs):
+        assert torch.is_inference_mode_enabled()
+    Theirs.__module__ = "transformers_modules.theirs"
+    with Decoding().without_gradients(theirs):
+        assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 from weakref import WeakKeyDictionary, ref
@@ -43,6 +44,8 @@ class Decoding:
             the second: cumulative sums, which the first needs, are not reproducible there.
         answers: Most answers that are sampled at once, those of one prompt together; more are sampled in turns, prompts
             of like length first. None = all.
+        inference_mode: Sample in torch's inference mode, where operations cost less. Models whose code came with them
+            (``trust_remote_code``) are left out: what they keep from a first pass would be of no use in training.
     """
 
     share_prompts: bool = True
@@ -53,6 +56,7 @@ class Decoding:
     pack_head: bool = True
     draw: DrawMethod | None = None
     answers: int | None = None
+    inference_mode: bool = True
 
     def __post_init__(self) -> None:
         if self.cache not in get_args(CacheKind):
@@ -63,6 +67,11 @@ class Decoding:
             raise ValueError(f"engine.decoding.compiled needs one size: set cache to static, not {self.cache}")
         if self.answers is not None and self.answers < 1:
             raise ValueError(f"engine.decoding.answers is {self.answers}: give 1 or more, or null for all at once")
+
+    def without_gradients(self, model: Any) -> AbstractContextManager[None]:
+        """What to compute answers in."""
+        remote = type(unwrapped(model)).__module__.startswith("transformers_modules")
+        return torch.inference_mode() if self.inference_mode and not remote else torch.no_grad()
 
 
 class Continuation(ABC):
