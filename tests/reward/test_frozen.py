@@ -61,6 +61,24 @@ def test_heads_learn_from_cached_features_and_the_backbone_stays(
         assert torch.equal(again.state_dict()[name], parameter), name
 
 
+def test_features_that_are_not_kept_give_the_same_heads(
+    preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    heads = []
+    for kept in (True, False):
+        module = make(preferences, backbone, cache_features=kept)
+        rows = PreferenceDataModule(
+            preferences, ComparedSource(labelled=True), batch_size=12, eval_batch_size=16, group_by_length=False
+        )
+        run = trainer(tmp_path / str(kept), max_steps=20)
+        run.fit(module, rows)
+        assert (tmp_path / str(kept) / "features").exists() == kept
+        assert module.classifier.training and not module.classifier.backbone.training
+        heads.append({name: value for name, value in module.state_dict().items() if "backbone" not in name})
+    for name, value in heads[0].items():
+        torch.testing.assert_close(heads[1][name], value, atol=1e-5, rtol=1e-4)
+
+
 def test_the_saved_classifier_pools_as_the_heads_have_learnt_it(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:

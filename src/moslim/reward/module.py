@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -60,6 +60,8 @@ class RewardClassifier(ClassifierEvaluation):
         trunk: Whether the backbone is trained. ``frozen``: it runs over every row once, its pooled hidden states are
             kept in ``cache``, and heads train on these in seconds. None = frozen with ``extend``, else tuned.
         cache: Folder of those hidden states; None = ``features`` in ``trainer.default_root_dir``.
+        cache_features: Whether they are kept at all; without, a frozen backbone runs over every batch, and nothing is
+            written.
         loss: What is minimised on rows with levels; None = :class:`Corn`, whose probabilities are
             the best of those compared in docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
         pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
@@ -95,6 +97,7 @@ class RewardClassifier(ClassifierEvaluation):
         extend: str | None = None,
         trunk: Trunk | None = None,
         cache: str | None = None,
+        cache_features: bool = True,
         loss: LevelLoss | None = None,
         pairs: BradleyTerry | None = None,
         pooling: Pooling | list[Pooling] | None = None,
@@ -122,6 +125,7 @@ class RewardClassifier(ClassifierEvaluation):
         self.starts_trained = classifier is not None
         self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
         self.cache = cache
+        self.cache_features = cache_features
         self.pairs = pairs or BradleyTerry()
         self.calibrate = calibrate
         self.lora = lora
@@ -164,7 +168,7 @@ class RewardClassifier(ClassifierEvaluation):
         self._record = self._before
         model.train()  # it is loaded in evaluation mode, without dropout
         if self.trunk == "frozen":
-            model.backbone.requires_grad_(False)
+            model.backbone.requires_grad_(False).eval()
         self._columns = preferences.columns_in(model.preferences, "classifier")
         self._kept_temperatures = frozen_temperatures(model)
         self._added = [] if extend is None else [d for d in preferences.names if d not in self._kept_temperatures]
@@ -286,10 +290,18 @@ class RewardClassifier(ClassifierEvaluation):
             if saver.last_model_path:  # type: ignore[attr-defined]
                 self.trainer.save_checkpoint(saver.last_model_path)  # type: ignore[attr-defined]
 
+    def train(self, mode: bool = True) -> Self:
+        """See torch. A frozen backbone has no dropout, so that its features are the same in every epoch."""
+        super().train(mode)
+        if self.trunk == "frozen":
+            self.classifier.backbone.eval()
+        return self
+
     @property
     def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
         """What makes the features of all rows at once, if the backbone is frozen; in a dry run, batches do."""
-        if self.trunk == "tuned" or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set dynamically
+        if self.trunk == "tuned" or dry or not self.cache_features:
             return None
         folder = Path(self.cache or Path(self.trainer.default_root_dir) / "features")
         return partial(cached_features, self.classifier, pad_id(self.tokenizer), folder, self.trainer)
