@@ -101,39 +101,36 @@ def test_checkpoints_and_answers_are_artifacts(boards):
     assert checkpoint in second.artifacts and answers not in second.artifacts  # no table fell into its two steps
 
 
-def test_the_report_of_a_classifier_s_test_is_an_artifact(folder, monkeypatch):
+@pytest.fixture
+def shown_by(folder, monkeypatch):
+    """What a `test` with W&B shows, given its config and further options."""
     import wandb
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["main.py"])
     monkeypatch.setenv("WANDB_DATA_DIR", str(folder))
-    run(
-        f"""test --config {ROOT}/configs/quickstart/reward.yaml --config {ROOT}/configs/logger/wandb.yaml {FEW_STEPS}
-        --data.source.reward_rows 16 --data.source.bare_rows 8 --dashboard.artifacts true
-        --trainer.logger.save_dir {folder}/tested""".split()
-    )
-    wandb.finish()
-    (path,) = folder.glob("tested/wandb/offline-run-*")
-    board = read(path)
+
+    def tested(config, options):
+        board = f"--config {ROOT}/configs/logger/wandb.yaml --trainer.logger.save_dir {folder}/{Path(config).stem}"
+        run(f"test --config {ROOT}/{config} {board} {FEW_STEPS} {options}".split())
+        wandb.finish()
+        (path,) = folder.glob(f"{Path(config).stem}/wandb/offline-run-*")
+        return read(path)
+
+    return tested
+
+
+def test_a_classifier_s_test_shows_its_pictures_and_its_report_is_an_artifact(shown_by):
+    rows = "--data.source.reward_rows 16 --data.source.bare_rows 8"
+    board = shown_by("configs/quickstart/reward.yaml", f"{rows} --dashboard.artifacts true")
     assert board.artifacts.items() >= {f"report-{board.id}": "report"}.items()
     assert board.pictures.keys() >= {"test/confusion", "test/reliability"}
     assert all(picture.read_bytes().startswith(PNG) for (picture,) in board.pictures.values())
 
 
-def test_a_policy_s_test_shows_its_pictures(folder, monkeypatch):
-    import wandb
-
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    monkeypatch.setenv("WANDB_DATA_DIR", str(folder))
-    run(
-        f"""test --config {ROOT}/configs/quickstart/policy.yaml --config {ROOT}/configs/logger/wandb.yaml {FEW_STEPS}
-        {SMALL_POLICY} --ckpt_path last --data.source.policy_rows 64
-        --trainer.logger.save_dir {folder}/steered""".split()
-    )
-    wandb.finish()
-    (path,) = folder.glob("steered/wandb/offline-run-*")
-    board = read(path)
+def test_a_policy_s_test_shows_its_pictures(shown_by):
+    options = f"{SMALL_POLICY} --ckpt_path last --data.source.policy_rows 64"
+    board = shown_by("configs/quickstart/policy.yaml", options)
     assert board.pictures.keys() >= {"steerability/requested_achieved", "steerability/cross_talk"}
     assert all(picture.read_bytes().startswith(PNG) for (picture,) in board.pictures.values())
     assert any("steerability/mean/exact" in row for row in board.history)

@@ -212,7 +212,6 @@ class _Padding:
 
     def __init__(self, attention: Tensor, room: int, as_they_are: bool) -> None:
         self._width = attention.shape[1]
-        self._as_they_are = as_they_are
         self._mask = torch.cat([attention, attention.new_ones(len(attention), room)], dim=1)
         if as_they_are:
             self._mask = self._mask.bool()[:, None, None]
