@@ -12,7 +12,14 @@ from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.workbench.grammar import LEVELS
 
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "gpt2": {
+        **{"n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2},
+        **{"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    },
+}
+"""By architecture. In float64, GPT-2 computes in it throughout; of Llama, transformers computes norms in float32."""
 
 _ADAPTIVE = {"class_path": "moslim.policy.kl_controllers.AdaptiveKL", "init_args": {"target": 0.01}}
 _PACKAGE = "moslim.policy.optimizers"
@@ -26,11 +33,12 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 """Name and options of every policy optimizer; where it can have a KL controller, it has one."""
 
 
-def save_models(folder: Path) -> None:
+def save_models(folder: Path, kind: str = "llama") -> None:
     """Writes ``lm`` and ``classifier`` with random weights; the latter has clear-cut opinions."""
     tokenizer = WorkbenchTokenizer().load()
     torch.manual_seed(0)
-    language_model = Architecture("llama", WorkbenchTokenizer(), {**SIZES, "initializer_range": 0.3}).build(tokenizer)
+    sizes = {**SIZES[kind], "initializer_range": 0.3}
+    language_model = Architecture(kind, WorkbenchTokenizer(), sizes).build(tokenizer)
     classifier = PreferenceClassifier.from_backbone(language_model, PreferenceSet(LEVELS))
     torch.nn.init.normal_(classifier.head.weight, std=0.5)
     for model, name in ((language_model, "lm"), (classifier, "classifier")):
