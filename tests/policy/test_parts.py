@@ -229,7 +229,8 @@ def test_a_rollout_that_fails_leaves_no_trace_in_statistics(world, preferences, 
     with pytest.raises(RuntimeError, match="tired"):
         trainer(tmp_path, max_steps=3, callbacks=[Keep()]).fit(module, data(preferences))
     assert [part.state_dict() for part in module.configure_callbacks()] == states[0] and len(states) == 1
-    assert states[0][-1] == {"factor": module.policy_optimizer.kl_controller.factor} != {"factor": 1.0}
+    factor = module.policy_optimizer.kl_controller.factor
+    assert {"factor": factor} in states[0] and factor != 1.0
 
 
 def test_a_critic_that_came_or_went(world, preferences, tmp_path):
