@@ -1,12 +1,14 @@
 """Real Trainer runs of a module with one parameter."""
 
 import copy
+import os
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
 from moslim.data.module import PreferenceDataModule, spread, to_device
+from moslim.data.prompts import PairEncoder
 from moslim.data.types import Example, Split, View
 from moslim.instructions import SystemMessage
 from moslim.sampling import Reachable
@@ -104,7 +106,14 @@ def test_policy_batches_are_repeated(tokenizer, preferences):
 
 
 @pytest.mark.parametrize(
-    ("view", "options"), [(View.POLICY, {}), (View.POLICY, {"workers": 1}), (View.REWARD, {}), (View.TEXT, {})]
+    ("view", "options"),
+    [
+        (View.POLICY, {}),
+        (View.POLICY, {"workers": 1}),
+        (View.REWARD, {}),
+        (View.REWARD, {"workers": 1, "group_by_length": False}),
+        (View.TEXT, {}),
+    ],
 )
 def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(tmp_path, view, options, tokenizer, preferences):
     def run(ckpt_path=None, callbacks=None):
@@ -122,6 +131,19 @@ def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(tmp_path, view, o
         resumed = run(ckpt_path=tmp_path / name)
         assert resumed.trace == whole.trace[int(name[-7:-5]) :], name
         assert torch.equal(resumed.weight, whole.weight)
+
+
+def test_workers_tokenise_nothing(tokenizer, preferences, monkeypatch, tmp_path):
+    def noted(self, question, answer, spans=PairEncoder.spans):
+        with open(tmp_path / str(os.getpid()), "a") as file:
+            file.write("x")
+        return spans(self, question, answer)
+
+    monkeypatch.setattr(PairEncoder, "spans", noted)
+    module, pairs = Recorder(View.REWARD, tokenizer), data(preferences, workers=2, group_by_length=False)
+    trainer(max_epochs=3, limit_val_batches=0).fit(module, pairs)
+    (own,) = tmp_path.iterdir()  # of this process alone
+    assert own.name == str(os.getpid()) and len(own.read_text()) == len(pairs.rows(View.REWARD, Split.TRAIN))
 
 
 @pytest.mark.parametrize("limits", [{"max_steps": 7, "max_epochs": -1}, {"max_steps": 7, "max_epochs": 4}])

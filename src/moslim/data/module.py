@@ -153,6 +153,8 @@ class PreferenceDataModule(LightningDataModule):
             start_epoch = dataset.start_epoch
         else:
             dataset = self._read_pairs(rows)
+            if self.workers:
+                dataset.encode()
             if not dataset.computed:  # features are all of one length
                 budget = dataset.budget(self.token_budget) if self.token_budget else None
                 lengths = dataset.lengths() if self.group_by_length and budget is None else None

@@ -69,6 +69,10 @@ class Pairs(Dataset[Pair]):
             self._encoded[draw.row] = Pair(*self._encoder.spans(row.question, row.answer or ""), row, rejected)
         return self._encoded[draw.row]
 
+    def encode(self) -> None:
+        """Encodes all rows: processes that are started anew for each epoch would do it in each."""
+        self._all()
+
     def lengths(self) -> list[int]:
         """Tokens of each row, of its longer text where it has two; all rows are encoded for it."""
         return [max(map(len, pair.texts)) for pair in self._all()]
