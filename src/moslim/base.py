@@ -118,7 +118,7 @@ class StepRow(Callback):
     ) -> None:
         """Sends the row, if an optimizer step has been made."""
         module = cast(RunModule, pl_module)
-        if not module.recorded or not shown(trainer, batch_idx):
+        if not module.recorded or not shown(trainer):
             return
         row, module.recorded = {**module.recorded, "epoch": trainer.current_epoch}, {}
         for logger in trainer.loggers:

@@ -14,6 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
+from moslim.checkpoints import within_accumulation
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -31,11 +33,10 @@ def due(trainer: Trainer, steps: int = 1) -> bool:
     return bool(every) and (trainer.global_step + steps) // every > trainer.global_step // every
 
 
-def shown(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether an optimizer step has just been made after this training batch, and is among those that are shown."""
-    every, number = trainer.log_every_n_steps, batch_idx + 1  # type: ignore[attr-defined]  # set dynamically
-    stepped = number % trainer.accumulate_grad_batches == 0 or number >= trainer.num_training_batches
-    return bool(every) and stepped and trainer.global_step % every == 0
+def shown(trainer: Trainer) -> bool:
+    """Whether, at the end of a training batch, an optimizer step has just been made that is among those shown."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set dynamically
+    return bool(every) and not within_accumulation(trainer) and trainer.global_step % every == 0
 
 
 def plain(value: Any) -> Any:

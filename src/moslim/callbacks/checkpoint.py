@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moslim.callbacks.guards import GuardError
+from moslim.checkpoints import within_accumulation
 
 
 class StepCheckpoint(ModelCheckpoint):
@@ -59,9 +60,3 @@ class StepCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved != trainer.global_step:
             self._last_checkpoint_saved = ""  # what Lightning asks
         super().on_train_end(trainer, pl_module)
-
-
-def within_accumulation(trainer: Trainer) -> bool:
-    """Whether gradients of finished batches wait for their optimizer step. An epoch's last batch always makes one."""
-    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-    return done % trainer.accumulate_grad_batches > 0 and done < trainer.num_training_batches

@@ -60,7 +60,7 @@ class Gauges(Callback):
             self._speed = {"speed/tokens": tokens / seconds}
             pl_module.log_dict(self._speed, prog_bar=True, logger=False, batch_size=1)
             self._cycle = None  # in a run resumed within a rollout, its first one has no beginning
-        if self._step is None or self._phase is None or not shown(trainer, batch_idx):
+        if self._step is None or self._phase is None or not shown(trainer):
             return
         self._phase.lap("time/update")
         gauges = {**self._phase.laps, "time/step": self._step.read(), **memory(pl_module.device), **self._speed}
