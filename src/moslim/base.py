@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.jsonlines import JsonLines
 from moslim.reporting import shown
 
@@ -85,10 +86,10 @@ class RunModule(LightningModule):
         """Opens the file of ``predictions``.
 
         Raises:
-            ValueError: There are several processes, which would write over one another.
+            UsageError: There are several processes, which would write over one another.
         """
         if self.trainer.world_size > 1:
-            raise ValueError("predict writes one file in order: run it in one process, with trainer.devices = 1")
+            raise UsageError("predict writes one file in order: run it in one process, with trainer.devices = 1")
         self._writer = self.open_predictions()
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from moslim.errors import UsageError
 from moslim.sharding import whole
 
 if TYPE_CHECKING:
@@ -38,11 +39,11 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Puts the module's own frozen parameters into a checkpoint, which then loads strictly.
 
     Raises:
-        ValueError: They are not those that the checkpoint was trained with.
+        UsageError: They are not those that the checkpoint was trained with.
     """
     frozen = _frozen(module)
     if checkpoint.get(_KEY, fingerprint(frozen)) != fingerprint(frozen):
-        raise ValueError(
+        raise UsageError(
             "the checkpoint was trained on other frozen weights than those loaded now: "
             "give the same backbone and the same set of trained parameters"
         )

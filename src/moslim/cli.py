@@ -23,6 +23,7 @@ from moslim.callbacks.dashboard import Dashboard, continue_run
 from moslim.callbacks.gauges import Gauges
 from moslim.callbacks.role_memory import RoleMemory
 from moslim.data.module import PreferenceDataModule
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.restore import newest_checkpoint
 from moslim.trainer import MoslimTrainer
@@ -90,7 +91,7 @@ class MoslimCLI(LightningCLI):
         self._dump_config()
         for key, value in _leaves(self.config_dump):
             if isinstance(value, str) and value.startswith("Unable to serialize instance"):
-                raise ValueError(
+                raise UsageError(
                     f"the default of `{key}` cannot be written to config.yaml, so the run could not be repeated; "
                     f"give its arguments by keyword, or use None and choose in the code ({value})"
                 )

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from moslim.errors import UsageError
+
 _PART = ".part-"
 _EARLIER = (
     "*.safetensors",
@@ -32,10 +34,10 @@ def whole_folder(folder: Path, is_alike: Callable[[Path], bool]) -> Iterator[Pat
         is_alike: Whether a model that is there already is of the same kind.
 
     Raises:
-        ValueError: It is not.
+        UsageError: It is not.
     """
     if (folder / "config.json").exists() and not is_alike(folder):
-        raise ValueError(f"'{folder}' holds another model, which would be lost: name another folder")
+        raise UsageError(f"'{folder}' holds another model, which would be lost: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(f"{_PART}*"):  # by a process that was killed
         shutil.rmtree(left)
@@ -56,4 +58,4 @@ def refuse_sources(folder: str | Path, sources: Mapping[str, str | None]) -> Non
     """
     for option, source in sources.items():
         if source is not None and Path(source).resolve().is_relative_to(Path(folder).resolve()):
-            raise ValueError(f"'{folder}' holds {option} = '{source}', which this run needs: name another folder")
+            raise UsageError(f"'{folder}' holds {option} = '{source}', which this run needs: name another folder")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from string import Formatter
 
 from moslim.data.types import Message
+from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 OPENING, CLOSING = "[[", "]]"
@@ -18,8 +19,8 @@ def level_words(preference: Preference, preferences: PreferenceSet) -> list[tupl
     """Returns (dimension name, level name) of what a preference asks for, in the order of the set.
 
     Raises:
-        KeyError: The preference names an unknown dimension.
-        ValueError: It asks for a level that the dimension does not have.
+        UsageError: The preference names an unknown dimension.
+        UsageError: It asks for a level that the dimension does not have.
     """
     preferences.encode(preference)  # checks names and levels
     return [
@@ -76,7 +77,7 @@ class Tags(PreferenceInstruction):
         """Returns the tags alone, one space between two.
 
         Raises:
-            ValueError: ``names`` is off, and two dimensions share a level name.
+            UsageError: ``names`` is off, and two dimensions share a level name.
         """
         if not self.names:
             _refuse_shared_level_names(preferences)
@@ -101,7 +102,7 @@ class Template(PreferenceInstruction):
         reserved: Strings of the wording that are to be taken out of questions and answers, besides the shipped ones.
 
     Raises:
-        ValueError: A placeholder is missing, repeated or unknown, or asks for an attribute, item or format.
+        UsageError: A placeholder is missing, repeated or unknown, or asks for an attribute, item or format.
     """
 
     def __init__(self, text: str, reserved: Sequence[str] = ()) -> None:
@@ -109,13 +110,13 @@ class Template(PreferenceInstruction):
         try:
             parts = list(Formatter().parse(text))
         except ValueError as error:
-            raise ValueError(
+            raise UsageError(
                 f"instruction template {text!r}: {error}; write a literal brace as '{{{{' or '}}}}'"
             ) from error
         fields = [name for _, name, _, _ in parts if name is not None]
         plain = all(not spec and not conversion for _, _, spec, conversion in parts)
         if sorted(fields) != ["preferences", "question"] or not plain:
-            raise ValueError(
+            raise UsageError(
                 f"instruction template {text!r} has placeholders {fields}: "
                 "it must hold {question} and {preferences}, each exactly once and plain, and no other"
             )
@@ -137,7 +138,7 @@ def _refuse_shared_level_names(preferences: PreferenceSet) -> None:
     for dimension in preferences.dimensions:
         for level in dimension.levels:
             if level in owner:
-                raise ValueError(
+                raise UsageError(
                     f"dimensions '{owner[level]}' and '{dimension.name}' both have a level '{level}': "
                     "rename one, or use Tags with names: true"
                 )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from moslim.errors import UsageError
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
@@ -49,7 +51,7 @@ def add_lora(
         trained_whole: Names of modules that stay trainable as they are, such as a new head.
 
     Raises:
-        ValueError: ``target_modules`` is not given and peft has no advice for the architecture.
+        UsageError: ``target_modules`` is not given and peft has no advice for the architecture.
     """
     from peft import get_peft_model
 
@@ -81,7 +83,7 @@ def attach_adapter(
         Its weights in the model.
 
     Raises:
-        ValueError: The layers that it changes are not those that it has weights for.
+        UsageError: The layers that it changes are not those that it has weights for.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -91,7 +93,7 @@ def attach_adapter(
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     found = {f"{PEFT_PREFIX}{inside}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in weights.items()}
     if wanted.keys() != found.keys():
-        raise ValueError(
+        raise UsageError(
             f"the adapter '{name}' lacks the weights {sorted(wanted.keys() - found.keys())} and has "
             f"{sorted(found.keys() - wanted.keys())}, which have no place: it is incomplete or its keys are renamed"
         )
@@ -148,6 +150,6 @@ def _recommended(config: Any) -> list[str] | str:
 
     kind = getattr(config, "backbone", config).model_type
     if kind not in KNOWN:
-        raise ValueError(f"no layers to adapt are known for '{kind}': give lora.target_modules, e.g. [q_proj, v_proj]")
+        raise UsageError(f"no layers to adapt are known for '{kind}': give lora.target_modules, e.g. [q_proj, v_proj]")
     known = KNOWN[kind]
     return known if isinstance(known, str) else list(known)

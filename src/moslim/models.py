@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from moslim.errors import MissingFileError, UsageError
+
 
 class TokenizerSource(ABC):
     """Where the tokenizer of a model with random weights comes from."""
@@ -77,7 +79,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """Loads the tokenizer of a Hub name or folder.
 
     Raises:
-        FileNotFoundError: There is none.
+        MissingFileError: There is none.
     """
     with named(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -87,7 +89,7 @@ def load_causal_lm(path: str, trust_remote_code: bool = False, dtype: torch.dtyp
     """Loads a causal language model from a Hub name or folder; weights must be safetensors.
 
     Raises:
-        FileNotFoundError: There is none.
+        MissingFileError: There is none.
     """
     with named(path):
         return AutoModelForCausalLM.from_pretrained(
@@ -100,18 +102,18 @@ def named(path: str) -> Iterator[None]:
     """Says which model is meant where none can be loaded.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such model on the Hub; or it cannot be reached.
+        MissingFileError: There is no such folder, and no such model on the Hub; or it cannot be reached.
     """
     folder = Path(path).is_dir()
     if not folder and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no folder '{path}' (looked in {Path.cwd()}): is what makes it still to be run?"
         )
     try:
         yield
     except OSError as error:
         where = "cannot be loaded" if folder else "is no folder here, and the Hub gives no such model"
-        raise FileNotFoundError(f"the model '{path}' {where}: {error}") from error
+        raise MissingFileError(f"the model '{path}' {where}: {error}") from error
 
 
 def align(model: nn.Module) -> None:
@@ -144,11 +146,11 @@ def fuse_kernels(model: PreTrainedModel) -> None:
     Its fused losses stay out: log-probabilities here do not come from the model's own loss, and never hold all logits.
 
     Raises:
-        ValueError: There is no CUDA device.
+        UsageError: There is no CUDA device.
         ModuleNotFoundError: Liger is not installed.
     """
     if not torch.cuda.is_available():
-        raise ValueError("model.liger is true, but Liger's kernels need a CUDA device, and there is none: leave it out")
+        raise UsageError("model.liger is true, but Liger's kernels need a CUDA device, and there is none: leave it out")
     if find_spec("liger_kernel") is None:
         raise ModuleNotFoundError("model.liger is true, but liger-kernel is not installed: pip install 'moslim[liger]'")
     from transformers.integrations.liger import apply_liger_kernel

@@ -13,6 +13,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from moslim.errors import UsageError
+
 
 @runtime_checkable
 class FollowsRun(Protocol):
@@ -37,12 +39,12 @@ class WarmupDecay(LRScheduler):
             that below 1 the rate stays high for longer.
 
     Raises:
-        ValueError: ``power`` is not above 0.
+        UsageError: ``power`` is not above 0.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 0, final: float = 0.0, power: float = 1.0) -> None:
         if power <= 0:
-            raise ValueError(f"power is {power}: give a number above 0; 1 falls linearly")
+            raise UsageError(f"power is {power}: give a number above 0; 1 falls linearly")
         self.warmup_steps = warmup_steps
         self.final = final
         self.power = power
@@ -68,7 +70,7 @@ class WarmupDecay(LRScheduler):
             raise RuntimeError("WarmupDecay does not know the length of the run: call follow() with a function for it")
         end = self._run_length()
         if not math.isfinite(end):
-            raise ValueError("WarmupDecay needs a run that ends: set trainer.max_steps or trainer.max_epochs")
+            raise UsageError("WarmupDecay needs a run that ends: set trainer.max_steps or trainer.max_epochs")
         done = min(1.0, (step - self.warmup_steps) / max(1.0, end - self.warmup_steps))
         return self.final + (1.0 - self.final) * (1.0 - done) ** self.power
 

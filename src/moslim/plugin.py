@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from lightning.pytorch import Callback
 
 from moslim.checkpoints import class_path
+from moslim.errors import UsageError
 
 
 class Plugin(Callback):
@@ -39,12 +40,12 @@ def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
     """All parts, those inside of others after them, each with its place set.
 
     Raises:
-        ValueError: One and the same part stands in two places, where its state could not be told apart.
+        UsageError: One and the same part stands in two places, where its state could not be told apart.
     """
     parts = _placed(plugins)
     for i, part in enumerate(parts):
         if any(part is earlier for earlier in parts[:i]):
-            raise ValueError(
+            raise UsageError(
                 f"the same {type(part).__name__} stands in two places of the model's {part.role}: its hooks would run "
                 "twice and its state would be saved once; make two of them"
             )
@@ -89,7 +90,7 @@ def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> 
         configured: ``trainer.callbacks``.
 
     Raises:
-        ValueError: A part's type, or one that it is derived from, is also in ``configured``, where Lightning would
+        UsageError: A part's type, or one that it is derived from, is also in ``configured``, where Lightning would
             silently replace one by the other.
     """
     parts = own_parts(plugins)
@@ -97,7 +98,7 @@ def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> 
         own = type(callback)
         twin = next((part for part in parts if own is not Callback and isinstance(part, own)), None)
         if twin is not None and callback not in parts:  # after a first run, `configured` holds the parts themselves
-            raise ValueError(
+            raise UsageError(
                 f"trainer.callbacks lists a {type(callback).__name__}, which is also the model's {twin.role}: "
                 "remove it from trainer.callbacks"
             )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
+
 INACTIVE = -1
 """Entry of a target tensor for a dimension that the prompt does not mention."""
 
@@ -26,9 +28,9 @@ class Dimension:
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2:
-            raise ValueError(f"dimension '{self.name}' has levels {list(self.levels)}: give at least two")
+            raise UsageError(f"dimension '{self.name}' has levels {list(self.levels)}: give at least two")
         if len(set(self.levels)) != len(self.levels):
-            raise ValueError(f"dimension '{self.name}' names a level twice: {list(self.levels)}")
+            raise UsageError(f"dimension '{self.name}' names a level twice: {list(self.levels)}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class PreferenceSet:
 
     def __init__(self, dimensions: dict[str, list[str]]) -> None:
         if not dimensions:
-            raise ValueError("preferences.dimensions is empty: name at least one dimension with its levels")
+            raise UsageError("preferences.dimensions is empty: name at least one dimension with its levels")
         self.dimensions = tuple(Dimension(name, tuple(levels)) for name, levels in dimensions.items())
 
     @property
@@ -80,7 +82,7 @@ class PreferenceSet:
         for dimension in self.dimensions:
             if dimension.name == name:
                 return dimension
-        raise KeyError(f"no dimension '{name}'; there are: {', '.join(self.names)}")
+        raise UsageError(f"no dimension '{name}'; there are: {', '.join(self.names)}")
 
     def to_dict(self) -> dict[str, list[str]]:
         """The constructor's argument, as plain data."""
@@ -90,14 +92,14 @@ class PreferenceSet:
         """Returns the targets ``[D]`` (int64) of a preference; ``INACTIVE`` where it asks for nothing.
 
         Raises:
-            KeyError: The preference names an unknown dimension.
-            ValueError: It asks for a level that the dimension does not have.
+            UsageError: The preference names an unknown dimension.
+            UsageError: It asks for a level that the dimension does not have.
         """
         target = torch.full((len(self),), INACTIVE, dtype=torch.long)
         for name, level in preference.levels.items():
             size = len(self[name].levels)
             if not 0 <= level < size:
-                raise ValueError(f"level {level} of dimension '{name}' is outside 0..{size - 1}")
+                raise UsageError(f"level {level} of dimension '{name}' is outside 0..{size - 1}")
             target[self.names.index(name)] = level
         return target
 
@@ -114,16 +116,16 @@ class PreferenceSet:
             owner: What ``other`` belongs to, for the error message.
 
         Raises:
-            ValueError: A dimension is missing in ``other`` or has another number of levels there.
+            UsageError: A dimension is missing in ``other`` or has another number of levels there.
         """
         for dimension in self.dimensions:
             if dimension.name not in other.names:
-                raise ValueError(
+                raise UsageError(
                     f"dimension '{dimension.name}' is unknown to the {owner}, which has: {', '.join(other.names)}"
                 )
             theirs, ours = len(other[dimension.name].levels), len(dimension.levels)
             if theirs != ours:
-                raise ValueError(
+                raise UsageError(
                     f"dimension '{dimension.name}' has {ours} levels in `preferences` but {theirs} in the {owner}"
                 )
         return [other.names.index(name) for name in self.names]

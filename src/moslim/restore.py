@@ -7,6 +7,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from moslim.errors import MissingFileError
+
 _PLACES = ("*.ckpt", "checkpoints/*.ckpt", "version_*/checkpoints/*.ckpt")
 
 
@@ -18,12 +20,12 @@ def newest_checkpoint(folders: Iterable[str | Path]) -> Path:
             every ``version_N``, so that a second process finds what the first one left.
 
     Raises:
-        FileNotFoundError: There is none.
+        MissingFileError: There is none.
     """
     roots = list(dict.fromkeys(Path(folder) for folder in folders))
     found = [path for root in roots for place in _PLACES for path in root.glob(place)]
     if not found:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"--ckpt_path last: no checkpoint under {', '.join(map(str, roots))}; run `fit` with the same "
             "--trainer.default_root_dir first, or name a file"
         )
@@ -41,10 +43,10 @@ def restore(trainer: Trainer, model: LightningModule, path: str | Path) -> None:
         path: The checkpoint; only tensors and plain data are read from it.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        MissingFileError: There is no such file.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"--ckpt_path {path}: there is no such checkpoint")
+        raise MissingFileError(f"--ckpt_path {path}: there is no such checkpoint")
     checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)

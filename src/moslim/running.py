@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.preferences import INACTIVE, Dimension, PreferenceSet
 
 
@@ -25,7 +26,7 @@ class RunningLevels:
 
     def __init__(self, decay: float) -> None:
         if not 0 < decay < 1:
-            raise ValueError(f"decay is {decay}: it must lie between 0 and 1")
+            raise UsageError(f"decay is {decay}: it must lie between 0 and 1")
         self.decay = decay
         self._seen: dict[str, list[float]] = {}  # count, mean, variance
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from moslim.errors import UsageError
 from moslim.processes import process_rank
 
 
@@ -20,13 +21,13 @@ def shard_mesh(module: LightningModule) -> DeviceMesh | None:
     """The processes that share a module's weights; None where its strategy leaves them whole.
 
     Raises:
-        ValueError: The strategy is to divide computations too.
+        UsageError: The strategy is to divide computations too.
     """
     if module.device_mesh is None:
         return None
     divided = module.device_mesh["tensor_parallel"].size()
     if divided > 1:
-        raise ValueError(
+        raise UsageError(
             f"trainer.strategy.tensor_parallel_size is {divided}, but models are sharded over data-parallel processes "
             "only: set it to 1, and data_parallel_size to the number of all processes (configs/trainer/fsdp.yaml)"
         )
@@ -43,12 +44,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, between_passes: bool = True) -> No
             same number of passes. Otherwise :class:`StepShards` says when.
 
     Raises:
-        ValueError: A transformer does not say which of its modules are blocks.
+        UsageError: A transformer does not say which of its modules are blocks.
     """
     kinds = getattr(model, "_no_split_modules", ()) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks and hasattr(model, "_no_split_modules"):
-        raise ValueError(
+        raise UsageError(
             f"{type(model).__name__} does not name its blocks (_no_split_modules), so that its weights cannot be "
             "sharded: take trainer.strategy ddp"
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from moslim.data.prompts import as_messages
 from moslim.data.sources.records import read_file
 from moslim.data.types import Question
+from moslim.errors import MissingFileError, UsageError
 from moslim.levels import expected_level
 from moslim.mapping.taste import Taste
 from moslim.reward.scorer import Scorer
@@ -40,22 +41,22 @@ def read_choices(path: str) -> list[Choice]:
     """Reads a JSON Lines file (or another table, see :func:`~moslim.data.sources.records.read_file`).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line lacks a field or holds something else than text; the message names file, line and field.
+        MissingFileError: There is no such file.
+        UsageError: A line lacks a field or holds something else than text; the message names file, line and field.
     """
     choices = []
     for record in read_file(path):
         for name in ("chosen", "rejected"):
             if not isinstance(record.fields.get(name), str):
-                raise ValueError(f"{record.place}, field '{name}': {record.fields.get(name)!r} is not a text")
+                raise UsageError(f"{record.place}, field '{name}': {record.fields.get(name)!r} is not a text")
         question: Any = record.fields.get("question")
         try:
             as_messages(question)
         except ValueError as error:
-            raise ValueError(f"{record.place}, field 'question': {error}") from error
+            raise UsageError(f"{record.place}, field 'question': {error}") from error
         choices.append(Choice(question, record.fields["chosen"], record.fields["rejected"]))
     if not choices:
-        raise ValueError(f"{path} holds no choices")
+        raise UsageError(f"{path} holds no choices")
     return choices
 
 
@@ -73,7 +74,7 @@ def logistic_weights(differences: Tensor, l2: float) -> tuple[Tensor, Tensor]:
         Weights and their standard errors, ``[D]`` float64 each.
     """
     if l2 <= 0:
-        raise ValueError(f"l2 is {l2}: give a positive number, choices that all agree have no finite weights without")
+        raise UsageError(f"l2 is {l2}: give a positive number, choices that all agree have no finite weights without")
     x = differences.double().cpu()
     prior = l2 * torch.eye(x.shape[1], dtype=x.dtype)
 
@@ -147,7 +148,7 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
         l2: Strength of the regularisation; the prior of a weight has a standard deviation of l2 ** -0.5.
     """
     if not Path(choices).is_file():
-        raise FileNotFoundError(f"--choices {choices}: there is no such file")
+        raise MissingFileError(f"--choices {choices}: there is no such file")
     taste = fit_taste(read_choices(choices), Scorer.from_pretrained(classifier), l2)
     taste.save(output)
     print(f"{taste.choices} choices, {taste.agreement:.0%} foretold by the others; weights in log-odds per full range:")

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from moslim.callbacks.replay import Replay, Replayed, StepTaken
 from moslim.callbacks.tables import render
+from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
 from moslim.processes import any_process
 from moslim.restore import restore
@@ -80,12 +81,12 @@ class MoslimTrainer(Trainer):
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
-            TypeError: The module cannot answer.
-            ValueError: There is no question.
+            UsageError: The module cannot answer.
+            UsageError: There is no question.
         """
         answer = _method(model, "answer")
         if not question.strip():
-            raise ValueError("generate needs a question: --question 'How do I make tea?'")
+            raise UsageError("generate needs a question: --question 'How do I make tea?'")
         self._attach(model, datamodule, ckpt_path)
         answers: list[str] = answer(question, levels or {}, samples)
         print("\n\n".join(answers))
@@ -113,12 +114,12 @@ class MoslimTrainer(Trainer):
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
-            TypeError: The module cannot be exported.
-            ValueError: No checkpoint is named, and the module starts untrained.
+            UsageError: The module cannot be exported.
+            UsageError: No checkpoint is named, and the module starts untrained.
         """
         export = _method(model, "export" if form == "merged" else "export_adapter")
         if ckpt_path is None and not getattr(model, "starts_trained", False):
-            raise ValueError("export needs a trained model: --ckpt_path last, or a file")
+            raise UsageError("export needs a trained model: --ckpt_path last, or a file")
         self._attach(model, datamodule, ckpt_path)
         export(out)
         untrained = "" if ckpt_path else ": what the run starts from, not trained any further (there is no --ckpt_path)"
@@ -142,22 +143,22 @@ class MoslimTrainer(Trainer):
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
-            TypeError: The module is no PolicyTrainer.
-            ValueError: No file is named, there are several processes, or training was over.
+            UsageError: The module is no PolicyTrainer.
+            UsageError: No file is named, there are several processes, or training was over.
         """
         if not isinstance(model, PolicyTrainer):
-            raise TypeError(f"replay shows a step of a PolicyTrainer, not of a {type(model).__name__}")
+            raise UsageError(f"replay shows a step of a PolicyTrainer, not of a {type(model).__name__}")
         if ckpt_path is None:
-            raise ValueError("replay needs a file that a guard kept: --ckpt_path .../guards/NAME.ckpt")
+            raise UsageError("replay needs a file that a guard kept: --ckpt_path .../guards/NAME.ckpt")
         if self.world_size > 1:
-            raise ValueError("replay takes one process: --trainer.devices 1")
+            raise UsageError("replay takes one process: --trainer.devices 1")
         replay = Replay()
         self.loggers, self.callbacks = [], [replay]  # what writes is left out
         with warnings.catch_warnings(), contextlib.suppress(StepTaken):
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
         if replay.found is None:
-            raise ValueError(
+            raise UsageError(
                 f"--ckpt_path {ckpt_path}: there is no step after it, trainer.max_steps or max_epochs is reached"
             )
         _show(replay.found)
@@ -188,5 +189,5 @@ def _show(found: Replayed) -> None:
 def _method(model: LightningModule, name: str) -> Any:
     method = getattr(model, name, None)
     if not callable(method):
-        raise TypeError(f"{type(model).__name__} has no method `{name}`: is this the config of another kind of model?")
+        raise UsageError(f"{type(model).__name__} has no method `{name}`: is this the config of another kind of model?")
     return method

@@ -18,6 +18,7 @@ from moslim.callbacks.dashboard import Dashboard
 from moslim.callbacks.gauges import Gauges
 from moslim.callbacks.guards import Guards
 from moslim.callbacks.tables import render
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 
 NAN = float("nan")
@@ -229,7 +230,7 @@ def test_fast_dev_run_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_a_module_without_answers_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="BoringModel gives none"):
+    with pytest.raises(UsageError, match="BoringModel gives none"):
         fit(tmp_path, CompletionTable(), BoringModel(), False)
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from moslim.callbacks import faults
 from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.guards import GuardError, Guards
+from moslim.errors import UsageError
 from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import GRPO, RLOO
@@ -283,7 +284,7 @@ def test_replay_says_what_it_needs(policy, preferences, tmp_path):
         trainer(tmp_path).replay(policy(), data(preferences))
     with pytest.raises(ValueError, match="replay takes one process"):
         trainer(tmp_path, devices=2).replay(policy(), data(preferences), ckpt_path="some.ckpt")
-    with pytest.raises(TypeError, match="a step of a PolicyTrainer, not of a BoringModel"):
+    with pytest.raises(UsageError, match="a step of a PolicyTrainer, not of a BoringModel"):
         trainer(tmp_path).replay(BoringModel(), ckpt_path="some.ckpt")
 
 
@@ -292,7 +293,7 @@ def test_wrong_options_and_modules(tmp_path):
         Guards(kl="halt")
     with pytest.raises(ValueError, match=r"kl_limit is 0.0.*more than 0"):
         Guards(kl_limit=0.0)
-    with pytest.raises(TypeError, match="Guards watch a PolicyTrainer, not a BoringModel"):
+    with pytest.raises(UsageError, match="Guards watch a PolicyTrainer, not a BoringModel"):
         trainer(tmp_path, max_steps=1, callbacks=[Guards()]).fit(BoringModel())
 
 

@@ -14,6 +14,7 @@ from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.sources.workbench import Workbench
 from moslim.data.types import Example
+from moslim.errors import UsageError
 from moslim.models import Architecture, WorkbenchTokenizer
 from moslim.policy.engines import TorchEngine
 from moslim.preferences import PreferenceSet
@@ -120,7 +121,7 @@ def test_other_modules_and_other_data_are_refused(tmp_path: Path) -> None:
         def rows(self, *_: object) -> list[Example]:
             return [Example("How do I clean the kettle?", "Good luck.")] * 4
 
-    with pytest.raises(TypeError, match="measures a SupervisedTrainer, not a Other"):
+    with pytest.raises(UsageError, match="measures a SupervisedTrainer, not a Other"):
         trainer(tmp_path, StyleProbe()).fit(Other(), [torch.zeros(1)])
-    with pytest.raises(TypeError, match=r"the embedded world, but data.source is a Rows"):
+    with pytest.raises(UsageError, match=r"the embedded world, but data.source is a Rows"):
         trainer(tmp_path, StyleProbe()).fit(RuleFollower(), data(Rows()))

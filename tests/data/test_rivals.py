@@ -11,6 +11,7 @@ from moslim.data.sources.rivals import Rivals
 from moslim.data.sources.table import Table
 from moslim.data.sources.workbench import Workbench
 from moslim.data.types import Example, Split, View
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import LEVELS
@@ -91,5 +92,5 @@ def test_other_views_and_an_unknown_dimension(tmp_path: Path) -> None:
     for view in (View.POLICY, View.TEXT):
         expected = source.rows(view, Split.TRAIN, PREFERENCES, 0)
         assert rivals.rows(view, Split.TRAIN, PREFERENCES, 0) == expected
-    with pytest.raises(KeyError, match="no dimension 'tone'; there are: size, heat"):
+    with pytest.raises(UsageError, match="no dimension 'tone'; there are: size, heat"):
         Rivals(source, "tone").rows(View.REWARD, Split.TRAIN, PREFERENCES, 0)

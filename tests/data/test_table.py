@@ -7,6 +7,7 @@ import pytest
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.sources.table import Table
 from moslim.data.types import Example, Split, View
+from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*training (labels|row)", "ignore:.*the answer is empty")
@@ -189,7 +190,7 @@ def test_a_missing_file_and_an_unknown_dimension(write):
     with pytest.raises(FileNotFoundError, match=r"no file 'nowhere.csv'"):
         rows(Table("nowhere.csv"))
     path = write("question,answer,size,heat\na,b,1,0\n")
-    with pytest.raises(KeyError, match=r"data\.source\.columns: no dimension 'weight'; there are: size, heat"):
+    with pytest.raises(UsageError, match=r"data\.source\.columns: no dimension 'weight'; there are: size, heat"):
         rows(Table(path, columns={"weight": "size"}))
     with pytest.raises(ValueError, match="'dev' is no table file"):
         rows(Table(path, validation="dev"), split=Split.VALIDATION)
@@ -328,7 +329,7 @@ def test_errors_in_comparisons(write, fields, message):
 
 def test_comparisons_need_known_dimensions_and_an_answer_to_compare(write):
     path = write("question,answer,worse\nq,a,b\n")
-    with pytest.raises(KeyError, match=r"data\.source\.compared: no dimension 'weight'"):
+    with pytest.raises(UsageError, match=r"data\.source\.compared: no dimension 'weight'"):
         rows(Table(path, rejected="worse", compared=["weight"]))
     with pytest.raises(ValueError, match=r"line 2: no field 'bad'.*`rejected`"):
         rows(Table(path, rejected="bad"))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moslim.errors import UsageError
 from moslim.mapping import Constrained, ExpectedDistance, TargetProbability, TasteWeights
 from moslim.plugin import own_parts
 from moslim.preferences import PreferenceSet
@@ -82,7 +83,7 @@ def test_wrong_arguments_are_named() -> None:
     for level in (0, 5):
         with pytest.raises(ValueError, match=r"dimension 'five' can be held at 1\.\.4"):
             bound(at_least=level)
-    with pytest.raises(KeyError, match="no dimension 'six'"):
+    with pytest.raises(UsageError, match="no dimension 'six'"):
         bound(hold="six")
     with pytest.raises(ValueError, match=r"share is 1\.5"):
         bound(share=1.5)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from moslim.errors import UsageError
 from moslim.mapping import Tchebycheff
 from moslim.preferences import PreferenceSet
 
@@ -53,7 +54,7 @@ def test_a_fulfilled_request_is_worth_nothing_whatever_it_names() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(KeyError, match="no dimension 'six'"):
+    with pytest.raises(UsageError, match="no dimension 'six'"):
         bound(weights={"six": 1.0})
     with pytest.raises(ValueError, match="weight of 'two' is -1"):
         Tchebycheff(weights={"two": -1.0})

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moslim.errors import UsageError
 from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability, Tchebycheff, Weighted
 from moslim.mapping.base import weighted_mean
 from moslim.preferences import PreferenceSet
@@ -56,5 +57,5 @@ def test_refusals_say_what_to_do() -> None:
         Weighted(ExpectedDistance(), {"two": 0.0})
     with pytest.raises(ValueError, match="'five' has 5 levels, but 2 weights"):
         bound(Weighted(ExpectedDistance(), {"five": [1.0, 2.0]}))
-    with pytest.raises(KeyError, match="none"):
+    with pytest.raises(UsageError, match="none"):
         bound(Weighted(ExpectedDistance(), {"none": 1.0}))

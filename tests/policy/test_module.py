@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moslim.data.prompts import prompt_ids
+from moslim.errors import UsageError
 from moslim.evaluation.judges import GoldJudge
 from moslim.instructions import PreferenceInstruction
 from moslim.levels import requested_probability
@@ -391,7 +392,7 @@ def test_answers_to_one_question_are_samples(preferences, lm, classifier, tmp_pa
     trainer(tmp_path).validate(module, module_data, verbose=False)
     found = module.answer("How do I clean a kettle?", {}, samples=4)
     assert len(found) == 4 and len(set(found)) > 1 and module.answer("How do I clean a kettle?", {}, 2) == found[:2]
-    with pytest.raises(KeyError, match="colour"):
+    with pytest.raises(UsageError, match="colour"):
         module.answer("How do I clean a kettle?", {"colour": 1})
 
 

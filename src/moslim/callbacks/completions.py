@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from moslim.callbacks.answers import Row, answer_rows, append, escaped, flat, write_parquet
 from moslim.callbacks.tables import render
+from moslim.errors import UsageError
 
 
 class CompletionTable(Callback):
@@ -26,7 +27,7 @@ class CompletionTable(Callback):
 
     def __init__(self, every_n_steps: int = 50, rows: int = 4) -> None:
         if every_n_steps < 1 or rows < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} and rows={rows} must both be at least 1")
+            raise UsageError(f"every_n_steps={every_n_steps} and rows={rows} must both be at least 1")
         self.every_n_steps = every_n_steps
         self.rows = rows
         self._shown = 0
@@ -36,7 +37,7 @@ class CompletionTable(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "rollout"):
-            raise TypeError(
+            raise UsageError(
                 f"CompletionTable shows a policy's answers, and {type(pl_module).__name__} gives none: "
                 "take it out of trainer.callbacks"
             )

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from moslim.errors import UsageError
+
 
 class GateError(RuntimeError):
     """The metrics of a run are not good enough to go on."""
@@ -28,7 +30,7 @@ class Gate(Callback):
         self.minimum = minimum
         self.maximum = maximum or {}
         if not self.minimum and not self.maximum:
-            raise ValueError("Gate: give at least one threshold in `minimum` or `maximum`")
+            raise UsageError("Gate: give at least one threshold in `minimum` or `maximum`")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the last epoch; the checkpoints are written by then."""

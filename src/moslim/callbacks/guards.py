@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from moslim.callbacks import faults
+from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
 from moslim.policy.state import GUARD_RECORD
 from moslim.processes import gathered
@@ -41,7 +42,7 @@ class Guards(Callback):
         keep: Whether to write the file.
 
     Raises:
-        ValueError: An action is unknown, or a limit is not above 0.
+        UsageError: An action is unknown, or a limit is not above 0.
     """
 
     def __init__(
@@ -64,9 +65,9 @@ class Guards(Callback):
         }
         for name, action in self.actions.items():
             if action not in ("stop", "warn", "off"):
-                raise ValueError(f"guards.{name} is '{action}': give 'stop', 'warn' or 'off'")
+                raise UsageError(f"guards.{name} is '{action}': give 'stop', 'warn' or 'off'")
         if min(kl_limit, ratio_tolerance) <= 0:
-            raise ValueError(f"guards.kl_limit is {kl_limit}, ratio_tolerance {ratio_tolerance}: give more than 0")
+            raise UsageError(f"guards.kl_limit is {kl_limit}, ratio_tolerance {ratio_tolerance}: give more than 0")
         self.kl_limit = kl_limit
         self.ratio_tolerance = ratio_tolerance
         self.keep = keep
@@ -78,10 +79,10 @@ class Guards(Callback):
         """Refuses a module that has no rollouts.
 
         Raises:
-            TypeError: The module is no PolicyTrainer.
+            UsageError: The module is no PolicyTrainer.
         """
         if not isinstance(pl_module, PolicyTrainer):
-            raise TypeError(f"Guards watch a PolicyTrainer, not a {type(pl_module).__name__}")
+            raise UsageError(f"Guards watch a PolicyTrainer, not a {type(pl_module).__name__}")
         self.trips.clear()  # of an earlier run; a checkpoint's are taken up after this
 
     def state_dict(self) -> dict[str, Any]:

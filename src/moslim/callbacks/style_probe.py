@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from moslim.data.sources.workbench import Workbench
+from moslim.errors import UsageError
 from moslim.supervised.module import SupervisedTrainer
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import COARSE, QUESTIONS, Topic
@@ -33,15 +34,15 @@ class StyleProbe(Callback):
         """See Lightning.
 
         Raises:
-            TypeError: The module is no SupervisedTrainer, or its data are not the embedded world's.
+            UsageError: The module is no SupervisedTrainer, or its data are not the embedded world's.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(pl_module, SupervisedTrainer):
-            raise TypeError(f"StyleProbe measures a SupervisedTrainer, not a {type(pl_module).__name__}")
+            raise UsageError(f"StyleProbe measures a SupervisedTrainer, not a {type(pl_module).__name__}")
         source = getattr(trainer.datamodule, "source", None)  # type: ignore[attr-defined]
         if not isinstance(source, Workbench):
-            raise TypeError(f"StyleProbe asks about the embedded world, but data.source is a {type(source).__name__}")
+            raise UsageError(f"StyleProbe asks about the embedded world, but data.source is a {type(source).__name__}")
         topics, found = source.topics(held_out=False), {}
         for number, (dimension, words) in enumerate(COARSE.items()):
             low, high = (self._mean_level(pl_module, topics, dimension, word, number) for word in words)

@@ -15,6 +15,7 @@ from moslim.data.prompts import PromptRenderer, pad, pad_id
 from moslim.data.requests import Request
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, PromptBatch, Question
+from moslim.errors import UsageError
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import PreferenceSampler
@@ -72,12 +73,12 @@ class SampledPrompts(Dataset[Prompt]):
         """Returns the prompt of a row in an epoch.
 
         Raises:
-            ValueError: The sampler asks for a combination that the source holds out.
+            UsageError: The sampler asks for a combination that the source holds out.
         """
         generator = random.Random(derive_seed(self._seed, draw.epoch, draw.row))
         preference = self._sampler.draw(self._preferences, generator, self._source)
         if preference and self._source.held_out(preference):
-            raise ValueError(
+            raise UsageError(
                 f"{type(self._sampler).__name__} drew {dict(preference.levels)}, which {type(self._source).__name__} "
                 "holds out from training: draw again while source.held_out(preference)"
             )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moslim.errors import UsageError
 from moslim.noise import derive_seed
 
 
@@ -125,10 +126,10 @@ def ordered_batches(rows: int, size: int, ranks: int) -> list[list[int]]:
     """Cuts the rows, in order, into batches. A last one with fewer rows than ranks joins the one before it.
 
     Raises:
-        ValueError: There are fewer rows than ranks, so that a rank would have nothing to do.
+        UsageError: There are fewer rows than ranks, so that a rank would have nothing to do.
     """
     if rows < ranks:
-        raise ValueError(f"{rows} rows cannot be shared out to {ranks} processes: use fewer devices")
+        raise UsageError(f"{rows} rows cannot be shared out to {ranks} processes: use fewer devices")
     batches = [list(range(start, min(start + size, rows))) for start in range(0, rows, size)]
     if len(batches) > 1 and len(batches[-1]) < ranks:
         tail = batches.pop()
@@ -145,13 +146,13 @@ def full_batches(stages: Sequence[int], size: int, ranks: int) -> list[list[int]
         ranks: Number of processes.
 
     Raises:
-        ValueError: A stage has too few rows for a single batch.
+        UsageError: A stage has too few rows for a single batch.
     """
     rows = [[row for row, own in enumerate(stages) if own == stage] for stage in sorted(set(stages))]
     fewest = min(map(len, rows), default=0)
     if fewest < size * ranks:
         which = " of one stage" if len(rows) > 1 else ""
-        raise ValueError(
+        raise UsageError(
             f"there are only {fewest} training rows{which}, too few for one batch of {size} on each of {ranks} "
             "processes: lower data.batch_size"
         )
@@ -177,7 +178,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         budget: What batches may cost, instead of ``batch_size`` and ``lengths``; no row is dropped then.
 
     Raises:
-        ValueError: A stage has too few rows for a single batch, or there is not one stage per row.
+        UsageError: A stage has too few rows for a single batch, or there is not one stage per row.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
     ) -> None:
         staged = [0] * rows if stages is None else stages
         if len(staged) != rows:
-            raise ValueError(f"stages has {len(staged)} entries for {rows} rows")
+            raise UsageError(f"stages has {len(staged)} entries for {rows} rows")
         self._stages = full_batches(staged, 1 if budget else batch_size, ranks)
         self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
         self.rank, self.ranks, self.lengths = rank, ranks, lengths
@@ -309,7 +310,7 @@ class OrderedBatches:
         ranks: Number of processes; all have the same number of batches.
 
     Raises:
-        ValueError: There are fewer rows than processes.
+        UsageError: There are fewer rows than processes.
     """
 
     def __init__(

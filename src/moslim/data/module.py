@@ -23,6 +23,7 @@ from moslim.data.requests import Request, combination_requests, sweep_requests
 from moslim.data.sources.base import Source
 from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
+from moslim.errors import UsageError
 from moslim.instructions import RESERVED, PreferenceInstruction, Tags
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
@@ -67,7 +68,7 @@ class PreferenceDataModule(LightningDataModule):
         workers: Processes that prepare training batches; 0 prepares them in the main process.
 
     Raises:
-        ValueError: A batch size below 1, ``scramble`` with a batch of one, where there is nothing to exchange, or
+        UsageError: A batch size below 1, ``scramble`` with a batch of one, where there is nothing to exchange, or
             ``token_budget`` without ``group_by_length``.
     """
 
@@ -91,11 +92,11 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size) < 1:
-            raise ValueError(f"batch_size is {batch_size}, eval_batch_size {eval_batch_size}: give 1 or more")
+            raise UsageError(f"batch_size is {batch_size}, eval_batch_size {eval_batch_size}: give 1 or more")
         if scramble and batch_size < 2:
-            raise ValueError("scramble exchanges levels within a batch, so it needs a batch_size of two or more")
+            raise UsageError("scramble exchanges levels within a batch, so it needs a batch_size of two or more")
         if token_budget is not None and (token_budget < 1 or not group_by_length):
-            raise ValueError(
+            raise UsageError(
                 f"token_budget = {token_budget}, group_by_length = {group_by_length}: a budget is a positive number of "
                 "tokens, and its batches hold rows of like length; leave token_budget out, or group_by_length on"
             )
@@ -131,7 +132,7 @@ class PreferenceDataModule(LightningDataModule):
         """Says that there are too few rows for a batch before a frozen backbone has run over them.
 
         Raises:
-            ValueError: There are.
+            UsageError: There are.
         """
         if stage == "fit" and self._row_features is not None:
             full_batches(
@@ -142,7 +143,7 @@ class PreferenceDataModule(LightningDataModule):
         """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
 
         Raises:
-            ValueError: A stage has too few training rows for one batch.
+            UsageError: A stage has too few training rows for one batch.
         """
         rows = self.rows(self._view, Split.TRAIN)
         self._close_finished_epoch()
@@ -190,13 +191,13 @@ class PreferenceDataModule(LightningDataModule):
         """Rows of the source's predict split in order; a policy is asked for the levels that a row has.
 
         Raises:
-            ValueError: There are no rows.
+            UsageError: There are no rows.
         """
         if self._view is View.REWARD:
             return self._streamed()
         rows = self.rows(self._view, Split.PREDICT)
         if not rows:
-            raise ValueError("the source has no rows to answer; a Table takes them from data.source.predict")
+            raise UsageError("the source has no rows to answer; a Table takes them from data.source.predict")
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
         if self._view is not View.POLICY:

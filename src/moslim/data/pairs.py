@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from moslim.data.loader import Draw, TokenBudget
 from moslim.data.prompts import PairEncoder, pad
 from moslim.data.types import Example, PairBatch, TextBatch
+from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -49,7 +50,7 @@ class Pairs(Dataset[Pair]):
         encoder: Makes the ids.
 
     Raises:
-        ValueError: A row has no answer.
+        UsageError: A row has no answer.
     """
 
     def __init__(self, rows: list[Example], encoder: PairEncoder) -> None:
@@ -112,7 +113,7 @@ class CollateRewards:
         """Right-pads the pairs, and the rejected answers after them; or stacks the features of all.
 
         Raises:
-            ValueError: A label or vote is a level that the dimension lacks.
+            UsageError: A label or vote is a level that the dimension lacks.
         """
         rejected = [i for i, pair in enumerate(pairs) if pair.rejected is not None]
         places = [(pair, 0) for pair in pairs] + [(pairs[i], 1) for i in rejected]
@@ -160,10 +161,10 @@ def require_answer(number: int, row: Example) -> str:
     """Returns a row's answer.
 
     Raises:
-        ValueError: There is none.
+        UsageError: There is none.
     """
     if row.answer is None:
-        raise ValueError(f"row {number} of the source has no answer, which this view needs: {row.question!r}")
+        raise UsageError(f"row {number} of the source has no answer, which this view needs: {row.question!r}")
     return row.answer
 
 
@@ -184,7 +185,7 @@ def level_shares(rows: Sequence[Example], levels: Tensor, preferences: Preferenc
         ``[B, D, K]`` float32, all 0 where there is neither vote nor label.
 
     Raises:
-        ValueError: A vote is a level that the dimension lacks.
+        UsageError: A vote is a level that the dimension lacks.
     """
     width = max(preferences.sizes)
     shares = one_hot(levels, width)

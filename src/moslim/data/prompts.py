@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.data.neutralise import Neutraliser, special_strings
 from moslim.data.types import Message, Question
+from moslim.errors import UsageError
 from moslim.instructions import RESERVED, PreferenceInstruction
 from moslim.preferences import Preference, PreferenceSet
 
@@ -23,22 +24,22 @@ def as_messages(question: Question) -> list[Message]:
     """Returns a question as a chat.
 
     Raises:
-        ValueError: It is neither text nor a chat; or the chat is empty, has an unknown role or lacks text, or does not
+        UsageError: It is neither text nor a chat; or the chat is empty, has an unknown role or lacks text, or does not
             end with a user turn.
     """
     if isinstance(question, str):
         return [{"role": "user", "content": question}]
     if not isinstance(question, list):
-        raise ValueError(f"the question is {question!r}: give a text or a list of messages")
+        raise UsageError(f"the question is {question!r}: give a text or a list of messages")
     messages = list(question)
     for i, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in _ROLES
         if not known or not isinstance(message.get("content"), str):
-            raise ValueError(
+            raise UsageError(
                 f"message {i} of a question is {message}: it needs a role of {_ROLES} and a text as content"
             )
     if not messages or messages[-1]["role"] != "user":
-        raise ValueError(f"a question must end with a user turn, but the roles are {[m['role'] for m in messages]}")
+        raise UsageError(f"a question must end with a user turn, but the roles are {[m['role'] for m in messages]}")
     return messages
 
 
@@ -51,12 +52,12 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id that ends an answer: the end-of-sequence token, or an encoder's separator.
 
     Raises:
-        ValueError: The tokenizer has neither.
+        UsageError: The tokenizer has neither.
     """
     for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token is not None:
             return token
-    raise ValueError("the tokenizer has no end-of-sequence token, so no answer can end: set tokenizer.eos_token")
+    raise UsageError("the tokenizer has no end-of-sequence token, so no answer can end: set tokenizer.eos_token")
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
@@ -99,7 +100,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], fram
         frame: What :func:`around` returns of the tokenizer, where it is known already.
 
     Raises:
-        ValueError: The chat template refuses the messages.
+        UsageError: The chat template refuses the messages.
     """
     if tokenizer.chat_template is None:
         text = "".join(f"{message['content']}\n" for message in messages)
@@ -109,7 +110,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], fram
         chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         roles = [message["role"] for message in messages]
-        raise ValueError(f"the tokenizer's chat template refuses messages with roles {roles}: {error}") from error
+        raise UsageError(f"the tokenizer's chat template refuses messages with roles {roles}: {error}") from error
     return tokenizer(chat, add_special_tokens=False)["input_ids"]
 
 
@@ -149,7 +150,7 @@ class PromptRenderer:
         """Returns the prompt's ids, at most ``max_length``.
 
         Raises:
-            ValueError: The instruction and the chat template alone are longer than ``max_length``.
+            UsageError: The instruction and the chat template alone are longer than ``max_length``.
         """
         messages = as_messages(self.question(question))
         return self._cutter(
@@ -284,7 +285,7 @@ class _Cutter:
         fewest, most = 1, sum(len(m["content"]) for m in messages if m["role"] != "system")
         shortest = encode(_without_start(messages, most))
         if len(shortest) > self.max_length:
-            raise ValueError(
+            raise UsageError(
                 f"without any question the text already takes {len(shortest)} tokens, more than max_length = "
                 f"{self.max_length}: raise max_length or shorten the instruction or system message"
             )

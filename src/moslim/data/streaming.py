@@ -9,6 +9,7 @@ from itertools import islice
 from moslim.data.pairs import CollateRewards, Pair, require_answer
 from moslim.data.prompts import PairEncoder
 from moslim.data.types import Example, PairBatch
+from moslim.errors import UsageError
 
 
 @dataclass
@@ -33,7 +34,7 @@ class StreamedPairs:
         """Yields batches; there is no length, since nobody has counted the rows.
 
         Raises:
-            ValueError: There are no rows, or one has no answer.
+            UsageError: There are no rows, or one has no answer.
         """
         rows = enumerate(self.rows())
         seen = sum(1 for _ in islice(rows, self.skip))
@@ -41,7 +42,7 @@ class StreamedPairs:
             seen += len(chunk)
             yield self.collate([self._pair(number, row) for number, row in chunk])
         if not seen:
-            raise ValueError("the source has no rows to score; a Table takes them from data.source.predict")
+            raise UsageError("the source has no rows to score; a Table takes them from data.source.predict")
 
     def _pair(self, number: int, row: Example) -> Pair:
         return Pair(*self.encoder.spans(row.question, require_answer(number, row)), row)

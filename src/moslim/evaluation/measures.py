@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.evaluation.records import Records
 from moslim.preferences import INACTIVE
 from moslim.statistics import RESAMPLES, bootstrap_interval, rank_correlation
@@ -41,12 +42,12 @@ def sweeps(records: Records, sizes: tuple[int, ...]) -> list[SweepGrid]:
         sizes: Number of levels of each dimension.
 
     Raises:
-        ValueError: A sweep prompt mentions no dimension or several.
+        UsageError: A sweep prompt mentions no dimension or several.
     """
     records = records.of_kind("sweep")
     moved = records.targets != INACTIVE
     if not bool((moved.sum(dim=1) == 1).all()):
-        raise ValueError("a prompt of kind 'sweep' must ask for exactly one dimension; use 'seen' or 'unseen'")
+        raise UsageError("a prompt of kind 'sweep' must ask for exactly one dimension; use 'seen' or 'unseen'")
     questions, question = records.question.unique(return_inverse=True)
     samples, sample = records.sample.unique(return_inverse=True)
     grids = []

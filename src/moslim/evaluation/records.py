@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
+
 KINDS = ("sweep", "default", "seen", "unseen")
 """Why an answer was asked for: one dimension's level sweep, no instruction, or a combination of levels."""
 
@@ -26,7 +28,7 @@ class Records:
         probs: ``[N, D, K]`` float, the training classifier's class probabilities, 0 on padded classes.
 
     Raises:
-        ValueError: The fields disagree in ``N`` or ``D``, or a kind is unknown.
+        UsageError: The fields disagree in ``N`` or ``D``, or a kind is unknown.
     """
 
     question: Tensor
@@ -47,9 +49,9 @@ class Records:
         }
         for name, (actual, expected) in shapes.items():
             if tuple(actual) != expected:
-                raise ValueError(f"records.{name} is {tuple(actual)}, but targets {(n, d)} ask for {expected}")
+                raise UsageError(f"records.{name} is {tuple(actual)}, but targets {(n, d)} ask for {expected}")
         if unknown := set(self.kinds) - set(KINDS):
-            raise ValueError(f"records.kinds has {sorted(unknown)}: each must be one of {', '.join(KINDS)}")
+            raise UsageError(f"records.kinds has {sorted(unknown)}: each must be one of {', '.join(KINDS)}")
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -59,10 +61,10 @@ class Records:
         """Joins the records of several batches or ranks.
 
         Raises:
-            ValueError: There are no parts.
+            UsageError: There are no parts.
         """
         if not parts:
-            raise ValueError("no records to join: the test data loader gave no batch")
+            raise UsageError("no records to join: the test data loader gave no batch")
         return cls(
             question=torch.cat([p.question for p in parts]),
             sample=torch.cat([p.sample for p in parts]),

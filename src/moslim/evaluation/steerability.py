@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.evaluation.judges import JudgeInfo
 from moslim.evaluation.measures import SweepGrid, control, level_shares, mean_interval, slopes, sweeps
 from moslim.evaluation.records import Records
@@ -36,11 +37,11 @@ def steerability(
         measured. It does not depend on the order of the records.
 
     Raises:
-        ValueError: The records have another number of dimensions than ``preferences``.
+        UsageError: The records have another number of dimensions than ``preferences``.
     """
     for owner, records in (("policy", policy), ("base", base)):
         if records.targets.shape[1] != len(preferences):
-            raise ValueError(
+            raise UsageError(
                 f"the {owner}'s records have {records.targets.shape[1]} dimensions, preferences {len(preferences)}"
             )
     policy, base = policy.canonical(), base.canonical()

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.plugin import Plugin
 from moslim.preferences import PreferenceSet
 
@@ -118,11 +119,11 @@ class MappingFunction(Plugin, ABC):
         """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments.
 
         Raises:
-            ValueError: :meth:`per_dimension` returns another shape than ``[B, D]``.
+            UsageError: :meth:`per_dimension` returns another shape than ``[B, D]``.
         """
         rewards, weights = self.per_dimension(probs, targets, groups), self.weights(targets)
         if rewards.shape != targets.shape:
-            raise ValueError(
+            raise UsageError(
                 f"{type(self).__name__}.per_dimension returns {list(rewards.shape)}: a reward of every answer on every "
                 f"dimension is {list(targets.shape)}"
             )

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.mapping.base import MappingFunction
 from moslim.plugin import Plugin
 from moslim.preferences import INACTIVE, PreferenceSet
@@ -45,7 +46,7 @@ class Constrained(MappingFunction):
         limit: float = 20.0,
     ) -> None:
         if not 0 < share <= 1 or rate <= 0 or limit <= 0:
-            raise ValueError(f"share is {share}, rate {rate}, limit {limit}: all must be positive, share at most 1")
+            raise UsageError(f"share is {share}, rate {rate}, limit {limit}: all must be positive, share at most 1")
         self.objective = objective
         self.hold = hold
         self.at_least = at_least
@@ -63,14 +64,14 @@ class Constrained(MappingFunction):
         """See the base class.
 
         Raises:
-            KeyError: There is no dimension ``hold``.
-            ValueError: It has no level ``at_least``, or that level is its lowest, which every answer reaches.
+            UsageError: There is no dimension ``hold``.
+            UsageError: It has no level ``at_least``, or that level is its lowest, which every answer reaches.
         """
         super().bind(preferences)
         self.objective.bind(preferences)
         top = len(preferences[self.hold].levels) - 1
         if not 1 <= self.at_least <= top:
-            raise ValueError(f"at_least is {self.at_least}: dimension '{self.hold}' can be held at 1..{top}")
+            raise UsageError(f"at_least is {self.at_least}: dimension '{self.hold}' can be held at 1..{top}")
 
     def observe(self, probs: Tensor, targets: Tensor) -> None:
         """Moves the multiplier, and lets the objective observe."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.levels import expected_level
 from moslim.mapping.base import MappingFunction
 from moslim.preferences import INACTIVE
@@ -33,7 +34,7 @@ class LinearScalarization(MappingFunction):
 
     def __init__(self, weights: Weights = "share") -> None:
         if weights not in ("share", "direction"):
-            raise ValueError(f"weights is '{weights}': give share or direction")
+            raise UsageError(f"weights is '{weights}': give share or direction")
         self.kind = weights
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.levels import requested_probability
 from moslim.mapping.base import MappingFunction
 
@@ -20,7 +21,7 @@ class LogProbability(MappingFunction):
 
     def __init__(self, floor: float = -5.0) -> None:
         if floor >= 0:
-            raise ValueError(f"floor is {floor}: it is a log-probability, give a negative number")
+            raise UsageError(f"floor is {floor}: it is a log-probability, give a negative number")
         self.floor = floor
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:

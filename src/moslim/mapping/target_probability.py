@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.levels import requested_probability
 from moslim.mapping.base import MappingFunction
 from moslim.running import RunningLevels
@@ -46,11 +47,11 @@ class TargetProbability(MappingFunction):
         min_count: int = 32,
     ) -> None:
         if std_floor <= 0:
-            raise ValueError(f"std_floor is {std_floor}: it must be positive, groups of equal answers have no spread")
+            raise UsageError(f"std_floor is {std_floor}: it must be positive, groups of equal answers have no spread")
         if scope not in ("class", "batch", "group", "running"):
-            raise ValueError(f"scope is '{scope}': give class, batch, group or running")
+            raise UsageError(f"scope is '{scope}': give class, batch, group or running")
         if clip <= 0:
-            raise ValueError(f"clip is {clip}: it must be positive")
+            raise UsageError(f"clip is {clip}: it must be positive")
         self.scope = scope
         self.std_floor = std_floor
         self.clip = clip

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.levels import expected_level
 from moslim.mapping.base import MappingFunction
 from moslim.preferences import PreferenceSet
@@ -46,13 +47,13 @@ class Taste:
         """Inverse of :meth:`save`.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: It was not written by :meth:`save`.
+            MissingFileError: There is no such file.
+            UsageError: It was not written by :meth:`save`.
         """
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} holds no taste ({error}): make one with `python -m moslim.taste`") from error
+            raise UsageError(f"{path} holds no taste ({error}): make one with `python -m moslim.taste`") from error
 
 
 class TasteWeights(MappingFunction):
@@ -69,27 +70,27 @@ class TasteWeights(MappingFunction):
 
     def __init__(self, path: str | None = None, weights: Mapping[str, float] | None = None) -> None:
         if (path is None) == (weights is None):
-            raise ValueError("TasteWeights takes either `path`, a fitted taste, or `weights`: give one of them")
+            raise UsageError("TasteWeights takes either `path`, a fitted taste, or `weights`: give one of them")
         self.taste = None if path is None else Taste.load(path)
         self.utility = dict(weights or {}) if self.taste is None else self.taste.weights
         if not self.utility:
-            raise ValueError("TasteWeights has no weights: name at least one dimension")
+            raise UsageError("TasteWeights has no weights: name at least one dimension")
 
     def bind(self, preferences: PreferenceSet) -> None:
         """See the base class.
 
         Raises:
-            ValueError: A dimension with a weight is unknown, or has other levels than those the taste was fitted for.
+            UsageError: A dimension with a weight is unknown, or has other levels than those the taste was fitted for.
         """
         super().bind(preferences)
         for name in self.utility:
             if name not in preferences.names:
-                raise ValueError(
+                raise UsageError(
                     f"there is a taste for '{name}', but `preferences` names only: {', '.join(preferences.names)}"
                 )
             now = list(preferences[name].levels)
             if self.taste is not None and self.taste.levels[name] != now:
-                raise ValueError(
+                raise UsageError(
                     f"the taste for '{name}' was fitted with the levels {', '.join(self.taste.levels[name])}; now "
                     f"they are {', '.join(now)}: fit it again"
                 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.levels import expected_distance
 from moslim.mapping.base import MappingFunction
 from moslim.preferences import PreferenceSet
@@ -29,18 +30,18 @@ class Tchebycheff(MappingFunction):
 
     def __init__(self, weights: Mapping[str, float] | None = None, smoothing: float = 0.1) -> None:
         if smoothing < 0:
-            raise ValueError(f"smoothing is {smoothing}: give 0 or more")
+            raise UsageError(f"smoothing is {smoothing}: give 0 or more")
         self.factors = dict(weights or {})
         self.smoothing = smoothing
         for name, weight in self.factors.items():
             if weight <= 0:
-                raise ValueError(f"the weight of '{name}' is {weight}: give a positive number")
+                raise UsageError(f"the weight of '{name}' is {weight}: give a positive number")
 
     def bind(self, preferences: PreferenceSet) -> None:
         """See the base class.
 
         Raises:
-            KeyError: ``weights`` names an unknown dimension.
+            UsageError: ``weights`` names an unknown dimension.
         """
         super().bind(preferences)
         for name in self.factors:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.mapping.base import MappingFunction
 from moslim.plugin import Plugin
 from moslim.preferences import INACTIVE, PreferenceSet
@@ -24,15 +25,15 @@ class Weighted(MappingFunction):
         weights: By dimension name: a number, or one per requested level; 1 for those not named.
 
     Raises:
-        ValueError: A weight is not above 0, or the objective makes a scalar of its own.
+        UsageError: A weight is not above 0, or the objective makes a scalar of its own.
     """
 
     def __init__(self, objective: MappingFunction, weights: Mapping[str, float | list[float]]) -> None:
         if not objective.is_mean:
-            raise ValueError(f"{type(objective).__name__} makes a scalar of its own, which Weighted would not follow")
+            raise UsageError(f"{type(objective).__name__} makes a scalar of its own, which Weighted would not follow")
         for name, own in weights.items():
             if min(own if isinstance(own, list) else [own], default=0.0) <= 0:
-                raise ValueError(f"the weight of '{name}' is {own}: give a number above 0, or one per level")
+                raise UsageError(f"the weight of '{name}' is {own}: give a number above 0, or one per level")
         self.objective = objective
         self.by_name = dict(weights)
 
@@ -45,15 +46,15 @@ class Weighted(MappingFunction):
         """See the base class.
 
         Raises:
-            KeyError: ``weights`` names an unknown dimension.
-            ValueError: A dimension has not as many levels as weights.
+            UsageError: ``weights`` names an unknown dimension.
+            UsageError: A dimension has not as many levels as weights.
         """
         super().bind(preferences)
         self.objective.bind(preferences)
         for name, own in self.by_name.items():
             levels = preferences[name].levels
             if isinstance(own, list) and len(own) != len(levels):
-                raise ValueError(
+                raise UsageError(
                     f"'{name}' has {len(levels)} levels, but {len(own)} weights: give one number per level"
                 )
 

@@ -18,6 +18,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from moslim.errors import UsageError
+
 KLEstimator = Literal["k1", "k2", "k3"]
 KLPlace = Literal["reward", "loss"]
 _LIMIT = 20.0
@@ -33,15 +35,15 @@ def check_kl(place: KLPlace, estimator: KLEstimator) -> None:
     """Refuses combinations that have no gradient, or a wrong one.
 
     Raises:
-        ValueError: With the reason.
+        UsageError: With the reason.
     """
     if place not in ("reward", "loss") or estimator not in ("k1", "k2", "k3"):
-        raise ValueError(
+        raise UsageError(
             f"policy_optimizer.kl_in is '{place}', kl is '{estimator}': give kl_in 'reward' or 'loss', "
             "and kl 'k1' in the reward, 'k2' or 'k3' in the loss"
         )
     if (place, estimator) in _REFUSED:
-        raise ValueError(f"policy_optimizer.kl_in is '{place}', kl is '{estimator}': {_REFUSED[place, estimator]}")
+        raise UsageError(f"policy_optimizer.kl_in is '{place}', kl is '{estimator}': {_REFUSED[place, estimator]}")
 
 
 def k1(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def kl_loss(estimator: KLEstimator, logprobs: Tensor, reference: Tensor, log_rat
         log_ratio: ``[N, T]`` log of current over old probability.
 
     Raises:
-        ValueError: The estimator has no place in a loss.
+        UsageError: The estimator has no place in a loss.
     """
     check_kl("loss", estimator)
     ratio = log_ratio.clamp(-_LIMIT, _LIMIT).exp()

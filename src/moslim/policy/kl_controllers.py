@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from moslim.errors import UsageError
 from moslim.plugin import Plugin
 
 
@@ -44,7 +45,7 @@ class AdaptiveKL(KLController):
 
     def __init__(self, target: float = 6.0, gain: float = 0.1) -> None:
         if target <= 0 or not 0 < gain < 5:
-            raise ValueError(
+            raise UsageError(
                 f"kl_controller: target is {target}, gain is {gain}: give a target above 0, a gain in (0, 5)"
             )
         self.target = target

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PromptBatch, View
+from moslim.errors import UsageError
 from moslim.evaluation.judges import Judge
 from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
@@ -89,7 +90,7 @@ class PolicyTrainer(PolicyEvaluation):
         seed: Seed of all that is drawn.
 
     Raises:
-        ValueError: An option is out of range, a dimension is unknown to the classifier, or the policy optimizer would
+        UsageError: An option is out of range, a dimension is unknown to the classifier, or the policy optimizer would
             not use the mapping's scalar.
     """
 
@@ -131,15 +132,15 @@ class PolicyTrainer(PolicyEvaluation):
         keep_plain_hparams(self)
         counts = (samples_per_prompt, eval_samples, inner_epochs, minibatches)
         if min(counts) < 1:
-            raise ValueError(
+            raise UsageError(
                 f"samples_per_prompt, eval_samples, inner_epochs, minibatches are {counts}: give 1 or more"
             )
         if min(default_kl_coef, missing_end_penalty) < 0:
-            raise ValueError(
+            raise UsageError(
                 f"default_kl_coef is {default_kl_coef}, missing_end_penalty {missing_end_penalty}: give 0 or more"
             )
         if policy_optimizer.aggregation == "normalize_then_sum" and not mapping.is_mean:
-            raise ValueError(
+            raise UsageError(
                 f"policy_optimizer.aggregation is normalize_then_sum, which adds up dimensions by itself, but "
                 f"{type(mapping).__name__} makes a scalar of its own: set it to sum_then_normalize"
             )
@@ -198,7 +199,7 @@ class PolicyTrainer(PolicyEvaluation):
         """Also the mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
 
         Raises:
-            ValueError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
+            UsageError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
         """
         parts = own_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
         return [*parts, *super().configure_callbacks()]
@@ -212,7 +213,7 @@ class PolicyTrainer(PolicyEvaluation):
         """Moves what is not trained beside the policy.
 
         Raises:
-            ValueError: Gradient accumulation would mix answers of different policies in one step.
+            UsageError: Gradient accumulation would mix answers of different policies in one step.
         """
         device = self.trainer.strategy.root_device  # the module itself has not been moved yet
         self.roles.to(device, self.trainer.precision_plugin.convert_module)
@@ -225,7 +226,7 @@ class PolicyTrainer(PolicyEvaluation):
             self.training_answers.forget()
         accumulate = self.trainer.accumulate_grad_batches
         if stage == "fit" and self.batch_repeats % accumulate and accumulate % self.batch_repeats:
-            raise ValueError(
+            raise UsageError(
                 f"accumulate_grad_batches = {accumulate} must divide inner_epochs * minibatches = "
                 f"{self.batch_repeats}, or be a multiple of it: an optimizer step would end in the middle of a rollout"
             )
@@ -234,14 +235,14 @@ class PolicyTrainer(PolicyEvaluation):
         """Puts the weights into shards, where the strategy wants that.
 
         Raises:
-            ValueError: Answers are sampled with copies of the policy.
+            UsageError: Answers are sampled with copies of the policy.
         """
         mesh = shard_mesh(self)
         if mesh is None or self.roles.sharded:
             return
         if self.off_policy.overlap or not self.engine.in_process:
             copies = "off_policy.overlap" if self.off_policy.overlap else f"engine {type(self.engine).__name__}"
-            raise ValueError(
+            raise UsageError(
                 f"{copies} samples with copies of the policy's weights, which the strategy keeps in shards: "
                 "take TorchEngine without overlap, or another strategy"
             )
@@ -381,7 +382,7 @@ class PolicyTrainer(PolicyEvaluation):
         """Completes the weights and takes up the rollout.
 
         Raises:
-            ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
+            UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
                 stands on another backbone.
         """
         load_run(self, checkpoint)

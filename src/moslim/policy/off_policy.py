@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.policy.engines import Completions
 from moslim.policy.kl import k3
 from moslim.policy.rollout import Rollout
@@ -34,7 +35,7 @@ class OffPolicy:
             makes a forward pass for them, as if engine and trainer could disagree.
 
     Raises:
-        ValueError: An option is out of range.
+        UsageError: An option is out of range.
     """
 
     overlap: bool = False
@@ -43,9 +44,9 @@ class OffPolicy:
 
     def __post_init__(self) -> None:
         if self.cap is not None and not self.cap >= 1:
-            raise ValueError(f"off_policy.cap is {self.cap}: give 1 or more, or null for no correction")
+            raise UsageError(f"off_policy.cap is {self.cap}: give 1 or more, or null for no correction")
         if self.old_logprobs not in get_args(OldLogprobs):
-            raise ValueError(f"off_policy.old_logprobs is '{self.old_logprobs}': give 'auto' or 'recompute'")
+            raise UsageError(f"off_policy.old_logprobs is '{self.old_logprobs}': give 'auto' or 'recompute'")
 
 
 def with_logprobs(found: Completions, logprobs: Tensor) -> Completions:

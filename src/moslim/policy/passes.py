@@ -7,6 +7,7 @@ from typing import get_args
 
 import torch
 
+from moslim.errors import UsageError
 from moslim.packing import SharePrefixes, pass_tokens
 
 
@@ -28,9 +29,9 @@ class Passes:
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"passes.tokens is {self.tokens}: give 1 or more")
+            raise UsageError(f"passes.tokens is {self.tokens}: give 1 or more")
         if self.share_prefixes not in get_args(SharePrefixes):
-            raise ValueError(f"passes.share_prefixes is '{self.share_prefixes}': give 'auto', 'always' or 'never'")
+            raise UsageError(f"passes.share_prefixes is '{self.share_prefixes}': give 'auto', 'always' or 'never'")
 
     def limit(self, device: torch.device) -> int:
         """Most tokens per forward pass on a device."""

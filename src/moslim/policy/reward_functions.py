@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moslim.data.prompts import as_messages
+from moslim.errors import UsageError
 from moslim.mapping.base import MappedReward, weighted_mean
 from moslim.policy.answering import Answers
 from moslim.preferences import PreferenceSet
@@ -44,7 +45,7 @@ class RewardFunction:
         if self.name is None:
             self.name = getattr(self.function, "__name__", type(self.function).__name__)
         if not self.weight > 0:
-            raise ValueError(f"reward function '{self.name}' has weight {self.weight}: give a number above 0")
+            raise UsageError(f"reward function '{self.name}' has weight {self.weight}: give a number above 0")
 
     def __call__(
         self, answers: Answers, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
@@ -57,7 +58,7 @@ class RewardFunction:
             columns: The data's own, ``N`` values each.
 
         Raises:
-            ValueError: It does not return ``N`` finite numbers or Nones, or a column has the name of something else.
+            UsageError: It does not return ``N`` finite numbers or Nones, or a column has the name of something else.
         """
         found = answers.completions
         prompts = [as_messages(q) for q in answers.questions] if self.messages else list(answers.questions)
@@ -65,15 +66,15 @@ class RewardFunction:
         ids = [row[keep].tolist() for row, keep in zip(found.tokens.cpu(), found.mask.cpu(), strict=True)]
         known = {"prompts": prompts, "completions": texts, "completion_ids": ids, "levels": list(levels)}
         if taken := sorted(known.keys() & columns.keys()):
-            raise ValueError(
+            raise UsageError(
                 f"the column '{taken[0]}' of the data is named as what every reward function gets: rename it"
             )
         values = list(self.function(**known, **columns))
         if len(values) != len(texts):
-            raise ValueError(f"reward function '{self.name}' returned {len(values)} values for {len(texts)} answers")
+            raise UsageError(f"reward function '{self.name}' returned {len(values)} values for {len(texts)} answers")
         for number, value in enumerate(values):
             if value is not None and not math.isfinite(value):
-                raise ValueError(
+                raise UsageError(
                     f"reward function '{self.name}' returned {value} for {texts[number]!r}: give a finite number, or "
                     "None where it does not apply"
                 )
@@ -88,7 +89,7 @@ class RewardFunctions:
         preferences: The ``D`` dimensions.
 
     Raises:
-        ValueError: Two functions, or a function and a dimension, have one name.
+        UsageError: Two functions, or a function and a dimension, have one name.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], preferences: PreferenceSet) -> None:
@@ -97,7 +98,7 @@ class RewardFunctions:
         names = [*preferences.names, *self.names]
         for name in self.names:
             if names.count(name) > 1:
-                raise ValueError(f"reward_functions: the name '{name}' is taken; give the function another `name`")
+                raise UsageError(f"reward_functions: the name '{name}' is taken; give the function another `name`")
 
     @property
     def names(self) -> list[str]:

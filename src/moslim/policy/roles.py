@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moslim.errors import UsageError
 from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
@@ -43,7 +44,7 @@ class Roles:
         active: Whose passes the policy's model makes at present.
 
     Raises:
-        ValueError: The critic's adapter has no frozen base to stand on, or would be lost in recomputed activations.
+        UsageError: The critic's adapter has no frozen base to stand on, or would be lost in recomputed activations.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Roles:
         """Puts a classifier's adapter, frozen, on the policy's base; :mod:`moslim.policy.sharing` asks before.
 
         Raises:
-            ValueError: The adapter does not fit the base.
+            UsageError: The adapter does not fit the base.
         """
         inside = self.policy.get_base_model().base_model_prefix
         added = attach_adapter(self.policy, classifier.options, classifier.weights, "classifier", inside)
@@ -216,12 +217,12 @@ class Roles:
 
 def _check_critic_lora(lora: LoraOptions | None, gradient_checkpointing: bool) -> None:
     if lora is None:
-        raise ValueError(
+        raise UsageError(
             "policy_optimizer.critic_lora puts an adapter on the policy's frozen base, but without model.lora "
             "that base is trained: give model.lora, or leave critic_lora out and have a head on the policy's trunk"
         )
     if gradient_checkpointing:
-        raise ValueError(
+        raise UsageError(
             "policy_optimizer.critic_lora: gradient_checkpointing would compute the critic's activations again "
             "with the policy's adapter: turn one of them off"
         )

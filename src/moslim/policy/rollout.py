@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moslim.data.types import Question
+from moslim.errors import UsageError
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
 from moslim.processes import process_count, process_rank
@@ -113,13 +114,13 @@ class Rollout:
             seed: What the cut depends on, beside rollout and inner epoch.
 
         Raises:
-            ValueError: There are fewer prompts than parts.
+            UsageError: There are fewer prompts than parts.
         """
         if minibatches == 1:
             return self
         prompts = torch.arange(len(self)).reshape(-1, samples)
         if minibatches > len(prompts):
-            raise ValueError(
+            raise UsageError(
                 f"minibatches is {minibatches}, but a rollout has only {len(prompts)} prompts, whose answers stay "
                 "together"
             )

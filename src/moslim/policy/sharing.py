@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.modeling_outputs import BaseModelOutput
 
 from moslim.checkpoints import fingerprint
+from moslim.errors import UsageError
 from moslim.lora import base_weights
 from moslim.policy.critic import trunk
 from moslim.policy.roles import Roles, evaluating
@@ -87,7 +88,7 @@ def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrain
         tokenizer: The policy's.
 
     Raises:
-        ValueError: It shall share but cannot, for the reason given.
+        UsageError: It shall share but cannot, for the reason given.
     """
     if share is False:
         return Scorer.from_pretrained(classifier)
@@ -95,7 +96,7 @@ def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrain
         saved = _shareable(classifier, roles, tokenizer)
     except NotSharedError as reason:
         if share is True:
-            raise ValueError(
+            raise UsageError(
                 f"model.share_backbone is true, but {reason}; or set it to false, which gives the classifier a "
                 "backbone of its own"
             ) from None

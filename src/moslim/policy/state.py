@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from moslim.checkpoints import fingerprint
+from moslim.errors import UsageError
 from moslim.plugin import own_parts
 from moslim.policy.rollout import Rollout
 from moslim.processes import gathered, process_count
@@ -36,25 +37,25 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     One process takes up, of a step that a guard has kept in several, that of the process in which it tripped.
 
     Raises:
-        ValueError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
+        UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
     """
     saved = checkpoint.get(_KEY)
     if saved is None:
-        raise ValueError("this checkpoint was not written by a PolicyTrainer: name one of a policy's run")
+        raise UsageError("this checkpoint was not written by a PolicyTrainer: name one of a policy's run")
     if saved["plugins"] != _plugins(module) and not module.reset_state:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint was trained with {', '.join(saved['plugins'])}; this run has "
             f"{', '.join(_plugins(module))}; set model.reset_state to true to start their state anew"
         )
     shared = saved.get("shares_classifier", False)
     if shared != module.roles.shares_classifier:
-        raise ValueError(
+        raise UsageError(
             f"the checkpoint was trained with a classifier that {'shared' if shared else 'did not share'} the policy's "
             f"base: give the same classifier and set model.share_backbone to {str(shared).lower()}"
         )
     for role, found in _fingerprints(module).items():
         if saved["frozen"][role] != found:
-            raise ValueError(f"the {role} has other weights than the one that this checkpoint was trained with")
+            raise UsageError(f"the {role} has other weights than the one that this checkpoint was trained with")
     if module.reset_state:
         _renew_critic(module, checkpoint)
     rollouts, rank = saved["rollouts"], module.global_rank
@@ -72,14 +73,14 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
 def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is."""
     if "state_dict" not in checkpoint:
-        raise ValueError(
+        raise UsageError(
             "model.reset_state does not work with weights in shards, which are loaded before it is looked at: resume "
             "with another strategy, or `export` the policy and start a new run from that folder (model.model)"
         )
     own = {name: value for name, value in module.state_dict().items() if _of_critic(name)}
     saved = checkpoint["state_dict"]
     if own.keys() != {name for name in saved if _of_critic(name)} and module.trainer.state.fn == "fit":
-        raise ValueError(
+        raise UsageError(
             "the checkpoint's policy optimizer has another critic than this run's, so that the state of the gradient "
             "optimizer does not fit: `export` the policy and start a new run from that folder (model.model)"
         )

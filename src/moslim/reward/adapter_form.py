@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moslim.errors import UsageError
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class SavedAdapter:
         """Puts configuration and heads, not the adapter, on a backbone.
 
         Raises:
-            ValueError: A weight of the heads is missing or renamed.
+            UsageError: A weight of the heads is missing or renamed.
         """
         classifier = PreferenceClassifier(self.config, backbone)
         refuse_difference(self.heads, heads(classifier), self.folder / HEADS)
@@ -76,7 +77,7 @@ class SavedAdapter:
         """Compares the names of the adapter's weights with those that it must have.
 
         Raises:
-            ValueError: A weight is missing or renamed.
+            UsageError: A weight is missing or renamed.
         """
         refuse_difference(self.weights, wanted, self.folder / ADAPTER / ADAPTER_WEIGHTS)
 
@@ -91,11 +92,11 @@ def refuse_difference(found: Collection[str], wanted: Collection[str], file: Pat
     """Compares the names of tensors in a file with those that are needed.
 
     Raises:
-        ValueError: They are not the same.
+        UsageError: They are not the same.
     """
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unknown:
-        raise ValueError(
+        raise UsageError(
             f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its "
             "keys are renamed"
         )

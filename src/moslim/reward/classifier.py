@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.generic import ModelOutput
 
+from moslim.errors import UsageError
 from moslim.models import align, named
 from moslim.precision import widened
 from moslim.preferences import PreferenceSet
@@ -44,7 +45,7 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         temperatures: What each head's logits are divided by in evaluation mode; None = all 1.
 
     Raises:
-        ValueError: The link is unknown, there is not one temperature per dimension, or the added heads are not the
+        UsageError: The link is unknown, there is not one temperature per dimension, or the added heads are not the
             last.
     """
 
@@ -66,9 +67,9 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if link not in LINKS:
-            raise ValueError(f"link '{link}' is unknown; there are: {', '.join(LINKS)}")
+            raise UsageError(f"link '{link}' is unknown; there are: {', '.join(LINKS)}")
         if temperatures is not None and len(temperatures) != len(dimensions or []):
-            raise ValueError(f"{len(temperatures)} temperatures for {len(dimensions or [])} dimensions: give one each")
+            raise UsageError(f"{len(temperatures)} temperatures for {len(dimensions or [])} dimensions: give one each")
         # A copy: the base class resets the attention choice of nested configurations, also of one in use.
         self.backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else deepcopy(backbone)
         self.dimensions = [[name, list(levels)] for name, levels in dimensions or []]
@@ -82,7 +83,7 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         self.temperatures = temperatures
         added = [head["dimension"] for head in self.added_heads]
         if added != [name for name, _ in self.dimensions][len(self.dimensions) - len(added) :]:
-            raise ValueError(f"added_heads are {added}: they must be the last of the dimensions {self.dimensions}")
+            raise UsageError(f"added_heads are {added}: they must be the last of the dimensions {self.dimensions}")
         names = [f"{name}: {level}" for name, levels in self.dimensions for level in levels]
         if names:
             kwargs["id2label"] = dict(enumerate(names))
@@ -169,8 +170,8 @@ class PreferenceClassifier(PreTrainedModel):
             trust_remote_code: Whether code from the backbone's repository may run.
 
         Raises:
-            FileNotFoundError: There is no such backbone.
-            ValueError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
+            MissingFileError: There is no such backbone.
+            UsageError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
         """
         if isinstance(backbone, PreTrainedModel):
             trunk = cast(PreTrainedModel, backbone.base_model)
@@ -182,9 +183,9 @@ class PreferenceClassifier(PreTrainedModel):
             _refuse_missing([key for key in report["missing_keys"] if not key.startswith("pooler.")], str(backbone))
             align(trunk)
         if trunk.config.is_encoder_decoder:
-            raise ValueError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
+            raise UsageError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
         if layer is not None and not 1 <= layer <= trunk.config.num_hidden_layers:
-            raise ValueError(f"layer = {layer}: '{backbone}' has layers 1 to {trunk.config.num_hidden_layers}")
+            raise UsageError(f"layer = {layer}: '{backbone}' has layers 1 to {trunk.config.num_hidden_layers}")
         config = PreferenceClassifierConfig(
             backbone=trunk.config,
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
@@ -202,7 +203,7 @@ class PreferenceClassifier(PreTrainedModel):
         """Loads a saved classifier; see ``PreTrainedModel.from_pretrained`` for the arguments.
 
         Raises:
-            ValueError: A tensor is missing. Transformers would set it to random numbers and go on.
+            UsageError: A tensor is missing. Transformers would set it to random numbers and go on.
         """
         wants_report = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -302,7 +303,7 @@ def is_causal(config: PreTrainedConfig) -> bool:
 
 def _refuse_missing(keys: Any, where: str) -> None:
     if keys:
-        raise ValueError(
+        raise UsageError(
             f"'{where}' lacks the weights {sorted(keys)}: the folder is incomplete or its keys are renamed"
         )
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from moslim.base import RunModule
 from moslim.checkpoints import fingerprint
 from moslim.data.types import Example, PairBatch
+from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.jsonlines import JsonLines
 from moslim.lora import is_adapted, merged, unwrapped
@@ -98,8 +99,8 @@ class ClassifierEvaluation(RunModule):
         """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: A line of it cannot be used.
+            MissingFileError: There is no such file.
+            UsageError: A line of it cannot be used.
         """
         if not (self.starts_trained or self.was_trained or self.trainer.ckpt_path):
             rank_zero_warn("the heads that are tested were never trained: give --ckpt_path last, or a file")
@@ -137,7 +138,7 @@ class ClassifierEvaluation(RunModule):
         """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`.
 
         Raises:
-            ValueError: That folder holds what the run started from, or another model.
+            UsageError: That folder holds what the run started from, or another model.
         """
         refuse_sources(folder, {"the start": self.start})
         with whole_folder(Path(folder), is_classifier) as part:
@@ -148,11 +149,11 @@ class ClassifierEvaluation(RunModule):
         """Saves adapter and heads in the adapter form of :mod:`moslim.reward.sharing`.
 
         Raises:
-            ValueError: There is no adapter, it changes more than the backbone, or that folder holds what the run
+            UsageError: There is no adapter, it changes more than the backbone, or that folder holds what the run
                 started from, or another model.
         """
         if not is_adapted(self.classifier):
-            raise ValueError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
+            raise UsageError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
         refuse_sources(folder, {"the start": self.start})
         with whole_folder(Path(folder), is_classifier) as part:
             save_adapter(self.classifier, self.start, part)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, cast
 
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 from moslim.reward.losses import LevelLoss
@@ -29,18 +30,18 @@ def extended_classifier(
         dropout: Dropout on it.
 
     Raises:
-        ValueError: No dimension is new, an old one has other levels now, or the loss needs heads of another kind.
+        UsageError: No dimension is new, an old one has other levels now, or the loss needs heads of another kind.
     """
     old = load_classifier(source)
     new = [d for d in preferences.dimensions if d.name not in old.preferences.names]
     if not new:
-        raise ValueError(
+        raise UsageError(
             f"`preferences` names {', '.join(preferences.names)}, for which '{source}' has heads already: name a "
             "dimension to add, or give the folder as model.classifier to train on"
         )
     for dimension in preferences.dimensions:
         if dimension not in new and dimension != old.preferences[dimension.name]:
-            raise ValueError(
+            raise UsageError(
                 f"dimension '{dimension.name}' has the levels {list(dimension.levels)} in `preferences`, but "
                 f"{list(old.preferences[dimension.name].levels)} in '{source}': give those, or leave it out"
             )
@@ -69,7 +70,7 @@ def refuse_change(classifier: PreferenceClassifier, options: Mapping[str, Any]) 
     saved = {"pooling": config.pooling, "layer": config.layer, "max_length": config.pair_length}
     for name, value in options.items():
         if value is not None and value != saved[name] and [value] != saved[name]:
-            raise ValueError(
+            raise UsageError(
                 f"model.{name} is {value}, but the old heads were trained with {saved[name]}, which new ones share: "
                 "leave it out"
             )

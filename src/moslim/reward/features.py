@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moslim.errors import UsageError
+
 Ids = Sequence[int]
 
 
@@ -70,9 +72,9 @@ def _read(file: Path, key: str, count: int) -> Tensor:
     with safe_open(file, "pt") as opened:
         noted, features = opened.metadata() or {}, opened.get_tensor("features")
     if noted.get("key") != key or features.ndim != 2 or len(features) != count:
-        raise ValueError("they are of other texts or of another backbone")
+        raise UsageError("they are of other texts or of another backbone")
     if noted.get("checksum") != _checksum(features):
-        raise ValueError("they are damaged")
+        raise UsageError("they are damaged")
     return features
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from moslim.data.prompts import pad
+from moslim.errors import UsageError
 from moslim.packing import like_length
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.features import FeatureCache, Ids, trunk_key
@@ -34,12 +35,12 @@ def resolve_trunk(trunk: Trunk | None, extends: bool, adapts: bool) -> Trunk:
         adapts: Whether the backbone gets low-rank adapters.
 
     Raises:
-        ValueError: A backbone that must stay as it is would be trained.
+        UsageError: A backbone that must stay as it is would be trained.
     """
     if extends and trunk == "tuned":
-        raise ValueError("model.extend leaves the backbone as it is, for the old heads: leave model.trunk out")
+        raise UsageError("model.extend leaves the backbone as it is, for the old heads: leave model.trunk out")
     if adapts and (extends or trunk == "frozen"):
-        raise ValueError("model.lora trains the backbone, which is frozen here: set model.lora to null")
+        raise UsageError("model.lora trains the backbone, which is frozen here: set model.lora to null")
     return "frozen" if extends else trunk or "tuned"
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moslim.errors import UsageError
+
 
 class HeadLinear(nn.Linear):
     """A layer whose weights are drawn by its width, as in torch; transformers' 0.02 is too little for a narrow one."""
@@ -36,7 +38,7 @@ class OwnHeads(nn.ModuleDict):
         shapes: The network's shape, by dimension name.
 
     Raises:
-        ValueError: A dimension has a name that a module cannot have.
+        UsageError: A dimension has a name that a module cannot have.
     """
 
     def __init__(self, inputs: int, shapes: Mapping[str, HeadShape]) -> None:
@@ -45,7 +47,7 @@ class OwnHeads(nn.ModuleDict):
             try:
                 self[name] = _network(inputs, shape)
             except KeyError as error:
-                raise ValueError(f"the head of dimension '{name}' cannot bear its name, rename it: {error}") from None
+                raise UsageError(f"the head of dimension '{name}' cannot bear its name, rename it: {error}") from None
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns the outputs of all heads, side by side, of features ``[B, H]``."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.reward.links import LINKS, LinkName, lacking
 
 MISSING = -1
@@ -72,7 +73,7 @@ class LevelLoss(ABC):
             counts: ``[D]``, what to divide each head's sum by; None = the sum of :meth:`counts` over this batch.
 
         Raises:
-            ValueError: There is not one weight per head.
+            UsageError: There is not one weight per head.
         """
         _check_length("weights", self.weights, len(sizes), "dimensions")
         targets = targets.to(scores.dtype)  # under bf16-true, inputs come rounded
@@ -95,7 +96,7 @@ class CrossEntropy(LevelLoss):
         label_smoothing: Share of each target that is spread evenly over the dimension's levels.
 
     Raises:
-        ValueError: ``label_smoothing`` is outside [0, 1).
+        UsageError: ``label_smoothing`` is outside [0, 1).
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class CrossEntropy(LevelLoss):
     ) -> None:
         super().__init__(weights)
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"loss.label_smoothing is {label_smoothing}: it is a share, at least 0 and below 1")
+            raise UsageError(f"loss.label_smoothing is {label_smoothing}: it is a share, at least 0 and below 1")
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
 
@@ -204,4 +205,4 @@ def cross_entropy(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 def _check_length(option: str, given: Sequence[object] | None, wanted: int, what: str) -> None:
     if given is not None and len(given) != wanted:
-        raise ValueError(f"loss.{option} has {len(given)} entries for {wanted} {what}")
+        raise UsageError(f"loss.{option} has {len(given)} entries for {wanted} {what}")

@@ -18,6 +18,7 @@ from torch import Tensor
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.prompts import pad_id
 from moslim.data.types import PairBatch, View
+from moslim.errors import UsageError
 from moslim.folders import refuse_sources
 from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.models import checkpoint_activations
@@ -188,16 +189,16 @@ class RewardClassifier(ClassifierEvaluation):
         """Puts the weights into shards, where the strategy wants that.
 
         Raises:
-            ValueError: The backbone is frozen: its cached features leave nothing worth sharding. Or ``best_of`` is
+            UsageError: The backbone is frozen: its cached features leave nothing worth sharding. Or ``best_of`` is
                 asked for: processes would score different numbers of answers, and wait for each other.
         """
         mesh = shard_mesh(self)
         if mesh is None or is_sharded(self.classifier):
             return
         if self.trunk == "frozen":
-            raise ValueError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
+            raise UsageError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
         if self.best_of is not None:
-            raise ValueError("model.best_of does not work with weights in shards: test in one process, or with ddp")
+            raise UsageError("model.best_of does not work with weights in shards: test in one process, or with ddp")
         self._collect = partial(fill, outline(self.classifier))
         shard(unwrapped(self.classifier), mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint

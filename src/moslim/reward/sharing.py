@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, PreTrainedModel
 
 from moslim.checkpoints import fingerprint
+from moslim.errors import MissingFileError, UsageError
 from moslim.folders import whole_folder
 from moslim.lora import PEFT_PREFIX, base_weights
 from moslim.models import align, named
@@ -69,7 +70,7 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
         folder: Where to; what an earlier export left there is replaced.
 
     Raises:
-        ValueError: The adapter changes more than the backbone.
+        UsageError: The adapter changes more than the backbone.
     """
     from peft import get_peft_model_state_dict
 
@@ -77,7 +78,7 @@ def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
     tensors = get_peft_model_state_dict(adapted)
     others = sorted(name for name in tensors if not name.startswith(inside))
     if others:
-        raise ValueError(f"the adapter changes more than the backbone ({others}): export the merged form")
+        raise UsageError(f"the adapter changes more than the backbone ({others}): export the merged form")
     options = deepcopy(adapted.peft_config[adapted.active_adapter])
     options.base_model_name_or_path = base
     tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
@@ -100,18 +101,18 @@ def load_classifier(source: str | Path, base: str | Path | None = None) -> Prefe
         base: Folder or Hub name of an adapter's base model, if it is not where it was in training.
 
     Raises:
-        FileNotFoundError: There is no such classifier, or an adapter's base model is missing.
-        ValueError: It is a model of another kind, a weight is missing or renamed, the base model is another one, or
+        MissingFileError: There is no such classifier, or an adapter's base model is missing.
+        UsageError: It is a model of another kind, a weight is missing or renamed, the base model is another one, or
             ``base`` is given for a classifier that needs none.
     """
     saved = saved_adapter(source)
     if saved is not None:
         return _load_adapted(saved, base)
     if base is not None:
-        raise ValueError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
+        raise UsageError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
     folder = local_folder(source)
     if not is_classifier(folder):
-        raise ValueError(
+        raise UsageError(
             f"'{source}' is another model, no saved classifier: to put new heads on it, name it as backbone"
         )
     return PreferenceClassifier.from_pretrained(folder)
@@ -124,7 +125,7 @@ def saved_adapter(source: str | Path) -> SavedAdapter | None:
         source: Folder or Hub name.
 
     Raises:
-        FileNotFoundError: There is no such classifier.
+        MissingFileError: There is no such classifier.
     """
     folder = local_folder(source)
     return SavedAdapter.read(folder) if (folder / ADAPTER).is_dir() else None
@@ -134,7 +135,7 @@ def is_classifier(source: str | Path) -> bool:
     """Whether a folder or Hub name holds a saved classifier, in either form.
 
     Raises:
-        FileNotFoundError: It holds no model.
+        MissingFileError: It holds no model.
     """
     with named(str(source)):
         config, _ = PreferenceClassifierConfig.get_config_dict(source)
@@ -147,7 +148,7 @@ def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceCla
     backbone = _load_base(str(base or saved.base), saved.folder)
     classifier = saved.classifier(backbone)
     if fingerprint(base_weights(backbone)) != saved.fingerprint:
-        raise ValueError(
+        raise UsageError(
             f"the adapter in '{saved.folder}' was trained on other weights than those of '{base or saved.base}': give "
             f"the right base model, which was '{saved.base}' in training"
         )
@@ -165,7 +166,7 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
             return load_classifier(name).backbone
         return AutoModel.from_pretrained(name, dtype="float32")
     except OSError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
             "where it is now with Scorer.from_pretrained(folder, base=...), or use the merged form, which needs none"
         ) from error
@@ -175,14 +176,14 @@ def local_folder(source: str | Path) -> Path:
     """The folder of a classifier, downloaded if it is on the Hub.
 
     Raises:
-        FileNotFoundError: There is no such classifier.
+        MissingFileError: There is no such classifier.
     """
     if Path(source).is_dir():
         return Path(source)
     try:
         return Path(snapshot_download(str(source)))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no classifier '{source}': it is no folder here, and the Hub gives none ({error})"
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.links import LinkName
@@ -23,23 +24,23 @@ def start_name(backbone: str | None, classifier: str | None, extend: str | None 
         extend: Hub name or folder of a saved classifier that gets more heads.
 
     Raises:
-        ValueError: Not exactly one is given, or ``backbone`` is a saved classifier, whose heads would be lost.
+        UsageError: Not exactly one is given, or ``backbone`` is a saved classifier, whose heads would be lost.
     """
     options = {"backbone": backbone, "classifier": classifier, "extend": extend}
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) > 1:
         named = " and ".join(f"model.{name} = '{value}'" for name, value in given.items())
-        raise ValueError(
+        raise UsageError(
             f"{named} are given at once, but a run has one start, and a saved classifier its own backbone: set the "
             "others to null"
         )
     if not given:
-        raise ValueError(
+        raise UsageError(
             "give model.backbone, to put new heads on, model.classifier, a saved one to score with or train on, or "
             "model.extend, a saved one to add dimensions to"
         )
     if backbone is not None and is_classifier(backbone):
-        raise ValueError(
+        raise UsageError(
             f"model.backbone = '{backbone}' is a saved classifier: give it as model.classifier, with model.backbone "
             f"null, to use its heads, or '{backbone}/backbone' for new heads on its backbone"
         )
@@ -58,12 +59,12 @@ def saved_classifier(
         for_new_heads: Arguments that only new heads can have, by name; all must be None or 0.
 
     Raises:
-        ValueError: The classifier has other dimensions or another link, or such an argument is given.
+        UsageError: The classifier has other dimensions or another link, or such an argument is given.
     """
     refuse_options(source, for_new_heads)
     classifier = load_classifier(source)
     if classifier.preferences != preferences:
-        raise ValueError(
+        raise UsageError(
             f"the classifier in '{source}' has the dimensions {classifier.preferences.to_dict()}, but `preferences` "
             f"has {preferences.to_dict()}: give the same, in the same order"
         )
@@ -75,13 +76,13 @@ def refuse_options(source: str, options: Mapping[str, object]) -> None:
     """Raises a ValueError where an option is given that a saved classifier has decided already."""
     for name, value in options.items():
         if value:
-            raise ValueError(f"model.{name} is for new heads, but those of '{source}' are made: leave it out")
+            raise UsageError(f"model.{name} is for new heads, but those of '{source}' are made: leave it out")
 
 
 def refuse_other_link(source: str, classifier: PreferenceClassifier, loss: LevelLoss | None) -> None:
     """Raises a ValueError where a loss does not fit the heads of a saved classifier."""
     if loss is not None and loss.link != classifier.config.link:
-        raise ValueError(
+        raise UsageError(
             f"{type(loss).__name__} needs heads with the link '{loss.link}', but those of '{source}' have "
             f"'{classifier.config.link}': leave model.loss out, or give one for that link"
         )

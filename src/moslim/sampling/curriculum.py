@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.sampling.uniform import Reachable
 
@@ -24,7 +25,7 @@ class Curriculum(Reachable):
     def __init__(self, active: Sequence[float] | None = None, start: int = 1, every: int = 1) -> None:
         super().__init__(active)
         if start < 1 or every < 1:
-            raise ValueError(f"sampler.start is {start}, sampler.every {every}: give 1 or more")
+            raise UsageError(f"sampler.start is {start}, sampler.every {every}: give 1 or more")
         self.start = start
         self.every = every
         self._most = start
@@ -37,14 +38,14 @@ class Curriculum(Reachable):
         """See the base class.
 
         Raises:
-            ValueError: ``active`` gives no probability to what may be drawn now.
+            UsageError: ``active`` gives no probability to what may be drawn now.
         """
         none, *named = super().counts(dimensions)
         allowed = named[: self._most]
         if sum(named) == 0:
             return (none,)
         if sum(allowed) == 0:
-            raise ValueError(
+            raise UsageError(
                 f"sampler.active is 0 for 1 to {self._most} dimensions: raise sampler.start or sampler.active"
             )
         return (none, *(share * sum(named) / sum(allowed) for share in allowed))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.levels import expected_distance
 from moslim.preferences import Preference, PreferenceSet
 from moslim.running import RunningLevels, level_keys
@@ -35,7 +36,7 @@ class ErrorWeighted(Reachable):
     def __init__(self, active: Sequence[float] | None = None, uniform: float = 0.3, decay: float = 0.98) -> None:
         super().__init__(active)
         if not 0 < uniform <= 1:
-            raise ValueError(f"sampler.uniform is {uniform}: give more than 0, at most 1")
+            raise UsageError(f"sampler.uniform is {uniform}: give more than 0, at most 1")
         self.uniform = uniform
         self._errors = RunningLevels(decay)
         self._epoch: int | None = None

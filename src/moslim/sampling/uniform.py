@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 from moslim.data.sources.base import Source
+from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling.base import TRIES, PreferenceSampler, draw_levels
 
@@ -21,19 +22,19 @@ class Uniform(PreferenceSampler):
             other numbers.
 
     Raises:
-        ValueError: ``active`` holds a negative number or does not add up to 1.
+        UsageError: ``active`` holds a negative number or does not add up to 1.
     """
 
     def __init__(self, active: Sequence[float] | None = None) -> None:
         if active is not None and (min(active, default=-1.0) < 0 or abs(sum(active) - 1) > 1e-6):
-            raise ValueError(f"sampler.active is {list(active)}: give probabilities that add up to 1")
+            raise UsageError(f"sampler.active is {list(active)}: give probabilities that add up to 1")
         self.active = None if active is None else tuple(active)
 
     def draw(self, preferences: PreferenceSet, generator: random.Random, source: Source) -> Preference:
         """See the base class.
 
         Raises:
-            ValueError: ``active`` counts more dimensions than there are, or no allowed preference was found.
+            UsageError: ``active`` counts more dimensions than there are, or no allowed preference was found.
         """
         weights = self.counts(len(preferences))
         count = generator.choices(range(len(weights)), weights)[0]
@@ -41,7 +42,7 @@ class Uniform(PreferenceSampler):
             preference = self.propose(preferences, count, generator)
             if not preference or self.allows(preference, source):
                 return preference
-        raise ValueError(
+        raise UsageError(
             f"{type(self).__name__} found no preference of {count} dimensions to ask for in {TRIES} draws: "
             f"{type(source).__name__} calls all of them unreachable or held out; set sampler.active[{count}] to 0"
         )
@@ -59,7 +60,7 @@ class Uniform(PreferenceSampler):
         if self.active is None:
             return (0.2, *[0.8 / dimensions] * dimensions)
         if len(self.active) > dimensions + 1 and any(self.active[dimensions + 1 :]):
-            raise ValueError(
+            raise UsageError(
                 f"sampler.active has {len(self.active)} entries, for 0 to {len(self.active) - 1} named dimensions, "
                 f"but there are only {dimensions} dimensions"
             )

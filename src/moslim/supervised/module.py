@@ -18,6 +18,7 @@ from moslim.base import RunModule
 from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import PromptBatch, Question, TextBatch, View
+from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.models import Architecture, checkpoint_activations, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
@@ -48,7 +49,7 @@ class SupervisedTrainer(RunModule):
         seed: Seed of random weights, dropout and samples.
 
     Raises:
-        ValueError: Both or neither of ``model`` and ``architecture`` are given.
+        UsageError: Both or neither of ``model`` and ``architecture`` are given.
     """
 
     batch_view = View.TEXT
@@ -71,7 +72,7 @@ class SupervisedTrainer(RunModule):
         self.save_hyperparameters()
         keep_plain_hparams(self)
         if (model is None) == (architecture is None):
-            raise ValueError("give either model (a Hub name or folder) or architecture (a model with random weights)")
+            raise UsageError("give either model (a Hub name or folder) or architecture (a model with random weights)")
         self.model_path = model
         self.architecture = architecture
         self.output = output
@@ -185,7 +186,7 @@ class SupervisedTrainer(RunModule):
         """Saves model and tokenizer in Hugging Face format.
 
         Raises:
-            ValueError: That folder holds what the run started from, or a classifier.
+            UsageError: That folder holds what the run started from, or a classifier.
         """
         refuse_sources(folder, {"model.model": self.model_path})
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
+from moslim.errors import UsageError
 from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FILLERS, LEVELS, OPENING_SLOTS, Topic
 
 MAX_LEVEL = 4
@@ -23,13 +24,13 @@ def draw_levels(wanted: Mapping[str, tuple[int, ...]], rng: random.Random) -> di
         rng: Source of randomness.
 
     Raises:
-        ValueError: No answer can have what is wanted.
+        UsageError: No answer can have what is wanted.
     """
     every = tuple(range(MAX_LEVEL + 1))
     verbosity, helpfulness = wanted.get("verbosity", every), wanted.get("helpfulness", every)
     pairs = [(v, h) for v in verbosity for h in helpfulness if reachable({"verbosity": v, "helpfulness": h})]
     if not pairs:
-        raise ValueError(f"no answer has verbosity in {verbosity} and helpfulness in {helpfulness}")
+        raise UsageError(f"no answer has verbosity in {verbosity} and helpfulness in {helpfulness}")
     levels = {name: rng.choice(wanted.get(name, every)) for name in LEVELS}
     levels["verbosity"], levels["helpfulness"] = rng.choice(pairs)
     return levels
@@ -50,10 +51,10 @@ def write_answer(topic: Topic, levels: Mapping[str, int], rng: random.Random) ->
         rng: Chooses which places are formal.
 
     Raises:
-        ValueError: No answer has these levels.
+        UsageError: No answer has these levels.
     """
     if not reachable(levels):
-        raise ValueError(f"no answer has levels {dict(levels)}: {levels['helpfulness']} facts need as many sentences")
+        raise UsageError(f"no answer has levels {dict(levels)}: {levels['helpfulness']} facts need as many sentences")
     sentences = levels["verbosity"] + 1
     steps = levels["helpfulness"]
     if steps == MAX_LEVEL and sentences > MAX_LEVEL and rng.random() < 0.5:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from moslim.data.types import Message, Question
+from moslim.errors import UsageError
 
 
 class ChatFormat(ABC):
@@ -17,7 +18,7 @@ class ChatFormat(ABC):
         """Returns the question as text or messages.
 
         Raises:
-            ValueError: The value is not written in this way.
+            UsageError: The value is not written in this way.
         """
 
 
@@ -36,7 +37,7 @@ class Turns(ChatFormat):
     def question(self, value: Any) -> Question:
         """Returns the turns as messages, or the text itself where it has no marker."""
         if not isinstance(value, str):
-            raise ValueError(f"the chat is {value!r}, not a text with turns")
+            raise UsageError(f"the chat is {value!r}, not a text with turns")
         return split_turns(value, self.user, self.assistant) if self.user in value or self.assistant in value else value
 
 
@@ -57,10 +58,10 @@ class Messages(ChatFormat):
     def question(self, value: Any) -> Question:
         """Returns the turns as messages."""
         if not isinstance(value, list):
-            raise ValueError(f"the chat is {value!r}, not a list of turns")
+            raise UsageError(f"the chat is {value!r}, not a list of turns")
         absent = [turn for turn in value if not {self.role, self.content} <= set(turn)]
         if absent:
-            raise ValueError(f"the turn {absent[0]} lacks '{self.role}' or '{self.content}'")
+            raise UsageError(f"the turn {absent[0]} lacks '{self.role}' or '{self.content}'")
         return [
             {"role": self.roles.get(turn[self.role], turn[self.role]), "content": turn[self.content]} for turn in value
         ]

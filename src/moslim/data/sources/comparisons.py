@@ -8,6 +8,7 @@ from moslim.data.sources.fields import require
 from moslim.data.sources.labels import check_names
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import is_missing
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 
 
@@ -24,7 +25,7 @@ class Comparisons:
 
     def __init__(self, rejected: str | None, compared: str | list[str] | None, margin: str | None) -> None:
         if rejected is None and (compared or margin):
-            raise ValueError("compared and margin say more about a `rejected` answer: name its column")
+            raise UsageError("compared and margin say more about a `rejected` answer: name its column")
         self.rejected = rejected
         self.compared = compared or []
         self.margin = margin
@@ -37,7 +38,7 @@ class Comparisons:
         """Returns a row's comparison.
 
         Raises:
-            ValueError: A column is missing, or what it holds cannot be used.
+            UsageError: A column is missing, or what it holds cannot be used.
         """
         if self.rejected is None:
             return Comparison()
@@ -45,7 +46,7 @@ class Comparisons:
         if rejected is None:
             return Comparison()
         if not isinstance(rejected, str):
-            raise ValueError(f"{record.place}, field '{self.rejected}': the answer is {rejected!r}, not a text")
+            raise UsageError(f"{record.place}, field '{self.rejected}': the answer is {rejected!r}, not a text")
         return Comparison(rejected, self._dimensions(record, preferences), self._margin(record))
 
     def _dimensions(self, record: Record, preferences: PreferenceSet) -> tuple[str, ...]:
@@ -53,7 +54,7 @@ class Comparisons:
             return tuple(self.compared)
         named = require(record, self.compared, "compared")
         if not isinstance(named, list) or not set(named) <= set(preferences.names):
-            raise ValueError(
+            raise UsageError(
                 f"{record.place}, field '{self.compared}': {named!r} is no list of dimensions; "
                 f"there are: {', '.join(preferences.names)}"
             )
@@ -68,7 +69,7 @@ class Comparisons:
         try:
             margin = sum(map(float, given)) / len(given) if given else 0.0
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: value {value!r} is not a number") from None
+            raise UsageError(f"{where}: value {value!r} is not a number") from None
         if margin < 0:
-            raise ValueError(f"{where}: value {value!r} prefers the rejected answer")
+            raise UsageError(f"{where}: value {value!r} prefers the rejected answer")
         return margin

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moslim.data.sources.records import Record
+from moslim.errors import UsageError
 
 
 def find(inside: Any, path: str) -> Any:
@@ -43,10 +44,10 @@ def require(record: Record, path: str, argument: str) -> Any:
         argument: Argument that named the column, for the error message.
 
     Raises:
-        ValueError: The table has no such column.
+        UsageError: The table has no such column.
     """
     if not has_column(record, path):
-        raise ValueError(
+        raise UsageError(
             f"{record.place}: no field '{path}'; there are: {', '.join(record.fields)}. "
             f"Name the right one in `{argument}` of the Table"
         )

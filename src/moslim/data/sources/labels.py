@@ -11,6 +11,7 @@ from moslim.data.sources.records import Record
 from moslim.data.sources.scale import Scale, is_missing, is_nan
 from moslim.data.sources.votes import agreed_level
 from moslim.data.types import Example
+from moslim.errors import UsageError
 from moslim.preferences import Dimension, PreferenceSet
 
 
@@ -27,7 +28,7 @@ class Labels:
         self.scales = scales or {}
         self.counts = counts or {}
         for name in self.counts.keys() & self.scales.keys():
-            raise ValueError(f"dimension '{name}': give either scales or counts, which is for shares of yes votes")
+            raise UsageError(f"dimension '{name}': give either scales or counts, which is for shares of yes votes")
 
     def check(self, preferences: PreferenceSet) -> None:
         """Raises an error that lists the known dimensions if an argument names another one."""
@@ -35,7 +36,7 @@ class Labels:
             check_names(f"data.source.{option}", named, preferences)
         for name in self.counts:
             if len(preferences[name].levels) != 2:
-                raise ValueError(f"counts.{name}: votes of yes or no need two levels, not {preferences[name].levels}")
+                raise UsageError(f"counts.{name}: votes of yes or no need two levels, not {preferences[name].levels}")
 
     def paths(self, dimension: str) -> list[str]:
         """Returns the columns of a dimension's labels."""
@@ -51,7 +52,7 @@ class Labels:
             required: Dimensions that must have a column; one that ``columns`` names always must.
 
         Raises:
-            ValueError: A column is missing, or a value is no level of its dimension.
+            UsageError: A column is missing, or a value is no level of its dimension.
         """
         found = {}
         for dimension in preferences.dimensions:
@@ -102,7 +103,7 @@ def check_names(option: str, names: Iterable[str], preferences: PreferenceSet) -
     """Raises a KeyError that lists the known dimensions if an option names another one."""
     for name in names:
         if name not in preferences.names:
-            raise KeyError(f"{option}: no dimension '{name}'; there are: {', '.join(preferences.names)}")
+            raise UsageError(f"{option}: no dimension '{name}'; there are: {', '.join(preferences.names)}")
 
 
 def levels_of(votes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -125,14 +126,14 @@ def level_of(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
         where: Where it stands, for error messages.
 
     Raises:
-        ValueError: It is no level of the dimension.
+        UsageError: It is no level of the dimension.
     """
     try:
         level = scale.level(value)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
     if not 0 <= level < len(dimension.levels):
-        raise ValueError(
+        raise UsageError(
             f"{where}: value {value!r} is level {level}, outside 0..{len(dimension.levels) - 1} of dimension "
             f"'{dimension.name}'; change its levels or give scales.{dimension.name}"
         )
@@ -146,7 +147,7 @@ def _yes_and_no(share: Any, count: Any, where: str) -> list[int]:
     try:
         yes = float(share) * int(count)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: {share!r} of {count!r} votes: give a share, 0 to 1, and a whole number") from None
+        raise UsageError(f"{where}: {share!r} of {count!r} votes: give a share, 0 to 1, and a whole number") from None
     if abs(yes - round(yes)) > 0.01 or not 0 <= round(yes) <= int(count):
-        raise ValueError(f"{where}: {share!r} is no share of {count} votes")
+        raise UsageError(f"{where}: {share!r} is no share of {count} votes")
     return [0] * (int(count) - round(yes)) + [1] * round(yes)

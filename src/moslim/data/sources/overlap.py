@@ -9,6 +9,7 @@ from typing import Literal
 from moslim.data.prompts import as_messages
 from moslim.data.sources.records import Record
 from moslim.data.types import Example, Question
+from moslim.errors import UsageError
 
 SharedQuestions = Literal["warn", "drop", "error"]
 
@@ -34,7 +35,7 @@ def without_shared(
         The held-out rows that stay.
 
     Raises:
-        ValueError: There are shared questions, and ``policy`` is ``error``.
+        UsageError: There are shared questions, and ``policy`` is ``error``.
     """
     shared = [(key, row) for key, row in held_out if key in training]
     if not shared:
@@ -45,7 +46,7 @@ def without_shared(
         f"has, too, e.g. {key[:80]!r} ({row.place}; {training[key].place})"
     )
     if policy == "error":
-        raise ValueError(f"{message}; `shared_questions: drop` leaves these held-out rows out")
+        raise UsageError(f"{message}; `shared_questions: drop` leaves these held-out rows out")
     warnings.warn(f"{message}; they are {'left out' if policy == 'drop' else 'kept'}", stacklevel=4)
     return [row for key, row in held_out if policy == "warn" or key not in training]
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from moslim.errors import MissingFileError, UsageError
+
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
@@ -35,11 +37,11 @@ def scan_file(path: str) -> Iterator[Record]:
     """Reads a CSV, TSV, JSON Lines or parquet file row by row; all but parquet may be gzipped (``.gz``).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line cannot be read; the message names file and line.
+        MissingFileError: There is no such file.
+        UsageError: A line cannot be read; the message names file and line.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"data.source: there is no file '{path}' (looked in {Path.cwd()})")
+        raise MissingFileError(f"data.source: there is no file '{path}' (looked in {Path.cwd()})")
     suffix = Path(path.removesuffix(".gz")).suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet
@@ -90,15 +92,15 @@ def _csv(path: str, file: IO[str], delimiter: str) -> Iterator[Record]:
         for fields in reader:
             line = reader.line_num
             if None in fields:
-                raise ValueError(
+                raise UsageError(
                     f"{path}, line {line}: more fields than the {len(reader.fieldnames or ())} of the header"
                 )
             if None in fields.values():
                 absent = [name for name, value in fields.items() if value is None]
-                raise ValueError(f"{path}, line {line}: the row ends before field '{absent[0]}'")
+                raise UsageError(f"{path}, line {line}: the row ends before field '{absent[0]}'")
             yield Record(f"{path}, line {line}", fields)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line + 1}: {error}") from error
+        raise UsageError(f"{path}, line {line + 1}: {error}") from error
 
 
 def _json(path: str, file: IO[str]) -> Iterator[Record]:
@@ -108,9 +110,9 @@ def _json(path: str, file: IO[str]) -> Iterator[Record]:
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); write one object per line"
             ) from error
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}, line {number}: {text.strip()[:40]!r} is no JSON object")
+            raise UsageError(f"{path}, line {number}: {text.strip()[:40]!r} is no JSON object")
         yield Record(f"{path}, line {number}", fields)

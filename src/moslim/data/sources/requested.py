@@ -6,6 +6,7 @@ from moslim.data.sources.fields import require
 from moslim.data.sources.labels import level_of
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import Scale, is_missing
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 
 
@@ -18,14 +19,14 @@ def requested_levels(record: Record, path: str, preferences: PreferenceSet) -> d
         preferences: The dimensions in use.
 
     Raises:
-        ValueError: There is no such column, or it holds something else.
+        UsageError: There is no such column, or it holds something else.
     """
     asked = require(record, path, "requested")
     where = f"{record.place}, field '{path}'"
     if asked is None:
         return {}
     if not isinstance(asked, dict):
-        raise ValueError(f"{where}: {asked!r} is no object with the level of each dimension")
+        raise UsageError(f"{where}: {asked!r} is no object with the level of each dimension")
     return {
         dimension.name: level_of(asked[dimension.name], Scale(), dimension, where)
         for dimension in preferences.dimensions

@@ -7,6 +7,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
+from moslim.errors import UsageError
+
 
 def is_missing(value: Any) -> bool:
     """Whether a field holds no label: absent, null, NaN or blank."""
@@ -37,9 +39,9 @@ class Scale:
 
     def __post_init__(self) -> None:
         if (self.offset != 0) + (self.values is not None) + (self.bins is not None) > 1:
-            raise ValueError(f"{self}: give at most one of offset, values and bins")
+            raise UsageError(f"{self}: give at most one of offset, values and bins")
         if self.bins is not None and any(a >= b for a, b in zip(self.bins, self.bins[1:], strict=False)):
-            raise ValueError(f"bins {self.bins} must be ascending")
+            raise UsageError(f"bins {self.bins} must be ascending")
 
     def is_missing(self, value: Any) -> bool:
         """Whether a value is no label."""
@@ -49,18 +51,18 @@ class Scale:
         """Returns the level of a value that is not missing.
 
         Raises:
-            ValueError: The value is none that this scale knows.
+            UsageError: The value is none that this scale knows.
         """
         if self.values is not None:
             if str(value).strip() not in self.values:
-                raise ValueError(f"value {value!r} is none of {list(self.values)}")
+                raise UsageError(f"value {value!r} is none of {list(self.values)}")
             return self.values[str(value).strip()]
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise ValueError(f"value {value!r} is not a number") from None
+            raise UsageError(f"value {value!r} is not a number") from None
         if self.bins is not None:
             return bisect_right(self.bins, number)
         if not number.is_integer():
-            raise ValueError(f"value {value!r} is not a whole number: give `bins` for this dimension")
+            raise UsageError(f"value {value!r} is not a whole number: give `bins` for this dimension")
         return int(number) + self.offset

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from moslim.data.sources.base import Source
 from moslim.data.sources.overlap import warn_if_shared
 from moslim.data.types import Example, Split, View
+from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -19,7 +20,7 @@ class Several(Source):
 
     def __init__(self, sources: list[Source]) -> None:
         if not sources:
-            raise ValueError("source.sources is empty: name at least one source")
+            raise UsageError("source.sources is empty: name at least one source")
         self.sources = sources
 
     def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:

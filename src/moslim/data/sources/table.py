@@ -18,6 +18,7 @@ from moslim.data.sources.records import Record, completed, is_file_name, scan_fi
 from moslim.data.sources.requested import requested_levels
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.types import Example, Question, Split, View
+from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -108,7 +109,7 @@ class Table(Source):
         shared_questions: SharedQuestions = "warn",
     ) -> None:
         if min(validation_share, test_share) < 0 or validation_share + test_share >= 1:
-            raise ValueError(
+            raise UsageError(
                 f"validation_share {validation_share} and test_share {test_share} must not be negative "
                 "and must leave something to train on"
             )
@@ -195,7 +196,7 @@ class Table(Source):
                 records = self.layout.rows(records)
             kept = [record for record in records if self._is_wanted(record)]
             if not kept:
-                raise ValueError(
+                raise UsageError(
                     f"{name or self.path}: "
                     + (f"no row has the values in `where`: {self.where}" if records else "the table has no rows")
                 )
@@ -210,11 +211,11 @@ class Table(Source):
         if name is not None and is_file_name(name):
             return scan_file(name)
         if self.path is None:
-            raise ValueError("data.source.path is not given, so there is no table to read rows from")
+            raise UsageError("data.source.path is not given, so there is no table to read rows from")
         if not is_file_name(self.path):
             return scan_hub(self.path, name or self.train, self.folder, self.config_name)
         if name is not None:
-            raise ValueError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
+            raise UsageError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
         return scan_file(self.path)
 
     def _is_wanted(self, record: Record) -> bool:
@@ -243,7 +244,7 @@ class Table(Source):
         if view is not View.POLICY:
             answer = require(record, self.answer, "answer")
             if not isinstance(answer, str):
-                raise ValueError(f"{record.place}, field '{self.answer}': the answer is {answer!r}, not a text")
+                raise UsageError(f"{record.place}, field '{self.answer}': the answer is {answer!r}, not a text")
             if not answer.strip():
                 notices.add("the answer is empty", record.place)
         kept = {path: find(record.fields, path) for path in self.keep}
@@ -280,10 +281,10 @@ class Table(Source):
         value = require(record, self.question, "question")
         where = f"{record.place}, field '{self.question}'"
         if is_missing(value) or value == []:
-            raise ValueError(f"{where}: the question is empty")
+            raise UsageError(f"{where}: the question is empty")
         try:
             question: Question = value if self.chat is None else self.chat.question(value)
             as_messages(question)
         except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise UsageError(f"{where}: {error}") from error
         return question

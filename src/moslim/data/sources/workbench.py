@@ -10,6 +10,7 @@ from pathlib import Path
 from moslim.data.sources.base import Source
 from moslim.data.sources.records import Record, scan_file
 from moslim.data.types import Example, Split, View
+from moslim.errors import UsageError
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import Reachable
@@ -74,9 +75,9 @@ class Workbench(Source):
         rater_noise: float = 0.7,
     ) -> None:
         if not 0 <= fold < FOLDS:
-            raise ValueError(f"source.fold is {fold}: give 0 to {FOLDS - 1}")
+            raise UsageError(f"source.fold is {fold}: give 0 to {FOLDS - 1}")
         if raters < 0 or rater_noise < 0:
-            raise ValueError(f"source.raters is {raters} and source.rater_noise {rater_noise}: neither can be negative")
+            raise UsageError(f"source.raters is {raters} and source.rater_noise {rater_noise}: neither can be negative")
         self.fold = fold
         self.corpus_rows = corpus_rows
         self.reward_rows = reward_rows
@@ -168,7 +169,7 @@ class Workbench(Source):
         rows = []
         for path in map(Path, self.samples):
             if not path.exists():
-                raise ValueError(f"data.source.samples: no file {path}; `main.py predict` writes it")
+                raise UsageError(f"data.source.samples: no file {path}; `main.py predict` writes it")
             rows += [row for i, row in enumerate(_read(path)) if (i % _SAMPLES_HELD_BACK == 0) == held_back]
         return rows
 
@@ -191,7 +192,7 @@ def _read(path: Path) -> list[Example]:
 def _sample(record: Record) -> Example:
     fields = record.fields
     if missing := {"question", "answer"} - fields.keys():
-        raise ValueError(f"{record.place}: no field '{min(missing)}'; `main.py predict` writes question and answer")
+        raise UsageError(f"{record.place}: no field '{min(missing)}'; `main.py predict` writes question and answer")
     requested = fields.get("requested", {})
     return Example(fields["question"], fields["answer"], stage=_WHOLE_ANSWERS, requested=requested)
 

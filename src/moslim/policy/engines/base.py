@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moslim.errors import UsageError
+
 
 @dataclass
 class Completions:
@@ -54,12 +56,12 @@ class RolloutEngine(ABC):
         stop_ids: Sequence[int] = (),
     ) -> None:
         if max_new_tokens < 1:
-            raise ValueError(f"engine.max_new_tokens is {max_new_tokens}: give at least 1")
+            raise UsageError(f"engine.max_new_tokens is {max_new_tokens}: give at least 1")
         if temperature < 0:
-            raise ValueError(f"engine.temperature is {temperature}: give 0 (greedy) or more")
+            raise UsageError(f"engine.temperature is {temperature}: give 0 (greedy) or more")
         self.max_new_tokens = max_new_tokens
         if any(not text for text in stop_strings):
-            raise ValueError("engine.stop_strings holds an empty text: it would end every answer at once")
+            raise UsageError("engine.stop_strings holds an empty text: it would end every answer at once")
         self.temperature = temperature
         self.stop_strings = tuple(stop_strings)
         self.stop_ids = tuple(stop_ids)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.precision import widened
 
 DrawMethod = Literal["inverse_cdf", "multinomial"]
@@ -47,11 +48,11 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"engine.temperature is {self.temperature}: give 0 (greedy) or more")
+            raise UsageError(f"engine.temperature is {self.temperature}: give 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"engine.top_k is {self.top_k}: give 1 or more, or null for no limit")
+            raise UsageError(f"engine.top_k is {self.top_k}: give 1 or more, or null for no limit")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"engine.top_p is {self.top_p}: give a number above 0, at most 1")
+            raise UsageError(f"engine.top_p is {self.top_p}: give a number above 0, at most 1")
 
     @property
     def cuts(self) -> bool:

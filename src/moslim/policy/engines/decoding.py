@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from moslim.errors import UsageError
 from moslim.lora import unwrapped
 from moslim.packing import token_positions
 from moslim.policy.engines.cache import GrowingCache, GrowingLayer
@@ -60,13 +61,13 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.cache not in get_args(CacheKind):
-            raise ValueError(f"engine.decoding.cache is '{self.cache}': give one of {', '.join(get_args(CacheKind))}")
+            raise UsageError(f"engine.decoding.cache is '{self.cache}': give one of {', '.join(get_args(CacheKind))}")
         if self.draw not in (None, *get_args(DrawMethod)):
-            raise ValueError(f"engine.decoding.draw is '{self.draw}': give one of {', '.join(get_args(DrawMethod))}")
+            raise UsageError(f"engine.decoding.draw is '{self.draw}': give one of {', '.join(get_args(DrawMethod))}")
         if self.compiled and self.cache != "static":
-            raise ValueError(f"engine.decoding.compiled needs one size: set cache to static, not {self.cache}")
+            raise UsageError(f"engine.decoding.compiled needs one size: set cache to static, not {self.cache}")
         if self.answers is not None and self.answers < 1:
-            raise ValueError(f"engine.decoding.answers is {self.answers}: give 1 or more, or null for all at once")
+            raise UsageError(f"engine.decoding.answers is {self.answers}: give 1 or more, or null for all at once")
 
     def without_gradients(self, model: Any) -> AbstractContextManager[None]:
         """What to compute answers in."""
@@ -273,7 +274,7 @@ class _Fixed(Continuation):
         filled = StaticCache(prompts.model.config, length)
         if any(type(layer) is not StaticLayer for layer in filled.layers):
             kind = prompts.model.config.model_type
-            raise ValueError(
+            raise UsageError(
                 f"engine.decoding.cache is 'static', but not all layers of this model ({kind}) attend to everything: "
                 "set it to growing, and compiled to false"
             )

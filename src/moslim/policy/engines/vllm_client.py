@@ -11,6 +11,8 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from moslim.errors import UsageError
+
 T = TypeVar("T")
 
 _PASSING = {408, 429, 502, 503, 504}
@@ -48,13 +50,13 @@ class Client:
         patience: Seconds to wait for a server that has answered before and does so no more.
 
     Raises:
-        ValueError: ``url`` is none.
+        UsageError: ``url`` is none.
     """
 
     def __init__(self, url: str, api_key_env: str, timeout: float, patience: float) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"engine.urls: '{url}' is no address of a server: give e.g. http://127.0.0.1:8000")
+            raise UsageError(f"engine.urls: '{url}' is no address of a server: give e.g. http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self.patience = patience
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.parity import logprob_difference, spread
 from moslim.policy.engines.vllm_client import Client, ServerError
@@ -46,7 +47,7 @@ class VLLMEngine(RolloutEngine):
         patience: Seconds to wait for a server that stops answering; one that is restarted gets its weights again.
 
     Raises:
-        ValueError: An argument is out of range.
+        UsageError: An argument is out of range.
     """
 
     in_process = False
@@ -66,9 +67,9 @@ class VLLMEngine(RolloutEngine):
     ) -> None:
         super().__init__(max_new_tokens, temperature)
         if urls == []:
-            raise ValueError("engine.urls is empty: give at least one server's address")
+            raise UsageError("engine.urls is empty: give at least one server's address")
         if parity_answers < 1:
-            raise ValueError(f"engine.parity_answers is {parity_answers}: give at least 1")
+            raise UsageError(f"engine.parity_answers is {parity_answers}: give at least 1")
         addresses = urls or ["http://127.0.0.1:8000"]
         clients = [Client(url, api_key_env, timeout, patience) for url in addresses]
         self.servers = [VLLMServer(client, server_folder) for client in clients]
@@ -131,12 +132,12 @@ def own_servers(servers: list[VLLMServer], processes: int, rank: int, adapted: b
         adapted: Whether an adapter is trained, of which a server can hold several.
 
     Raises:
-        ValueError: A process would overwrite the weights of a server while another samples.
+        UsageError: A process would overwrite the weights of a server while another samples.
     """
     if len(servers) >= processes:
         return servers[rank::processes]
     if not adapted:
-        raise ValueError(
+        raise UsageError(
             f"{processes} processes train all weights, but engine.urls names {len(servers)} servers: give each process "
             "its own, or train an adapter (lora)"
         )

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from moslim.errors import UsageError
+
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 _LEAST = 1e-4
 
@@ -45,10 +47,10 @@ def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor 
         ``[G, n]``; 0 where no dimension is active.
 
     Raises:
-        ValueError: There is one answer per prompt, which is no group to normalise in.
+        UsageError: There is one answer per prompt, which is no group to normalise in.
     """
     if per_dimension.shape[1] < 2:
-        raise ValueError(
+        raise UsageError(
             "aggregation normalize_then_sum compares the answers to a prompt: set samples_per_prompt to 2 or more, "
             "or aggregation to sum_then_normalize"
         )

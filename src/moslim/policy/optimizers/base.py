@@ -9,6 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.plugin import Plugin
 from moslim.policy.critic import CriticOptions
 from moslim.policy.optimizers.aggregation import Aggregation, neutral_where_nothing_counts, normalize_then_sum
@@ -198,29 +199,29 @@ class PolicyOptimizer(Plugin, ABC):
         """Refuses an option that is none of the words allowed."""
         if getattr(self, option) not in allowed:
             words = ", ".join(f"'{word}'" for word in allowed)
-            raise ValueError(f"policy_optimizer.{option} is '{getattr(self, option)}': give one of {words}")
+            raise UsageError(f"policy_optimizer.{option} is '{getattr(self, option)}': give one of {words}")
 
     def at_least(self, option: str, least: float) -> None:
         """Refuses an option below ``least``; None passes."""
         value = getattr(self, option)
         if value is not None and not value >= least:
-            raise ValueError(f"policy_optimizer.{option} is {value}: give {least:g} or more")
+            raise UsageError(f"policy_optimizer.{option} is {value}: give {least:g} or more")
 
     def above(self, option: str, least: float) -> None:
         """Refuses an option that is ``least`` or below; None passes."""
         value = getattr(self, option)
         if value is not None and not value > least:
-            raise ValueError(f"policy_optimizer.{option} is {value}: give more than {least:g}")
+            raise UsageError(f"policy_optimizer.{option} is {value}: give more than {least:g}")
 
     def within_unit(self, option: str) -> None:
         """Refuses an option outside of [0, 1]."""
         value = getattr(self, option)
         if not 0 <= value <= 1:
-            raise ValueError(f"policy_optimizer.{option} is {value}: give a number from 0 to 1")
+            raise UsageError(f"policy_optimizer.{option} is {value}: give a number from 0 to 1")
 
     def compares(self, score: Tensor) -> Tensor:
         """Returns ``[G, n]`` scores as they are, and refuses groups of one."""
         if score.shape[1] < 2:
             name = type(self).__name__
-            raise ValueError(f"{name} compares the answers to a prompt: set samples_per_prompt to 2 or more")
+            raise UsageError(f"{name} compares the answers to a prompt: set samples_per_prompt to 2 or more")
         return score

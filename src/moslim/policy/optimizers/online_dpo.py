@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
+from moslim.errors import UsageError
 from moslim.policy.optimizers.base import GroupScores, LossParts, PolicyOptimizer, UpdateBatch
 from moslim.processes import shared_count
 
@@ -58,7 +59,7 @@ class OnlineDPO(PolicyOptimizer):
 
     def loss(self, batch: UpdateBatch) -> LossParts:
         if batch.reference is None:
-            raise ValueError("OnlineDPO needs the reference's log-probabilities in the batch")
+            raise UsageError("OnlineDPO needs the reference's log-probabilities in the batch")
         log_odds = ((batch.logprobs - batch.reference) * batch.mask).sum(dim=1)
         margin = (log_odds * batch.advantages).reshape(-1, batch.samples).sum(dim=1)  # one per prompt
         pair = _pairs(batch.mask, batch.samples)

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.plugin import Plugin
 from moslim.policy.kl import KLEstimator, KLPlace, check_kl, kl_loss
 from moslim.policy.kl_controllers import KLController
@@ -54,11 +55,11 @@ class PolicyGradient(PolicyOptimizer):
         self.above("dual_clip", 1)
         check_kl(self.kl_in, self.kl)
         if not 0 < self.clip_low < 1 or self.clip_high <= 0:
-            raise ValueError(
+            raise UsageError(
                 f"policy_optimizer: clip_low {self.clip_low} must lie in (0, 1), clip_high {self.clip_high} above 0"
             )
         if self.kl_controller is not None and self.kl_coef == 0:
-            raise ValueError("policy_optimizer.kl_coef is 0: a kl_controller would have nothing to multiply")
+            raise UsageError("policy_optimizer.kl_coef is 0: a kl_controller would have nothing to multiply")
 
     @property
     def children(self) -> Sequence[Plugin]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.lora import LoraOptions
 from moslim.policy.critic import CriticOptions
 from moslim.policy.optimizers.base import GroupScores, LossParts, UpdateBatch
@@ -73,7 +74,7 @@ class PPO(PolicyGradient):
     def value_loss(self, batch: UpdateBatch) -> tuple[Tensor, Tensor]:
         """The critic's loss, a scalar, and the share of tokens where the clip was active."""
         if batch.values is None or batch.old_values is None or batch.returns is None:
-            raise ValueError("PPO needs the critic's values and returns in the batch")
+            raise UsageError("PPO needs the critic's values and returns in the batch")
         error = (batch.values - batch.returns).square()
         if self.value_clip is None:
             worse = error
@@ -90,5 +91,5 @@ class PPO(PolicyGradient):
     @staticmethod
     def _values(rewards: GroupScores) -> Tensor:
         if rewards.values is None:
-            raise ValueError("PPO needs a critic's values: build the policy with PPO as its policy_optimizer")
+            raise UsageError("PPO needs a critic's values: build the policy with PPO as its policy_optimizer")
         return rewards.values

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.policy.optimizers.base import GroupScores, LossParts, UpdateBatch
 from moslim.policy.optimizers.policy_gradient import PolicyGradient
 
@@ -32,7 +33,7 @@ class RLOO(PolicyGradient):
         super().__post_init__()
         self.one_of("ratio", get_args(Ratio))
         if self.ratio == "sequence" and self.reduction != "constant":
-            raise ValueError(
+            raise UsageError(
                 f"policy_optimizer.reduction is '{self.reduction}', but ratio 'sequence' has no token losses to "
                 "average: give ratio 'token'"
             )

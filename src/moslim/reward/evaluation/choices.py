@@ -11,6 +11,7 @@ from torch import Tensor
 from moslim.data.prompts import as_messages
 from moslim.data.sources.records import Record, read_file
 from moslim.data.types import Question
+from moslim.errors import MissingFileError, UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -42,19 +43,19 @@ def read_choices(path: str, preferences: PreferenceSet) -> list[Choice]:
     fits, from 0. All lines have the same number of answers, two or more.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line cannot be used; the message names file, line and field.
+        MissingFileError: There is no such file.
+        UsageError: A line cannot be used; the message names file, line and field.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"best_of.path: there is no file '{path}' (looked in {Path.cwd()})")
+        raise MissingFileError(f"best_of.path: there is no file '{path}' (looked in {Path.cwd()})")
     records = read_file(path)
     if not records:
-        raise ValueError(f"{path} is empty: a best-of-n evaluation needs at least one prompt")
+        raise UsageError(f"{path} is empty: a best-of-n evaluation needs at least one prompt")
     choices = [_choice(record, preferences) for record in records]
     n = len(choices[0].answers)
     for record, choice in zip(records, choices, strict=True):
         if len(choice.answers) != n:
-            raise ValueError(f"{record.place}: {len(choice.answers)} answers, where the first line has {n}")
+            raise UsageError(f"{record.place}: {len(choice.answers)} answers, where the first line has {n}")
     return choices
 
 
@@ -76,10 +77,10 @@ def _choice(record: Record, preferences: PreferenceSet) -> Choice:
         target = preferences.encode(Preference(levels))
         _check(type(right) is int and 0 <= right < len(answers), "right", right, f"0 to {len(answers) - 1}")
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{record.place}: {error.args[0]}") from None
+        raise UsageError(f"{record.place}: {error.args[0]}") from None
     return Choice(tuple(questions), tuple(answers), target, right)
 
 
 def _check(holds: bool, field: str, value: Any, wanted: str) -> None:
     if not holds:
-        raise ValueError(f"field '{field}' is {value!r}: give {wanted}")
+        raise UsageError(f"field '{field}' is {value!r}: give {wanted}")

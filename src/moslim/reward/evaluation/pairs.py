@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.reporting import Result
 from moslim.reward.comparisons import credit
@@ -30,7 +31,7 @@ def pairwise(pairs: ScoredPairs, preferences: PreferenceSet, weights: Mapping[st
         ``n_pairs``; ``weighted`` also with ``weights``. The same of each part of the data under ``subsets``.
 
     Raises:
-        ValueError: A weight is for an unknown dimension, or all are 0.
+        UsageError: A weight is for an unknown dimension, or all are 0.
     """
     used = complete_weights(preferences, weights)
     named = sorted({subset for subset in pairs.subsets if subset})
@@ -58,11 +59,11 @@ def complete_weights(preferences: PreferenceSet, weights: Mapping[str, float] | 
     if weights is None:
         return dict.fromkeys(preferences.names, 1.0)
     if unknown := set(weights) - set(preferences.names):
-        raise ValueError(
+        raise UsageError(
             f"pair_weights names {', '.join(sorted(unknown))}; there are the dimensions {', '.join(preferences.names)}"
         )
     if not any(weights.values()):
-        raise ValueError("pair_weights are all 0, so that every comparison would be a tie: give one dimension a weight")
+        raise UsageError("pair_weights are all 0, so that every comparison would be a tie: give one dimension a weight")
     return {name: float(weights.get(name, 0.0)) for name in preferences.names}
 
 

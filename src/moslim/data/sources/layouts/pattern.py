@@ -7,6 +7,7 @@ import re
 from moslim.data.sources.fields import require
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.records import Record
+from moslim.errors import UsageError
 
 
 class Pattern(Layout):
@@ -18,16 +19,16 @@ class Pattern(Layout):
             stands for line ends, too.
 
     Raises:
-        ValueError: The pattern is no regular expression, or names no group.
+        UsageError: The pattern is no regular expression, or names no group.
     """
 
     def __init__(self, field: str, pattern: str) -> None:
         try:
             self.pattern = re.compile(pattern, re.DOTALL)
         except re.error as error:
-            raise ValueError(f"layout.pattern is no regular expression: {error}") from None
+            raise UsageError(f"layout.pattern is no regular expression: {error}") from None
         if not self.pattern.groupindex:
-            raise ValueError(f"layout.pattern names no columns: write them as (?P<answer>.*), not {pattern!r}")
+            raise UsageError(f"layout.pattern names no columns: write them as (?P<answer>.*), not {pattern!r}")
         self.field = field
 
     def rows(self, records: list[Record]) -> list[Record]:
@@ -38,7 +39,7 @@ class Pattern(Layout):
         value = require(record, self.field, "layout.field")
         found = self.pattern.fullmatch(str(value))
         if found is None:
-            raise ValueError(
+            raise UsageError(
                 f"{record.place}, field '{self.field}': {str(value)[:80]!r} is not like {self.pattern.pattern!r}"
             )
         return found.groupdict(default="")

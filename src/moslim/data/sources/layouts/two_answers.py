@@ -8,6 +8,7 @@ from moslim.data.sources.fields import require
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import is_missing
+from moslim.errors import UsageError
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Verdict:
         try:
             numbers = [float(one) for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
         except (TypeError, ValueError):
-            raise ValueError(f"{record.place}, field '{self.column}': value {value!r} is not a number") from None
+            raise UsageError(f"{record.place}, field '{self.column}': value {value!r} is not a number") from None
         return sum(numbers) / len(numbers) - self.tie if numbers else 0.0
 
 
@@ -53,7 +54,7 @@ class TwoAnswers(Layout):
     def __init__(self, first: dict[str, str], second: dict[str, str], verdicts: list[Verdict]) -> None:
         for name, columns in (("first", first), ("second", second)):
             if "answer" not in columns:
-                raise ValueError(f"layout.{name} is {columns}: it must say which field is the `answer`")
+                raise UsageError(f"layout.{name} is {columns}: it must say which field is the `answer`")
         self.answers = {"first": first, "second": second}
         self.verdicts = verdicts
 
