@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from moslim.cli import SUBCOMMANDS, _keep_whole_numbers, main, run
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 
 ROOT = Path(__file__).parents[1]
@@ -289,10 +290,10 @@ def test_generate_prints_answers(capsys):
 @pytest.mark.parametrize(
     ("args", "error", "said"),
     [
-        (["export", "--ckpt_path", "last", "--model", "cli_parts.Plain"], TypeError, "Plain has no method `export`"),
-        (["export", "--ckpt_path", "last", "--form", "adapter"], TypeError, "Model has no method `export_adapter`"),
-        (["generate", "--question", "Why?", "--model", "cli_parts.Plain"], TypeError, "Plain has no method `answer`"),
-        (["replay"], TypeError, "a step of a PolicyTrainer, not of a Model"),
+        (["export", "--ckpt_path", "last", "--model", "cli_parts.Plain"], UsageError, "Plain has no method `export`"),
+        (["export", "--ckpt_path", "last", "--form", "adapter"], UsageError, "Model has no method `export_adapter`"),
+        (["generate", "--question", "Why?", "--model", "cli_parts.Plain"], UsageError, "Plain has no method `answer`"),
+        (["replay"], UsageError, "a step of a PolicyTrainer, not of a Model"),
         (["export"], ValueError, "--ckpt_path"),
         (["generate"], ValueError, "--question"),
         (["export", "--ckpt_path", "nowhere.ckpt"], FileNotFoundError, "nowhere.ckpt"),

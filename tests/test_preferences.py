@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from moslim.errors import UsageError
 from moslim.preferences import INACTIVE, Dimension, Preference, PreferenceSet
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "hot"]})
@@ -34,7 +35,7 @@ def test_equal_preferences_hash_equally_whatever_their_order():
 @pytest.mark.parametrize(
     ("preference", "error", "text"),
     [
-        ({"weight": 0}, KeyError, "no dimension 'weight'; there are: size, heat"),
+        ({"weight": 0}, UsageError, "no dimension 'weight'; there are: size, heat"),
         ({"size": 3}, ValueError, "level 3 of dimension 'size' is outside 0..2"),
         ({"heat": -1}, ValueError, "level -1 of dimension 'heat' is outside 0..1"),
     ],
