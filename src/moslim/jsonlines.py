@@ -49,7 +49,7 @@ class JsonLines:
 def unfinished(path: Path, depends_on: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the whole records that an interrupted writer left of a file.
 
-    None, with a warning, if they depend on anything else.
+    None, with a warning, if they depend on anything else, or the note of what they depend on is damaged.
 
     Args:
         path: The file's place when it is complete.
@@ -58,8 +58,12 @@ def unfinished(path: Path, depends_on: dict[str, Any]) -> Iterator[dict[str, Any
     part, note = _beside(path)
     if not part.exists():
         return
-    before = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     now = json.loads(json.dumps(depends_on))
+    try:
+        before = _record(note.read_bytes()) if note.exists() else {}
+    except ValueError:
+        rank_zero_warn(f"{note}, which says what {part} depends on, is damaged: starting anew")
+        return
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
         rank_zero_warn(f"{part} was written with another {' and '.join(changed)}: starting anew")
@@ -69,10 +73,20 @@ def unfinished(path: Path, depends_on: dict[str, Any]) -> Iterator[dict[str, Any
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
+                record = _record(line)
             except ValueError:  # a machine that loses power can leave anything at the end of a file
                 return
             yield record
+
+
+def _record(text: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(text.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object")
+    return record
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
