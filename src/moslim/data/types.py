@@ -57,6 +57,7 @@ class Example:
         group: What the row has in common with others, besides a question, e.g. the article that was summarised.
             Calibration and intervals take the rows of one group together; None = of one question.
         columns: What else the row says that reward functions are to know, e.g. a reference answer.
+        place: Where the row stands, e.g. ``ratings.csv, line 7``; None where the source cannot say.
     """
 
     question: Question
@@ -72,6 +73,7 @@ class Example:
     id: str | int | None = None
     group: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    place: str | None = field(default=None, compare=False)
 
 
 @dataclass

@@ -248,7 +248,7 @@ class Table(Source):
             if not answer.strip():
                 notices.add("the answer is empty", record.place)
         kept = {path: find(record.fields, path) for path in self.keep}
-        example = Example(self._question(record), answer, id=self._id(record), columns=kept)
+        example = Example(self._question(record), answer, id=self._id(record), columns=kept, place=record.place)
         if self.group is not None and view is View.REWARD and split is not Split.PREDICT:
             example.group = str(require(record, self.group, "group"))
         if self.requested is not None:
