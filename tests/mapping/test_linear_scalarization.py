@@ -31,10 +31,10 @@ def test_shares_of_what_was_asked_for() -> None:
     torch.testing.assert_close(reward.total, torch.tensor([2 / 3, 0.5, 0.0]))
 
 
-def test_shares_of_a_request_of_lowest_levels_are_zero() -> None:
+def test_a_request_of_lowest_levels_has_no_weights() -> None:
     reward = bound()(PROBS, torch.tensor([[0, 0], [0, 1], [0, -1]]), GROUPS)
     torch.testing.assert_close(reward.total, torch.tensor([0.0, 0.5, 0.0]))
-    assert reward.per_dimension[0].tolist() == [0.0, 0.0]  # active, though without weight
+    assert reward.per_dimension.isnan().tolist() == [[True, True], [False, False], [True, True]]  # no reward applies
 
 
 def test_directions() -> None:

@@ -59,3 +59,16 @@ def test_refusals_say_what_to_do() -> None:
         bound(Weighted(ExpectedDistance(), {"five": [1.0, 2.0]}))
     with pytest.raises(UsageError, match="none"):
         bound(Weighted(ExpectedDistance(), {"none": 1.0}))
+
+
+def test_a_dimension_without_weight_does_not_count() -> None:
+    class Unweighted(ExpectedDistance):
+        def weights(self, targets: torch.Tensor) -> torch.Tensor:
+            return super().weights(targets) * torch.tensor([1.0, 0.0])
+
+    mapping = Unweighted()
+    mapping.bind(PreferenceSet({"a": ["x", "y"], "b": ["x", "y"]}))
+    probs = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]] * 2)
+    found = mapping(probs, torch.tensor([[0, 1], [-1, 1]]), torch.zeros(2))
+    assert found.per_dimension.isnan().tolist() == [[False, True], [True, True]]
+    assert found.total.tolist() == [-0.25, 0.0]

@@ -193,7 +193,9 @@ def test_what_a_rollout_holds_of_a_critic(preferences, lm, classifier, tmp_path)
     assert found.values.shape == found.returns.shape == found.advantages.shape == found.mask.shape
     assert found.values.abs().max() > 0 and (found.values[~found.mask] == 0).all()
     score = found.rewards - (~found.ended).float()  # with lambda 1 and no KL: of every token, what the answer earns
-    torch.testing.assert_close(found.returns, score[:, None] * found.mask, atol=1e-5, rtol=0)
+    learns = found.value_mask.any(dim=1)  # not from prompts that ask for nothing
+    assert learns.tolist() == (~found.uninstructed).tolist() and learns.any() and not learns.all()
+    torch.testing.assert_close(found.returns[learns], (score[:, None] * found.mask)[learns], atol=1e-5, rtol=0)
     assert found.answer_advantages.shape == (len(found),)
 
 

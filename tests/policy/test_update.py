@@ -26,8 +26,8 @@ def rows(tokenizer):
     targets = torch.tensor([[1, -1], [-1, -1], [-1, -1], [2, 0], [-1, 3], [-1, -1]])
     nothing = torch.zeros(6)
     return Rollout(
-        (0, 0), ids, attention, mask, nothing[:, None].expand(-1, 4), None, targets, nothing, nothing, nothing, nothing,
-        mask[:, 0], mask[:, 0], ["q"] * 6, ["a"] * 6,
+        (0, 0), ids, attention, mask, nothing[:, None].expand(-1, 4), None, targets, nothing, nothing[:, None],
+        nothing, nothing, mask[:, 0], mask[:, 0], ["q"] * 6, ["a"] * 6,
     )  # fmt: skip
 
 

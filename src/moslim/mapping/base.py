@@ -127,6 +127,8 @@ class MappingFunction(Plugin, ABC):
                 f"{type(self).__name__}.per_dimension returns {list(rewards.shape)}: a reward of every answer on every "
                 f"dimension is {list(targets.shape)}"
             )
+        if self.is_mean:
+            rewards = rewards.masked_fill(weights == 0, torch.nan)  # what has no weight does not count
         return MappedReward(self.scalarize(rewards, weights), rewards, weights)
 
     def sizes(self, like: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class Constrained(MappingFunction):
     ``rate`` times how far the mean over all processes' answers falls short of ``share`` (projected dual ascent), so it
     rises while the constraint is violated and falls back to 0 when it is slack.
 
-    The constraint holds for every answer, also where the prompt asks for nothing. Requests for the held dimension
+    The constraint holds for every answer, also where the prompt asks for nothing: there the objective counts with its
+    mean over the batch's other answers, which neither rewards nor punishes. Requests for the held dimension
     are not passed on to the objective. To simply maximise another dimension ``B``, take
     :class:`~moslim.mapping.TasteWeights` with the weights ``{B: 1}`` as objective.
 
@@ -80,9 +82,14 @@ class Constrained(MappingFunction):
         self.objective.observe(probs, self._others(targets))
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
-        """The objective's rewards, and ``P(level_A >= a) - share`` in the column of the held dimension."""
+        """The objective's rewards, and ``P(level_A >= a) - share`` in the column of the held dimension.
+
+        That column is NaN, too, where the multiplier is 0 and the objective rewards nothing: no reward applies there.
+        """
         rewards = self.objective.per_dimension(probs, self._others(targets), groups).clone()
-        rewards[:, self._column] = self._held(probs) - self.share
+        rewards[:, self._column] = torch.nan
+        counts = ~rewards.isnan().all(dim=1) | (self.multiplier > 0)
+        rewards[:, self._column] = (self._held(probs) - self.share).masked_fill(~counts, torch.nan)
         return rewards
 
     def weights(self, targets: Tensor) -> Tensor:
@@ -92,9 +99,11 @@ class Constrained(MappingFunction):
     def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
         """The Lagrangian, see above."""
         others = per_dimension.clone()
-        others[:, self._column] = float("nan")
-        slack = per_dimension[:, self._column]
-        return (self.objective.scalarize(others, weights) + self.multiplier * slack) / (1 + self.multiplier)
+        others[:, self._column] = torch.nan
+        objective, applies = self.objective.scalarize(others, weights), ~others.isnan().all(dim=1)
+        mean = objective.masked_fill(~applies, 0.0).sum() / applies.sum().clamp(min=1)
+        slack = per_dimension[:, self._column].nan_to_num(0.0)
+        return (objective.where(applies, mean) + self.multiplier * slack) / (1 + self.multiplier)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Logs the multiplier."""

@@ -22,7 +22,7 @@ class LinearScalarization(MappingFunction):
     to 1, and over the ``n`` active dimensions
 
     - ``share``: ``w_d = t_d / sum_j t_j``. A requested level says how much its dimension matters: weights are not
-      negative and add up to 1. A request of lowest levels alone has no weights, and reward 0.
+      negative and add up to 1. A request of lowest levels alone has no weights, so that no reward applies to it.
     - ``direction``: ``w_d = (2 t_d - 1) / n``. From -1/n, as low as possible, to 1/n, as high as possible.
 
     Either way the best answer lies at an end of every dimension, so a level in between cannot be asked for. It is
@@ -44,6 +44,7 @@ class LinearScalarization(MappingFunction):
         wanted = (targets / top).to(probs.dtype) * active
         if self.kind == "share":
             total = wanted.sum(-1, keepdim=True)
+            active &= total > 0
             weights = wanted / total.masked_fill(total == 0, 1)
         else:
             weights = (2 * wanted - 1) / active.sum(-1, keepdim=True).clamp(min=1)

@@ -138,6 +138,11 @@ class Rollout:
         """``[N, T]`` bool: the tokens that updates learn from."""
         return self.mask & self.used[:, None]
 
+    @property
+    def value_mask(self) -> Tensor:
+        """``[N, T]`` bool: the tokens that a critic learns from, those of answers to which a reward applies."""
+        return self.update_mask & ~self.per_dimension.isnan().all(dim=1, keepdim=True)
+
     def state(self) -> dict[str, Any]:
         """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

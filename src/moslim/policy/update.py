@@ -90,9 +90,11 @@ def forward(
         values=values,
         old_values=rows.values,
         returns=rows.returns,
+        value_mask=rows.value_mask,
         sampler=rows.sampler_logprobs,
         cap=cap,
         step_mask=torch.cat([part.update_mask for part in together]),
+        step_value_mask=torch.cat([part.value_mask for part in together]),
         parts=len(together),
     )
     if not default_kl:

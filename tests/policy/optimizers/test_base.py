@@ -75,12 +75,6 @@ def test_rounding_is_not_blown_up(floor, samples):
     assert normalize_then_sum(rewards, floor).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_an_answer_that_no_reward_applies_to_is_neither_good_nor_bad(kind):
-    given = scores([[0.0, -1.0, -2.0, 0.0], [0.0] * 4], per_dimension=[[[NAN], [-1.0], [-2.0], [NAN]], [[NAN]] * 4])
-    assert kind().scores(given).tolist() == [[-1.5, -1.0, -2.0, -1.5], [0.0] * 4]
-
-
 def test_infinity_stays_infinity():
     total = weighted_mean(torch.tensor([[math.inf, 1.0], [NAN, 2.0]]), torch.ones(2, 2))
     assert total.tolist() == [math.inf, 2.0]

@@ -12,22 +12,6 @@ Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 _LEAST = 1e-4
 
 
-def neutral_where_nothing_counts(total: Tensor, per_dimension: Tensor) -> Tensor:
-    """Gives an answer that no reward applies to the mean of its prompt's others, so that it is neither good nor bad.
-
-    Args:
-        total: ``[G, n]``.
-        per_dimension: ``[G, n, D]``, NaN where inactive.
-
-    Returns:
-        ``[G, n]``; as it was in groups where no answer has a reward.
-    """
-    nothing = per_dimension.isnan().all(dim=-1)
-    others = (~nothing).sum(dim=1, keepdim=True)
-    mean = total.masked_fill(nothing, 0.0).sum(dim=1, keepdim=True) / others.clamp(min=1)
-    return total.where(~nothing | (others == 0), mean)
-
-
 def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor | None = None) -> Tensor:
     """Normalises every dimension within its group, then adds up (GDPO, arXiv 2601.05242, with a softened std).
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moslim.errors import UsageError
 from moslim.plugin import Plugin
 from moslim.policy.critic import CriticOptions
-from moslim.policy.optimizers.aggregation import Aggregation, neutral_where_nothing_counts, normalize_then_sum
+from moslim.policy.optimizers.aggregation import Aggregation, normalize_then_sum
 from moslim.policy.optimizers.reductions import Reduction, reduce_tokens
 
 
@@ -43,6 +43,32 @@ class GroupScores:
         """``[G, n]`` nats per answer."""
         return self.token_kl.sum(dim=-1)
 
+    @property
+    def rewarded(self) -> Tensor:
+        """``[G, n]`` bool: a dimension or a reward function applies to the answer."""
+        return ~self.per_dimension.isnan().all(dim=-1)
+
+    @property
+    def peers(self) -> Tensor:
+        """``[G, n, n]`` bool: both answers to the prompt are rewarded, or both are not."""
+        rewarded = self.rewarded
+        return rewarded[:, :, None] == rewarded[:, None, :]
+
+    def peer_moments(self, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Number of each answer's peers, itself included, and their mean and Bessel-corrected variance.
+
+        Args:
+            score: ``[G, n]``.
+
+        Returns:
+            Three times ``[G, n]``; the variance of an answer without another peer is 0.
+        """
+        peers = self.peers
+        count = peers.sum(dim=-1)
+        mean = score[:, None].masked_fill(~peers, 0.0).sum(dim=-1) / count
+        squares = (score[:, None] - mean[..., None]).square().masked_fill(~peers, 0.0)
+        return count, mean, squares.sum(dim=-1) / (count - 1).clamp(min=1)
+
 
 @dataclass
 class UpdateBatch:
@@ -60,9 +86,11 @@ class UpdateBatch:
         values: ``[N, T]`` the critic's, with gradient; None without a critic, as the next two.
         old_values: ``[N, T]`` when sampled.
         returns: ``[N, T]`` what the critic should have said.
+        value_mask: ``[N, T]`` bool, the tokens that the critic learns from: of ``mask``, those of rewarded answers.
         sampler: ``[N, T]`` under what the tokens were drawn from; None = the policy that ``old`` is of.
         cap: Largest importance weight; None = all are 1.
         step_mask: ``[M, T]`` the masks of all minibatches whose gradients make one step, where they are several.
+        step_value_mask: ``[M, T]`` their value masks.
         parts: How many these are.
     """
 
@@ -77,9 +105,11 @@ class UpdateBatch:
     values: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
+    value_mask: Tensor | None = None
     sampler: Tensor | None = None
     cap: float | None = None
     step_mask: Tensor | None = None
+    step_value_mask: Tensor | None = None
     parts: int = 1
 
     @property
@@ -137,6 +167,9 @@ class PolicyOptimizer(Plugin, ABC):
     Lightning callback as well: the Trainer calls its hooks, and what ``state_dict`` returns (plain numbers) goes into
     every checkpoint.
 
+    An answer to which no reward applies (all of ``per_dimension`` is NaN) is neutral. Its score is 0 less the penalty.
+    It enters no mean or deviation of rewarded answers, and is compared with its like only: ``GroupScores.peers``.
+
     Args:
         aggregation: ``sum_then_normalize`` takes the mapping function's scalar; ``normalize_then_sum`` normalises
             each dimension's reward within its group first (GDPO, arXiv 2601.05242).
@@ -169,10 +202,13 @@ class PolicyOptimizer(Plugin, ABC):
         return None
 
     def scores(self, rewards: GroupScores) -> Tensor:
-        """One score per answer ``[G, n]``: the aggregated reward, less the penalty; without any KL."""
+        """One score per answer ``[G, n]``: the aggregated reward, less the penalty; without any KL.
+
+        Where no reward applies, the score is the negative penalty alone.
+        """
         if self.aggregation == "normalize_then_sum":
             return normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights) - rewards.penalty
-        return neutral_where_nothing_counts(rewards.total, rewards.per_dimension) - rewards.penalty
+        return rewards.total.masked_fill(~rewards.rewarded, 0.0) - rewards.penalty
 
     @abstractmethod
     def advantages(self, rewards: GroupScores) -> Tensor:

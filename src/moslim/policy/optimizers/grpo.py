@@ -24,6 +24,9 @@ class GRPO(PolicyGradient):
     ``(score - mean_G) / (sqrt(var + std_floor^2) + 1e-4)`` with the Bessel-corrected variance; with ``std_floor: 0`` it
     is TRL's. verl adds 1e-6 and OpenRLHF 1e-9 instead of 1e-4; NeMo-RL takes leave-one-out moments.
 
+    Answers to which no reward applies enter neither the mean nor the deviation. Their scores, minus penalty and KL, are
+    compared with their own mean in the group, in units of the larger of both deviations.
+
     Args:
         reduction: ``token_mean`` is DAPO's and TRL's default, ``grpo`` the paper's, ``constant`` Dr. GRPO's.
         scale: Whose standard deviation is divided by: the ``group``'s; that of all scores of the ``batch`` (with
@@ -46,16 +49,20 @@ class GRPO(PolicyGradient):
 
     def advantages(self, rewards: GroupScores) -> Tensor:
         score = self.compares(self.scores_less_kl(rewards))
-        centred = score - score.mean(dim=1, keepdim=True)
+        _, mean, variance = rewards.peer_moments(score)
+        centred, rewarded = score - mean, rewards.rewarded
         if self.scale == "none":
             return centred
-        everyone = torch.ones_like(score, dtype=torch.bool)
-        variance = score.var(dim=1, keepdim=True) if self.scale == "group" else moments(score, everyone)[1]
+        if self.scale == "batch":
+            others = moments(score, rewarded)[1]
+            variance = torch.where(rewarded, others, moments(score, ~rewarded)[1])
+        else:
+            others = variance.masked_fill(~rewarded, 0.0).amax(dim=1, keepdim=True)
+        variance = torch.where(rewarded, variance, torch.maximum(variance, others))
         return centred / ((variance + self.std_floor**2).sqrt() + _EPS)
 
     def used(self, rewards: GroupScores) -> Tensor:
-        """Leaves out groups whose answers are all about equally good, ``[G, n]`` bool."""
+        """Leaves out answers whose peers in the group are all about equally good, ``[G, n]`` bool."""
         if self.min_spread is None:
             return super().used(rewards)
-        spread = self.scores(rewards).std(dim=1, keepdim=True)
-        return (spread > self.min_spread).expand_as(rewards.total)
+        return rewards.peer_moments(self.scores(rewards))[2].sqrt() > self.min_spread

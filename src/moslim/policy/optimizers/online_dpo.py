@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
@@ -22,7 +23,8 @@ class OnlineDPO(PolicyOptimizer):
     With ``h`` the answer's summed ``log p - log q`` to the reference and ``m = h_best - h_worst``, the loss is
     ``-log sigmoid(beta m)`` (DPO, arXiv 2305.18290, eq. 7) or ``(m - 1 / (2 beta))^2`` (IPO, arXiv 2310.12036, eq. 17,
     with sums as in TRL's Online DPO). TRL samples two answers and lets the first win ties; here the best and the worst
-    of all samples make the pair, the others cost nothing, and ties are dropped.
+    of all samples make the pair, the others cost nothing, and ties are dropped. Answers to which no reward applies make
+    a pair with each other only, by their penalties, and only where fewer than two of the group are rewarded.
 
     Args:
         beta: Strength of the pull to the reference.
@@ -48,8 +50,11 @@ class OnlineDPO(PolicyOptimizer):
     def advantages(self, rewards: GroupScores) -> Tensor:
         """``[G, n]``: 1 for the answer that is chosen, -1 for the one that is rejected, 0 for the others."""
         score = self.compares(self.scores(rewards))
-        best, worst = score.argmax(dim=1), score.argmin(dim=1)
-        gap = (score.amax(dim=1) - score.amin(dim=1))[:, None]
+        rewarded = rewards.rewarded
+        among = torch.where(rewarded.sum(dim=1, keepdim=True) > 1, rewarded, ~rewarded)
+        above, below = score.masked_fill(~among, -torch.inf), score.masked_fill(~among, torch.inf)
+        best, worst = above.argmax(dim=1), below.argmin(dim=1)
+        gap = (above.amax(dim=1) - below.amin(dim=1))[:, None]
         sign = one_hot(best, score.shape[1]) - one_hot(worst, score.shape[1])
         return (sign * (gap > self.min_margin)).to(score.dtype)
 

@@ -12,8 +12,8 @@ from moslim.lora import LoraOptions
 from moslim.policy.critic import CriticOptions
 from moslim.policy.optimizers.base import GroupScores, LossParts, UpdateBatch
 from moslim.policy.optimizers.policy_gradient import PolicyGradient
-from moslim.policy.optimizers.reductions import Reduction, whiten
-from moslim.policy.optimizers.returns import generalized_advantages
+from moslim.policy.optimizers.reductions import Reduction, reduce_tokens, whiten
+from moslim.policy.optimizers.returns import discounted_sums, generalized_advantages
 
 
 @dataclass(eq=False, kw_only=True)
@@ -25,6 +25,10 @@ class PPO(PolicyGradient):
     tokens of all processes; the critic's targets are GAE plus values, before whitening. The value loss is
     ``0.5 * mean max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2)``, as in TRL and verl. Defaults are TRL's, but
     for ``std_floor``: with 0, whitening is TRL's too.
+
+    The critic neither judges nor learns from answers to which no reward applies: the advantage of their tokens is the
+    discounted sum of penalty and KL that follow, whitened by a mean of its own and the larger of both deviations, see
+    :func:`whiten`.
 
     Args:
         reduction: How token losses are averaged; ``token_mean`` is TRL's. The value loss always is.
@@ -59,10 +63,12 @@ class PPO(PolicyGradient):
 
     def advantages(self, rewards: GroupScores) -> Tensor:
         surplus = self._surplus(rewards)
-        return whiten(surplus, rewards.mask, self.std_floor) if self.whiten_advantages else surplus
+        if not self.whiten_advantages:
+            return surplus
+        return whiten(surplus, rewards.mask, self.std_floor, rewards.rewarded[..., None])
 
     def returns(self, rewards: GroupScores) -> Tensor:
-        """What the critic is to learn, ``[G, n, T]``."""
+        """What the critic is to learn, ``[G, n, T]``; of no meaning where no reward applies."""
         return self._surplus(rewards) + self._values(rewards)
 
     def loss(self, batch: UpdateBatch) -> LossParts:
@@ -79,14 +85,18 @@ class PPO(PolicyGradient):
         if self.value_clip is None:
             worse = error
         else:
-            step = (batch.values - batch.old_values).clamp(-self.value_clip, self.value_clip)
-            worse = torch.maximum(error, (batch.old_values + step - batch.returns).square())
-        loss = 0.5 * batch.reduce(worse, "token_mean")
-        return loss, batch.token_mean((worse > error).float())
+            moved = (batch.values - batch.old_values).clamp(-self.value_clip, self.value_clip)
+            worse = torch.maximum(error, (batch.old_values + moved - batch.returns).square())
+        mask, step = batch.mask, batch.step_mask
+        if batch.value_mask is not None:
+            mask, step = batch.value_mask, batch.step_value_mask
+        loss = 0.5 * reduce_tokens(worse, mask, "token_mean", batch.length, step, batch.parts)
+        return loss, ((worse > error) & mask).sum() / mask.sum().clamp(min=1)
 
     def _surplus(self, rewards: GroupScores) -> Tensor:
         per_token = self.token_rewards(rewards, self.scores(rewards))
-        return generalized_advantages(per_token, self._values(rewards), rewards.mask, self.gamma, self.lam)
+        judged = generalized_advantages(per_token, self._values(rewards), rewards.mask, self.gamma, self.lam)
+        return judged.where(rewards.rewarded[..., None], discounted_sums(per_token, self.gamma) * rewards.mask)
 
     @staticmethod
     def _values(rewards: GroupScores) -> Tensor:

@@ -48,16 +48,21 @@ def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance * total / (total - 1).clamp(min=1)
 
 
-def whiten(values: Tensor, mask: Tensor, std_floor: float = 0.0) -> Tensor:
+def whiten(values: Tensor, mask: Tensor, std_floor: float = 0.0, rewarded: Tensor | None = None) -> Tensor:
     """Shifts and scales to mean 0 and variance 1 over all processes' unmasked values; 0 where masked.
 
     ``(x - mean) / sqrt(var + std_floor^2 + 1e-8)`` with the Bessel-corrected variance, as TRL and verl have it;
-    OpenRLHF's is not corrected.
+    OpenRLHF's is not corrected. Values to which no reward applies are left out of both moments. They are shifted by
+    their own mean, and scaled by the larger of both variances, so that they keep the unit of the others.
 
     Args:
         values: Any shape.
         mask: The same shape, bool.
         std_floor: In units of the values.
+        rewarded: Bool, a shape that broadcasts to it; None = all are.
     """
-    mean, variance = moments(values, mask)
-    return (values - mean) * torch.rsqrt(variance + std_floor**2 + 1e-8) * mask
+    rewarded = torch.ones_like(mask) if rewarded is None else rewarded.expand_as(mask)
+    mean, variance = moments(values, mask & rewarded)
+    own_mean, own_variance = moments(values, mask & ~rewarded)
+    variance = torch.where(rewarded, variance, torch.maximum(variance, own_variance))
+    return (values - torch.where(rewarded, mean, own_mean)) * torch.rsqrt(variance + std_floor**2 + 1e-8) * mask

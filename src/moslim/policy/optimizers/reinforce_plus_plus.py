@@ -20,6 +20,10 @@ class ReinforcePlusPlus(PolicyGradient):
     whitened over all tokens of all processes (Bessel-corrected; with ``std_floor: 0`` as in verl; OpenRLHF's is not
     corrected). The loss is PPO's.
 
+    Answers to which no reward applies enter neither the mean nor the deviation. Their returns, penalty and KL alone,
+    are shifted by their own mean and scaled by the larger of both deviations, see :func:`whiten`; the baseline form
+    compares them with each other only.
+
     Args:
         baseline: Subtract the mean score of the prompt's answers first (REINFORCE++-baseline, OpenRLHF's
             ``reinforce_baseline``), without dividing by the group's deviation. Without it, one answer per prompt
@@ -39,6 +43,6 @@ class ReinforcePlusPlus(PolicyGradient):
     def advantages(self, rewards: GroupScores) -> Tensor:
         score = self.scores(rewards)
         if self.baseline:
-            score = self.compares(score) - score.mean(dim=1, keepdim=True)
+            score = self.compares(score) - rewards.peer_moments(score)[1]
         to_go = discounted_sums(self.token_rewards(rewards, score), self.gamma)
-        return whiten(to_go, rewards.mask, self.std_floor)
+        return whiten(to_go, rewards.mask, self.std_floor, rewards.rewarded[..., None])

@@ -18,6 +18,9 @@ Ratio = Literal["sequence", "token"]
 class RLOO(PolicyGradient):
     """Each answer's advantage is its score less the mean score of the other answers to the same prompt.
 
+    Rewarded answers are compared with rewarded ones only. The others, whose score is minus penalty and KL, are compared
+    among themselves. An answer without another of its kind has advantage 0.
+
     The KL divergence is k1 in the reward, inside the baseline, as in TRL; OpenRLHF adds it per token after the
     baseline, which is another estimator. verl's ``n/(n-1) (score - group mean)`` is the same advantage.
 
@@ -40,8 +43,8 @@ class RLOO(PolicyGradient):
 
     def advantages(self, rewards: GroupScores) -> Tensor:
         score = self.compares(self.scores_less_kl(rewards))
-        others = (score.sum(dim=1, keepdim=True) - score) / (score.shape[1] - 1)
-        return score - others
+        count, mean, _ = rewards.peer_moments(score)
+        return (score - mean) * count / (count - 1).clamp(min=1)  # score - (count * mean - score) / (count - 1)
 
     def loss(self, batch: UpdateBatch) -> LossParts:
         if self.ratio == "token":
