@@ -110,8 +110,9 @@ def test_a_bad_line_is_named(line: dict[str, object], message: str, tmp_path: Pa
 
 
 def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--choices"):
+    with pytest.raises(SystemExit) as stop:
         main(["--choices", str(tmp_path / "no.jsonl"), "--classifier", "c", "--output", "o"])
+    assert stop.value.code == 2
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="no choices"):
         read_choices(str(tmp_path / "empty.jsonl"))

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils import logging as transformers_logging
 
 from moslim.callbacks.checkpoint import StepCheckpoint
@@ -24,6 +25,9 @@ from moslim.callbacks.gauges import Gauges
 from moslim.callbacks.role_memory import RoleMemory
 from moslim.data.module import PreferenceDataModule
 from moslim.errors import UsageError
+from moslim.failures import in_own_code, reported, without_flag
+from moslim.option_errors import shortened
+from moslim.parser import MoslimParser
 from moslim.preferences import PreferenceSet
 from moslim.restore import newest_checkpoint
 from moslim.trainer import MoslimTrainer
@@ -52,6 +56,7 @@ class MoslimCLI(LightningCLI):
             trainer_class=MoslimTrainer,
             trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "outputs"},
             # A shortened option would hide a misspelt one, and Lightning's full usage is 60 lines.
+            parser_class=MoslimParser,
             parser_kwargs=strict | {name: strict | {"usage": usage.format(name)} for name in SUBCOMMANDS},
             save_config_kwargs={"overwrite": True},
             subclass_mode_model=True,
@@ -97,15 +102,28 @@ class MoslimCLI(LightningCLI):
                 )
 
     def instantiate_classes(self) -> None:
+        raised: list[Exception] = []
+
+        def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return kind(*args, **kwargs)
+            except Exception as error:
+                raised.append(error)
+                raise
+
+        self.parser.add_instantiator(build, object, subclasses=True)
         try:
             super().instantiate_classes()
         except ValueError as error:
-            cause: BaseException = error
+            if not str(error).startswith("Does not validate against any of"):
+                raise
+            cause: BaseException = error  # of a model or data module, which Lightning builds
             while cause.__cause__ is not None and str(cause).startswith("Does not validate against any of"):
                 cause = cause.__cause__
-            if cause is error:
-                raise
-            raise cause from None
+            for built in (*raised, cause):  # by a constructor: the parser buries it among the types that it tried
+                if built in raised or isinstance(built, UsageError) or in_own_code(built):
+                    raise built from built.__cause__
+            raise UsageError(shortened(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self._get(self.config_init, "trainer")
@@ -114,7 +132,12 @@ class MoslimCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config["enable_checkpointing"] is False or config["fast_dev_run"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+            if in_own_code(error) or isinstance(error, UsageError):
+                raise
+            raise UsageError(f"trainer: {error}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -193,8 +216,17 @@ def run(args: list[str] | None = None) -> MoslimCLI:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``main.py`` and of the console script."""
-    if (sys.argv[1:] if args is None else args) == ["--version"]:
+    """Entry point of ``main.py`` and of the console script; ``--debug`` anywhere shows tracebacks.
+
+    Args:
+        args: Arguments; None for those of the process.
+
+    Raises:
+        SystemExit: With status 2 for a mistake of the user, 1 for a run that failed, 130 or 143 for an interrupted one.
+    """
+    arguments = without_flag(sys.argv[1:] if args is None else args)
+    if arguments == ["--version"]:
         print(importlib.metadata.version("moslim"))
-    else:
-        run(args)
+        return
+    with reported():
+        run(arguments)

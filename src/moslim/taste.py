@@ -20,8 +20,10 @@ from moslim.data.prompts import as_messages
 from moslim.data.sources.records import read_file
 from moslim.data.types import Question
 from moslim.errors import MissingFileError, UsageError
+from moslim.failures import reported, without_flag
 from moslim.levels import expected_level
 from moslim.mapping.taste import Taste
+from moslim.parser import MoslimParser
 from moslim.reward.scorer import Scorer
 
 _STEPS = 100
@@ -161,8 +163,10 @@ def main(args: list[str] | None = None) -> None:
     """The command line; see the module."""
     from jsonargparse import auto_cli
 
-    auto_cli(fit_file, args=args, as_positional=False)
+    arguments = without_flag(sys.argv[1:] if args is None else args)
+    with reported():
+        auto_cli(fit_file, args=arguments, as_positional=False, parser_class=MoslimParser)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

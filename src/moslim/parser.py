@@ -1,0 +1,52 @@
+"""The argument parser of all commands: its errors are one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from moslim.failures import debugging, in_own_code
+from moslim.option_errors import shortened
+
+_FILE: ContextVar[str] = ContextVar("file", default="")
+"""The config that is being read."""
+
+
+class MoslimParser(LightningArgumentParser):
+    """Says in one line which option is wrong, in which file, and why."""
+
+    def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Notes the config for messages."""
+        token = _FILE.set(str(path))
+        try:
+            return super().parse_path(path, *args, **kwargs)
+        finally:
+            _FILE.reset(token)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends the command with status 2, or raises what code of the user raised when it was imported.
+
+        Args:
+            message: The whole message.
+            ex: The exception behind it.
+        """
+        if not self.exit_on_error or debugging():
+            super().error(message, ex)
+        cause: BaseException | None = ex
+        while cause is not None:
+            if in_own_code(cause):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        parser = getattr(ex, "subcommand_parser", None) or self
+        place = f"{_FILE.get()}: " if _FILE.get() else ""
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        options = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[1], options, 1) if unknown else []
+        meant = f"; did you mean {close[0]}?" if close else ""
+        hint = f"{parser.prog.replace(' [options]', '')} --help lists the options"
+        self.exit(2, f"error: {place}{shortened(message)}{meant}\n({hint})\n")
