@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from moslim.accumulation import StepCounts, check_accumulation, step_batches
 from moslim.errors import UsageError
 from moslim.jsonlines import JsonLines
 from moslim.reporting import shown
@@ -25,6 +26,8 @@ class RunModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
+        self.step_counts = StepCounts()
+        """What the sums of a training batch are divided by."""
         self.recorded: dict[str, float] = {}
         """What :meth:`record` keeps until it is sent."""
 
@@ -48,6 +51,10 @@ class RunModule(LightningModule):
     def predictions_file(self) -> Path:
         """The file that ``predict`` writes."""
         return Path(self.predictions) if self.predictions else self.run_folder / "predictions.jsonl"
+
+    def on_train_start(self) -> None:
+        """See :func:`check_accumulation`."""
+        check_accumulation(self.trainer)
 
     def record(self, values: Mapping[str, Tensor | float]) -> None:
         """Keeps scalars of a training step for the loggers, which get all of a step that is shown in one row.
@@ -73,6 +80,17 @@ class RunModule(LightningModule):
         self.recorded |= figures
         single = {name: torch.tensor(figure, dtype=torch.float32) for name, figure in figures.items()}
         self.trainer.callback_metrics.update(single)  # float32 whatever the run's precision, as Lightning's own
+
+    def record_part(self, values: Mapping[str, Tensor | float], batch_idx: int) -> None:
+        """Keeps scalars of one batch of a step: what is sent is their mean over the step's batches, as of its loss.
+
+        Args:
+            values: As in :meth:`record`; the same names for all batches of a step.
+            batch_idx: Number of the batch in the epoch.
+        """
+        before = {} if batch_idx == step_batches(self.trainer, batch_idx).start else self.recorded
+        parts = self.trainer.accumulate_grad_batches
+        self.record({name: before.get(name, 0.0) + float(value) / parts for name, value in values.items()})
 
     def configure_callbacks(self) -> list[Callback]:
         """What sends the recorded numbers. A subclass adds its callbacks to these."""

@@ -101,9 +101,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_plain, value))
     return value is None or isinstance(value, (str, int, float, bool))
-
-
-def within_accumulation(trainer: Trainer) -> bool:
-    """Whether gradients of finished batches wait for their optimizer step. An epoch's last batch always makes one."""
-    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-    return done % trainer.accumulate_grad_batches > 0 and done < trainer.num_training_batches

@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
-from moslim.checkpoints import within_accumulation
+from moslim.accumulation import within_accumulation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -199,3 +199,33 @@ def test_metrics_are_written_every_n_steps(policy, preferences, tmp_path):
     lines = (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()
     steps = [line.split(",")[lines[0].split(",").index("step")] for line in lines[1:]]
     assert steps == ["1", "3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "several", "limit", "rates"),
+    [
+        (2, 2, {"limit_train_batches": 3}, [0, 0, 1]),  # half of the second rollout
+        (2, 2, {"overfit_batches": 3}, [0, 0, 1]),
+        (2, 2, {"limit_train_batches": 0.3}, [0, 0, 1]),  # of twelve
+        (1, 4, {}, [0, 0, 0, 0, 1, 1]),  # two of six rollouts
+    ],
+    ids=["limit", "overfit", "fraction", "rollouts"],
+)
+def test_the_last_step_of_an_epoch_has_full_scale(parts, several, limit, rates, policy, preferences, tmp_path):
+    """Where fewer batches are left than are accumulated, their step is that of a run without accumulation."""
+
+    def change(rates, several):
+        module = policy(
+            minibatches=parts,
+            policy_optimizer=GRPO(reduction="token_mean", kl_in="loss", kl="k3", kl_coef=0.1),
+            default_kl_coef=0.5,
+            optimizer=sgd(0.1),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: rates[min(step, len(rates) - 1)]),
+        )
+        before = weights(module)
+        trainer(tmp_path, max_epochs=1, accumulate_grad_batches=several, **limit).fit(module, data(preferences))
+        return moved(module, before)
+
+    found = change([0, 1], several)
+    total = sum(change([int(i == j) for i in range(len(rates))], 1) for j, rate in enumerate(rates) if rate)
+    torch.testing.assert_close(found, total / sum(rates), atol=1e-5, rtol=1e-3)

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from moslim.accumulation import within_accumulation
 from moslim.callbacks.guards import GuardError
-from moslim.checkpoints import within_accumulation
 
 
 class StepCheckpoint(ModelCheckpoint):

@@ -204,6 +204,7 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         self._count = len(self._batches(torch.Generator()))
         self.epoch = 0
         self.start = 0
+        self._current: tuple[int, list[list[int]]] | None = None  # epoch and batches that are being yielded
         self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`, never on the batch sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -217,9 +218,15 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         """Yields the batches of the epoch from number ``start`` on; ``start`` is then 0 again."""
         start, self.start = self.start, 0
         epoch = 0 if self.same_epochs else self.epoch
-        batches = self._batches(torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
+        self._current = epoch, self._batches(torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
         for number in range(start, len(self)):
-            yield [Draw(epoch, row) for row in share(batches[number // self.repeats], self.rank, self.ranks)]
+            yield self.draws(number)
+
+    def draws(self, number: int) -> list[Draw]:
+        """The rank's part of a batch of the epoch that is being yielded."""
+        assert self._current is not None
+        epoch, batches = self._current
+        return [Draw(epoch, row) for row in share(batches[number // self.repeats], self.rank, self.ranks)]
 
     def _batches(self, generator: torch.Generator) -> list[list[int]]:
         """The global batches of an epoch; how many there are does not depend on the generator."""
@@ -269,6 +276,12 @@ class ResumableLoader(DataLoader[Any]):
         first, repeats = self.batch_sampler.start, self.batch_sampler.repeats
         batches = super().__iter__()
         return with_following(batches, first, repeats) if self._look_ahead else batches
+
+    def together(self, numbers: range) -> Any:
+        """One batch, made in the main process, of all rows in those batches of the current epoch."""
+        rows: Any = self.dataset
+        assert self.collate_fn is not None
+        return self.collate_fn([rows[draw] for number in numbers for draw in self.batch_sampler.draws(number)])
 
     def state_dict(self) -> dict[str, int]:
         """Returns the epoch and the number of batches finished in it."""

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from moslim.accumulation import step_batches
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PromptBatch, View
 from moslim.errors import UsageError
@@ -261,16 +262,20 @@ class PolicyTrainer(PolicyEvaluation):
             stateful = own_parts([self.mapping, self.policy_optimizer])
             with unchanged_on_failure([*stateful, *([self._sampler] if self._sampler else [])]):
                 self.rollout = self._roll_out(batch, key)
-        number = batch_idx % self.batch_repeats
-        accumulated = min(self.trainer.accumulate_grad_batches, self.batch_repeats)
-        first = number - number % accumulated
-        together = [self._minibatch(self.rollout, part) for part in range(first, first + accumulated)]
-        rows = together[number - first]
+        window = step_batches(self.trainer, batch_idx)
+        rollouts = {number // self.batch_repeats for number in window}
+        together = {
+            number: self._minibatch(self.rollout, number % self.batch_repeats)
+            for number in window
+            if number // self.batch_repeats == key[1]
+        }
+        rows = together[batch_idx]
         clock = Stopwatch(self.device)
         update, default_kl = forward(
             self.roles,
             rows,
-            together,
+            list(together.values()),
+            parts=self.trainer.accumulate_grad_batches / len(rollouts),
             length=self.engine.max_new_tokens,
             samples=self.samples_per_prompt,
             temperature=self.engine.temperature,
@@ -288,7 +293,8 @@ class PolicyTrainer(PolicyEvaluation):
         self.rows, self.logprobs, self.step_loss = rows, update.logprobs.detach(), loss.detach()
         if due(self.trainer):
             metrics["train/loss"] = self.step_loss
-            self.record({**averaged(metrics), **clock.laps})
+            self.record_part(averaged(metrics), batch_idx)
+            self.record(clock.laps)
         return loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:

@@ -27,6 +27,7 @@ def forward(
     entropy: bool = False,
     default_kl: bool = False,
     cap: float | None = None,
+    parts: float = 1,
 ) -> tuple[UpdateBatch, Tensor | None]:
     """Runs policy and critic over a rollout. Answers that nothing needs are skipped.
 
@@ -42,6 +43,7 @@ def forward(
         entropy: Whether to compute the entropy of the (tempered) distributions.
         default_kl: Whether to compute the divergence on prompts without instruction.
         cap: Largest importance weight of answers that another policy sampled; None = all are 1.
+        parts: How many losses Lightning takes the mean of for each rollout of the step.
 
     Returns:
         What the loss needs, and, if asked for, a scalar with gradient: the mean over the answer tokens of prompts
@@ -95,10 +97,10 @@ def forward(
         cap=cap,
         step_mask=torch.cat([part.update_mask for part in together]),
         step_value_mask=torch.cat([part.value_mask for part in together]),
-        parts=len(together),
+        parts=parts,
     )
     if not default_kl:
         return update, None
     asked_nothing = torch.cat([part.mask[part.uninstructed] for part in together])
-    tokens = mean_over_processes(asked_nothing.sum()) / len(together)
+    tokens = mean_over_processes(asked_nothing.sum()) / parts
     return update, divergence / tokens if tokens > 0 else None

@@ -22,7 +22,7 @@ from moslim.lora import is_adapted, merged, unwrapped
 from moslim.packing import like_length, pass_tokens
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifierOutput
-from moslim.reward.comparisons import BradleyTerry
+from moslim.reward.comparisons import BradleyTerry, comparisons
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.evaluation.choices import Choice
 from moslim.reward.evaluation.pairs import complete_weights
@@ -31,6 +31,7 @@ from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import Scores
 from moslim.reward.links import LINKS
 from moslim.reward.losses import LevelLoss
+from moslim.reward.metrics import LossMean
 from moslim.reward.model_card import ModelCard, predict_config
 from moslim.reward.predictions import prediction_rows, rows_scored
 from moslim.reward.scorer import Scorer, pair_limit
@@ -65,6 +66,7 @@ class ClassifierEvaluation(RunModule):
         super().__init__()
         self.preferences = preferences
         self.pair_weights = complete_weights(preferences, pair_weights)
+        self._losses = LossMean(len(preferences) + 1)
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
         self._record: dict[str, Any] = {}  # what the model card says of the training
@@ -92,7 +94,7 @@ class ClassifierEvaluation(RunModule):
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
         logits, scores = self._output(batch)
-        self._log_loss(scores, batch, "test")
+        self._add_loss(scores, batch)
         self._tested.add(batch, logits.softmax(-1), self._logits(scores).softmax(-1))
 
     def on_test_epoch_start(self) -> None:
@@ -105,10 +107,12 @@ class ClassifierEvaluation(RunModule):
         if not (self.starts_trained or self.was_trained or self.trainer.ckpt_path):
             rank_zero_warn("the heads that are tested were never trained: give --ckpt_path last, or a file")
         self._tested.clear()
+        self._losses.reset()
         self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
     def on_test_epoch_end(self) -> None:
         """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
+        self._log_loss("test")
         rows, pairs = self._tested.gathered()
         score = self._scorer().probabilities
         best_of = self.best_of(self._choices, score, self.preferences) if self.best_of else None
@@ -218,13 +222,29 @@ class ClassifierEvaluation(RunModule):
         """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
         return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
 
-    def _log_loss(self, scores: Tensor, batch: PairBatch, stage: str) -> Tensor:
-        """Logs the loss of a batch, and returns its gaps ``[P, D]``."""
-        total, _ = self.loss(scores, batch.targets, self.preferences.sizes)
+    def _add_loss(self, scores: Tensor, batch: PairBatch) -> Tensor:
+        """Counts a batch for the loss of the epoch, and returns its gaps ``[P, D]``."""
+        *labels, pairs, _ = self._counted(batch, scores.dtype)
+        one = scores.new_ones(())
+        _, heads = self.loss(scores, batch.targets, self.preferences.sizes, one.expand(len(labels)))
         gaps = self._gaps(scores, batch)
-        total = total + self.pairs.weight * self.pairs(gaps, batch.compared, batch.margins)
-        self.log(f"{stage}/loss", total, on_step=False, on_epoch=True, batch_size=len(batch.rows), sync_dist=True)
+        compared = self.pairs(gaps, batch.compared, batch.margins, one)
+        self._losses.update(torch.stack([*heads, compared]), torch.stack([*labels, pairs]))
         return gaps
+
+    def _log_loss(self, stage: str) -> None:
+        """Logs the loss over all rows of the epoch, in all processes."""
+        *heads, pairs = self._losses.compute()
+        weights = self.loss.weights or [1.0] * len(heads)
+        labels = torch.stack([weight * head for weight, head in zip(weights, heads, strict=True)]).sum()
+        self.log(f"{stage}/loss", labels + self.pairs.weight * pairs)
+        self._losses.reset()
+
+    def _counted(self, batch: PairBatch, dtype: torch.dtype) -> Tensor:
+        """What the parts of the loss are averaged over: each head's labels, then comparisons, then their dimensions."""
+        labels = self.loss.counts(batch.targets.to(dtype), self.preferences.sizes).sum(0)
+        pairs = torch.stack([comparisons(batch.compared), batch.compared.sum()])
+        return torch.cat([labels, pairs.to(labels.dtype)])
 
     def _gaps(self, scores: Tensor, batch: PairBatch) -> Tensor:
         """Expected level of the better answers less that of the worse, ``[P, D]``."""

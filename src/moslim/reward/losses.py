@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moslim.errors import UsageError
+from moslim.precision import widened
 from moslim.reward.links import LINKS, LinkName, lacking
 
 MISSING = -1
@@ -57,9 +58,9 @@ class LevelLoss(ABC):
             sizes: Number of levels of each of the ``D`` dimensions.
 
         Returns:
-            ``[B, D]`` float32: 1 where labelled, else 0, unless a subclass counts otherwise.
+            ``[B, D]`` float32 or finer: 1 where labelled, else 0, unless a subclass counts otherwise.
         """
-        return targets.float().sum(-1)
+        return widened(targets).sum(-1)
 
     def __call__(
         self, scores: Tensor, targets: Tensor, sizes: Sequence[int], counts: Tensor | None = None

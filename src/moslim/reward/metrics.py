@@ -74,6 +74,32 @@ def measures(confusion: Tensor) -> dict[str, Tensor]:
     }
 
 
+class LossMean(Metric):
+    """Means of the parts of a loss over all rows of an epoch and all processes, whatever the batches are.
+
+    Args:
+        parts: Number of parts ``L``.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, parts: int) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(parts), "sum")
+        self.add_state("counts", torch.zeros(parts), "sum")
+
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        """Adds what a batch holds: the sum of each part and what it is to be divided by, ``[L]`` both."""
+        self.sums += sums
+        self.counts += counts
+
+    def compute(self) -> Tensor:
+        """``[L]``; 0 where nothing was counted."""
+        return self.sums / self.counts.where(self.counts > 0, 1.0)
+
+
 class SubsetMetrics:
     """:class:`LevelMetrics` over all rows and over each named part of them.
 

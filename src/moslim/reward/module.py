@@ -25,11 +25,11 @@ from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.preferences import PreferenceSet
-from moslim.processes import averaged, mean_over_processes
+from moslim.processes import averaged
 from moslim.reporting import due
 from moslim.reward.calibration import calibrate
 from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.comparisons import BradleyTerry, PairMetrics, comparisons, pair_accuracy
+from moslim.reward.comparisons import BradleyTerry, PairMetrics, credit
 from moslim.reward.evaluated import ClassifierEvaluation
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.extension import extended_classifier, frozen_temperatures, refuse_change
@@ -220,26 +220,25 @@ class RewardClassifier(ClassifierEvaluation):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """See Lightning."""
         scores = self._scores(batch)
-        counts = self.loss.counts(batch.targets, self.preferences.sizes).sum(0)
-        everywhere = mean_over_processes(torch.cat([counts, comparisons(batch.compared)[None]]))
-        total, heads = self.loss(scores, batch.targets, self.preferences.sizes, everywhere[:-1])
+        counts = self.step_counts(self.trainer, batch, batch_idx, partial(self._counted, dtype=scores.dtype))
+        labels, pairs, choices = counts.split([len(self.preferences), 1, 1])
+        total, heads = self.loss(scores, batch.targets, self.preferences.sizes, labels)
         shown = due(self.trainer)
         parts: dict[str, Tensor] = {}
         if shown:
-            names = zip(self.preferences.names, heads, everywhere[:-1].tolist(), strict=True)
+            names = zip(self.preferences.names, heads, labels.tolist(), strict=True)
             parts = {f"train/{name}/loss": head for name, head, count in names if count}
-            if everywhere[-1] > 0:
-                parts["train/pairs/loss"] = total.new_zeros(())  # of a process without pairs, whose mean is taken too
+            if pairs > 0:  # also in a process, or a batch of the step, that has none
+                parts["train/pairs/loss"] = parts["train/pairs/accuracy"] = total.new_zeros(())
         if len(batch.worse):
             gaps = self._gaps(scores, batch)
-            loss = self.pairs(gaps, batch.compared, batch.margins, everywhere[-1])
+            loss = self.pairs(gaps, batch.compared, batch.margins, pairs[0])
             total = total + self.pairs.weight * loss
-            if shown:
+            if shown and pairs > 0:
                 parts["train/pairs/loss"] = loss.detach()
-                if batch.compared.any():
-                    parts["train/pairs/accuracy"] = pair_accuracy(gaps, batch.compared)
+                parts["train/pairs/accuracy"] = (credit(gaps) * batch.compared).sum() / choices[0]
         if shown:
-            self.record(averaged({"train/loss": total.detach(), **parts}))
+            self.record_part(averaged({"train/loss": total.detach(), **parts}), batch_idx)
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size
@@ -248,12 +247,13 @@ class RewardClassifier(ClassifierEvaluation):
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        scores = self._evaluate(batch, "val")
+        scores = self._evaluate(batch)
         if self._calibrates:
             self._hold_out(scores, batch)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted validation counted."""
+        self._losses.reset()
         self._metrics.reset()
         self._pair_metrics.reset()
         self._held_out.reset()
@@ -264,6 +264,7 @@ class RewardClassifier(ClassifierEvaluation):
         Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
         ``val/calibration/{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``.
         """
+        self._log_loss("val")
         self._report("val")
         self._validated = not self.trainer.sanity_checking
         if self._calibrates:
@@ -342,10 +343,10 @@ class RewardClassifier(ClassifierEvaluation):
         self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
 
-    def _evaluate(self, batch: PairBatch, stage: str) -> Tensor:
+    def _evaluate(self, batch: PairBatch) -> Tensor:
         """Counts a batch for the metrics, and returns the heads' scores."""
         scores = self._scores(batch)
-        gaps = self._log_loss(scores, batch, stage)
+        gaps = self._add_loss(scores, batch)
         self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
         self._pair_metrics.update(gaps, batch.compared)
         return scores

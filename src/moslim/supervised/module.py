@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moslim.accumulation import step_batches
 from moslim.base import RunModule
 from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
 from moslim.data.prompts import PairEncoder, pad, pad_id
@@ -25,8 +26,8 @@ from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
+from moslim.precision import widened
 from moslim.processes import mean_over_processes
-from moslim.reporting import due
 from moslim.reward.sharing import is_classifier
 
 
@@ -113,28 +114,32 @@ class SupervisedTrainer(RunModule):
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def _loss(self, batch: TextBatch) -> Tensor:
-        """Mean cross-entropy over labelled tokens."""
+        """Cross-entropy, summed over labelled tokens."""
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        labels = batch.labels[:, 1:]
-        known = labels != -100
-        return cross_entropy(logits[:, :-1][known].float(), labels[known])
+        known = _labelled(batch)
+        return cross_entropy(widened(logits[:, :-1][known]), batch.labels[:, 1:][known], reduction="sum")
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """See Lightning."""
-        loss = self._loss(batch)
-        mean = mean_over_processes(loss)
-        self.log("train/loss", mean, batch_size=len(batch.rows), prog_bar=True, logger=False)
-        if due(self.trainer):
-            self.record({"train/loss": mean})
+        """See Lightning. The step's loss is the mean over all labelled tokens of its batches and processes."""
+        tokens = self.step_counts(self.trainer, batch, batch_idx, lambda one: _labelled(one).sum())
+        loss = self._loss(batch) / tokens.where(tokens > 0, 1)
+        self.record_part({"train/loss": mean_over_processes(loss)}, batch_idx)
+        if batch_idx == step_batches(self.trainer, batch_idx)[-1]:
+            self.log("train/loss", self.recorded["train/loss"], batch_size=1, prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Logs ``val/loss``."""
-        self.log("val/loss", self._loss(batch), batch_size=len(batch.rows), sync_dist=True)
+        self._log_loss(batch, "val/loss")
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Logs ``test/loss``."""
-        self.log("test/loss", self._loss(batch), batch_size=len(batch.rows), sync_dist=True)
+        self._log_loss(batch, "test/loss")
+
+    def _log_loss(self, batch: TextBatch, name: str) -> None:
+        """Logs the mean over the labelled tokens of all batches and processes."""
+        tokens = int(_labelled(batch).sum())
+        self.log(name, self._loss(batch) / max(tokens, 1), batch_size=tokens, sync_dist=True)
 
     def answers(self, questions: list[Question], keys: list[tuple[int, ...]], temperature: float) -> list[str]:
         """Samples one answer to each question.
@@ -192,3 +197,8 @@ class SupervisedTrainer(RunModule):
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)
+
+
+def _labelled(batch: TextBatch) -> Tensor:
+    """``[B, T - 1]`` bool: the tokens that are learnt, each from those before it."""
+    return batch.labels[:, 1:] != -100

@@ -91,7 +91,7 @@ class UpdateBatch:
         cap: Largest importance weight; None = all are 1.
         step_mask: ``[M, T]`` the masks of all minibatches whose gradients make one step, where they are several.
         step_value_mask: ``[M, T]`` their value masks.
-        parts: How many these are.
+        parts: What the loss is multiplied by, since Lightning takes the mean of those of all minibatches of the step.
     """
 
     logprobs: Tensor
@@ -110,7 +110,7 @@ class UpdateBatch:
     cap: float | None = None
     step_mask: Tensor | None = None
     step_value_mask: Tensor | None = None
-    parts: int = 1
+    parts: float = 1
 
     @property
     def log_ratio(self) -> Tensor:

@@ -13,7 +13,7 @@ Reduction = Literal["grpo", "token_mean", "constant"]
 
 
 def reduce_tokens(
-    values: Tensor, mask: Tensor, reduction: Reduction, length: int, step_mask: Tensor | None = None, parts: int = 1
+    values: Tensor, mask: Tensor, reduction: Reduction, length: int, step_mask: Tensor | None = None, parts: float = 1
 ) -> Tensor:
     """Averages per-token values to a scalar.
 
@@ -28,7 +28,7 @@ def reduce_tokens(
         length: The engine's length limit.
         step_mask: ``[M, T]`` bool, the masks of all minibatches whose gradients make one step, this one's among them:
             the mean of their results, which Lightning takes, is then that over all they hold. None = this one alone.
-        parts: How many these are.
+        parts: How many results that mean is taken of; the last step of an epoch may have fewer than it.
     """
     counted = mask if step_mask is None else step_mask
     if reduction == "token_mean":
