@@ -29,7 +29,7 @@ from moslim.failures import in_own_code, reported, without_flag
 from moslim.option_errors import shortened
 from moslim.parser import MoslimParser
 from moslim.preferences import PreferenceSet
-from moslim.restore import newest_checkpoint
+from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.trainer import MoslimTrainer
 
 _NUMBER_OR_SHARE: dict[str, Any] = {
@@ -141,8 +141,8 @@ class MoslimCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        if kwargs["ckpt_path"] == "last":
-            kwargs["ckpt_path"] = str(newest_checkpoint(self._run_folders()))
+        if kwargs["ckpt_path"] in ("last", "best"):
+            kwargs["ckpt_path"] = str(self._found_checkpoint(subcommand, kwargs["ckpt_path"], kwargs["weights_only"]))
         if subcommand == "fit" and kwargs["ckpt_path"] is not None:
             continue_run(self.trainer.loggers, Path(kwargs["ckpt_path"]))
         if kwargs["weights_only"] is None:
@@ -151,12 +151,15 @@ class MoslimCLI(LightningCLI):
             kwargs["return_predictions"] = False  # they are in a file, and kept they would fill the memory
         return kwargs
 
-    def _run_folders(self) -> list[str]:
-        """Where checkpoints of this run may lie: where ModelCheckpoint writes them, for each way to configure it."""
-        csv = [str(Path(logger.log_dir).parent) for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
+    def _found_checkpoint(self, subcommand: str, asked: str, weights_only: bool | None) -> Path:
+        """The checkpoint meant by ``last`` or ``best``, where ModelCheckpoint writes them however it is configured."""
+        logs = [Path(logger.log_dir) for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
+        roots = dict.fromkeys([*(log.parent for log in logs), *logs, Path(self.trainer.default_root_dir)])
         savers = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
         chosen = [str(saver.dirpath) for saver in savers if saver.dirpath]
-        return [*csv, self.trainer.default_root_dir, *chosen]
+        resume = subcommand == "fit" and asked == "last"
+        newest = newest_checkpoint(roots, chosen, weights_only is not False, resume, asked)
+        return newest if asked == "last" else best_checkpoint_of(newest)
 
 
 def _csv_first(logger: Logger | list[Logger] | bool | None, root: str) -> list[Logger] | bool:

@@ -9,10 +9,12 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from moslim.callbacks.replay import Replay, Replayed, StepTaken
 from moslim.callbacks.tables import render
+from moslim.checkpoint_io import CheckedConnector, DirectIO
 from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
 from moslim.processes import any_process
@@ -31,6 +33,9 @@ class MoslimTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._signal_connector = FlagOnly(self)
+        self._checkpoint_connector = CheckedConnector(self)
+        if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.strategy.checkpoint_io = DirectIO()
 
     @property
     def received_sigterm(self) -> bool:
@@ -40,16 +45,18 @@ class MoslimTrainer(Trainer):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """Writes a checkpoint beside its place and moves it there, so that a kill leaves the one before it.
-
-        Lightning writes into the system's temporary folder first; to move from there may mean to copy.
-        """
+        """Writes a checkpoint beside its place and moves it there, so that a kill leaves the one before it."""
         if "://" in str(filepath):  # a remote store's own writing is atomic
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         path = Path(self.strategy.broadcast(filepath))
         part = path.with_name(f"{path.name}.part")
-        super().save_checkpoint(part, weights_only, storage_options)
+        try:
+            super().save_checkpoint(part, weights_only, storage_options)
+        except BaseException:
+            if part.is_file():  # as large as a checkpoint, and of no use
+                part.unlink()
+            raise
         if self.is_global_zero:
             before = path.with_name(f"{path.name}.before")
             if path.is_dir():  # of a strategy whose checkpoints are folders, which nothing can replace at once

@@ -126,7 +126,9 @@ def continue_run(loggers: Iterable[Logger], checkpoint: Path) -> None:
         loggers: ``trainer.loggers``, before the Trainer has used them.
         checkpoint: What is resumed from; the run's id lies in its run's folder.
     """
-    places = [folder / RUN_FILE for folder in checkpoint.parents[:2] if (folder / RUN_FILE).exists()]
+    folders = list(checkpoint.parents)  # a name with `/` in it lies deeper than in `checkpoints`
+    depth = next((i for i, folder in enumerate(folders) if folder.name == "checkpoints"), 0)
+    places = [folder / RUN_FILE for folder in folders[: depth + 2] if (folder / RUN_FILE).exists()]
     for logger in loggers:
         if places and isinstance(logger, WandbLogger) and logger.version is None:
             # The logger has no other way to be told after it was built; it always starts with resume="allow".

@@ -11,9 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from moslim.callbacks import faults
+from moslim.checkpoint_files import GUARD_RECORD
 from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
-from moslim.policy.state import GUARD_RECORD
 from moslim.processes import gathered
 
 Action = Literal["stop", "warn", "off"]

@@ -10,9 +10,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from moslim.callbacks.answers import Row, answer_rows
+from moslim.checkpoint_files import GUARD_RECORD
 from moslim.policy.kl import k1
 from moslim.policy.module import PolicyTrainer
-from moslim.policy.state import GUARD_RECORD
 
 
 @dataclass

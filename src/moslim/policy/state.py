@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from moslim.checkpoint_files import GUARD_RECORD
 from moslim.checkpoints import fingerprint
 from moslim.errors import UsageError
 from moslim.plugin import own_parts
@@ -13,8 +14,6 @@ from moslim.processes import gathered, process_count
 if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer
 
-GUARD_RECORD = "guard"
-"""Key of a checkpoint under which a guard says why it wrote it."""
 _KEY = "policy_run"
 
 
