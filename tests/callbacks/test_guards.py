@@ -306,9 +306,12 @@ def test_faults_by_hand():
     assert faults.kl_above(old, None, mask, 1e-9) is None
     assert faults.kl_above(old, old * math.nan, mask, 1e9) is not None
     now = old + torch.tensor([[0.03, -0.03], [0.0, 99.0]])
-    assert faults.off_policy(now, old, mask, 0.021) is None
-    assert faults.off_policy(now, old, mask & False, 1e-9) is None
-    assert "0.02, above 0.019" in faults.off_policy(now, old, mask, 0.019)
+    assert faults.off_policy("engine", now, old, mask, 0.021) is None
+    assert faults.off_policy("engine", now, old, mask & False, 1e-9) is None
+    assert "over tokens is 0.02, above 0.019" in faults.off_policy("engine", now, old, mask, 0.019)
+    now = old + torch.tensor([[0.03, 0.03], [0.01, 99.0]])  # answers: 0.06 and 0.01
+    assert faults.off_policy("engine", now, old, mask, 0.036, answers=True) is None
+    assert "engine disagree" in faults.off_policy("engine", now, old, mask, 0.034, answers=True)
     assert faults.identical(["a", "a", "b", "b"], 2) and not faults.identical(["a", "a", "b", "c"], 2)
     assert not faults.identical(["a", "a"], 1)
     assert faults.truncated(torch.tensor([False, False])) and not faults.truncated(torch.tensor([False, True]))

@@ -94,8 +94,8 @@ def test_stale_answers_know_both_policies_and_are_measured(run):
     rollout, logged = module.rollout, module.logged[1]
     surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[rollout.mask]
     assert surplus.abs().max() > 0.1
-    assert logged["train/off_policy/weight"] == pytest.approx(surplus.exp().mean().item())
-    assert logged["train/off_policy/capped"] == pytest.approx((surplus > 0).float().mean().item())
+    assert logged["train/off_policy/weight"] == pytest.approx(surplus.exp().clamp(max=1.0).mean().item())
+    assert logged["train/off_policy/capped"] == pytest.approx((surplus >= 0).float().mean().item(), abs=0.02)
     assert logged["train/off_policy/kl"] == pytest.approx((surplus.exp() - 1 - surplus).mean().item(), rel=1e-4)
     assert not any("off_policy" in name for name in module.logged[0])
 

@@ -27,7 +27,7 @@ from tests.policy.runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, data, make, tr
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 OPTIMIZERS = {
-    "rloo": lambda: RLOO(kl_coef=0.05),
+    "rloo": lambda: RLOO(kl_coef=0.05, ratio="sequence"),
     "rloo-token": lambda: RLOO(kl_coef=0.05, ratio="token", aggregation="normalize_then_sum", std_floor=0.3),
     "grpo": lambda: GRPO(kl_coef=0.05),
     "grpo-constant": lambda: GRPO(kl_coef=0.0, scale="none", reduction="constant"),

@@ -37,21 +37,28 @@ def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: fl
     return f"the KL divergence to the reference is {float(kl):.4g} nats per answer, not within {limit:g}"
 
 
-def off_policy(logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float) -> str | None:
-    """Finds a probability ratio that is not 1 where the policy has not changed since it answered.
+def off_policy(
+    other: str, logprobs: Tensor, old: Tensor, mask: Tensor, tolerance: float, answers: bool = False
+) -> str | None:
+    """Finds probability ratios that are not 1 where the policy has not changed since it answered.
 
     Args:
+        other: What ``old`` is of.
         logprobs: ``[N, T]`` in the update's forward pass.
-        old: ``[N, T]`` of the sampler.
+        old: ``[N, T]``.
         mask: ``[N, T]`` bool, the answer tokens to compare; may be none.
-        tolerance: Greatest mean over tokens of ``|log ratio|``; rounding in bfloat16 gives some hundredths.
+        tolerance: Greatest mean of ``|log ratio|``; rounding in bfloat16 gives some hundredths per token.
+        answers: Whether the ratios of whole answers count, the products of those of their tokens.
     """
-    distance = float(((logprobs - old).abs() * mask).sum() / mask.sum().clamp(min=1))
-    if distance <= tolerance:
+    distance, counted = (logprobs - old) * mask, mask
+    if answers:
+        distance, counted = distance.sum(dim=1), mask.any(dim=1)
+    mean = float((distance.abs() * counted).sum() / counted.sum().clamp(min=1))
+    if mean <= tolerance:
         return None
     return (
-        "update and sampler disagree before the first step on a rollout: mean |log ratio| over tokens is "
-        f"{distance:.4g}, above {tolerance:g}"
+        f"update and {other} disagree before the first step on a rollout: mean |log ratio| over "
+        f"{'answers' if answers else 'tokens'} is {mean:.4g}, above {tolerance:g}"
     )
 
 

@@ -34,11 +34,13 @@ class Guards(Callback):
     Args:
         nonfinite: NaN or infinity in the loss, in a reward, or, when a checkpoint is to be written, in a weight.
         kl: The KL divergence to the reference is above ``kl_limit``; needs a ``kl_coef`` above 0.
-        ratio: Update and sampler disagree about a rollout's probabilities before its first step.
+        ratio: Update and engine disagree about a rollout's probabilities before its first step; or the update and the
+            old log-probabilities that later steps are clipped by do, of tokens or of whole answers as the optimizer
+            clips them.
         identical: The answers to each prompt are all the same.
         truncated: Every answer of a rollout was cut at the length limit.
         kl_limit: Nats per answer, like the metric ``train/kl``.
-        ratio_tolerance: Greatest mean ``|log ratio|`` over tokens; bfloat16 needs some hundredths.
+        ratio_tolerance: Greatest mean ``|log ratio|`` over tokens, or answers; bfloat16 needs some hundredths.
         keep: Whether to write the file.
 
     Raises:
@@ -104,7 +106,7 @@ class Guards(Callback):
             GuardError: A guard that stops the run has tripped.
         """
         module: Any = pl_module
-        rollout, rows, logprobs = module.rollout, module.rows, module.logprobs
+        rollout, rows = module.rollout, module.rows
         checks: dict[str, Callable[[], str | None]] = {}
         if self._batch_idx % module.batch_repeats == 0:
             reference = rollout.reference_logprobs
@@ -115,13 +117,22 @@ class Guards(Callback):
                     or faults.nonfinite("a reward", rollout.rewards)
                 ),
                 "kl": lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
-                "ratio": lambda: faults.off_policy(logprobs, rows.old_logprobs, updated, self.ratio_tolerance),
+                "ratio": lambda: self._ratios(module, updated),
                 "identical": lambda: faults.identical(rollout.answers, module.samples_per_prompt),
                 "truncated": lambda: faults.truncated(rollout.ended),
             }
         for guard, find in checks.items():
             self._check(trainer, module, guard, find)
         self._check(trainer, module, "nonfinite", lambda: faults.nonfinite("the loss", loss.detach()))
+
+    def _ratios(self, module: Any, updated: Tensor) -> str | None:
+        rows, now, tolerance = module.rows, module.logprobs, self.ratio_tolerance
+        by_engine = rows.old_logprobs if rows.engine_logprobs is None else rows.engine_logprobs
+        reason = faults.off_policy("engine", now, by_engine, updated, tolerance)
+        if reason is None and module.steps_per_rollout > 1:
+            answers = module.policy_optimizer.weighs_answers
+            reason = faults.off_policy("old log-probabilities", now, rows.old_logprobs, updated, tolerance, answers)
+        return reason
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the reason to a guard's own file; keeps others from being written with weights that are broken.

@@ -28,7 +28,7 @@ from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics
-from moslim.policy.off_policy import OffPolicy, staleness_metrics, with_logprobs
+from moslim.policy.off_policy import OffPolicy, reduced_precision, rounded_anew, staleness_metrics, with_logprobs
 from moslim.policy.optimizers import PolicyOptimizer
 from moslim.policy.passes import Passes
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
@@ -145,6 +145,12 @@ class PolicyTrainer(PolicyEvaluation):
                 f"policy_optimizer.aggregation is normalize_then_sum, which adds up dimensions by itself, but "
                 f"{type(mapping).__name__} makes a scalar of its own: set it to sum_then_normalize"
             )
+        if policy_optimizer.weighs_answers and engine is not None and engine.cuts and _corrects(off_policy):
+            raise UsageError(
+                f"engine.top_k and top_p leave tokens out, but {type(policy_optimizer).__name__} weighs whole answers: "
+                "the weight of a long one, the product of what was left at each of its tokens, is nearly 0. Set "
+                "policy_optimizer.ratio to token, or top_p to 1 and top_k to null"
+            )
         self.preferences = preferences
         self.model_path = model
         self.classifier_path = classifier
@@ -190,6 +196,11 @@ class PolicyTrainer(PolicyEvaluation):
     def batch_repeats(self) -> int:
         """How often the data module is to yield each training batch."""
         return self.inner_epochs * self.minibatches
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that learn from each rollout."""
+        return max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)
 
     @property
     def look_ahead(self) -> bool:
@@ -283,6 +294,8 @@ class PolicyTrainer(PolicyEvaluation):
             entropy=self.policy_optimizer.needs_entropy,
             default_kl=self.default_kl_coef > 0,
             cap=self.off_policy.cap,
+            untrained=self.rollout.version == self.global_step,
+            in_process=self.engine.in_process,
         )
         parts = self.policy_optimizer.loss(update)
         loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
@@ -312,8 +325,13 @@ class PolicyTrainer(PolicyEvaluation):
         clock.lap("time/reward")
         found, optimizer = answers.completions, self.policy_optimizer
         rows, temperature = AnswerBatch(answers.input_ids, answers.attention_mask, found.mask), self.engine.temperature
+        by_engine: Tensor | None = None
         if staleness or self.off_policy.old_logprobs == "recompute":
             found = with_logprobs(found, answer_logprobs(self.policy, rows, temperature, self.passes))
+        elif self.steps_per_rollout > 1 and reduced_precision(self.policy):
+            by_engine, anew = found.logprobs, answer_logprobs(self.policy, rows, temperature, self.passes)
+            anew, sampler = rounded_anew(anew, by_engine, found.sampler_logprobs, self.engine.in_process)
+            found = replace(found, logprobs=anew, sampler_logprobs=sampler)
         clock.lap("time/old")
         with_reference = optimizer.needs_reference
         reference = self.roles.reference_logprobs(rows, temperature, self.passes) if with_reference else None
@@ -345,17 +363,19 @@ class PolicyTrainer(PolicyEvaluation):
             values=critic,
             returns=None if returns is None else returns.flatten(0, 1),
             sampler_logprobs=found.sampler_logprobs,
+            engine_logprobs=by_engine,
+            version=self.global_step,
         )
         optimizer.observe(scores)
         progress = averaged(progress_metrics(rollout))
         self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
-        if due(self.trainer, max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)):
+        if due(self.trainer, self.steps_per_rollout):
             judge = self.exact_judge  # it reads texts, which takes a while: once
             judged = judge.levels(rollout.questions, rollout.answers).to(self.device) if judge else None
             metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
             metrics |= level_offsets(rollout, self.preferences, judged)
             metrics |= self.reward_functions.metrics(rollout.per_dimension)
-            metrics |= staleness_metrics(rollout, staleness, self.off_policy.cap)
+            metrics |= staleness_metrics(rollout, staleness)
             asked = self._sampler.metrics() if self._sampler else {}
             self.record({**progress, **averaged(metrics), **asked, **clock.laps})
         return rollout
@@ -393,3 +413,7 @@ class PolicyTrainer(PolicyEvaluation):
         """
         load_run(self, checkpoint)
         restore_frozen(self, checkpoint)
+
+
+def _corrects(off_policy: OffPolicy | None) -> bool:
+    return off_policy is None or off_policy.cap is not None

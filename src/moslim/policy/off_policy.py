@@ -9,7 +9,7 @@ Probability ratios, clips and KL estimates go on comparing with the policy at th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +31,10 @@ class OffPolicy:
             that update ("one step off"). The first batch of an epoch is sampled on the spot. It pays where the engine
             has a device of its own; it takes a copy of the trained weights. Needs a PreferenceDataModule.
         cap: Largest weight of a token or answer by which its part of the loss is corrected; None corrects nothing.
-        old_logprobs: ``auto`` takes the engine's log-probabilities wherever it had the current weights; ``recompute``
-            makes a forward pass for them, as if engine and trainer could disagree.
+        old_logprobs: What probability ratios compare with after the first optimizer step on a rollout; before it, the
+            policy is compared with itself. ``auto`` takes the engine's log-probabilities wherever it had the current
+            weights, but makes a forward pass for them where numbers are rounded to fewer digits than float32 has;
+            ``recompute`` always does, and corrects for the engine's rounding.
 
     Raises:
         UsageError: An option is out of range.
@@ -60,24 +62,44 @@ def with_logprobs(found: Completions, logprobs: Tensor) -> Completions:
     return replace(found, logprobs=logprobs, sampler_logprobs=sampler)
 
 
-def staleness_metrics(rollout: Rollout, steps: int, cap: float | None) -> dict[str, Tensor]:
+def rounded_anew(
+    logprobs: Tensor, old: Tensor, sampler: Tensor | None, in_process: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Puts log-probabilities of another computation by the same weights in the place of earlier ones.
+
+    What top-k and top-p made of the distribution is kept as the sampler measured it. The rounding of an engine in this
+    process is taken for none; that of another program is corrected, as it may be more than rounding.
+
+    Args:
+        logprobs: ``[N, T]``, the new ones.
+        old: ``[N, T]``, the earlier ones.
+        sampler: ``[N, T]``, under what the tokens were drawn from; None = what ``old`` is of.
+        in_process: Whether the engine computes with the policy itself.
+
+    Returns:
+        The new old log-probabilities, and those of the sampler.
+    """
+    if sampler is None:
+        return logprobs, None if in_process else old
+    return logprobs, logprobs - (old - sampler)
+
+
+def reduced_precision(model: Any) -> bool:
+    """Whether a model's passes round to fewer digits than float32 has, by its weights or by autocast."""
+    return torch.is_autocast_enabled(model.device.type) or torch.finfo(model.dtype).eps > 1e-6
+
+
+def staleness_metrics(rollout: Rollout, steps: int) -> dict[str, Tensor]:
     """How far the sampler is from the policy; empty where they are the same.
 
     Args:
         rollout: ``N`` answers.
         steps: Optimizer steps between them.
-        cap: Where weights are truncated.
     """
     if rollout.sampler_logprobs is None:
         return {}
-    mask = rollout.mask
-    surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[mask]
-    weights = surplus.exp()
-    metrics = {
-        "train/off_policy/staleness": weights.new_tensor(steps),
+    surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[rollout.mask]
+    return {
+        "train/off_policy/staleness": surplus.new_tensor(steps),
         "train/off_policy/kl": k3(-surplus, torch.zeros_like(surplus)).mean(),  # KL(sampler || policy), nats per token
-        "train/off_policy/weight": weights.mean(),  # 1 in expectation
     }
-    if cap is not None:
-        metrics["train/off_policy/capped"] = (weights > cap).float().mean()  # share of tokens
-    return metrics

@@ -42,6 +42,9 @@ class Rollout:
         returns: ``[N, T]`` what the critic is to learn; None without a critic.
         sampler_logprobs: ``[N, T]`` float32, under what the tokens were drawn from, where that is not the policy that
             ``old_logprobs`` are of; None = it is.
+        engine_logprobs: ``[N, T]`` by the engine with the policy's weights, where ``old_logprobs`` were computed anew;
+            None = they are the engine's, or it had other weights.
+        version: Optimizer steps that the policy had made when it began to learn from them.
     """
 
     key: tuple[int, int]
@@ -62,6 +65,8 @@ class Rollout:
     values: Tensor | None = None
     returns: Tensor | None = None
     sampler_logprobs: Tensor | None = None
+    engine_logprobs: Tensor | None = None
+    version: int | None = None
 
     def __len__(self) -> int:
         return len(self.mask)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moslim.policy.logprobs import plan
+from moslim.policy.off_policy import rounded_anew
 from moslim.policy.optimizers import UpdateBatch
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
@@ -28,6 +29,8 @@ def forward(
     default_kl: bool = False,
     cap: float | None = None,
     parts: float = 1,
+    untrained: bool = False,
+    in_process: bool = True,
 ) -> tuple[UpdateBatch, Tensor | None]:
     """Runs policy and critic over a rollout. Answers that nothing needs are skipped.
 
@@ -44,6 +47,9 @@ def forward(
         default_kl: Whether to compute the divergence on prompts without instruction.
         cap: Largest importance weight of answers that another policy sampled; None = all are 1.
         parts: How many losses Lightning takes the mean of for each rollout of the step.
+        untrained: Whether no optimizer step lies between the rollout and this pass: the old log-probabilities are then
+            those of this pass.
+        in_process: Whether the engine computed with the policy itself.
 
     Returns:
         What the loss needs, and, if asked for, a scalar with gradient: the mean over the answer tokens of prompts
@@ -80,9 +86,12 @@ def forward(
                 divergence = divergence + one.spread(found.kl).sum()
     if roles.critic is not None and values is None:
         values = roles.values(rows.batch, passes, needed.nonzero()[:, 0])
+    old, sampler = rows.old_logprobs, rows.sampler_logprobs
+    if untrained:
+        old, sampler = rounded_anew(logprobs.detach(), old, sampler, in_process)
     update = UpdateBatch(
         logprobs=logprobs,
-        old=rows.old_logprobs,
+        old=old,
         advantages=rows.advantages,
         mask=rows.update_mask,
         length=length,
@@ -93,7 +102,7 @@ def forward(
         old_values=rows.values,
         returns=rows.returns,
         value_mask=rows.value_mask,
-        sampler=rows.sampler_logprobs,
+        sampler=sampler,
         cap=cap,
         step_mask=torch.cat([part.update_mask for part in together]),
         step_value_mask=torch.cat([part.value_mask for part in together]),

@@ -42,6 +42,16 @@ def test_a_kl_in_the_loss_is_weighted_too(kl):
     torch.testing.assert_close(weighted, WEIGHTS * plain)
 
 
+def test_what_is_logged_is_what_is_used():
+    tokens = RLOO(ratio="token").loss(batch(OLD, sampler=SAMPLER, cap=2.0)).metrics
+    assert tokens["off_policy/weight"].item() == pytest.approx(WEIGHTS[MASK].mean().item())
+    assert tokens["off_policy/capped"].item() == 0.25
+    answers = RLOO(ratio="sequence").loss(batch(OLD, sampler=SAMPLER, cap=3.0)).metrics
+    assert answers["off_policy/weight"].item() == pytest.approx((3 + math.exp(-0.5)) / 2)
+    assert answers["off_policy/capped"].item() == 0.5
+    assert not any("off_policy" in name for name in RLOO().loss(batch(OLD, sampler=SAMPLER)).metrics)
+
+
 def test_without_a_cap_or_another_sampler_nothing_is_weighted():
     optimizer = GRPO(kl_coef=0.0)
     plain = gradient(optimizer)

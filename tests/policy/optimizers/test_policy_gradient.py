@@ -102,7 +102,7 @@ def test_a_controller_needs_something_to_control():
 
 def test_a_reduction_of_token_losses_needs_token_losses():
     with pytest.raises(ValueError, match="reduction is 'grpo', but ratio 'sequence'"):
-        RLOO(reduction="grpo")
+        RLOO(reduction="grpo", ratio="sequence")
     found = RLOO(ratio="token", reduction="grpo").loss(batch(OLD))
     assert found.loss.item() == pytest.approx(-(2 - 1) / 2)
 

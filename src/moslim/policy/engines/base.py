@@ -75,6 +75,11 @@ class RolloutEngine(ABC):
         """An answer's text without what ended it."""
         return min((text.partition(stop)[0] for stop in self.stop_strings), key=len, default=text)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens are never drawn (top-k, top-p), so that answers are not the policy's own."""
+        return False
+
     @abstractmethod
     def sample(
         self,

@@ -134,6 +134,11 @@ class TorchEngine(RolloutEngine):
             if step < self.max_new_tokens - 1:
                 answers.feed(tokens)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether ``top_k`` or ``top_p`` leaves tokens out."""
+        return self._choice(torch.device("cpu")).cuts
+
     def _choice(self, device: torch.device) -> Choice:
         method = self.decoding.draw or ("multinomial" if device.type == "cuda" else "inverse_cdf")
         return Choice(self.temperature, self.top_k, self.top_p, method)

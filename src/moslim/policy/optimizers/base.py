@@ -76,7 +76,8 @@ class UpdateBatch:
 
     Args:
         logprobs: ``[N, T]`` under the current weights, with gradient.
-        old: ``[N, T]`` under the policy before its first step on these answers.
+        old: ``[N, T]`` under the policy before its first step on these answers; until then ``logprobs`` themselves, so
+            that the ratio is exactly 1 in any precision.
         advantages: ``[N]`` or ``[N, T]``, as ``advantages`` returned them.
         mask: ``[N, T]`` bool, up to and including the end-of-sequence token; empty for answers that are not ``used``.
         length: The engine's length limit, for constant normalisation.
@@ -131,6 +132,20 @@ class UpdateBatch:
         if self.cap is None:
             return torch.ones_like(log_surplus)
         return log_surplus.exp().clamp(max=self.cap)
+
+    def importance_metrics(self, weights: Tensor) -> dict[str, Tensor]:
+        """The mean of the weights that the loss is multiplied by, and the share that is truncated; empty without any.
+
+        Args:
+            weights: From :meth:`importance`, of tokens ``[N, T]`` or answers ``[N]``.
+        """
+        if self.sampler is None or self.cap is None:
+            return {}
+        counted = self.mask if weights.dim() == 2 else self.mask.any(dim=1)
+        if not counted.any():
+            return {}
+        weights = weights.detach()[counted]
+        return {"off_policy/weight": weights.mean(), "off_policy/capped": (weights >= self.cap).float().mean()}
 
     @property
     def token_advantages(self) -> Tensor:
@@ -194,6 +209,11 @@ class PolicyOptimizer(Plugin, ABC):
     @property
     def needs_entropy(self) -> bool:
         """Whether the entropy of every token's distribution must be computed."""
+        return False
+
+    @property
+    def weighs_answers(self) -> bool:
+        """Whether probability ratio, clip and importance weight are of whole answers, not of tokens."""
         return False
 
     @property

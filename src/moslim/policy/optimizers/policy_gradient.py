@@ -105,8 +105,9 @@ class PolicyGradient(PolicyOptimizer):
 
     def loss(self, batch: UpdateBatch) -> LossParts:
         objective, clipped = self.clipped(batch.log_ratio, batch.token_advantages)
-        surrogate = self.reduce(-objective * batch.importance(batch.log_surplus), batch)
-        return self.regularized(surrogate, {"clip_fraction": batch.token_mean(clipped)}, batch)
+        weights = batch.importance(batch.log_surplus)
+        metrics = {"clip_fraction": batch.token_mean(clipped), **batch.importance_metrics(weights)}
+        return self.regularized(self.reduce(-objective * weights, batch), metrics, batch)
 
     def clipped(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """PPO's pessimistic objective (arXiv 1707.06347, eq. 7), and where a clip was active; shapes as given."""

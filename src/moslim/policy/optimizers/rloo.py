@@ -25,12 +25,14 @@ class RLOO(PolicyGradient):
     baseline, which is another estimator. verl's ``n/(n-1) (score - group mean)`` is the same advantage.
 
     Args:
-        ratio: ``sequence`` clips one ratio per answer and takes the mean over answers (TRL); ``token`` clips one per
-            token and, by the default ``reduction``, divides by the length limit, so that long answers neither gain
-            nor lose (Dr. GRPO, arXiv 2503.20783). On policy both have the same gradient up to that constant.
+        ratio: ``token`` clips one ratio per token and, by the default ``reduction``, divides by the length limit, so
+            that long answers neither gain nor lose (Dr. GRPO, arXiv 2503.20783); ``sequence`` clips one per answer and
+            takes the mean over answers (TRL). On policy both have the same gradient up to that constant. An answer's
+            ratio, and its importance weight, is the product of those of its tokens: ``sequence`` adds up the rounding
+            of all of them, and is refused with ``top_p`` and ``top_k``.
     """
 
-    ratio: Ratio = "sequence"
+    ratio: Ratio = "token"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,6 +42,11 @@ class RLOO(PolicyGradient):
                 f"policy_optimizer.reduction is '{self.reduction}', but ratio 'sequence' has no token losses to "
                 "average: give ratio 'token'"
             )
+
+    @property
+    def weighs_answers(self) -> bool:
+        """In the sequence form."""
+        return self.ratio == "sequence"
 
     def advantages(self, rewards: GroupScores) -> Tensor:
         score = self.compares(self.scores_less_kl(rewards))
@@ -53,7 +60,8 @@ class RLOO(PolicyGradient):
         weights = batch.importance(batch.log_surplus.sum(dim=1))
         answers = len(batch.mask if batch.step_mask is None else batch.step_mask)
         surrogate = -(objective * weights).sum() / answers * batch.parts
-        return self.regularized(surrogate, {"clip_fraction": clipped.mean()}, batch)
+        metrics = {"clip_fraction": clipped.mean(), **batch.importance_metrics(weights)}
+        return self.regularized(surrogate, metrics, batch)
 
     def reduce(self, values: Tensor, batch: UpdateBatch) -> Tensor:
         """Averages per-token values; in the sequence form, sums them over each answer and averages over answers."""
