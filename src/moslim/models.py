@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +10,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moslim.errors import MissingFileError, UsageError
+from moslim.adapters import AdapterFolder
+from moslim.errors import UsageError
+from moslim.loading import is_causal, load_whole, named, seems, untie
 
 
 class TokenizerSource(ABC):
@@ -75,45 +84,88 @@ class Architecture:
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a Hub name or folder.
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, base: str | Path | None = None
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a Hub name or folder; of an adapter that comes without one, its base model's.
+
+    Args:
+        path: Hub name or folder of a model or of an adapter.
+        trust_remote_code: Whether code from its repository may run.
+        base: Base model of an adapter, where it is not at the place that the adapter names.
 
     Raises:
         MissingFileError: There is none.
+        UsageError: Its files cannot be read.
     """
-    with named(path):
+    if (adapter := AdapterFolder.find(path, base)) is not None and not adapter.has_tokenizer:
+        return load_tokenizer(adapter.base, trust_remote_code)
+    with named(path, trust_remote_code):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def load_causal_lm(path: str, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Loads a causal language model from a Hub name or folder; weights must be safetensors.
+def load_causal_lm(
+    path: str | Path,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    base: str | Path | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model from a Hub name or folder; weights must be safetensors, and all of them there.
+
+    Args:
+        path: Hub name or folder of a model, or of an adapter, which is merged into its base model.
+        trust_remote_code: Whether code from its repository may run.
+        dtype: Of the weights.
+        base: Base model of an adapter, where it is not at the place that the adapter names.
 
     Raises:
         MissingFileError: There is none.
+        UsageError: It is no causal language model, or not all of one.
     """
-    with named(path):
-        return AutoModelForCausalLM.from_pretrained(
-            path, trust_remote_code=trust_remote_code, dtype=dtype, use_safetensors=True
+    if (adapter := AdapterFolder.find(path, base)) is not None:
+        return adapter.merged(lambda place: load_causal_lm(place, trust_remote_code, dtype))
+    if "MOSLIM classifier" in (kind := seems(path)):
+        raise UsageError(f"'{path}' is no language model to start from: it is {kind}. Give it as model.classifier")
+    with named(path, trust_remote_code):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    own_code = hasattr(config, "auto_map") and trust_remote_code
+    factory: Any = AutoModelForCausalLM
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+        factory = AutoModelForImageTextToText
+    if config.is_encoder_decoder or not (own_code or is_causal(config)):
+        raise UsageError(
+            f"'{path}' is no causal language model: it is {kind}, of the architecture '{config.model_type}', which "
+            "does not write one token after the other. Start from a decoder such as Qwen or Llama"
         )
+    model = load_whole(factory.from_pretrained, path, trust_remote_code=trust_remote_code, dtype=dtype)
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not tokens.weight:  # the files have both, whatever the configuration says
+        untie(model)
+    return model
 
 
-@contextmanager
-def named(path: str) -> Iterator[None]:
-    """Says which model is meant where none can be loaded.
+def load_backbone(path: str | Path, trust_remote_code: bool = False, base: str | Path | None = None) -> PreTrainedModel:
+    """Loads a transformer without head, in float32, from a folder or Hub name of it or of a model with any head.
+
+    Args:
+        path: Hub name or folder of a model, or of an adapter, which is merged into its base model.
+        trust_remote_code: Whether code from its repository may run.
+        base: Base model of an adapter, where it is not at the place that the adapter names.
 
     Raises:
-        MissingFileError: There is no such folder, and no such model on the Hub; or it cannot be reached.
+        MissingFileError: There is none.
+        UsageError: Not all of the transformer is there.
     """
-    folder = Path(path).is_dir()
-    if not folder and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-        raise MissingFileError(
-            f"there is no folder '{path}' (looked in {Path.cwd()}): is what makes it still to be run?"
-        )
-    try:
-        yield
-    except OSError as error:
-        where = "cannot be loaded" if folder else "is no folder here, and the Hub gives no such model"
-        raise MissingFileError(f"the model '{path}' {where}: {error}") from error
+    if (adapter := AdapterFolder.find(path, base)) is not None:
+        return adapter.merged(lambda place: load_backbone(place, trust_remote_code), backbone_only=True)
+    return load_whole(
+        AutoModel.from_pretrained,
+        path,
+        trust_remote_code=trust_remote_code,
+        dtype=torch.float32,
+        spare_missing=["pooler."],  # BERT's, which is not used
+        backbone_only=True,
+    )
 
 
 def align(model: nn.Module) -> None:

@@ -18,9 +18,10 @@ from transformers import (
     T5Model,
 )
 
+from moslim.loading import is_causal
 from moslim.models import checkpoint_activations
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig, is_causal
+from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 from moslim.reward.links import LINKS, LinkName
 
 PREFERENCES = PreferenceSet({"zeal": ["no", "yes"], "calm": ["a", "b", "c", "d", "e", "f", "g"]})

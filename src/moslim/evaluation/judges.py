@@ -85,15 +85,17 @@ class ClassifierJudge(Judge):
             at best of another backbone and trained on other rows.
         batch_size: Answers per forward pass.
         device: Where the classifier runs.
+        base: Base model of a classifier in the adapter form, where it is not where it was in training.
     """
 
     name = "classifier"
     proxy = True
 
-    def __init__(self, path: str, batch_size: int = 256, device: str = "cpu") -> None:
+    def __init__(self, path: str, batch_size: int = 256, device: str = "cpu", base: str | None = None) -> None:
         self.path = path
         self.batch_size = batch_size
         self.device = device
+        self.base = base
         self._scorer: Scorer | None = None
         self._columns: list[int] = []
 
@@ -102,7 +104,7 @@ class ClassifierJudge(Judge):
 
         super().setup(preferences)
         if self._scorer is None:
-            self._scorer = Scorer.from_pretrained(self.path, device=self.device)
+            self._scorer = Scorer.from_pretrained(self.path, device=self.device, base=self.base)
         self._columns = preferences.columns_in(self._scorer.preferences, f"judge in {self.path}")
 
     def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.data.types import PromptBatch, Question
 from moslim.evaluation.judges import Judge
@@ -33,6 +34,7 @@ class PolicyEvaluation(RunModule):
 
     preferences: PreferenceSet
     model_path: str
+    base: str | None
     classifier_path: str
     trust_remote_code: bool
     policy: Any
@@ -54,7 +56,7 @@ class PolicyEvaluation(RunModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
-        return load_tokenizer(self.model_path, self.trust_remote_code)
+        return load_tokenizer(self.model_path, self.trust_remote_code, self.base)
 
     @property
     def exact_judge(self) -> Judge | None:
@@ -148,7 +150,12 @@ class PolicyEvaluation(RunModule):
         Raises:
             ValueError: That folder holds what the run is built on, or a classifier.
         """
-        refuse_sources(folder, {"model.model": self.model_path, "model.classifier": self.classifier_path})
+        sources = {
+            "model.model": self.model_path,
+            "model.base": adapter_base(self.model_path, self.base),
+            "model.classifier": self.classifier_path,
+        }
+        refuse_sources(folder, sources)
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
             merged(self.policy).save_pretrained(part)
             self.tokenizer.save_pretrained(part)

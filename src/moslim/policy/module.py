@@ -58,7 +58,8 @@ class PolicyTrainer(PolicyEvaluation):
 
     Args:
         preferences: The dimensions that prompts can ask for; the classifier may have more.
-        model: Hub name or folder of the causal language model to start from: any chat model.
+        model: Hub name or folder of the causal language model to start from: any chat model, or an adapter (LoRA) of
+            one, which is merged into it.
         classifier: Folder or Hub name of a trained reward classifier.
         mapping: From level probabilities and requested levels to rewards.
         policy_optimizer: From rewards to advantages and loss.
@@ -87,6 +88,8 @@ class PolicyTrainer(PolicyEvaluation):
         liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
         dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too.
         reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
+        base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
+            the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
         seed: Seed of all that is drawn.
 
@@ -125,6 +128,7 @@ class PolicyTrainer(PolicyEvaluation):
         liger: bool = False,
         dtype: Dtype = "float32",
         reset_state: bool = False,
+        base: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
@@ -153,6 +157,7 @@ class PolicyTrainer(PolicyEvaluation):
             )
         self.preferences = preferences
         self.model_path = model
+        self.base = base
         self.classifier_path = classifier
         self.mapping = mapping
         self.policy_optimizer = policy_optimizer
@@ -175,7 +180,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.trust_remote_code = trust_remote_code
         self.seed = seed
 
-        start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype))
+        start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype), base)
         if liger:
             fuse_kernels(start)
         self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)

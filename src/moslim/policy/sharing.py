@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from moslim.checkpoints import fingerprint
 from moslim.errors import UsageError
 from moslim.lora import base_weights
+from moslim.models import load_tokenizer
 from moslim.policy.critic import trunk
 from moslim.policy.roles import Roles, evaluating
 from moslim.precision import widened
@@ -104,7 +105,7 @@ def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrain
         return Scorer.from_pretrained(classifier)
     roles.attach(saved)
     rank_zero_info(f"The classifier '{classifier}' is an adapter on the policy's base (model.share_backbone).")
-    return Scorer(saved.classifier(SharedBackbone(roles)), AutoTokenizer.from_pretrained(saved.folder))
+    return Scorer(saved.classifier(SharedBackbone(roles)), load_tokenizer(saved.folder))
 
 
 def _shareable(classifier: str, roles: Roles, tokenizer: PreTrainedTokenizerBase) -> SavedAdapter:
@@ -132,7 +133,7 @@ def _shareable(classifier: str, roles: Roles, tokenizer: PreTrainedTokenizerBase
             f"'{classifier}' was trained on '{saved.base}', whose weights are not those that the policy starts from "
             "(at bfloat16): give both the same base model"
         )
-    own, other = AutoTokenizer.from_pretrained(saved.folder).get_vocab(), tokenizer.get_vocab()
+    own, other = load_tokenizer(saved.folder).get_vocab(), tokenizer.get_vocab()
     if own != other:
         token = min(word for word in own.keys() | other.keys() if own.get(word) != other.get(word))
         raise NotSharedError(

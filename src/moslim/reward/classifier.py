@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.utils.generic import ModelOutput
 
 from moslim.errors import UsageError
-from moslim.models import align, named
+from moslim.loading import CLASSIFIER_TYPE, is_causal, load_whole
+from moslim.models import align, load_backbone
 from moslim.precision import widened
 from moslim.preferences import PreferenceSet
 from moslim.reward.heads import HeadLinear, HeadShape, OwnHeads
@@ -49,7 +46,7 @@ class PreferenceClassifierConfig(PreTrainedConfig):
             last.
     """
 
-    model_type = "moslim_preference_classifier"
+    model_type = CLASSIFIER_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
 
     def __init__(
@@ -154,6 +151,7 @@ class PreferenceClassifier(PreTrainedModel):
         head_hidden: int | None = None,
         head_dropout: float = 0.0,
         trust_remote_code: bool = False,
+        base: str | Path | None = None,
     ) -> PreferenceClassifier:
         """Puts untrained heads on a pretrained backbone, in float32.
 
@@ -168,6 +166,7 @@ class PreferenceClassifier(PreTrainedModel):
             head_hidden: Width of each head's hidden layer; None = one linear layer for all heads.
             head_dropout: Dropout on the hidden layers.
             trust_remote_code: Whether code from the backbone's repository may run.
+            base: Base model of a backbone that is an adapter, where it is not at the place that the adapter names.
 
         Raises:
             MissingFileError: There is no such backbone.
@@ -176,11 +175,7 @@ class PreferenceClassifier(PreTrainedModel):
         if isinstance(backbone, PreTrainedModel):
             trunk = cast(PreTrainedModel, backbone.base_model)
         else:
-            with named(str(backbone)):
-                trunk, report = AutoModel.from_pretrained(
-                    backbone, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True
-                )
-            _refuse_missing([key for key in report["missing_keys"] if not key.startswith("pooler.")], str(backbone))
+            trunk = load_backbone(backbone, trust_remote_code, base)
             align(trunk)
         if trunk.config.is_encoder_decoder:
             raise UsageError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
@@ -206,11 +201,10 @@ class PreferenceClassifier(PreTrainedModel):
             UsageError: A tensor is missing. Transformers would set it to random numbers and go on.
         """
         wants_report = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, report = loaded
-        _refuse_missing(report["missing_keys"], str(pretrained_model_name_or_path))
+        model = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         align(model)
-        return (model, report) if wants_report else model
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {kind: [] for kind in kinds}) if wants_report else model
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HeadLinear):
@@ -290,22 +284,6 @@ def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[
 def _width(config: Any) -> int:
     """Size of the last hidden state; some families set a projected one apart from the inner width (OPT)."""
     return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-
-
-def is_causal(config: PreTrainedConfig) -> bool:
-    """Whether tokens see only what is before them. BERT's family is in both tables and says so itself."""
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
-        return False  # a decoder made an encoder, as in EmbeddingGemma
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        return bool(getattr(config, "is_decoder", False))
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def _refuse_missing(keys: Any, where: str) -> None:
-    if keys:
-        raise UsageError(
-            f"'{where}' lacks the weights {sorted(keys)}: the folder is incomplete or its keys are renamed"
-        )
 
 
 AutoConfig.register(PreferenceClassifierConfig.model_type, PreferenceClassifierConfig)

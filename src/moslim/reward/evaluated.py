@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.checkpoints import fingerprint
 from moslim.data.types import Example, PairBatch
@@ -19,6 +20,7 @@ from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.jsonlines import JsonLines
 from moslim.lora import is_adapted, merged, unwrapped
+from moslim.models import load_tokenizer
 from moslim.packing import like_length, pass_tokens
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifierOutput
@@ -52,6 +54,8 @@ class ClassifierEvaluation(RunModule):
     """What the run started from: folder or Hub name."""
     starts_trained: bool
     """Whether the start is a whole classifier, which can be exported without training."""
+    adapter_base: str | None
+    """Base model of a backbone that is an adapter; None for the place that it names."""
     classifier: Any
     loss: LevelLoss
     pairs: BradleyTerry
@@ -75,7 +79,12 @@ class ClassifierEvaluation(RunModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of what the run started from."""
-        return AutoTokenizer.from_pretrained(self.start, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.start, self.trust_remote_code, self.adapter_base)
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """Models that the run is built on, which no export may replace."""
+        return {"the start": self.start, "model.base": self.adapter_base or adapter_base(self.start)}
 
     @property
     def pair_limit(self) -> int | None:
@@ -144,7 +153,7 @@ class ClassifierEvaluation(RunModule):
         Raises:
             UsageError: That folder holds what the run started from, or another model.
         """
-        refuse_sources(folder, {"the start": self.start})
+        refuse_sources(folder, self.sources)
         with whole_folder(Path(folder), is_classifier) as part:
             save_merged(merged(self.classifier), part)
             self._complete(part, "merged")
@@ -158,7 +167,7 @@ class ClassifierEvaluation(RunModule):
         """
         if not is_adapted(self.classifier):
             raise UsageError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
-        refuse_sources(folder, {"the start": self.start})
+        refuse_sources(folder, self.sources)
         with whole_folder(Path(folder), is_classifier) as part:
             save_adapter(self.classifier, self.start, part)
             self._complete(part, "adapter")

@@ -15,7 +15,12 @@ from moslim.reward.starting import refuse_other_link
 
 
 def extended_classifier(
-    source: str, preferences: PreferenceSet, loss: LevelLoss | None, hidden: int | None, dropout: float
+    source: str,
+    preferences: PreferenceSet,
+    loss: LevelLoss | None,
+    hidden: int | None,
+    dropout: float,
+    base: str | None = None,
 ) -> PreferenceClassifier:
     """Loads a saved classifier and puts untrained heads beside its own.
 
@@ -28,11 +33,12 @@ def extended_classifier(
         loss: The run's loss; None if none was chosen.
         hidden: Width of a new head's hidden layer; None = linear.
         dropout: Dropout on it.
+        base: Base model of a classifier in the adapter form, where it is not where it was in training.
 
     Raises:
         UsageError: No dimension is new, an old one has other levels now, or the loss needs heads of another kind.
     """
-    old = load_classifier(source)
+    old = load_classifier(source, base)
     new = [d for d in preferences.dimensions if d.name not in old.preferences.names]
     if not new:
         raise UsageError(

@@ -52,7 +52,8 @@ class RewardClassifier(ClassifierEvaluation):
 
     Args:
         preferences: The dimensions; each gets a head.
-        backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads.
+        backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads. An adapter
+            (LoRA) is merged into its base model.
         classifier: Hub name or folder of a saved classifier to score with or train on, instead of a backbone. Heads,
             link, pooling and length are its own.
         extend: Hub name or folder of a saved classifier that gets a head for each dimension it lacks, instead of a
@@ -84,6 +85,8 @@ class RewardClassifier(ClassifierEvaluation):
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         max_length: Most tokens of a pair when the saved classifier scores texts; give the data module the same.
         gradient_checkpointing: Save memory by computing activations twice.
+        base: Folder or Hub name of the base model of a start that is an adapter, where it is not at the place that the
+            adapter names.
         trust_remote_code: Whether code from the backbone's repository may run.
         seed: Seed of dropout, which is a function of the step and not of what ran before it.
     """
@@ -116,6 +119,7 @@ class RewardClassifier(ClassifierEvaluation):
         predictions: str | None = None,
         max_length: int | None = None,
         gradient_checkpointing: bool = False,
+        base: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
@@ -136,10 +140,11 @@ class RewardClassifier(ClassifierEvaluation):
         self.report = report
         self.output = output
         self.predictions = predictions
+        self.adapter_base = base
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         if extend is not None:
-            model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout)
+            model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout, base)
             refuse_change(model, {"pooling": pooling, "layer": layer, "max_length": max_length})
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
         elif classifier is not None:
@@ -149,7 +154,7 @@ class RewardClassifier(ClassifierEvaluation):
                 "head_hidden": head_hidden,
                 "head_dropout": head_dropout,
             }
-            model = saved_classifier(classifier, preferences, loss, for_new_heads)
+            model = saved_classifier(classifier, preferences, loss, for_new_heads, base)
             model.config.pair_length = max_length or model.config.pair_length
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
         else:
@@ -164,6 +169,7 @@ class RewardClassifier(ClassifierEvaluation):
                 head_hidden=head_hidden,
                 head_dropout=head_dropout,
                 trust_remote_code=trust_remote_code,
+                base=base,
             )
         self._before = {} if backbone is not None else saved_record(local_folder(self.start))
         self._record = self._before
@@ -211,7 +217,7 @@ class RewardClassifier(ClassifierEvaluation):
     def on_fit_start(self) -> None:
         """Refuses an ``output`` that the end of ``fit`` could not write."""
         if self.output is not None:
-            refuse_sources(self.output, {"the start": self.start})
+            refuse_sources(self.output, self.sources)
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Makes dropout a function of the step, so that a resumed run equals an uninterrupted one."""

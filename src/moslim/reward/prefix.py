@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from moslim.reward.classifier import PreferenceClassifier, is_causal
+from moslim.loading import is_causal
+from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.pooling import pool
 from moslim.tree import Sequences
 from moslim.tree_attention import along, reads_trees

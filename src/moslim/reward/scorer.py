@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.instructions import RESERVED
+from moslim.models import load_tokenizer
 from moslim.packing import SharePrefixes, like_length, pass_tokens, worthwhile
 from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
@@ -52,7 +53,7 @@ class Scorer:
             FileNotFoundError: There is no such classifier, or an adapter's base model is missing.
             ValueError: A weight is missing or renamed, or the base model is another one.
         """
-        return cls(load_classifier(folder, base), AutoTokenizer.from_pretrained(folder)).to(device)
+        return cls(load_classifier(folder, base), load_tokenizer(folder)).to(device)
 
     def reserve(self, delimiters: tuple[str, ...]) -> None:
         """Takes more strings out of questions and answers, which a policy could forge an instruction with."""

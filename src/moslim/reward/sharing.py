@@ -23,13 +23,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
+from moslim.adapters import AdapterFolder
 from moslim.checkpoints import fingerprint
 from moslim.errors import MissingFileError, UsageError
 from moslim.folders import whole_folder
+from moslim.loading import CLASSIFIER_TYPE, named
 from moslim.lora import PEFT_PREFIX, base_weights
-from moslim.models import align, named
+from moslim.models import align, load_backbone
 from moslim.reward.adapter_form import ADAPTER, ADAPTER_WEIGHTS, BACKBONE, BASE, HEADS, SavedAdapter, heads
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
@@ -128,7 +130,10 @@ def saved_adapter(source: str | Path) -> SavedAdapter | None:
         MissingFileError: There is no such classifier.
     """
     folder = local_folder(source)
-    return SavedAdapter.read(folder) if (folder / ADAPTER).is_dir() else None
+    if not (folder / ADAPTER).is_dir():
+        return None
+    with named(folder):
+        return SavedAdapter.read(folder)
 
 
 def is_classifier(source: str | Path) -> bool:
@@ -137,9 +142,11 @@ def is_classifier(source: str | Path) -> bool:
     Raises:
         MissingFileError: It holds no model.
     """
-    with named(str(source)):
+    if AdapterFolder.find(source) is not None:
+        return False
+    with named(source):
         config, _ = PreferenceClassifierConfig.get_config_dict(source)
-    return config.get("model_type") == PreferenceClassifierConfig.model_type
+    return config.get("model_type") == CLASSIFIER_TYPE
 
 
 def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceClassifier:
@@ -164,11 +171,12 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
     try:
         if is_classifier(name):
             return load_classifier(name).backbone
-        return AutoModel.from_pretrained(name, dtype="float32")
-    except OSError as error:
+        return load_backbone(name)
+    except MissingFileError as error:
         raise MissingFileError(
             f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
-            "where it is now with Scorer.from_pretrained(folder, base=...), or use the merged form, which needs none"
+            f"where it is now with model.base, Scorer.from_pretrained(folder, base=...) or `name` in "
+            f"{ADAPTER}/{BASE}, or use the merged form, which needs none"
         ) from error
 
 

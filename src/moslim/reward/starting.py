@@ -48,7 +48,11 @@ def start_name(backbone: str | None, classifier: str | None, extend: str | None 
 
 
 def saved_classifier(
-    source: str, preferences: PreferenceSet, loss: LevelLoss | None, for_new_heads: Mapping[str, object]
+    source: str,
+    preferences: PreferenceSet,
+    loss: LevelLoss | None,
+    for_new_heads: Mapping[str, object],
+    base: str | None = None,
 ) -> PreferenceClassifier:
     """Loads a saved classifier to go on from.
 
@@ -57,12 +61,13 @@ def saved_classifier(
         preferences: The dimensions of the run.
         loss: The run's loss; None if none was chosen.
         for_new_heads: Arguments that only new heads can have, by name; all must be None or 0.
+        base: Base model of a classifier in the adapter form, where it is not where it was in training.
 
     Raises:
         UsageError: The classifier has other dimensions or another link, or such an argument is given.
     """
     refuse_options(source, for_new_heads)
-    classifier = load_classifier(source)
+    classifier = load_classifier(source, base)
     if classifier.preferences != preferences:
         raise UsageError(
             f"the classifier in '{source}' has the dimensions {classifier.preferences.to_dict()}, but `preferences` "

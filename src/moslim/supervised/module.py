@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moslim.accumulation import step_batches
+from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
 from moslim.data.prompts import PairEncoder, pad, pad_id
@@ -35,7 +36,7 @@ class SupervisedTrainer(RunModule):
     """Fine-tunes a language model on answers, its end-of-sequence token included, and saves it when ``fit`` ends.
 
     Args:
-        model: Hub name or local folder to start from; or
+        model: Hub name or local folder of a language model, or of an adapter of one, to start from; or
         architecture: a model with random weights to start from.
         output: Folder for the trained model, in Hugging Face format; ``predict`` reads it from there. None =
             ``model`` in the run's folder.
@@ -46,6 +47,8 @@ class SupervisedTrainer(RunModule):
         optimizer: From parameters to optimizer; None = AdamW, rate 2e-5.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
         gradient_checkpointing: Save memory by computing activations twice.
+        base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
+            the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
         seed: Seed of random weights, dropout and samples.
 
@@ -66,6 +69,7 @@ class SupervisedTrainer(RunModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         gradient_checkpointing: bool = False,
+        base: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
@@ -82,6 +86,7 @@ class SupervisedTrainer(RunModule):
         self.predictions = predictions
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.base = base
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         self.model = self._build().train()
@@ -92,7 +97,7 @@ class SupervisedTrainer(RunModule):
     def _build(self) -> PreTrainedModel:
         if self.architecture is None:
             assert self.model_path is not None
-            return load_causal_lm(self.model_path, self.trust_remote_code)
+            return load_causal_lm(self.model_path, self.trust_remote_code, base=self.base)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed))
             return self.architecture.build(self.tokenizer)
@@ -103,7 +108,7 @@ class SupervisedTrainer(RunModule):
         if self.architecture is not None:
             return self.architecture.tokenizer.load()
         assert self.model_path is not None
-        return load_tokenizer(self.model_path, self.trust_remote_code)
+        return load_tokenizer(self.model_path, self.trust_remote_code, self.base)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -193,7 +198,8 @@ class SupervisedTrainer(RunModule):
         Raises:
             UsageError: That folder holds what the run started from, or a classifier.
         """
-        refuse_sources(folder, {"model.model": self.model_path})
+        base = None if self.model_path is None else adapter_base(self.model_path, self.base)
+        refuse_sources(folder, {"model.model": self.model_path, "model.base": base})
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
             self.model.save_pretrained(part)
             self.tokenizer.save_pretrained(part)

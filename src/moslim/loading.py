@@ -1,0 +1,225 @@
+"""Weights from a folder or the Hub: complete, of the kind asked for, and from that folder's safetensors files only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from moslim.errors import MissingFileError, UsageError
+
+CLASSIFIER_TYPE = "moslim_preference_classifier"
+"""``model_type`` of a saved reward classifier."""
+
+_SHOWN = 4
+_INDEX = ".safetensors.index.json"
+
+
+def load_whole(
+    load: Callable[..., Any],
+    path: str | Path,
+    *args: Any,
+    spare_missing: Collection[str] = (),
+    backbone_only: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Loads a model and refuses weights that the folder lacks, has too many of, or has in another shape.
+
+    Transformers would set missing ones to random numbers and leave out those that have no place.
+
+    Args:
+        load: A ``from_pretrained`` of transformers.
+        path: Hub name or folder.
+        args: Further positional arguments of ``load``.
+        spare_missing: Beginnings of names that may be missing, of modules that are not used.
+        backbone_only: Whether the model is a transformer without head, so that weights of heads may be left out.
+        options: Further keyword arguments of ``load``.
+
+    Raises:
+        MissingFileError: There is no such model.
+        UsageError: The folder's files are damaged, point outside the folder, or do not fit the model.
+    """
+    refuse_outside(path)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+    with named(path, own_code=bool(options.get("trust_remote_code"))):
+        model, report = load(path, *args, **options)
+    missing = [key for key in report["missing_keys"] if not key.startswith(tuple(spare_missing))]
+    surplus = [key for key in report["unexpected_keys"] if not (backbone_only and _of_head(key, model))]
+    reshaped = [f"{key} ({_shape(found)} instead of {_shape(own)})" for key, found, own in report["mismatched_keys"]]
+    if missing or surplus or reshaped:
+        faults = {
+            "lacks": missing,
+            f"has no place in {type(model).__name__} for": surplus,
+            "has in another shape": reshaped,
+        }
+        what = " and ".join(f"{fault} {first_few(keys)}" for fault, keys in faults.items() if keys)
+        raise UsageError(f"'{path}' {what}, so it is not loaded: it is {seems(path)}. {_remedy(path, model)}")
+    return model
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Notes in a model's configuration that the layer that predicts tokens has weights of its own."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def first_few(names: Collection[str]) -> str:
+    """The first names of a collection and the number of all, for a message."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return f"{', '.join(ordered[:_SHOWN])}{more}"
+
+
+def seems(path: str | Path) -> str:
+    """Describes, for a message, the kind of model that a folder holds, by its configuration and its place."""
+    config = read_json(Path(path) / "config.json") if Path(path).is_dir() else {}
+    above = read_json(Path(path).parent / "config.json") if Path(path).is_dir() else {}
+    if config.get("model_type") == CLASSIFIER_TYPE:
+        return "a saved MOSLIM classifier"
+    if above.get("model_type") == CLASSIFIER_TYPE:
+        return f"a part of the saved MOSLIM classifier '{Path(path).parent}'"
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else ""
+    kinds = {
+        "ForSequenceClassification": "a sequence-classification model",
+        "ForTokenClassification": "a token-classification model",
+        "ForQuestionAnswering": "a question-answering model",
+        "ForMaskedLM": "an encoder with a masked-language-modelling head",
+        "ForPreTraining": "an encoder with pre-training heads",
+        "Model": "a model without a head",
+        "ForCausalLM": "an incomplete or changed copy of a language model",
+        "LMHeadModel": "an incomplete or changed copy of a language model",
+        "ForConditionalGeneration": "an incomplete or changed copy of a generating model",
+    }
+    kind = next((text for end, text in kinds.items() if name.endswith(end)), "an incomplete or changed model")
+    return f"{kind} ({name})" if name else kind
+
+
+def _remedy(path: str | Path, model: PreTrainedModel) -> str:
+    text = seems(path)
+    if "MOSLIM classifier" in text and model.config.model_type != CLASSIFIER_TYPE:
+        return "Give the folder of a language model, and the classifier as model.classifier"
+    if "incomplete or changed" in text or model.config.model_type == CLASSIFIER_TYPE:
+        return "Copy or download the folder again, or undo the change to its config.json"
+    return "Give the folder of a model of the kind that is needed, with its weights and its own config.json"
+
+
+def is_causal(config: PreTrainedConfig) -> bool:
+    """Whether tokens see only what is before them. BERT's family is in both tables and says so itself.
+
+    A model of texts and images is what its language model is.
+    """
+    text = config.get_text_config()
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return False  # a decoder made an encoder, as in EmbeddingGemma
+    if getattr(text, "attn_type", None) == "bi":  # XLNet
+        return False
+    kinds = {config.model_type, text.model_type}
+    if kinds & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
+        return bool(getattr(text, "is_decoder", False))
+    generates = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    return bool(kinds & generates)
+
+
+@contextmanager
+def named(path: str | Path, own_code: bool = False) -> Iterator[None]:
+    """Names the model that cannot be loaded.
+
+    Args:
+        path: Hub name or folder.
+        own_code: Whether code of the model's repository runs, whose errors stay as they are.
+
+    Raises:
+        MissingFileError: There is no such folder, and no such model on the Hub; or it cannot be reached.
+        UsageError: What is there cannot be loaded.
+    """
+    folder = Path(path).is_dir()
+    if not folder and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
+        raise MissingFileError(
+            f"there is no folder '{path}' (looked in {Path.cwd()}): is what makes it still to be run?"
+        )
+    try:
+        yield
+    except (UsageError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except OSError as error:
+        if folder and (damaged := _damaged(Path(path))):
+            raise UsageError(damaged) from error
+        where = "cannot be loaded" if folder else "is no folder here, and the Hub gives no such model"
+        raise MissingFileError(f"the model '{path}' {where}: {error}") from error
+    except Exception as error:
+        if own_code:
+            raise
+        raise UsageError(_damaged(Path(path)) or f"the model '{path}' cannot be loaded: {error}") from error
+
+
+def refuse_outside(path: str | Path) -> None:
+    """Refuses a folder whose index of weights names files that are not safetensors files in that folder.
+
+    Raises:
+        UsageError: It does, or an index cannot be read.
+    """
+    for file in sorted(Path(path).glob(f"*{_INDEX}")) if Path(path).is_dir() else ():
+        content = read_json(file)
+        places = content.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise UsageError(f"'{file}' has no `weight_map` from weights to files: copy or download the folder again")
+        for weight, place in places.items():
+            inside = PurePosixPath(place)
+            if inside.is_absolute() or ".." in inside.parts or "\\" in place or inside.suffix != ".safetensors":
+                raise UsageError(
+                    f"'{file}' takes the weight '{weight}' from '{place}', which is no safetensors file inside its "
+                    "folder, so nothing is loaded: put the file there and name its place in the folder"
+                )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object; empty where there is no such file.
+
+    Raises:
+        UsageError: The file holds something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"'{file}' is no JSON ({error}): copy or download the folder again") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"'{file}' holds no JSON object: copy or download the folder again")
+    return content
+
+
+def _of_head(key: str, backbone: PreTrainedModel) -> bool:
+    """Whether a weight that a transformer has no place for belongs to a head on it, not to the transformer."""
+    first, _, rest = key.partition(".")
+    if first == backbone.base_model_prefix:
+        return False
+    return first not in dict(backbone.named_children()) and bool(rest)
+
+
+def _damaged(folder: Path) -> str:
+    """Names the first safetensors file of a folder that cannot be read; empty if there is none."""
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"the weights in '{file}' cannot be read ({error}): the file is cut off or damaged, so copy it again"
+    return ""
+
+
+def _shape(sizes: Collection[int]) -> str:
+    return "x".join(map(str, sizes)) or "scalar"
