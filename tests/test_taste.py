@@ -114,5 +114,5 @@ def test_a_file_that_is_not_there_or_empty(tmp_path: Path) -> None:
         main(["--choices", str(tmp_path / "no.jsonl"), "--classifier", "c", "--output", "o"])
     assert stop.value.code == 2
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no choices"):
+    with pytest.raises(ValueError, match="the file is empty"):
         read_choices(str(tmp_path / "empty.jsonl"))

@@ -31,6 +31,7 @@ from moslim.parser import MoslimParser
 from moslim.preferences import PreferenceSet
 from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.trainer import MoslimTrainer
+from moslim.yaml_texts import install
 
 _NUMBER_OR_SHARE: dict[str, Any] = {
     **{f"limit_{stage}_batches": int | float | None for stage in ("train", "val", "test", "predict")},
@@ -48,6 +49,7 @@ class MoslimCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
+        install()
         strict = {"allow_abbrev": False}
         usage = f"{Path(sys.argv[0]).name} {{}} [--config FILE] [options]"
         super().__init__(

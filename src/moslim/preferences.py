@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moslim.errors import UsageError
+from moslim.literals import Scalar, as_text, quoted
 
 INACTIVE = -1
 """Entry of a target tensor for a dimension that the prompt does not mention."""
+
+
+RESERVED_NAMES = (
+    *("base", "best_of", "calibration", "default", "mean", "pairs", "requests", "reward", "seen", "subsets", "sweep"),
+    *("total", "unseen", "weighted"),
+)
+"""Names of metrics and of parts of reports, which no dimension can have."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +28,15 @@ class Dimension:
     """One preference axis.
 
     Args:
-        name: Name of the axis, e.g. ``helpfulness``.
+        name: Name of the axis, e.g. ``helpfulness``. It is part of the names of metrics, weights and columns, so it
+            has no ``/`` or ``.``, and is none of :data:`RESERVED_NAMES`.
         levels: Names of its intensity levels, from the lowest to the highest; at least two, all different.
+
+    Names are printable, without ``[[``, ``]]`` or white space around them, since prompts hold them; names that differ
+    in case, width or white space only count as equal.
+
+    Raises:
+        UsageError: A name or the list of levels is otherwise.
     """
 
     name: str
@@ -31,6 +47,18 @@ class Dimension:
             raise UsageError(f"dimension '{self.name}' has levels {list(self.levels)}: give at least two")
         if len(set(self.levels)) != len(self.levels):
             raise UsageError(f"dimension '{self.name}' names a level twice: {list(self.levels)}")
+        _check_name(self.name, f"name of a dimension {quoted(self.name)}")
+        if set(self.name) & {"/", "."}:
+            raise UsageError(
+                f"dimension '{self.name}': no '/' or '.' can be in the name, as metrics and weights have it"
+            )
+        if self.name in RESERVED_NAMES:
+            raise UsageError(
+                f"dimension '{self.name}': metrics have this name already; call it otherwise, e.g. '{self.name}_level'"
+            )
+        for level in self.levels:
+            _check_name(level, f"level {quoted(level)} of dimension '{self.name}'")
+        _refuse_equal(self.levels, f"dimension '{self.name}': levels")
 
 
 @dataclass(frozen=True)
@@ -51,13 +79,17 @@ class PreferenceSet:
 
     Args:
         dimensions: Dimension name to the names of its levels, lowest first. The order is kept and is the
-            order of every ``[.., D]`` tensor in the project.
+            order of every ``[.., D]`` tensor in the project. A whole number as a name is its digits.
     """
 
-    def __init__(self, dimensions: dict[str, list[str]]) -> None:
+    def __init__(self, dimensions: Mapping[str, Sequence[Scalar]]) -> None:
         if not dimensions:
             raise UsageError("preferences.dimensions is empty: name at least one dimension with its levels")
-        self.dimensions = tuple(Dimension(name, tuple(levels)) for name, levels in dimensions.items())
+        self.dimensions = tuple(
+            Dimension(as_text(name, "preferences.dimensions"), _level_names(name, levels))
+            for name, levels in dimensions.items()
+        )
+        _refuse_equal(self.names, "preferences: dimensions")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,3 +161,28 @@ class PreferenceSet:
                     f"dimension '{dimension.name}' has {ours} levels in `preferences` but {theirs} in the {owner}"
                 )
         return [other.names.index(name) for name in self.names]
+
+
+def _level_names(name: str, levels: Sequence[Scalar]) -> tuple[str, ...]:
+    if isinstance(levels, str):
+        raise UsageError(f"preferences.dimensions.{name}: {quoted(levels)} is one text: give a list of level names")
+    return tuple(as_text(level, f"preferences.dimensions.{name}") for level in levels)
+
+
+def _check_name(name: str, what: str) -> None:
+    if not name.strip():
+        raise UsageError(f"{what}: it is empty")
+    if name != name.strip() or not name.isprintable():
+        raise UsageError(f"{what}: white space around it, line ends and invisible characters cannot be in a name")
+    if "[[" in name or "]]" in name or name.startswith("[") or name.endswith("]"):
+        raise UsageError(f"{what}: it holds brackets, which delimit levels in prompts; write it without")
+
+
+def _refuse_equal(names: Sequence[str], what: str) -> None:
+    """Raises an error if two names differ in case, width or white space only."""
+    known: dict[str, str] = {}
+    for name in names:
+        key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        if key in known:
+            raise UsageError(f"{what} {known[key]!r} and {name!r} differ in case or white space only: rename one")
+        known[key] = name

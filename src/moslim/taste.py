@@ -22,6 +22,7 @@ from moslim.data.types import Question
 from moslim.errors import MissingFileError, UsageError
 from moslim.failures import reported, without_flag
 from moslim.levels import expected_level
+from moslim.literals import quoted
 from moslim.mapping.taste import Taste
 from moslim.parser import MoslimParser
 from moslim.reward.scorer import Scorer
@@ -50,15 +51,13 @@ def read_choices(path: str) -> list[Choice]:
     for record in read_file(path):
         for name in ("chosen", "rejected"):
             if not isinstance(record.fields.get(name), str):
-                raise UsageError(f"{record.place}, field '{name}': {record.fields.get(name)!r} is not a text")
+                raise UsageError(f"{record.place}, field '{name}': {quoted(record.fields.get(name))} is not a text")
         question: Any = record.fields.get("question")
         try:
             as_messages(question)
         except ValueError as error:
             raise UsageError(f"{record.place}, field 'question': {error}") from error
         choices.append(Choice(question, record.fields["chosen"], record.fields["rejected"]))
-    if not choices:
-        raise UsageError(f"{path} holds no choices")
     return choices
 
 

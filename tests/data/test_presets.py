@@ -93,6 +93,7 @@ def test_a_classifier_is_trained_by_the_command_line(tmp_path: Path, monkeypatch
         [
             *command("openassistant"),
             *"--data.source.path rows.jsonl --data.batch_size 4".split(),
+            *"--data.source.test_share 0 --data.source.validation_share 0".split(),
             *"--model.backbone outputs/quickstart/starter/model".split(),
             *"--trainer.fast_dev_run true --trainer.accelerator cpu --trainer.precision 32-true".split(),
             *"--trainer.logger false --trainer.enable_model_summary false --trainer.enable_progress_bar false".split(),

@@ -15,6 +15,7 @@ from moslim.data.neutralise import Neutraliser, special_strings
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
 from moslim.instructions import RESERVED, PreferenceInstruction
+from moslim.literals import quoted
 from moslim.preferences import Preference, PreferenceSet
 
 _ROLES = ("system", "user", "assistant")
@@ -30,13 +31,13 @@ def as_messages(question: Question) -> list[Message]:
     if isinstance(question, str):
         return [{"role": "user", "content": question}]
     if not isinstance(question, list):
-        raise UsageError(f"the question is {question!r}: give a text or a list of messages")
+        raise UsageError(f"the question is {quoted(question)}: give a text or a list of messages")
     messages = list(question)
     for i, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in _ROLES
         if not known or not isinstance(message.get("content"), str):
             raise UsageError(
-                f"message {i} of a question is {message}: it needs a role of {_ROLES} and a text as content"
+                f"message {i} of a question is {quoted(message)}: it needs a role of {_ROLES} and a text as content"
             )
     if not messages or messages[-1]["role"] != "user":
         raise UsageError(f"a question must end with a user turn, but the roles are {[m['role'] for m in messages]}")

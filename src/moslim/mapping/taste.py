@@ -9,8 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from moslim.errors import UsageError
+from moslim.data.sources.records import parse_object
+from moslim.errors import MissingFileError, UsageError
 from moslim.levels import expected_level
+from moslim.literals import as_number
 from moslim.mapping.base import MappingFunction
 from moslim.preferences import PreferenceSet
 from moslim.reporting import replace_file
@@ -51,8 +53,12 @@ class Taste:
             UsageError: It was not written by :meth:`save`.
         """
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+            fields = parse_object(Path(path).read_text(encoding="utf-8"), str(path))
+            weights = {name: float(as_number(weight)) for name, weight in fields["weights"].items()}
+            return cls(**{**fields, "weights": weights})
+        except FileNotFoundError:
+            raise MissingFileError(f"there is no file '{path}' (looked in {Path.cwd()})") from None
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
             raise UsageError(f"{path} holds no taste ({error}): make one with `python -m moslim.taste`") from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from moslim.data.sources.records import is_file_name
+from moslim.data.sources.files import is_file_name
 from moslim.preferences import Dimension
 from moslim.reporting import Result, markdown_table, number
 from moslim.reward.classifier import PreferenceClassifierConfig

@@ -121,7 +121,7 @@ def test_a_classifier_that_is_fooled_by_the_wording_loses_every_paraphrase(tmp_p
     ("change", "message"),
     [
         ({"question": 3}, "line 2: the question is 3: give a text"),
-        ({"question": ["q"]}, "line 2: message 0 of a question is q"),
+        ({"question": ["q"]}, "line 2: message 0 of a question is 'q'"),
         ({"question": []}, "line 2: a question must end with a user turn"),
         ({"paraphrases": ["p", None]}, "line 2: the question is None"),
         ({"answers": ["a"]}, r"line 2: field 'answers' is \['a'\]: give two or more texts"),
@@ -129,7 +129,7 @@ def test_a_classifier_that_is_fooled_by_the_wording_loses_every_paraphrase(tmp_p
         ({"preference": {}}, "line 2: field 'preference' is {}"),
         ({"preference": {"four": 1}}, "line 2: no dimension 'four'; there are: two, three"),
         ({"preference": {"three": 3}}, r"line 2: level 3 of dimension 'three' is outside 0\.\.2"),
-        ({"preference": {"three": True}}, "line 2: field 'preference.three' is True: give a level"),
+        ({"preference": {"three": True}}, "line 2: field 'preference.three' is True: give a whole number"),
         ({"right": 2}, "line 2: field 'right' is 2: give 0 to 1"),
         ({"right": None}, "line 2: field 'right' is None"),
     ],
@@ -142,7 +142,7 @@ def test_a_line_that_cannot_be_used_is_named(change, message, tmp_path: Path) ->
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"best_of\.path: there is no file 'none\.jsonl'"):
         read_choices("none.jsonl", PREFERENCES)
-    with pytest.raises(ValueError, match=r"choices\.jsonl is empty"):
+    with pytest.raises(ValueError, match=r"choices\.jsonl: the table has no rows: the file is empty"):
         read_choices(write(tmp_path), PREFERENCES)
     with pytest.raises(ValueError, match=r"choices\.jsonl, line 1: not JSON"):
         read_choices(write(tmp_path, "{"), PREFERENCES)

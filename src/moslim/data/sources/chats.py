@@ -6,8 +6,12 @@ import re
 from abc import ABC, abstractmethod
 from typing import Any
 
+from moslim.data.sources.records import parse_json
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
+from moslim.literals import quoted
+
+_CHAT_TEXT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value|messages|conversations?)\1\s*:""")
 
 
 class ChatFormat(ABC):
@@ -20,6 +24,16 @@ class ChatFormat(ABC):
         Raises:
             UsageError: The value is not written in this way.
         """
+
+
+class PlainText(ChatFormat):
+    """A text that is one user turn whatever it looks like, also where it is JSON with roles."""
+
+    def question(self, value: Any) -> Question:
+        """Returns the text itself."""
+        if not isinstance(value, str):
+            raise UsageError(f"the question is {quoted(value)}, not a text")
+        return value
 
 
 class Turns(ChatFormat):
@@ -37,12 +51,12 @@ class Turns(ChatFormat):
     def question(self, value: Any) -> Question:
         """Returns the turns as messages, or the text itself where it has no marker."""
         if not isinstance(value, str):
-            raise UsageError(f"the chat is {value!r}, not a text with turns")
+            raise UsageError(f"the chat is {quoted(value)}, not a text with turns")
         return split_turns(value, self.user, self.assistant) if self.user in value or self.assistant in value else value
 
 
 class Messages(ChatFormat):
-    """A list of objects, one per turn, under other names than ``role`` and ``content``.
+    """A list of objects, one per turn, under other names than ``role`` and ``content``; in a text, written as JSON.
 
     Args:
         role: Field of the role.
@@ -57,14 +71,50 @@ class Messages(ChatFormat):
 
     def question(self, value: Any) -> Question:
         """Returns the turns as messages."""
-        if not isinstance(value, list):
-            raise UsageError(f"the chat is {value!r}, not a list of turns")
-        absent = [turn for turn in value if not {self.role, self.content} <= set(turn)]
+        turns = value
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            turns = parse_json(value, "the chat")[0]
+        if not isinstance(turns, list):
+            raise UsageError(f"the chat is {quoted(value)}, not a list of turns")
+        absent = [turn for turn in turns if not isinstance(turn, dict) or not {self.role, self.content} <= set(turn)]
         if absent:
-            raise UsageError(f"the turn {absent[0]} lacks '{self.role}' or '{self.content}'")
+            raise UsageError(f"the turn {quoted(absent[0])} lacks '{self.role}' or '{self.content}'")
+        unknown = [turn[self.role] for turn in turns if not isinstance(turn[self.role], str)]
+        if unknown:
+            raise UsageError(f"the role {quoted(unknown[0])} is not a text")
         return [
-            {"role": self.roles.get(turn[self.role], turn[self.role]), "content": turn[self.content]} for turn in value
+            {"role": self.roles.get(turn[self.role], turn[self.role]), "content": turn[self.content]} for turn in turns
         ]
+
+
+def looks_like_chat(text: str) -> bool:
+    """Whether a text opens as a chat in JSON does."""
+    return _CHAT_TEXT.match(text) is not None
+
+
+def chat_in_text(value: Any) -> Any:
+    """Returns the chat that a text holds as JSON, as a cell of a CSV file does; any other value as it is.
+
+    Raises:
+        UsageError: The text looks like such a chat, and is none.
+    """
+    if not isinstance(value, str) or not looks_like_chat(value):
+        return value
+    try:
+        chat, end = parse_json(value, "a chat in a text", whole=False)
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; the question {quoted(value)} looks like a chat: write it with json.dumps, or, if it is a plain "
+            "text, set `chat` to moslim.data.sources.chats.PlainText"
+        ) from None
+    if value[end:].strip():  # a text that opens with JSON
+        return value
+    if not isinstance(chat, list):
+        raise UsageError(
+            f"the question {quoted(value)} is a JSON object, not a list of turns; if it is a plain text, set `chat` "
+            "to moslim.data.sources.chats.PlainText"
+        )
+    return chat
 
 
 def split_turns(text: str, user: str, assistant: str) -> list[Message]:

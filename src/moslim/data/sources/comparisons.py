@@ -9,6 +9,7 @@ from moslim.data.sources.labels import check_names
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import is_missing
 from moslim.errors import UsageError
+from moslim.literals import as_number, quoted
 from moslim.preferences import PreferenceSet
 
 
@@ -46,16 +47,16 @@ class Comparisons:
         if rejected is None:
             return Comparison()
         if not isinstance(rejected, str):
-            raise UsageError(f"{record.place}, field '{self.rejected}': the answer is {rejected!r}, not a text")
+            raise UsageError(f"{record.place}, field '{self.rejected}': the answer is {quoted(rejected)}, not a text")
         return Comparison(rejected, self._dimensions(record, preferences), self._margin(record))
 
     def _dimensions(self, record: Record, preferences: PreferenceSet) -> tuple[str, ...]:
         if not isinstance(self.compared, str):
             return tuple(self.compared)
         named = require(record, self.compared, "compared")
-        if not isinstance(named, list) or not set(named) <= set(preferences.names):
+        if not isinstance(named, list) or not all(isinstance(n, str) and n in preferences.names for n in named):
             raise UsageError(
-                f"{record.place}, field '{self.compared}': {named!r} is no list of dimensions; "
+                f"{record.place}, field '{self.compared}': {quoted(named)} is no list of dimensions; "
                 f"there are: {', '.join(preferences.names)}"
             )
         return tuple(named)
@@ -67,9 +68,9 @@ class Comparisons:
         given = [one for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
         where = f"{record.place}, field '{self.margin}'"
         try:
-            margin = sum(map(float, given)) / len(given) if given else 0.0
-        except (TypeError, ValueError):
-            raise UsageError(f"{where}: value {value!r} is not a number") from None
+            margin = float(sum(map(as_number, given)) / len(given)) if given else 0.0
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
         if margin < 0:
-            raise UsageError(f"{where}: value {value!r} prefers the rejected answer")
+            raise UsageError(f"{where}: value {quoted(value)} prefers the rejected answer")
         return margin

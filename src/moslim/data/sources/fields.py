@@ -7,6 +7,7 @@ from typing import Any
 
 from moslim.data.sources.records import Record
 from moslim.errors import UsageError
+from moslim.literals import listed
 
 
 def find(inside: Any, path: str) -> Any:
@@ -23,11 +24,15 @@ def find(inside: Any, path: str) -> Any:
     if isinstance(inside, list) and step == "*":
         return [find(entry, rest) if rest else entry for entry in inside]
     entry = None
-    if isinstance(inside, list) and step.isdecimal() and int(step) < len(inside):
+    if isinstance(inside, list) and _is_position(step) and int(step) < len(inside):
         entry = inside[int(step)]
     elif isinstance(inside, Mapping):
         entry = inside.get(step)
     return find(entry, rest) if rest else entry
+
+
+def _is_position(step: str) -> bool:
+    return step.isascii() and step.isdecimal() and len(step) < 10
 
 
 def has_column(record: Record, path: str) -> bool:
@@ -48,7 +53,7 @@ def require(record: Record, path: str, argument: str) -> Any:
     """
     if not has_column(record, path):
         raise UsageError(
-            f"{record.place}: no field '{path}'; there are: {', '.join(record.fields)}. "
+            f"{record.place}: no field '{path}'; there are: {listed(record.fields)}. "
             f"Name the right one in `{argument}` of the Table"
         )
     return find(record.fields, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from moslim.data.sources.fields import find, has_column, require
@@ -12,7 +13,12 @@ from moslim.data.sources.scale import Scale, is_missing, is_nan
 from moslim.data.sources.votes import agreed_level
 from moslim.data.types import Example
 from moslim.errors import UsageError
+from moslim.literals import as_number, as_whole_number, quoted
 from moslim.preferences import Dimension, PreferenceSet
+
+_MOST_RATERS = 10_000
+_ROUNDING = Decimal("0.01")
+"""By how much a share times the number of raters may miss a whole number, since shares are rounded."""
 
 
 class Labels:
@@ -134,7 +140,7 @@ def level_of(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
         raise UsageError(f"{where}: {error}") from None
     if not 0 <= level < len(dimension.levels):
         raise UsageError(
-            f"{where}: value {value!r} is level {level}, outside 0..{len(dimension.levels) - 1} of dimension "
+            f"{where}: value {quoted(value)} is level {level}, outside 0..{len(dimension.levels) - 1} of dimension "
             f"'{dimension.name}'; change its levels or give scales.{dimension.name}"
         )
     return level
@@ -145,9 +151,14 @@ def _yes_and_no(share: Any, count: Any, where: str) -> list[int]:
     if is_missing(share) or is_missing(count):
         return []
     try:
-        yes = float(share) * int(count)
-    except (TypeError, ValueError):
-        raise UsageError(f"{where}: {share!r} of {count!r} votes: give a share, 0 to 1, and a whole number") from None
-    if abs(yes - round(yes)) > 0.01 or not 0 <= round(yes) <= int(count):
-        raise UsageError(f"{where}: {share!r} is no share of {count} votes")
-    return [0] * (int(count) - round(yes)) + [1] * round(yes)
+        part, raters = as_number(share), as_whole_number(count)
+    except UsageError as error:
+        raise UsageError(
+            f"{where}: {quoted(share)} of {quoted(count)} votes: give a share, 0 to 1, and a whole number ({error})"
+        ) from None
+    if not 0 <= raters <= _MOST_RATERS:
+        raise UsageError(f"{where}: {raters} raters: give 0 to {_MOST_RATERS}")
+    yes = round(part * raters)
+    if abs(part * raters - yes) > _ROUNDING or not 0 <= part <= 1:
+        raise UsageError(f"{where}: {quoted(share)} is no share of {raters} votes")
+    return [0] * (raters - yes) + [1] * yes

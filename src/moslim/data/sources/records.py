@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from moslim.data.sources.files import read_lines, table_files, table_suffix
 from moslim.errors import MissingFileError, UsageError
+from moslim.literals import json_float, listed, quoted
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_DEEPEST = 100
+"""Most levels of objects and lists in each other."""
+_LONGEST_INTEGER = 4000
+_LONGEST_FIELD = 2**31 - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass
@@ -28,34 +34,44 @@ class Record:
     fields: dict[str, Any]
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a name is that of a table file, rather than of a Hub data set or one of its splits."""
-    return Path(name.removesuffix(".gz")).suffix.lower() in SUFFIXES
+def scan_file(name: str, encoding: str | None = None) -> Iterator[Record]:
+    """Reads a CSV, TSV, JSON Lines, JSON or parquet file, or those that a pattern matches, row by row.
 
+    Text may be compressed (``.gz``, ``.bz2``, ``.xz``, or a ``.zip`` with one table).
 
-def scan_file(path: str) -> Iterator[Record]:
-    """Reads a CSV, TSV, JSON Lines or parquet file row by row; all but parquet may be gzipped (``.gz``).
+    Args:
+        name: File, or a pattern such as ``part-*.parquet``; its files are read in alphabetical order.
+        encoding: Of text; None = what its byte order mark says, else UTF-8.
 
     Raises:
         MissingFileError: There is no such file.
-        UsageError: A line cannot be read; the message names file and line.
+        UsageError: A line cannot be read; the message names file and line. Or there are no rows.
     """
-    if not Path(path).is_file():
-        raise MissingFileError(f"data.source: there is no file '{path}' (looked in {Path.cwd()})")
-    suffix = Path(path.removesuffix(".gz")).suffix.lower()
-    if suffix == ".parquet":
-        import pyarrow.parquet
+    files, columns, count = table_files(name), None, 0
+    for file in files:
+        for position, record in enumerate(_scan(file, encoding)):
+            if position == 0 and len(files) > 1 and table_suffix(file) in (".csv", ".tsv", ".parquet"):
+                columns = columns or (file, set(record.fields))
+                if columns[1] != set(record.fields):
+                    raise UsageError(
+                        f"{record.place}: other columns than in {columns[0]}: "
+                        f"{listed(sorted(columns[1] ^ set(record.fields)))}; the files of '{name}' must be one table"
+                    )
+            count += 1
+            yield record
+    if not count:
+        raise UsageError(f"{name}: the table has no rows: the file is empty, or has nothing but a header")
 
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = (fields for batch in batches for fields in batch.to_pylist())
-        yield from (Record(f"{path}, row {number}", fields) for number, fields in enumerate(rows, 1))
+
+def _scan(file: str, encoding: str | None) -> Iterator[Record]:
+    if table_suffix(file) == ".parquet":
+        yield from _parquet(file)
         return
-    opened = gzip.open if path.endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if suffix in (".csv", ".tsv"):
-            yield from _csv(path, file, "\t" if suffix == ".tsv" else ",")
-        else:
-            yield from _json(path, file)
+    lines = read_lines(file, encoding)
+    if table_suffix(file) in (".csv", ".tsv"):
+        yield from _csv(file, lines, "\t" if table_suffix(file) == ".tsv" else ",")
+    else:
+        yield from _json(file, lines)
 
 
 def read_file(path: str) -> list[Record]:
@@ -71,11 +87,25 @@ def scan_hub(name: str, split: str, folder: str | None = None, config_name: str 
         split: Its split.
         folder: Folder in it; None = the whole.
         config_name: Which of its configurations; None = its default.
+
+    Raises:
+        MissingFileError: It cannot be read.
+        UsageError: It has no rows.
     """
     from datasets import load_dataset
 
-    rows = load_dataset(name, config_name, data_dir=folder, split=split)
-    yield from (Record(f"{name}[{split}], row {number}", dict(fields)) for number, fields in enumerate(rows, 1))
+    try:
+        rows = load_dataset(name, config_name, data_dir=folder, split=split)
+    except Exception as error:  # of many kinds: network, access, no such split, damaged files
+        raise MissingFileError(
+            f"data.source: '{name}' is no file here, and its split '{split}' cannot be read as a data set of the Hub: "
+            f"{type(error).__name__}: {quoted(str(error), 400)}"
+        ) from error
+    number = 0
+    for number, fields in enumerate(_guarded(f"{name}[{split}]", rows), 1):
+        yield Record(f"{name}[{split}], row {number}", dict(fields))
+    if not number:
+        raise UsageError(f"{name}[{split}]: the table has no rows: the split is empty")
 
 
 def completed(records: Iterable[Record]) -> list[Record]:
@@ -85,34 +115,198 @@ def completed(records: Iterable[Record]) -> list[Record]:
     return [Record(record.place, {**columns, **record.fields}) for record in rows]
 
 
-def _csv(path: str, file: IO[str], delimiter: str) -> Iterator[Record]:
-    reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-    line = 1
+def parse_object(text: str, place: str) -> dict[str, Any]:
+    """Returns the object that a JSON text holds.
+
+    Raises:
+        UsageError: It holds none, or one that cannot be used: a name twice, half of a character, an integer of
+            thousands of digits, or more than a hundred levels.
+    """
+    value = parse_json(text, place)[0]
+    if not isinstance(value, dict):
+        raise UsageError(f"{place}: {quoted(text.strip())} is no JSON object; write one object per line")
+    return value
+
+
+def parse_json(text: str, place: str, start: int = 0, whole: bool = True) -> tuple[Any, int]:
+    """Returns the JSON value at a position of a text, and where it ends.
+
+    Args:
+        text: The text.
+        place: Where it stands, for error messages.
+        start: The position.
+        whole: Whether nothing may follow the value.
+
+    Raises:
+        UsageError: There is none, or one that cannot be used; see :func:`parse_object`.
+    """
     try:
-        for fields in reader:
+        value, end = _DECODER.raw_decode(text, _after_space(text, start))
+        if whole and _after_space(text, end) < len(text):
+            raise json.JSONDecodeError("Extra data", text, _after_space(text, end))
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{place}: not JSON ({error.msg} at column {error.pos - text.rfind(chr(10), 0, error.pos)}); "
+            "write one object per line, or one list of objects"
+        ) from error
+    except RecursionError:
+        raise UsageError(f"{place}: more than {_DEEPEST} levels of objects and lists in each other") from None
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from None
+    if text.count("[", start, end) + text.count("{", start, end) > _DEEPEST and _depth(value) > _DEEPEST:
+        raise UsageError(f"{place}: more than {_DEEPEST} levels of objects and lists in each other")
+    if text.find("\\u", start, end) >= 0 and (found := _half_character(value, "")) is not None:
+        raise UsageError(
+            f"{place}, field '{found}': holds half of a character (a lone surrogate, such as \\ud83d), which no text "
+            "can hold: mend it, or leave the row out"
+        )
+    return value, end
+
+
+def _after_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"field {quoted(twice)} is given twice")
+    return fields
+
+
+def _integer(text: str) -> int:
+    if len(text) > _LONGEST_INTEGER:
+        raise UsageError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=json_float, parse_int=_integer)
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists stand in each other, without recursion."""
+    depth, level = 0, [value]
+    while level:
+        level = [
+            entry
+            for inside in level
+            if isinstance(inside, list | dict)
+            for entry in (inside.values() if isinstance(inside, dict) else inside)
+        ]
+        depth += 1
+    return depth - 1
+
+
+def _half_character(value: Any, path: str) -> str | None:
+    """Path of a text, or name, that holds a lone surrogate."""
+    if isinstance(value, str):
+        return path if _SURROGATE.search(value) else None
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, entry in entries:
+        inside = f"{path}.{name}".removeprefix(".").encode(errors="backslashreplace").decode()
+        found = inside if isinstance(name, str) and _SURROGATE.search(name) else _half_character(entry, inside)
+        if found is not None:
+            return found
+    return None
+
+
+def _csv(path: str, lines: Iterator[str], delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    line, header = 0, None
+    try:
+        for cells in reader:
             line = reader.line_num
-            if None in fields:
-                raise UsageError(
-                    f"{path}, line {line}: more fields than the {len(reader.fieldnames or ())} of the header"
-                )
-            if None in fields.values():
-                absent = [name for name, value in fields.items() if value is None]
-                raise UsageError(f"{path}, line {line}: the row ends before field '{absent[0]}'")
-            yield Record(f"{path}, line {line}", fields)
+            if not cells:
+                continue
+            if header is None:
+                header = _header(path, line, cells)
+                continue
+            if len(cells) > len(header):
+                raise UsageError(f"{path}, line {line}: more fields than the {len(header)} of the header")
+            if len(cells) < len(header):
+                raise UsageError(f"{path}, line {line}: the row ends before field '{header[len(cells)]}'")
+            yield Record(f"{path}, line {line}", dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise UsageError(f"{path}, line {line + 1}: {error}") from error
 
 
-def _json(path: str, file: IO[str]) -> Iterator[Record]:
-    for number, text in enumerate(file, 1):
+def _header(path: str, line: int, cells: list[str]) -> list[str]:
+    _refuse_twice(f"{path}, line {line}", [cell for cell in cells if cell.strip()])
+    if not any(cell.strip() for cell in cells):
+        raise UsageError(f"{path}, line {line}: the header names no columns")
+    return cells
+
+
+def _refuse_twice(place: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise UsageError(f"{place}: column {quoted(twice[0])} is there twice: rename one, or take it out")
+
+
+def _json(path: str, lines: Iterator[str]) -> Iterator[Record]:
+    first = True
+    for number, text in enumerate(lines, 1):
         if not text.strip():
             continue
+        if first and text.lstrip().startswith("["):
+            yield from _json_list(path, number, text + "".join(lines))
+            return
+        first = False
+        yield Record(f"{path}, line {number}", parse_object(text, f"{path}, line {number}"))
+
+
+def _json_list(path: str, line: int, text: str) -> Iterator[Record]:
+    """The entries of a file that is one list of objects."""
+    at, counted, mark = text.index("[") + 1, 0, ","
+    if text.startswith("]", _after_space(text, at)):
+        return
+    while mark == ",":
+        at = _after_space(text, at)
+        line += text.count("\n", counted, at)
+        counted, place = at, f"{path}, line {line}"
+        value, at = parse_json(text, place, at, whole=False)
+        if not isinstance(value, dict):
+            raise UsageError(f"{place}: {quoted(value)} is no JSON object")
+        yield Record(place, value)
+        at = _after_space(text, at)
+        mark, at = text[at : at + 1], at + 1
+    if mark != "]" or text[at:].strip():
+        line += text.count("\n", counted, at)
+        raise UsageError(f"{path}, line {line}: the list of objects is cut off, or something else follows its entries")
+
+
+def _parquet(path: str) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    rows = _guarded(path, _parquet_rows(path, pyarrow.parquet))
+    yield from (Record(f"{path}, row {number}", fields) for number, fields in enumerate(rows, 1))
+
+
+def _parquet_rows(path: str, parquet: Any) -> Iterator[dict[str, Any]]:
+    with parquet.ParquetFile(path) as file:
+        _refuse_twice(path, list(file.schema_arrow.names))
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+def _guarded(path: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows of a reader of another package, whose errors get a place."""
+    entries, number = iter(rows), 1
+    while True:
         try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
+            fields = next(entries)
+        except StopIteration:
+            return
+        except UsageError:
+            raise
+        except Exception as error:  # of many kinds, for a damaged file
             raise UsageError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); write one object per line"
+                f"{path}, row {number} or later: the table is damaged or cannot be read "
+                f"({type(error).__name__}: {str(error)[:200]}): get it again"
             ) from error
-        if not isinstance(fields, dict):
-            raise UsageError(f"{path}, line {number}: {text.strip()[:40]!r} is no JSON object")
-        yield Record(f"{path}, line {number}", fields)
+        yield fields
+        number += 1

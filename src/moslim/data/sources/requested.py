@@ -7,6 +7,7 @@ from moslim.data.sources.labels import level_of
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.errors import UsageError
+from moslim.literals import quoted
 from moslim.preferences import PreferenceSet
 
 
@@ -26,7 +27,7 @@ def requested_levels(record: Record, path: str, preferences: PreferenceSet) -> d
     if asked is None:
         return {}
     if not isinstance(asked, dict):
-        raise UsageError(f"{where}: {asked!r} is no object with the level of each dimension")
+        raise UsageError(f"{where}: {quoted(asked)} is no object with the level of each dimension")
     return {
         dimension.name: level_of(asked[dimension.name], Scale(), dimension, where)
         for dimension in preferences.dimensions

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from moslim.data.prompts import as_messages
 from moslim.data.sources.base import Source
-from moslim.data.sources.chats import ChatFormat
+from moslim.data.sources.chats import ChatFormat, chat_in_text, looks_like_chat
 from moslim.data.sources.comparisons import Comparisons
 from moslim.data.sources.fields import find, require
+from moslim.data.sources.files import is_file_name
 from moslim.data.sources.labels import Labels, levels_of, several
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.notices import Notices
 from moslim.data.sources.overlap import SharedQuestions, question_key, without_shared
-from moslim.data.sources.records import Record, completed, is_file_name, scan_file, scan_hub
+from moslim.data.sources.records import Record, completed, scan_file, scan_hub
 from moslim.data.sources.requested import requested_levels
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.types import Example, Question, Split, View
 from moslim.errors import UsageError
+from moslim.literals import Scalar, as_text, is_same, quoted
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -37,8 +40,10 @@ class Table(Source):
     raters: the row's level is what they come to (:func:`~moslim.data.sources.votes.agreed_level`), and the votes stay.
 
     Args:
-        path: Table of the training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.json`` with one object per
-            line, ``.parquet``; ``.gz`` allowed), or the name of a Hub data set. None where only ``predict`` is read.
+        path: Table of the training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``, ``.json``, ``.parquet``;
+            text also as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``), a pattern for the files of one table
+            (``part-*.parquet``), or the name of a Hub data set or of a folder in its layout. None where only
+            ``predict`` is read.
         train: Split of the Hub data set to train on.
         validation: File or, with a Hub name in ``path``, split of the validation rows.
         test: The same for the test rows.
@@ -65,7 +70,8 @@ class Table(Source):
         chat: How the question column writes a conversation, where it is neither text nor the messages above.
         layout: What makes rows of one question and one answer, where the table has others; the arguments above then
             name the columns that it makes.
-        where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out.
+        where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out. Compared as
+            :func:`~moslim.literals.is_same` says.
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
         requested: Column with the levels that a policy was asked for when it gave the answer, by dimension name, as its
             ``predict`` writes them; a test then tells how far they were met by the labels, and by the classifier.
@@ -75,6 +81,7 @@ class Table(Source):
         keep: Columns that reward functions are given as they are, e.g. a reference answer; None in rows without.
         shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
             ``drop`` the held-out rows, or ``error``.
+        encoding: Encoding of the text files, e.g. ``cp1252``; None = what a byte order mark says, else UTF-8.
     """
 
     def __init__(
@@ -100,15 +107,16 @@ class Table(Source):
         counts: dict[str, str] | None = None,
         chat: ChatFormat | None = None,
         layout: Layout | None = None,
-        where: dict[str, list[str]] | None = None,
-        constants: dict[str, str] | None = None,
+        where: dict[str, Scalar | list[Scalar]] | None = None,
+        constants: dict[str, Scalar] | None = None,
         requested: str | None = None,
         group: str | None = None,
         id: str = "id",
         keep: list[str] | None = None,
         shared_questions: SharedQuestions = "warn",
+        encoding: str | None = None,
     ) -> None:
-        if min(validation_share, test_share) < 0 or validation_share + test_share >= 1:
+        if not (validation_share >= 0 and test_share >= 0 and validation_share + test_share < 1):
             raise UsageError(
                 f"validation_share {validation_share} and test_share {test_share} must not be negative "
                 "and must leave something to train on"
@@ -130,13 +138,17 @@ class Table(Source):
         self.only_observed = only_observed
         self.chat = chat
         self.layout = layout
-        self.where = where or {}
-        self.constants = constants or {}
+        self.where = {
+            path: [as_text(text, f"where.{path}") for text in (values if isinstance(values, list) else [values])]
+            for path, values in (where or {}).items()
+        }
+        self.constants = {name: as_text(value, f"constants.{name}") for name, value in (constants or {}).items()}
         self.requested = requested
         self.group = group
         self.id = id
         self.keep = keep or []
         self.shared_questions = shared_questions
+        self.encoding = encoding
         self._tables: dict[str | None, list[Record]] = {}
         self._observed: set[Preference] = set()
 
@@ -167,6 +179,8 @@ class Table(Source):
         for record in filter(self._is_wanted, self._scan(name)):
             yield self._example(record, view, split, preferences, notices)
             count += 1
+        if not count:
+            raise self._no_rows(name)
         notices.warn(count)
 
     def reachable(self, preference: Preference) -> bool:
@@ -187,7 +201,23 @@ class Table(Source):
             return without_shared(held_out, training, self.shared_questions)
         if split is Split.PREDICT:
             return []
-        return [record for record in self._read(None) if self._side(record) is split]
+        sides = self._sides()
+        return [record for record, side in zip(self._read(None), sides, strict=True) if side is split]
+
+    def _sides(self) -> list[Split]:
+        """The part of the split that each row of the training table belongs to."""
+        sides = [self._side(record) for record in self._read(None)]
+        for split, share in self.shares.items():
+            if share and split not in sides:
+                raise UsageError(
+                    f"data.source.{split}_share: {share:g} of the questions of {self.path} selects none of its "
+                    f"{len(sides)} rows: raise it, or give `{split}`"
+                )
+        if Split.TRAIN not in sides:
+            raise UsageError(
+                f"data.source: validation_share and test_share take all {len(sides)} rows of {self.path}: lower them"
+            )
+        return sides
 
     def _read(self, name: str | None) -> list[Record]:
         if name not in self._tables:
@@ -196,30 +226,34 @@ class Table(Source):
                 records = self.layout.rows(records)
             kept = [record for record in records if self._is_wanted(record)]
             if not kept:
-                raise UsageError(
-                    f"{name or self.path}: "
-                    + (f"no row has the values in `where`: {self.where}" if records else "the table has no rows")
-                )
+                raise self._no_rows(name) if records else UsageError(f"{name or self.path}: the layout makes no rows")
             self._tables[name] = kept
         return self._tables[name]
 
+    def _no_rows(self, name: str | None) -> UsageError:
+        return UsageError(f"{name or self.path}: no row has the values in `where`: {quoted(self.where, 400)}")
+
     def _scan(self, name: str | None) -> Iterator[Record]:
         for record in self._scan_table(name):
+            taken = [column for column in self.constants if record.fields.get(column) is not None]
+            if taken:
+                raise UsageError(f"{record.place}: has a field '{taken[0]}' already, which `constants` would replace")
             yield Record(record.place, {**record.fields, **self.constants})
 
     def _scan_table(self, name: str | None) -> Iterator[Record]:
         if name is not None and is_file_name(name):
-            return scan_file(name)
+            return scan_file(name, self.encoding)
         if self.path is None:
             raise UsageError("data.source.path is not given, so there is no table to read rows from")
-        if not is_file_name(self.path):
+        if not is_file_name(self.path) and not Path(self.path).is_file():
             return scan_hub(self.path, name or self.train, self.folder, self.config_name)
         if name is not None:
             raise UsageError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
-        return scan_file(self.path)
+        return scan_file(self.path, self.encoding)
 
     def _is_wanted(self, record: Record) -> bool:
-        return all(str(require(record, path, "where")) in values for path, values in self.where.items())
+        found = ((require(record, path, "where"), texts) for path, texts in self.where.items())
+        return all(value is not None and any(is_same(value, text) for text in texts) for value, texts in found)
 
     def _key(self, record: Record) -> str:
         """What decides on which side of a split a row is."""
@@ -244,9 +278,11 @@ class Table(Source):
         if view is not View.POLICY:
             answer = require(record, self.answer, "answer")
             if not isinstance(answer, str):
-                raise UsageError(f"{record.place}, field '{self.answer}': the answer is {answer!r}, not a text")
+                raise UsageError(f"{record.place}, field '{self.answer}': the answer is {quoted(answer)}, not a text")
             if not answer.strip():
                 notices.add("the answer is empty", record.place)
+            elif looks_like_chat(answer):
+                notices.add("the answer looks like a chat written as JSON, and is taken as a text", record.place)
         kept = {path: find(record.fields, path) for path in self.keep}
         example = Example(self._question(record), answer, id=self._id(record), columns=kept, place=record.place)
         if self.group is not None and view is View.REWARD and split is not Split.PREDICT:
@@ -271,7 +307,7 @@ class Table(Source):
 
     def _id(self, record: Record) -> str | int | None:
         value = find(record.fields, self.id)
-        return value if value is None or isinstance(value, int) else str(value)
+        return value if value is None or type(value) is int else str(value)
 
     def _must_be_labelled(self, name: str) -> bool:
         """Whether the classifier can learn a dimension from its labels alone."""
@@ -283,7 +319,7 @@ class Table(Source):
         if is_missing(value) or value == []:
             raise UsageError(f"{where}: the question is empty")
         try:
-            question: Question = value if self.chat is None else self.chat.question(value)
+            question: Question = chat_in_text(value) if self.chat is None else self.chat.question(value)
             as_messages(question)
         except (ValueError, AttributeError, TypeError) as error:
             raise UsageError(f"{where}: {error}") from error

@@ -12,6 +12,7 @@ from moslim.data.prompts import as_messages
 from moslim.data.sources.records import Record, read_file
 from moslim.data.types import Question
 from moslim.errors import MissingFileError, UsageError
+from moslim.literals import as_whole_number, quoted
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -49,8 +50,6 @@ def read_choices(path: str, preferences: PreferenceSet) -> list[Choice]:
     if not Path(path).is_file():
         raise MissingFileError(f"best_of.path: there is no file '{path}' (looked in {Path.cwd()})")
     records = read_file(path)
-    if not records:
-        raise UsageError(f"{path} is empty: a best-of-n evaluation needs at least one prompt")
     choices = [_choice(record, preferences) for record in records]
     n = len(choices[0].answers)
     for record, choice in zip(records, choices, strict=True):
@@ -66,16 +65,18 @@ def _choice(record: Record, preferences: PreferenceSet) -> Choice:
     levels: Any = fields.get("preference")
     right: Any = fields.get("right")
     try:
-        questions = [asked, *(fields.get("paraphrases") or [])]
+        paraphrases: Any = fields.get("paraphrases") or []
+        _check(isinstance(paraphrases, list), "paraphrases", paraphrases, "a list of questions")
+        questions = [asked, *paraphrases]
         for question in questions:
             as_messages(question)
         several = isinstance(answers, list) and len(answers) > 1 and all(isinstance(a, str) for a in answers)
         _check(several, "answers", answers, "two or more texts")
         _check(isinstance(levels, dict) and bool(levels), "preference", levels, 'levels by dimension: {"warmth": 4}')
-        for name, level in levels.items():
-            _check(type(level) is int, f"preference.{name}", level, "a level: a whole number from 0")
-        target = preferences.encode(Preference(levels))
-        _check(type(right) is int and 0 <= right < len(answers), "right", right, f"0 to {len(answers) - 1}")
+        asked_for = {name: _whole(level, f"preference.{name}") for name, level in levels.items()}
+        target = preferences.encode(Preference(asked_for))
+        right = _whole(right, "right")
+        _check(0 <= right < len(answers), "right", right, f"0 to {len(answers) - 1}")
     except (KeyError, ValueError) as error:
         raise UsageError(f"{record.place}: {error.args[0]}") from None
     return Choice(tuple(questions), tuple(answers), target, right)
@@ -83,4 +84,11 @@ def _choice(record: Record, preferences: PreferenceSet) -> Choice:
 
 def _check(holds: bool, field: str, value: Any, wanted: str) -> None:
     if not holds:
-        raise UsageError(f"field '{field}' is {value!r}: give {wanted}")
+        raise UsageError(f"field '{field}' is {quoted(value)}: give {wanted}")
+
+
+def _whole(value: Any, field: str) -> int:
+    try:
+        return as_whole_number(value)
+    except UsageError as error:
+        raise UsageError(f"field '{field}' is {quoted(value)}: give a whole number from 0 ({error})") from None

@@ -9,6 +9,7 @@ from moslim.data.sources.notices import Notices
 from moslim.data.sources.records import Record
 from moslim.data.types import Message
 from moslim.errors import UsageError
+from moslim.literals import quoted
 
 
 class Dialogues(Layout):
@@ -55,7 +56,7 @@ class Dialogues(Layout):
     def _turns(self, record: Record, column: str, argument: str) -> list[Message]:
         text = require(record, column, argument)
         if not isinstance(text, str):
-            raise UsageError(f"{record.place}, field '{column}': the dialogue is {text!r}, not a text")
+            raise UsageError(f"{record.place}, field '{column}': the dialogue is {quoted(text)}, not a text")
         return split_turns(text, self.user, self.assistant)
 
 

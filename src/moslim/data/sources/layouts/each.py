@@ -6,6 +6,7 @@ from moslim.data.sources.fields import require
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.records import Record
 from moslim.errors import UsageError
+from moslim.literals import quoted
 
 
 class Each(Layout):
@@ -28,7 +29,7 @@ class Each(Layout):
     def _entries(self, record: Record) -> list[Record]:
         entries = require(record, self.column, "layout.column")
         if not isinstance(entries, list):
-            raise UsageError(f"{record.place}, field '{self.column}': {entries!r:.60} is not a list")
+            raise UsageError(f"{record.place}, field '{self.column}': {quoted(entries)} is not a list")
         return [
             Record(f"{record.place}, {self.column}.{i}", {**record.fields, self.column: entry})
             for i, entry in enumerate(entries)

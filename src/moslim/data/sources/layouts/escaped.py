@@ -9,6 +9,7 @@ from moslim.data.sources.fields import require
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.records import Record
 from moslim.errors import UsageError
+from moslim.literals import quoted
 
 _ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\["\\/bfnrt]""")
 
@@ -33,7 +34,7 @@ class Escaped(Layout):
     def _plain(self, record: Record, column: str) -> str:
         text = require(record, column, "layout.columns")
         if not isinstance(text, str):
-            raise UsageError(f"{record.place}, field '{column}': {text!r:.60} is not a text")
+            raise UsageError(f"{record.place}, field '{column}': {quoted(text)} is not a text")
         return _ESCAPE.sub(_written_out, text)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from moslim.data.sources.fields import require
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.records import Record
 from moslim.data.sources.scale import is_missing
 from moslim.errors import UsageError
+from moslim.literals import as_number
 
 
 @dataclass
@@ -28,14 +31,20 @@ class Verdict:
     tie: float = 0.0
     graded: bool = False
 
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.tie):
+            raise UsageError(f"layout.verdicts: the tie of '{self.column}' is {self.tie}: give a finite number")
+
     def lead(self, record: Record) -> float:
         """Returns by how much the second answer is better; negative if the first is, 0 if nothing is said."""
         value = require(record, self.column, "layout.verdicts")
+        given = [one for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
         try:
-            numbers = [float(one) for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
-        except (TypeError, ValueError):
-            raise UsageError(f"{record.place}, field '{self.column}': value {value!r} is not a number") from None
-        return sum(numbers) / len(numbers) - self.tie if numbers else 0.0
+            numbers = list(map(as_number, given))
+        except UsageError as error:
+            raise UsageError(f"{record.place}, field '{self.column}': {error}") from None
+        tie = Decimal(repr(float(self.tie)))
+        return float(sum(numbers, Decimal()) / len(numbers) - tie) if numbers else 0.0
 
 
 class TwoAnswers(Layout):

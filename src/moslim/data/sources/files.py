@@ -1,0 +1,190 @@
+"""Finds the files that a name stands for, and reads their text line by line."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import glob
+import gzip
+import io
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from moslim.errors import MissingFileError, UsageError
+from moslim.literals import listed
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+"""Kinds of tables."""
+_OPENERS: dict[str, Callable[[str, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zip": open}
+_REMEDIES = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods"), "save the sheet as CSV (UTF-8)"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".h5", ".hdf5", ".dta", ".sav"), "convert it to parquet"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".npz", ".db", ".sqlite"), "write its rows as JSON Lines"),
+    **dict.fromkeys((".zst", ".7z", ".rar", ".tar", ".tgz"), "unpack it"),
+    **dict.fromkeys((".txt", ".dat", ".data", ".xml", ".html", ".yaml", ".yml"), "write its rows as JSON Lines or CSV"),
+}
+"""What to do with files that are refused."""
+_BOMS = (  # of UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError)
+"""Errors by which a compressed file says that it is damaged, cut off or locked."""
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a table file, or looks like one, rather than of a Hub data set or one of its splits."""
+    if Path(name).is_dir():
+        return False
+    path = Path(name.lower())
+    known = {*SUFFIXES, *_OPENERS, *_REMEDIES} & {path.suffix, _named_suffix(name)}
+    if known or re.search(r"[*?\\]|://|^[/~.]", name) or name.count("/") > 1:
+        return True
+    if "/" in name:
+        return Path(name).is_file() or Path(name).parent.is_dir()
+    return re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", path.suffix) is not None
+
+
+def table_files(name: str) -> list[str]:
+    """Returns the files that a name, which may be a pattern such as ``part-*.parquet``, stands for, sorted.
+
+    Raises:
+        MissingFileError: There are none.
+        UsageError: They are of a kind that is not read.
+    """
+    path = str(Path(name).expanduser()) if name.startswith("~") else name
+    if "://" in name:
+        raise UsageError(f"data.source: '{name}' is an address: download the file and name its path")
+    files = [path] if Path(path).is_file() else sorted(filter(_is_file, glob.glob(path, recursive=True)))
+    if not files:
+        matches = "no file matches" if glob.has_magic(path) else "there is no file"
+        raise MissingFileError(f"data.source: {matches} '{name}' (looked in {Path.cwd()})")
+    for file in files:
+        _check_kind(file)
+    return files
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()
+
+
+def _check_kind(file: str) -> None:
+    suffix, packed = _named_suffix(file), Path(file.lower()).suffix in _OPENERS
+    if packed and suffix == ".parquet":
+        raise UsageError(f"{file}: parquet is compressed already: unpack the file, and name the .parquet in it")
+    if suffix in SUFFIXES or (packed and file.lower().endswith(".zip")):
+        return
+    kind = Path(file.lower()).suffix
+    remedy = _REMEDIES.get(kind) or _REMEDIES.get(suffix) or "convert it, or give it the right ending"
+    raise UsageError(
+        f"{file}: a {kind or 'file without an ending'} is not read: {remedy}; tables are {', '.join(SUFFIXES)} "
+        f"(text also as {', '.join(_OPENERS)})"
+    )
+
+
+def open_table(path: str) -> IO[bytes]:
+    """Opens a text file, unpacked."""
+    packed = Path(path.lower()).suffix
+    if packed == ".zip":
+        return zipfile.ZipFile(path).open(_member(path))
+    file: IO[bytes] = _OPENERS.get(packed, open)(path, "rb")
+    return file
+
+
+def table_suffix(path: str) -> str:
+    """Returns the kind of a table file that is there, e.g. ``.csv`` of ``rows.csv.gz``, or of an archive's one file.
+
+    Raises:
+        UsageError: A zip archive is damaged, or holds no table or several files.
+    """
+    return Path(_member(path).lower()).suffix if path.lower().endswith(".zip") else _named_suffix(path)
+
+
+def _named_suffix(name: str) -> str:
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+
+
+def _member(path: str) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if not re.search(r"/$|^__MACOSX/|(^|/)\.[^/]*$", name)]
+    except DAMAGED as error:
+        raise UsageError(f"{path}: the archive cannot be read ({error}): get it again") from error
+    if len(names) != 1 or Path(names[0].lower()).suffix not in SUFFIXES[:-1]:
+        raise UsageError(f"{path}: holds {listed(names) or 'no file'}: unpack it, and name the table")
+    return names[0]
+
+
+def read_lines(path: str, encoding: str | None) -> Iterator[str]:
+    """Yields the lines of a text file with their ends.
+
+    Args:
+        path: The file, or a packed one.
+        encoding: Its encoding; None = what its byte order mark says, else UTF-8.
+
+    Raises:
+        UsageError: The file is damaged, or is not in this encoding; the message names file and line.
+    """
+    line, chosen = 0, "utf-8"
+    try:
+        with open_table(path) as opened:
+            chosen = _encoding(path, opened.read(4096), encoding)
+        with io.TextIOWrapper(open_table(path), chosen, newline="") as file:
+            for text in file:
+                line += 1
+                yield text
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start : error.start + 1].hex()
+        remedy = "give another `encoding`" if encoding else "save it as UTF-8, or give a Table its `encoding`: cp1252"
+        raise UsageError(
+            f"{path}, line {_undecodable_line(path, chosen)}: not {encoding or chosen} text "
+            f"(byte 0x{byte}: {error.reason}): {remedy}"
+        ) from None
+    except DAMAGED as error:
+        raise UsageError(
+            f"{path}, line {line + 1} or later: the file is damaged, cut off or locked "
+            f"({str(error)[:200] or type(error).__name__}): get it again"
+        ) from error
+
+
+def _undecodable_line(path: str, encoding: str) -> int:
+    """The first line that cannot be decoded; a text stream only knows the part of the file that it was reading."""
+    decoder, line = codecs.getincrementaldecoder(encoding)(), 1
+    with open_table(path) as file:
+        while chunk := file.read(1 << 16):
+            before = decoder.getstate()
+            try:
+                line += decoder.decode(chunk).count("\n")
+            except UnicodeDecodeError as error:
+                decoder.setstate(before)
+                good = len(chunk) - (len(error.object) - error.start)  # the object has what was left of the last chunk
+                return line + (decoder.decode(chunk[:good]).count("\n") if good > 0 else 0)
+    return line
+
+
+def _encoding(path: str, head: bytes, encoding: str | None) -> str:
+    marked = next((name for mark, name in _BOMS if head.startswith(mark)), None)
+    if encoding is None:
+        if marked is None and b"\0" in head:
+            raise UsageError(
+                f"{path}, line 1: holds zero bytes, so it is no UTF-8 text: save it as UTF-8, or give the Table "
+                "`encoding`, e.g. utf-16-le"
+            )
+        return marked or "utf-8"
+    try:
+        name = codecs.lookup(encoding).name
+        b"".decode(encoding)
+    except LookupError:
+        raise UsageError(f"data.source.encoding: '{encoding}' is no encoding; give e.g. cp1252 or utf-16") from None
+    if marked is not None and not name.startswith(marked.removesuffix("-sig")):
+        raise UsageError(f"{path}, line 1: begins with the mark of {marked}, not of {encoding}: leave out `encoding`")
+    return marked or name
