@@ -27,7 +27,26 @@ def test_a_plain_integer_or_decimal_is_a_number(value, number):
 @pytest.mark.parametrize(
     "value",
     [
-        *(True, False, None, [], [1], {}, "", "true", "0_1", "1_000", "+1", "1e0", "1E5", "\uff12", "\u0663", "\xb2", "\xbd", "\u2163"),
+        *(
+            True,
+            False,
+            None,
+            [],
+            [1],
+            {},
+            "",
+            "true",
+            "0_1",
+            "1_000",
+            "+1",
+            "1e0",
+            "1E5",
+            "\uff12",
+            "\u0663",
+            "\xb2",
+            "\xbd",
+            "\u2163",
+        ),
         *(
             "inf",
             "-inf",

@@ -12,7 +12,7 @@ from jsonargparse import get_loader, set_loader
 
 TEXTS = ("columns", "compared", "constants", "counts", "dimensions", "keep", "missing", "where")
 """Options that hold texts: every scalar in a list or mapping below one is the text that is written."""
-_STR, _INT, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "merge"))
+_STR, _INT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "null", "merge"))
 _PLAIN_INTEGER = re.compile("-?(0|[1-9][0-9]*)")
 
 
@@ -34,7 +34,8 @@ def quote_texts(stream: str) -> str:
 
     These are the keys of all mappings, ``{1: 0, no: 1}``; what stands in lists and mappings below an option of
     :data:`TEXTS`, ``where: {lang: [no]}``; and whole numbers that are not written plainly, such as ``010``, which an
-    option of a number reads all the same. All else stays as it is.
+    option of a number reads all the same. A ``null`` in a list that is an option's whole value is a text, too: the
+    parser would make the text ``None`` of it. All else stays as it is.
 
     Args:
         stream: A YAML document, or the value of an option.
@@ -50,18 +51,24 @@ def quote_texts(stream: str) -> str:
         return stream
     if root is None:
         return stream
+    listed = isinstance(root, yaml.SequenceNode)
     places = {
         (node.start_mark.index, node.end_mark.index): node.value
         for node, wanted in _scalars(root, wanted=False, seen=set())
-        if node.tag not in (_STR, _MERGE)
-        and node.value
-        and node.style is None
-        and (wanted or (node.tag == _INT and not _PLAIN_INTEGER.fullmatch(node.value)))
+        if node.value and node.style is None and _is_lost(node, wanted, listed)
     }
     for (start, end), text in sorted(places.items(), reverse=True):
         if stream[start:end] == text:  # and no anchor or tag before it
             stream = f"{stream[:start]}{json.dumps(text, ensure_ascii=False)}{stream[end:]}"
     return stream
+
+
+def _is_lost(node: yaml.ScalarNode, wanted: bool, listed: bool) -> bool:
+    """Whether YAML would make something else of a text."""
+    if node.tag in (_STR, _MERGE):
+        return False
+    odd = node.tag == _INT and not _PLAIN_INTEGER.fullmatch(node.value)
+    return wanted or odd or (listed and node.tag == _NULL)
 
 
 def _scalars(node: yaml.Node, wanted: bool, seen: set[int]) -> Iterator[tuple[yaml.ScalarNode, bool]]:
