@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +29,7 @@ class SmallServer:
         self.model, self.key = model, key
         self.turn, self._lock = Lock(), Lock()
         self.requests: list[tuple[str, dict[str, Any]]] = []  # route and body, of requests that were let in
+        self.change: Callable[[str, Any], Any] | None = None  # what becomes of a reply, by route
         self.failures: Iterator[int | None] = iter(())  # next requests' statuses: None = answer, 0 = cut the connection
         self.start()
 
@@ -115,6 +116,7 @@ class SmallServer:
             "index": index,
             "token_ids": tokens,
             "prompt_token_ids": body["prompt"],
+            "finish_reason": "stop" if tokens[-1] in body["stop_token_ids"] else "length",
             "logprobs": {"token_logprobs": logprobs},
         }
 
@@ -141,6 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, reply = 401, {"error": "Unauthorized"}
         else:
             status, reply = small.reply(self.path, body)
+            reply = small.change(self.path, reply) if small.change else reply
         content = json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

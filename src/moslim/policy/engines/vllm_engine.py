@@ -14,7 +14,8 @@ from moslim.errors import UsageError
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.parity import logprob_difference, spread
 from moslim.policy.engines.vllm_client import Client, ServerError
-from moslim.policy.engines.vllm_server import Answer, Limits, Request, VLLMServer
+from moslim.policy.engines.vllm_reply import Answer, Limits, Request
+from moslim.policy.engines.vllm_server import VLLMServer
 from moslim.policy.engines.vllm_weights import WeightFolder
 from moslim.processes import process_count, process_rank
 
@@ -43,7 +44,7 @@ class VLLMEngine(RolloutEngine):
         api_key_env: Name of the environment variable that holds the servers' API key.
         tolerance: Largest accepted difference of two log-probabilities. The default suits float32; bfloat16 needs more.
         parity_answers: Answers per server and call that are compared.
-        timeout: Seconds that a server may take to answer a prompt.
+        timeout: Seconds that a server may take over a prompt, from the connection to the last byte of its answer.
         patience: Seconds to wait for a server that stops answering; one that is restarted gets its weights again.
 
     Raises:
@@ -97,7 +98,8 @@ class VLLMEngine(RolloutEngine):
         servers = own_servers(self.servers, process_count(), process_rank(), adapted)[: len(requests)]
         bounds = [len(requests) * i // len(servers) for i in range(len(servers) + 1)]
         shares = [requests[start:end] for start, end in pairwise(bounds)]
-        limits = Limits(self.max_new_tokens, self.temperature, eos_ids)
+        vocabulary = len(model.get_input_embeddings().weight)
+        limits = Limits(self.max_new_tokens, self.temperature, eos_ids, vocabulary)
         with ThreadPoolExecutor(len(servers)) as pool:
             found = list(pool.map(lambda server, share: server.answers(version, share, limits), servers, shares))
         self._weights.forget()

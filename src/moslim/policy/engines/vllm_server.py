@@ -4,53 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moslim.policy.engines.vllm_client import Client, Refused, ServerError, Unavailable
+from moslim.policy.engines.vllm_reply import Answer, Limits, Request, answers_of, largest_reply, models_of
 from moslim.policy.engines.vllm_weights import Version
 
 _CONNECTIONS = 64
 _NOT_FOUND, _ENGINE_DIED = 404, 500
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt.
-
-    Args:
-        prompt: Token ids.
-        samples: Number of answers.
-        seed: Answer ``i`` is drawn with ``seed + i``.
-    """
-
-    prompt: list[int]
-    samples: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How to sample.
-
-    Args:
-        max_new_tokens: Length limit.
-        temperature: 0 takes the most likely token.
-        eos_ids: Tokens that end an answer, and are part of it.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    eos_ids: list[int]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Token ids as the server drew them, with their log-probabilities."""
-
-    tokens: list[int]
-    logprobs: list[float]
 
 
 class VLLMServer:
@@ -98,8 +61,7 @@ class VLLMServer:
 
     def _serve(self, version: Version | None) -> str:
         """Makes the server hold the weights, and returns the name that they are asked for by."""
-        cards = self.client.get("/v1/models")["data"]
-        base, names = next(card["id"] for card in cards if not card.get("parent")), {card["id"] for card in cards}
+        base, names = self._models()
         if version is None:
             return base
         if not version.adapter:
@@ -107,10 +69,17 @@ class VLLMServer:
             return base
         if version.name not in names:
             self._load(version)
+            if version.name not in self._models()[1]:
+                raise ServerError(
+                    f"{self.url} accepted the adapter {version.name} but does not list it in /v1/models: is it vLLM?"
+                )
         if self._adapter in names - {version.name}:
             self._unload(self._adapter)
         self._adapter = version.name
         return version.name
+
+    def _models(self) -> tuple[str, set[str]]:
+        return models_of(self.client.get("/v1/models"), self.client)
 
     def _seen(self, version: Version) -> str:
         return str(Path(self._folder) / version.name if self._folder else version.folder.absolute())
@@ -118,7 +87,7 @@ class VLLMServer:
     def _load(self, version: Version) -> None:
         path = self._seen(version)
         try:
-            self.client.post("/v1/load_lora_adapter", {"lora_name": version.name, "lora_path": path})
+            self.client.order("/v1/load_lora_adapter", {"lora_name": version.name, "lora_path": path})
         except Refused as error:
             if "already been loaded" in str(error):  # by another process of this run
                 return
@@ -130,7 +99,7 @@ class VLLMServer:
 
     def _unload(self, name: str | None) -> None:
         try:
-            self.client.post("/v1/unload_lora_adapter", {"lora_name": name})
+            self.client.order("/v1/unload_lora_adapter", {"lora_name": name})
         except Refused as error:
             if error.status != _NOT_FOUND:  # by another process of this run
                 raise
@@ -138,8 +107,8 @@ class VLLMServer:
     def _reload(self, version: Version) -> None:
         path = self._seen(version)
         try:
-            self.client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-            self.client.post("/reset_prefix_cache", {})  # it holds keys and values of the old weights
+            self.client.order("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+            self.client.order("/reset_prefix_cache", {})  # it holds keys and values of the old weights
         except Refused as error:
             raise ServerError(
                 f"the weights were not reloaded: {error}. The server must see the folder {path} "
@@ -148,21 +117,22 @@ class VLLMServer:
 
     def _complete(self, model: str, request: Request, limits: Limits) -> list[Answer]:
         greedy = limits.temperature == 0  # of which vLLM gives one answer only
+        sent = replace(request, samples=1) if greedy else request
         try:
-            found = self.client.post("/v1/completions", _body(model, request, limits, 1 if greedy else request.samples))
+            found = self.client.post("/v1/completions", _body(model, sent, limits), largest_reply(sent, limits))
         except Refused as error:
             if error.status in (_NOT_FOUND, _ENGINE_DIED):  # the first: it was restarted and knows no adapter
                 raise Unavailable(str(error)) from error
             raise
-        answers = _parsed(found, request.prompt, self.url)
+        answers = answers_of(found, sent, limits, self.client)
         return answers * request.samples if greedy else answers
 
 
-def _body(model: str, request: Request, limits: Limits, samples: int) -> dict[str, Any]:
+def _body(model: str, request: Request, limits: Limits) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": request.prompt,
-        "n": samples,
+        "n": request.samples,
         "seed": request.seed,
         "max_tokens": limits.max_new_tokens,
         "temperature": limits.temperature,
@@ -172,15 +142,3 @@ def _body(model: str, request: Request, limits: Limits, samples: int) -> dict[st
         **{"stop_token_ids": limits.eos_ids, "ignore_eos": True},
         **{"logprobs": 0, "return_token_ids": True},
     }
-
-
-def _parsed(found: dict[str, Any], prompt: list[int], url: str) -> list[Answer]:
-    answers = []
-    for choice in sorted(found["choices"], key=lambda choice: choice["index"]):
-        tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
-        if not tokens or not logprobs or len(tokens) != len(logprobs):
-            raise ServerError(f"{url} returned no token ids with log-probabilities: is it vLLM, 0.11 or later?")
-        if choice.get("prompt_token_ids", prompt) != prompt:
-            raise ServerError(f"{url} answered another prompt than it was sent: does it cut or extend prompts?")
-        answers.append(Answer(tokens, logprobs))
-    return answers
