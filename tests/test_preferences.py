@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -55,12 +56,18 @@ def test_dimensions_need_two_different_levels():
 
 
 def test_dimensions_are_matched_by_name():
-    more = PreferenceSet({"heat": ["a", "b"], "smell": ["a", "b"], "size": ["a", "b", "c"]})
+    more = PreferenceSet({"heat": ["cold", "hot"], "smell": ["a", "b"], "size": ["low", "mid", "high"]})
     assert PREFERENCES.columns_in(more, "classifier") == [2, 0]
     with pytest.raises(ValueError, match="dimension 'smell' is unknown to the classifier, which has: size, heat"):
         more.columns_in(PREFERENCES, "classifier")
-    with pytest.raises(ValueError, match="'size' has 3 levels in `preferences` but 2 in the classifier"):
-        PREFERENCES.columns_in(PreferenceSet({"size": ["a", "b"], "heat": ["a", "b"]}), "classifier")
+
+
+@pytest.mark.parametrize("levels", [["a", "b"], ["high", "mid", "low"], ["mid", "low", "high"], ["Low", "mid", "high"]])
+def test_other_levels_and_another_order_of_levels_are_refused(levels):
+    other = PreferenceSet({"size": levels, "heat": ["cold", "hot"]})
+    text = f"'size' has the levels ['low', 'mid', 'high'] in `preferences`, but {levels} in the judge: a level is known"
+    with pytest.raises(UsageError, match=re.escape(text)):
+        PREFERENCES.columns_in(other, "judge")
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs/preferences").glob("*.yaml")), ids=lambda path: path.stem)

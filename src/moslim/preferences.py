@@ -148,17 +148,19 @@ class PreferenceSet:
             owner: What ``other`` belongs to, for the error message.
 
         Raises:
-            UsageError: A dimension is missing in ``other`` or has another number of levels there.
+            UsageError: A dimension is missing in ``other``, or its levels have other names or another order there.
         """
         for dimension in self.dimensions:
             if dimension.name not in other.names:
                 raise UsageError(
                     f"dimension '{dimension.name}' is unknown to the {owner}, which has: {', '.join(other.names)}"
                 )
-            theirs, ours = len(other[dimension.name].levels), len(dimension.levels)
+            ours, theirs = list(dimension.levels), list(other[dimension.name].levels)
             if theirs != ours:
                 raise UsageError(
-                    f"dimension '{dimension.name}' has {ours} levels in `preferences` but {theirs} in the {owner}"
+                    f"dimension '{dimension.name}' has the levels {ours} in `preferences`, but {theirs} in the "
+                    f"{owner}: a level is known by its place, lowest first, so another name or order means something "
+                    f"else; give those of the {owner}"
                 )
         return [other.names.index(name) for name in self.names]
 

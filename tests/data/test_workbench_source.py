@@ -342,7 +342,7 @@ def test_some_dimensions_of_the_world_are_enough():
     ("dimensions", "said"),
     [
         ({"honesty": ["low", "high"]}, "'honesty' is unknown to the embedded world"),
-        ({"warmth": ["low", "high"]}, "'warmth' has 2 levels in `preferences` but 5"),
+        ({"warmth": ["low", "high"]}, "'warmth' has the levels .* in `preferences`, but"),
     ],
 )
 def test_dimensions_that_the_world_lacks_are_an_error(dimensions, said):

@@ -41,7 +41,7 @@ def test_gold_judge_is_no_proxy():
 def test_gold_judge_refuses_what_it_cannot_measure():
     with pytest.raises(ValueError, match=r"'humour' is unknown to the gold judge.*verbosity"):
         GoldJudge().setup(PreferenceSet({"humour": ["dry", "silly"]}))
-    with pytest.raises(ValueError, match=r"'warmth' has 2 levels in `preferences` but 5 in the gold judge"):
+    with pytest.raises(ValueError, match=r"'warmth' has the levels .* in `preferences`, but .* in the gold judge"):
         GoldJudge().setup(PreferenceSet({"warmth": ["icy", "glowing"]}))
 
 

@@ -215,9 +215,38 @@ def test_what_a_run_starts_from_must_be_clear(preferences: PreferenceSet, backbo
         RewardClassifier(preferences, classifier=saved, pooling="mean")
     with pytest.raises(ValueError, match=r"Corn needs heads with the link 'corn', but those of .* have 'softmax'"):
         RewardClassifier(preferences, classifier=saved, loss=Corn())
-    other = PreferenceSet({"amount": ["none", "some", "much"], "tone": ["bad", "good"]})
-    with pytest.raises(ValueError, match=r"give the same, in the same order"):
-        RewardClassifier(other, classifier=saved)
+    for others, text in (
+        ({"tone": ["bad", "good"]}, "add amount"),
+        ({"tone": ["good", "bad"], "amount": ["none", "some", "much"]}, r"\['good', 'bad'\] in `preferences`, but"),
+        ({"tone": ["bad", "good"], "amount": ["none", "a bit", "much"]}, r"'a bit', .* but .*'some'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            RewardClassifier(PreferenceSet(others), classifier=saved)
+
+
+def test_a_saved_classifier_knows_its_dimensions_in_any_order(
+    preferences: PreferenceSet, saved: str, tmp_path: Path
+) -> None:
+    """Every measure and label goes by name, and what is exported is what was loaded."""
+    turned = PreferenceSet(dict(reversed(preferences.to_dict().items())))
+    labels = [{"tone": i % 2, "amount": i % 3} for i in range(12)]
+    words = [("bad", "good"), ("", "so", "so so")]
+    answers = [f"{words[0][row['tone']]} {words[1][row['amount']]} ." for row in labels]
+    file = write(
+        tmp_path / "test.jsonl",
+        [{"question": "how cake", "answer": a, **row} for a, row in zip(answers, labels, strict=True)],
+    )
+    found = []
+    for order in (preferences, turned):
+        rows = Table(str(file), test=str(file))
+        module = RewardClassifier(order, classifier=saved)
+        run = MoslimTrainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_progress_bar=False)
+        (measures,) = run.test(module, PreferenceDataModule(order, rows, eval_batch_size=16), verbose=False)
+        found.append({name: value for name, value in measures.items() if "mean" not in name})
+        assert run.lightning_module.classifier.preferences == preferences
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, nan_ok=True), name
 
 
 def test_a_saved_classifier_brings_its_heads_and_their_loss(

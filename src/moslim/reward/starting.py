@@ -64,14 +64,16 @@ def saved_classifier(
         base: Base model of a classifier in the adapter form, where it is not where it was in training.
 
     Raises:
-        UsageError: The classifier has other dimensions or another link, or such an argument is given.
+        UsageError: The classifier has other dimensions, other levels, or another link, or such an argument is given.
     """
     refuse_options(source, for_new_heads)
     classifier = load_classifier(source, base)
-    if classifier.preferences != preferences:
+    others = [name for name in classifier.preferences.names if name not in preferences.names]
+    preferences.columns_in(classifier.preferences, f"classifier in '{source}'")
+    if others:
         raise UsageError(
             f"the classifier in '{source}' has the dimensions {classifier.preferences.to_dict()}, but `preferences` "
-            f"has {preferences.to_dict()}: give the same, in the same order"
+            f"has {preferences.to_dict()}: add {', '.join(others)}; the order is free"
         )
     refuse_other_link(source, classifier, loss)
     return classifier
