@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from moslim.accumulation import StepCounts, check_accumulation, step_batches
+from moslim.chat_templates import pin_tokenizer, tokenizer_pins
 from moslim.errors import UsageError
+from moslim.identity import Entries, check_identity, keep_identity, saved_entries, vocabulary_digest
 from moslim.jsonlines import JsonLines
 from moslim.reporting import shown
 
@@ -21,6 +27,12 @@ class RunModule(LightningModule):
 
     predictions: str | None = None
     """File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder."""
+
+    accept_changes: Sequence[str] = ()
+    """Options in which a checkpoint that is loaded may differ from this run (:mod:`moslim.identity`)."""
+
+    never_accepted: ClassVar[tuple[str, ...]] = ()
+    """Options in which it may not, whatever is accepted."""
 
     _writer: JsonLines | None = None
 
@@ -35,6 +47,63 @@ class RunModule(LightningModule):
     def run_folder(self) -> Path:
         """Folder of this run. Under several processes all must ask."""
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; a subclass says which it is."""
+        raise NotImplementedError
+
+    @property
+    def data(self) -> Any:
+        """The data module, if there is one."""
+        return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+
+    def meaning(self) -> Entries:
+        """What gives this module's weights their meaning. A subclass adds its own."""
+        found, template = tokenizer_pins(self.tokenizer)
+        entries: Entries = {"tokenizer": self._vocabulary, "chat_template": template}
+        if self.data is not None:  # else nobody says what is put into the template
+            entries |= {"data.template_args": found.arguments, "data.template_date": found.day}
+        return entries | (self.data.meaning() if hasattr(self.data, "meaning") else {})
+
+    def resumed_with(self) -> Entries:
+        """What a run of this module must be resumed with. A subclass adds its own."""
+        entries: Entries = {}
+        if not any(isinstance(callback, GradientAccumulationScheduler) for callback in self._callbacks):
+            entries["trainer.accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
+        return entries | (self.data.resumed_with() if hasattr(self.data, "resumed_with") else {})
+
+    def keep_identity(self, checkpoint: dict[str, Any]) -> None:
+        """Records in a checkpoint what it means and how its run goes on."""
+        keep_identity(checkpoint, self.meaning(), self.resumed_with())
+
+    def check_identity(self, checkpoint: dict[str, Any]) -> set[str]:
+        """Takes the date of the checkpoint's run for the chat template's, and compares everything else.
+
+        Returns:
+            Options that differ and are accepted.
+
+        Raises:
+            UsageError: Other options differ.
+        """
+        saved = saved_entries(checkpoint)
+        if hasattr(self.data, "take_date"):
+            self.data.take_date(self.tokenizer, saved.get("data.template_date"))
+        resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        run = self.resumed_with() if resumes else {}
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        changed = check_identity(checkpoint, self.meaning(), run, self.accept_changes, self.never_accepted, path)
+        if self.data is None and "data.template_args" in saved:  # there is nobody who could say otherwise
+            pin_tokenizer(self.tokenizer, saved["data.template_args"], saved["data.template_date"])
+        return changed
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        return self.trainer.callbacks  # type: ignore[attr-defined]  # set dynamically
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        return vocabulary_digest(self.tokenizer)
 
     @property
     def was_trained(self) -> bool:
@@ -71,7 +140,7 @@ class RunModule(LightningModule):
         Raises:
             RuntimeError: Nothing would send them.
         """
-        if not any(isinstance(callback, StepRow) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        if not any(isinstance(callback, StepRow) for callback in self._callbacks):
             raise RuntimeError(
                 f"{type(self).__name__}.configure_callbacks leaves out what its base class returns, which sends "
                 "recorded numbers to the loggers: return [*super().configure_callbacks(), ...]"

@@ -133,6 +133,27 @@ class Template(PreferenceInstruction):
         return [*before, {"role": last["role"], "content": content}]
 
 
+def sample_prompts(
+    instruction: PreferenceInstruction, preferences: PreferenceSet
+) -> dict[str, dict[str, list[Message]]]:
+    """Prompts by which another instruction, or another wording of the same one, is noticed.
+
+    Returns:
+        ``prompts``, a chat by what it asks for; nothing where an instruction is worded anew each time.
+    """
+    tops = {dimension.name: len(dimension.levels) - 1 for dimension in preferences.dimensions}
+    single = [{name: level} for name, top in tops.items() for level in range(top + 1)]
+    question: list[Message] = [{"role": "user", "content": "How do I make tea?"}]
+    longer = [{"role": "system", "content": "Be kind."}, *question, {"role": "assistant", "content": "So."}, *question]
+
+    def render() -> dict[str, list[Message]]:
+        chats = {str(levels): instruction.render(question, Preference(levels), preferences) for levels in single}
+        return {**chats, "all": instruction.render(longer, Preference(tops), preferences)}
+
+    prompts = render()
+    return {"prompts": prompts} if prompts == render() else {}
+
+
 def _refuse_shared_level_names(preferences: PreferenceSet) -> None:
     owner: dict[str, str] = {}
     for dimension in preferences.dimensions:

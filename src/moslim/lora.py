@@ -119,6 +119,19 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
+def adapter_scales(model: Any) -> dict[str, dict[str, Any]]:
+    """By adapter: rank, alpha and the layers that it changes, which give its weights their meaning."""
+    return {
+        name: {"rank": options.r, "alpha": float(options.lora_alpha), "target_modules": _targets(options)}
+        for name, options in getattr(model, "peft_config", {}).items()
+    }
+
+
+def _targets(options: LoraConfig) -> list[str] | str | None:
+    targets = options.target_modules
+    return targets if targets is None or isinstance(targets, str) else sorted(targets)
+
+
 def unwrapped(model: Any) -> Any:
     """Returns the model without peft's wrapper; the adapter's layers are still in it."""
     return model.get_base_model() if is_adapted(model) else model

@@ -159,6 +159,7 @@ class MoslimTrainer(Trainer):
             raise UsageError("replay needs a file that a guard kept: --ckpt_path .../guards/NAME.ckpt")
         if self.world_size > 1:
             raise UsageError("replay takes one process: --trainer.devices 1")
+        model.accept_changes = [*model.accept_changes, "data.batch_size"]  # that of several processes
         replay = Replay()
         self.loggers, self.callbacks = [], [replay]  # what writes is left out
         with warnings.catch_warnings(), contextlib.suppress(StepTaken):

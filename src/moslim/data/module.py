@@ -6,14 +6,17 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import date
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moslim.chat_templates import as_day, pin_tokenizer, tokenizer_pins
 from moslim.checkpoints import class_path
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
 from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
@@ -24,7 +27,8 @@ from moslim.data.sources.base import Source
 from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
 from moslim.errors import UsageError
-from moslim.instructions import RESERVED, PreferenceInstruction, Tags
+from moslim.identity import Entries, described, rows_digest
+from moslim.instructions import RESERVED, PreferenceInstruction, Tags, sample_prompts
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import PreferenceSampler, Uniform
@@ -66,6 +70,10 @@ class PreferenceDataModule(LightningDataModule):
             shows (:class:`~moslim.data.asking.CollatePrompts`). Steerability must vanish.
         seed: Seed of the source, of the order of rows and of the preferences drawn.
         workers: Processes that prepare training batches; 0 prepares them in the main process.
+        template_args: Values of variables that the tokenizer's chat template reads, such as ``enable_thinking: false``.
+            They are written into the template, also of an exported model.
+        template_date: Date that the chat template writes into prompts, as ``YYYY-MM-DD``, if it does; it is written
+            into the template, too. None = that of the checkpoint or model that is loaded, else today.
 
     Raises:
         UsageError: A batch size below 1, ``scramble`` with a batch of one, where there is nothing to exchange, or
@@ -89,6 +97,8 @@ class PreferenceDataModule(LightningDataModule):
         scramble: bool = False,
         seed: int = 0,
         workers: int = 0,
+        template_args: dict[str, Any] | None = None,
+        template_date: str | date | None = None,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size) < 1:
@@ -115,12 +125,66 @@ class PreferenceDataModule(LightningDataModule):
         self.scramble = scramble
         self.seed = seed
         self.workers = workers
+        self.template_args = template_args or {}
+        self.template_date = None if template_date is None else as_day(template_date, "data.template_date")
+        self._today = date.today().isoformat()
+        self._digests: dict[View, str] = {}
         self._rows: dict[tuple[View, Split], list[Example]] = {}
         self._encoders: list[PairEncoder] = []
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
         """Returns what writes the prompts of training and evaluation, for use elsewhere."""
+        self.pin(tokenizer)
         return PromptRenderer(tokenizer, self.instruction, self.preferences, self.max_length)
+
+    def pin(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Writes ``template_args`` and the date into a tokenizer's chat template, in place.
+
+        Raises:
+            UsageError: The template does not read them.
+        """
+        pin_tokenizer(tokenizer, self.template_args, self.template_date, self._today)
+
+    def take_date(self, tokenizer: PreTrainedTokenizerBase, day: str | None) -> None:
+        """Gives a tokenizer's chat template the date of a checkpoint's run, unless ``template_date`` says another."""
+        self.pin(tokenizer)
+        if day is not None and self.template_date is None and tokenizer_pins(tokenizer)[0].day is not None:
+            self._today = day
+            pin_tokenizer(tokenizer, {}, day)
+
+    @property
+    def day(self) -> str:
+        """The date that chat templates are given."""
+        return self.template_date or self._today
+
+    def meaning(self) -> Entries:
+        """What gives weights their meaning here: lengths, and how preferences are written."""
+        if self._view is not View.POLICY:
+            return {"data.max_length": self._pair_length}
+        return {
+            "data.max_length": self.max_length,
+            "data.instruction": described(self.instruction),
+            **sample_prompts(self.instruction, self.preferences),
+        }
+
+    def resumed_with(self) -> Entries:
+        """What a run must be resumed with, so that its position among the rows means the same rows."""
+        ranks, budget = self._processes[1], self.token_budget
+        entries: Entries = {
+            "data.seed": self.seed,
+            "data.batch_size": None if budget else {"of all processes": self.batch_size * ranks},
+            "data.token_budget": {"of all processes": budget * ranks} if budget else None,
+            "data.scramble": self.scramble,
+        }
+        if self._view is not View.POLICY:
+            entries["data.group_by_length"] = self.group_by_length
+        assert self.trainer is not None
+        if (self._view, Split.TRAIN) in self._rows or self.trainer.state.fn == TrainerFn.FITTING:
+            if self._view not in self._digests:
+                rows = self.rows(self._view, Split.TRAIN)
+                self._digests[self._view] = f"{len(rows)} rows, {rows_digest(rows)}"
+            entries["data.source"] = self._digests[self._view]
+        return entries
 
     def rows(self, view: View, split: Split) -> list[Example]:
         """Returns the source's rows; they are read once."""
@@ -129,11 +193,21 @@ class PreferenceDataModule(LightningDataModule):
         return self._rows[view, split]
 
     def setup(self, stage: str) -> None:
-        """Says that there are too few rows for a batch before a frozen backbone has run over them.
+        """Fixes the chat template, and says what would only come out after a frozen backbone has run over the rows.
 
         Raises:
-            UsageError: There are.
+            UsageError: There are too few rows for a batch; the module has other preferences, or the chat template does
+                not read what it is given.
         """
+        theirs = getattr(self._module, "preferences", self.preferences)
+        if theirs != self.preferences:
+            raise UsageError(
+                f"the data module has the preferences {self.preferences.to_dict()}, but the module has "
+                f"{theirs.to_dict()}: give both the same, in the same order"
+            )
+        if hasattr(self._module, "tokenizer"):
+            self._today = self.trainer.strategy.broadcast(self._today)  # type: ignore[union-attr]
+            self.pin(self._module.tokenizer)
         if stage == "fit" and self._row_features is not None:
             full_batches(
                 [row.stage for row in self.rows(View.REWARD, Split.TRAIN)], self.batch_size, self._processes[1]

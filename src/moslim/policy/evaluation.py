@@ -12,13 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.adapters import adapter_base
 from moslim.base import RunModule
+from moslim.chat_templates import asks_for_date, pin_tokenizer, tokenizer_pins
 from moslim.data.types import PromptBatch, Question
 from moslim.evaluation.judges import Judge
 from moslim.evaluation.report import scalars
 from moslim.evaluation.steerability import measures, steerability
 from moslim.folders import refuse_sources, whole_folder
-from moslim.lora import merged
-from moslim.models import load_tokenizer
+from moslim.identity import Entries, architecture
+from moslim.lora import adapter_scales, merged
+from moslim.models import eos_ids, load_tokenizer
 from moslim.policy.answering import Answerer, Answers, Purpose
 from moslim.policy.model_card import policy_card
 from moslim.policy.passes import Passes
@@ -27,6 +29,8 @@ from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
 from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import is_classifier
+
+_OF_CLASSIFIER = ("dimensions", "pooling", "layer", "link", "temperatures", "pair_length")
 
 
 class PolicyEvaluation(RunModule):
@@ -57,6 +61,41 @@ class PolicyEvaluation(RunModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
         return load_tokenizer(self.model_path, self.trust_remote_code, self.base)
+
+    def meaning(self) -> Entries:
+        """What gives the policy's weights their meaning."""
+        engine, classifier = self.answerer.engine, self.scorer.classifier.config
+        pins, template = tokenizer_pins(self.scorer.tokenizer)
+        return {
+            "preferences": [[dimension.name, dimension.levels] for dimension in self.preferences.dimensions],
+            "model.model": architecture(self.roles.policy.config),
+            "model.lora": adapter_scales(self.roles.policy),
+            "model.engine.max_new_tokens": engine.max_new_tokens,
+            "model.engine.temperature": engine.temperature,
+            "model.engine.top_k": getattr(engine, "top_k", None),
+            "model.engine.top_p": getattr(engine, "top_p", 1.0),
+            "model.engine.stop_strings": engine.stop_strings,
+            "model.engine.stop_ids": sorted({*eos_ids(self.roles.policy, self.tokenizer), *engine.stop_ids}),
+            "model.classifier": {
+                **{name: getattr(classifier, name) for name in _OF_CLASSIFIER},
+                "chat_template": template,
+                "template_args": pins.arguments,
+                "template_date": pins.day,
+            },
+            **super().meaning(),
+        }
+
+    def date_classifier(self) -> None:
+        """Gives the classifier's chat template the run's date, if it asks for one and was saved without."""
+        day = getattr(self.data, "day", None)
+        if day is not None and self._undated:
+            pin_tokenizer(self.scorer.tokenizer, {}, day)
+
+    @cached_property
+    def _undated(self) -> bool:
+        tokenizer = self.scorer.tokenizer
+        template = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+        return template is not None and asks_for_date(template)
 
     @property
     def exact_judge(self) -> Judge | None:

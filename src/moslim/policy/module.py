@@ -16,6 +16,7 @@ from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams,
 from moslim.data.types import PromptBatch, View
 from moslim.errors import UsageError
 from moslim.evaluation.judges import Judge
+from moslim.identity import Entries
 from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
 from moslim.models import eos_ids, fuse_kernels, load_causal_lm
@@ -91,6 +92,8 @@ class PolicyTrainer(PolicyEvaluation):
         base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
             the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
+        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.identity`); the error that
+            compares them names them. A rollout in use is then made anew.
         seed: Seed of all that is drawn.
 
     Raises:
@@ -130,6 +133,7 @@ class PolicyTrainer(PolicyEvaluation):
         reset_state: bool = False,
         base: str | None = None,
         trust_remote_code: bool = False,
+        accept_changes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -178,6 +182,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.predictions = predictions
         self.reset_state = reset_state
         self.trust_remote_code = trust_remote_code
+        self.accept_changes = accept_changes or []
         self.seed = seed
 
         start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype), base)
@@ -238,6 +243,7 @@ class PolicyTrainer(PolicyEvaluation):
         if self.roles.policy.dtype == torch.float64 or self.trainer.precision == "64-true":
             self.scorer.classifier.double()
         self.scorer.reserve(self.reserved)
+        self.date_classifier()
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
             self.training_answers.forget()
@@ -391,6 +397,16 @@ class PolicyTrainer(PolicyEvaluation):
         sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
         return sampler if isinstance(sampler, PreferenceSampler) else None
 
+    def resumed_with(self) -> Entries:
+        """See the base class."""
+        return {
+            "model.seed": self.seed,
+            "model.samples_per_prompt": self.samples_per_prompt,
+            "model.inner_epochs": self.inner_epochs,
+            "model.minibatches": self.minibatches,
+            **super().resumed_with(),
+        }
+
     def settings(self) -> dict[str, Any]:
         """What a result is to be compared by; it goes into the report."""
         return settings(self)
@@ -414,7 +430,7 @@ class PolicyTrainer(PolicyEvaluation):
 
         Raises:
             UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
-                stands on another backbone.
+                stands on another backbone; or its weights or rows mean something else than this run believes.
         """
         load_run(self, checkpoint)
         restore_frozen(self, checkpoint)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from moslim.checkpoints import fingerprint
 from moslim.errors import UsageError
+from moslim.identity import architecture
 from moslim.lora import base_weights
 from moslim.models import load_tokenizer
 from moslim.policy.critic import trunk
@@ -22,9 +23,6 @@ from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import saved_adapter
 
 Share = bool | Literal["auto"]
-
-_IRRELEVANT = ("drop", "token_id", "cache", "dtype", "architectures", "version", "name_or_path", "tie_", "output_")
-"""Parts of names of configuration entries that do not change hidden states in evaluation mode."""
 
 
 class NotSharedError(ValueError):
@@ -145,11 +143,6 @@ def _shareable(classifier: str, roles: Roles, tokenizer: PreTrainedTokenizerBase
 
 def _differences(one: PreTrainedConfig | None, other: PreTrainedConfig) -> str:
     """Entries of two configurations that differ and matter to hidden states, or nothing."""
-    a, b = _relevant(one) if one else {}, _relevant(other)
+    a, b = architecture(one) if one else {}, architecture(other)
     names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
     return ", ".join(f"{name} is {a.get(name)} there and {b.get(name)} here" for name in names)
-
-
-def _relevant(config: PreTrainedConfig) -> dict[str, Any]:
-    entries = config.to_dict().items()
-    return {name: value for name, value in entries if not any(part in name for part in _IRRELEVANT)}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer
 
 _KEY = "policy_run"
+_BATCH_SIZE = "data.batch_size"
 
 
 def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
@@ -28,6 +29,7 @@ def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         "rollouts": rollouts,
         "ahead": ahead,
     }
+    module.keep_identity(checkpoint)
 
 
 def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
@@ -36,7 +38,8 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     One process takes up, of a step that a guard has kept in several, that of the process in which it tripped.
 
     Raises:
-        UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier.
+        UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or its weights or
+            rows mean something else than this run believes.
     """
     saved = checkpoint.get(_KEY)
     if saved is None:
@@ -52,6 +55,8 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
             f"the checkpoint was trained with a classifier that {'shared' if shared else 'did not share'} the policy's "
             f"base: give the same classifier and set model.share_backbone to {str(shared).lower()}"
         )
+    changed = module.check_identity(checkpoint) - {_BATCH_SIZE}
+    module.date_classifier()
     for role, found in _fingerprints(module).items():
         if saved["frozen"][role] != found:
             raise UsageError(f"the {role} has other weights than the one that this checkpoint was trained with")
@@ -61,7 +66,7 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
     replayed = GUARD_RECORD in checkpoint and process_count() == 1
     if replayed:
         rank = checkpoint[GUARD_RECORD].get("process", 0)
-    if (replayed or len(rollouts) == process_count()) and rollouts[rank] is not None:
+    if (replayed or len(rollouts) == process_count()) and rollouts[rank] is not None and not changed:
         # the module itself may be moved there only after this
         device = module.device if module._trainer is None else module.trainer.strategy.root_device
         module.rollout = Rollout.from_state(rollouts[rank], device)

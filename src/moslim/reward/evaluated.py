@@ -14,12 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.adapters import adapter_base
 from moslim.base import RunModule
+from moslim.chat_templates import tokenizer_pins
 from moslim.checkpoints import fingerprint
 from moslim.data.types import Example, PairBatch
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
+from moslim.identity import Entries, architecture, check_identity, keep_identity
 from moslim.jsonlines import JsonLines
-from moslim.lora import is_adapted, merged, unwrapped
+from moslim.lora import adapter_scales, is_adapted, merged, unwrapped
 from moslim.models import load_tokenizer
 from moslim.packing import like_length, pass_tokens
 from moslim.preferences import PreferenceSet
@@ -71,6 +73,7 @@ class ClassifierEvaluation(RunModule):
         self.preferences = preferences
         self.pair_weights = complete_weights(preferences, pair_weights)
         self._losses = LossMean(len(preferences) + 1)
+        self._as_saved: Entries = {}
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
         self._record: dict[str, Any] = {}  # what the model card says of the training
@@ -95,6 +98,43 @@ class ClassifierEvaluation(RunModule):
     def output_folder(self) -> Path:
         """Where the classifier is saved. Under several processes all must ask."""
         return Path(self.output) if self.output else self.run_folder / "classifier"
+
+    never_accepted = ("preferences",)  # heads of one width would change places
+
+    def meaning(self) -> Entries:
+        """What gives the classifier's weights their meaning."""
+        config = unwrapped(self.classifier).config
+        return {
+            "preferences": config.dimensions,
+            "model.pooling": config.pooling,
+            "model.layer": config.layer,
+            "model.loss (link)": config.link,
+            "model.head_hidden": config.head_hidden,
+            "model.extend": [[head["dimension"], head["hidden"]] for head in config.added_heads],
+            "model.lora": adapter_scales(self.classifier),
+            "model.backbone": architecture(config.backbone),
+            **super().meaning(),
+        }
+
+    def setup(self, stage: str) -> None:
+        """Compares a saved classifier that is used as it is with what the data module makes of texts.
+
+        Raises:
+            UsageError: Texts are cut to another length, or written into another chat template.
+        """
+        if stage == "fit" or not self.starts_trained or self.trainer.ckpt_path or self.data is None:
+            return
+        checkpoint: dict[str, Any] = {}
+        keep_identity(checkpoint, self._as_saved, {})
+        now = self.meaning()
+        present = {name: now[name] for name in self._as_saved}
+        check_identity(checkpoint, present, {}, self.accept_changes, source=f"the classifier in '{self.start}'")
+
+    def _as_it_is(self) -> Entries:
+        """What is compared where a saved classifier is used as it is; a date only where it was saved with one."""
+        pins = tokenizer_pins(self.tokenizer)[0]
+        day = {} if pins.day is None else {"data.template_date": pins.day}
+        return {"data.max_length": self.pair_limit, "data.template_args": pins.arguments, **day}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``[B, D, K]`` of pairs ``[B, T]``, of all heads; ``-inf`` on levels that a dimension lacks."""

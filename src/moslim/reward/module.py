@@ -20,6 +20,7 @@ from moslim.data.prompts import pad_id
 from moslim.data.types import PairBatch, View
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources
+from moslim.identity import Entries
 from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
@@ -45,6 +46,7 @@ from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
 
 _TEMPERATURES = "temperatures"
 _RECORD = "training_record"
+_PAIR_LENGTH = "pair_length"
 
 
 class RewardClassifier(ClassifierEvaluation):
@@ -88,6 +90,8 @@ class RewardClassifier(ClassifierEvaluation):
         base: Folder or Hub name of the base model of a start that is an adapter, where it is not at the place that the
             adapter names.
         trust_remote_code: Whether code from the backbone's repository may run.
+        accept_changes: Options in which a checkpoint, or a saved classifier, may differ from this run
+            (:mod:`moslim.identity`); the error that compares them names them.
         seed: Seed of dropout, which is a function of the step and not of what ran before it.
     """
 
@@ -121,6 +125,7 @@ class RewardClassifier(ClassifierEvaluation):
         gradient_checkpointing: bool = False,
         base: str | None = None,
         trust_remote_code: bool = False,
+        accept_changes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(preferences, pair_weights)
@@ -142,6 +147,9 @@ class RewardClassifier(ClassifierEvaluation):
         self.predictions = predictions
         self.adapter_base = base
         self.trust_remote_code = trust_remote_code
+        self.accept_changes = accept_changes or []
+        self.max_length = max_length
+        self.extends = extend is not None
         self.seed = seed
         if extend is not None:
             model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout, base)
@@ -155,7 +163,6 @@ class RewardClassifier(ClassifierEvaluation):
                 "head_dropout": head_dropout,
             }
             model = saved_classifier(classifier, preferences, loss, for_new_heads, base)
-            model.config.pair_length = max_length or model.config.pair_length
             self.loss = loss or DEFAULT_LOSSES[model.config.link]()
         else:
             self.loss = loss or Corn()
@@ -182,6 +189,9 @@ class RewardClassifier(ClassifierEvaluation):
         if gradient_checkpointing:
             checkpoint_activations(model)
         self.classifier: Any = add_lora(model, lora, trained_whole=["head", "added"]) if lora else model
+        if classifier is not None:
+            self._as_saved = self._as_it_is()
+            model.config.pair_length = max_length or model.config.pair_length
         self._metrics = SubsetMetrics(preferences)
         self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
@@ -208,6 +218,35 @@ class RewardClassifier(ClassifierEvaluation):
         self._collect = partial(fill, outline(self.classifier))
         shard(unwrapped(self.classifier), mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
+
+    def setup(self, stage: str) -> None:
+        """Fixes the length of pairs before training, and compares what is used without.
+
+        Raises:
+            UsageError: ``max_length`` and the data module's differ, or the data module's and that of old heads.
+        """
+        super().setup(stage)
+        if stage != "fit":
+            return
+        given: int | None = getattr(self.data, "max_length", None)
+        if None not in (given, self.max_length) and self.max_length != given:
+            raise UsageError(
+                f"model.max_length is {self.max_length}, data.max_length {given}: the classifier would score pairs of "
+                "another length than it was trained on; give both the same, or data.max_length alone"
+            )
+        if self.extends and given not in (None, self.pair_limit):
+            raise UsageError(
+                f"data.max_length is {given}, but the old heads were trained with {self.pair_limit}, which new ones "
+                "share: leave it out"
+            )
+        if given is not None:
+            unwrapped(self.classifier).config.pair_length = given
+        if self.starts_trained:
+            self._as_saved = self._as_it_is()
+
+    def resumed_with(self) -> Entries:
+        """See the base class."""
+        return {"model.seed": self.seed, **super().resumed_with()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -334,6 +373,8 @@ class RewardClassifier(ClassifierEvaluation):
         if self.was_trained:
             self._record = self._training_record()
         checkpoint[_RECORD] = self._record
+        checkpoint[_PAIR_LENGTH] = unwrapped(self.classifier).config.pair_length
+        self.keep_identity(checkpoint)
         drop_frozen(self, checkpoint)
         keep_epoch_open(self.trainer, checkpoint)
 
@@ -344,8 +385,16 @@ class RewardClassifier(ClassifierEvaluation):
         return training_record(self.trainer, self.preferences, self._calibration, self._before, self._added)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Completes the weights from the backbone."""
-        self.classifier.config.temperatures = checkpoint.get(_TEMPERATURES)
+        """Completes the weights from the backbone.
+
+        Raises:
+            UsageError: The checkpoint's weights mean something else than this run believes, or its rows are others.
+        """
+        changed = self.check_identity(checkpoint)
+        config = unwrapped(self.classifier).config
+        if "data.max_length" not in changed:
+            config.pair_length = checkpoint.get(_PAIR_LENGTH, config.pair_length)
+        config.temperatures = checkpoint.get(_TEMPERATURES)
         self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
 

@@ -22,6 +22,7 @@ from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import PromptBatch, Question, TextBatch, View
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
+from moslim.identity import Entries, architecture
 from moslim.models import Architecture, checkpoint_activations, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
 from moslim.optim import configure
@@ -50,6 +51,8 @@ class SupervisedTrainer(RunModule):
         base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
             the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
+        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.identity`); the error that
+            compares them names them.
         seed: Seed of random weights, dropout and samples.
 
     Raises:
@@ -71,6 +74,7 @@ class SupervisedTrainer(RunModule):
         gradient_checkpointing: bool = False,
         base: str | None = None,
         trust_remote_code: bool = False,
+        accept_changes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,6 +92,7 @@ class SupervisedTrainer(RunModule):
         self.lr_scheduler = lr_scheduler
         self.base = base
         self.trust_remote_code = trust_remote_code
+        self.accept_changes = accept_changes or []
         self.seed = seed
         self.model = self._build().train()
         if gradient_checkpointing:
@@ -188,9 +193,26 @@ class SupervisedTrainer(RunModule):
         if self.trainer.is_global_zero and self.was_trained:
             self.export(folder)
 
+    def meaning(self) -> Entries:
+        """See the base class."""
+        return {"model.model": architecture(self.model.config), **super().meaning()}
+
+    def resumed_with(self) -> Entries:
+        """See the base class."""
+        return {"model.seed": self.seed, **super().resumed_with()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets a run that stopped inside an epoch go on there."""
+        """Lets a run that stopped inside an epoch go on there, and records what it must go on with."""
         keep_epoch_open(self.trainer, checkpoint)
+        self.keep_identity(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compares what the checkpoint was made with.
+
+        Raises:
+            UsageError: Its weights mean something else than this run believes, or its rows are others.
+        """
+        self.check_identity(checkpoint)
 
     def export(self, folder: str) -> None:
         """Saves model and tokenizer in Hugging Face format.
