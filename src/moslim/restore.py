@@ -113,6 +113,7 @@ def restore(trainer: Trainer, model: LightningModule, path: str | Path) -> None:
     check_checkpoint(path)
     with explained(path):
         checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
+    trainer.ckpt_path = path
     model.on_load_checkpoint(checkpoint)
     with fitting(path):
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
