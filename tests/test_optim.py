@@ -5,10 +5,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from moslim.optim import WarmupDecay, configure
+from moslim.errors import UsageError
+from moslim.optim import RateGroup, WarmupDecay, configure
 
 
 class Line(LightningModule):
@@ -111,3 +112,66 @@ def test_defaults_are_adamw_on_trained_parameters_without_a_schedule() -> None:
     assert type(optimizer) is torch.optim.AdamW and "lr_scheduler" not in result
     assert optimizer.param_groups[0]["params"] == [module.weight]
     assert optimizer.param_groups[0]["lr"] == 0.25 and optimizer.param_groups[0]["weight_decay"] == 0
+
+
+class Mixed(Line):
+    """A frozen weight beside a trained one."""
+
+    def __init__(self, trained: torch.dtype, frozen: torch.dtype) -> None:
+        super().__init__()
+        self.weight.data = self.weight.data.to(trained)
+        self.base = torch.nn.Parameter(torch.zeros(2, dtype=frozen), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("trained", "frozen", "precision", "message"),
+    [
+        (
+            torch.bfloat16,
+            torch.float32,
+            "32-true",
+            r"1 of 1 .* bfloat16 \(such as weight.*set trainer.precision to bf16-m",
+        ),
+        (torch.float16, torch.float32, "32-true", r"float16 \(such as weight.*set trainer.precision to 16-mixed"),
+        (torch.float32, torch.float32, "bf16-true", r"'bf16-true'.*model.lora"),
+        (torch.float32, torch.float32, "16-true", r"'16-true'.*model.lora"),
+        (torch.float32, torch.float16, "32-true", r"float16 \(such as base\) and the loss is not scaled.*bfloat16"),
+    ],
+)
+def test_training_in_few_bits_is_refused(
+    trained: torch.dtype, frozen: torch.dtype, precision: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, max_steps=1, precision=precision).fit(Mixed(trained, frozen))
+
+
+def test_float32_weights_beside_a_frozen_bfloat16_base_are_trained(tmp_path: Path) -> None:
+    for precision in ("32-true", "bf16-mixed"):
+        module = Mixed(torch.float32, torch.bfloat16)
+        trainer(tmp_path, max_steps=1, precision=precision).fit(module)
+        assert module.weight.dtype == torch.float32
+
+
+def test_a_group_apart_has_a_rate_of_its_own_and_the_schedule_of_all() -> None:
+    module = torch.nn.Linear(1, 1)
+
+    def rates(lr: float, apart: float | None) -> list[list[float]]:
+        found = configure(
+            Line(),
+            lambda groups: SGD(groups, lr=lr),
+            lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+            module.parameters(),
+            apart=RateGroup([module.bias], apart, least=0.01),
+        )
+        optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+        assert [group["params"] for group in optimizer.param_groups] == [[module.weight], [module.bias]]
+        seen = []
+        for _ in range(2):
+            seen.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            schedule.step()
+        return seen
+
+    assert rates(0.001, None) == [[0.001, 0.01], [0.0005, 0.005]]
+    assert rates(0.5, None) == [[0.5, 0.5], [0.25, 0.25]]
+    assert rates(0.5, 0.02) == [[0.5, 0.02], [0.25, 0.01]]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moslim.precision import widened
 from moslim.preferences import INACTIVE
 
 
 def expected_level(probs: Tensor) -> Tensor:
     """Mean of each level distribution, ``sum_k k p_k``: ``[..., K]`` to ``[...]``, in levels."""
-    return probs @ torch.arange(probs.shape[-1], device=probs.device).to(probs.dtype)
+    probs = widened(probs)  # a sum, no matrix product, which autocast would round
+    return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
 
 
 def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
@@ -23,6 +25,7 @@ def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
     Returns:
         ``[B, D]``, in levels; NaN where none was requested.
     """
+    probs = widened(probs)
     levels = torch.arange(probs.shape[-1], device=probs.device)
     distance = (levels - targets[..., None]).abs().to(probs.dtype)
     return (probs * distance).sum(-1).masked_fill(targets == INACTIVE, torch.nan)
@@ -30,5 +33,5 @@ def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
 
 def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:
     """Probability of the requested level: ``[B, D, K]`` and ``[B, D]`` to ``[B, D]``, NaN where none was requested."""
-    picked = probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    picked = widened(probs).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return picked.masked_fill(targets == INACTIVE, torch.nan)

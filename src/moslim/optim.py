@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
@@ -14,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from moslim.errors import UsageError
+from moslim.precision import at_least_float32
 
 
 @runtime_checkable
@@ -75,12 +78,28 @@ class WarmupDecay(LRScheduler):
         return self.final + (1.0 - self.final) * (1.0 - done) ** self.power
 
 
+@dataclass
+class RateGroup:
+    """Parameters that are trained at a rate of their own.
+
+    Args:
+        parameters: The parameters.
+        lr: Their rate; None = ``least``, or that of all others where it is higher.
+        least: The least rate that is taken where none is given.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    lr: float | None = None
+    least: float = 0.0
+
+
 def configure(
     module: LightningModule,
     optimizer: OptimizerCallable | None,
     lr_scheduler: LRSchedulerCallable | None,
     parameters: Iterable[nn.Parameter],
     default_lr: float = 1e-5,
+    apart: RateGroup | None = None,
 ) -> OptimizerConfig | OptimizerLRSchedulerConfig:
     """Returns what ``configure_optimizers`` should: an optimizer, and a schedule that moves every step.
 
@@ -90,12 +109,57 @@ def configure(
         lr_scheduler: From optimizer to schedule; None = a constant rate.
         parameters: What is trained; parameters without gradient are left out.
         default_lr: Rate of the default optimizer.
+        apart: Which of them make a second parameter group, the schedule of which is the same; None = none.
+
+    Raises:
+        UsageError: Trained weights are held in bfloat16 or float16, or float16 is trained without loss scaling.
     """
+    if module._trainer is not None:
+        check_precision(module)
     trained = [p for p in parameters if p.requires_grad]
-    built = optimizer(trained) if optimizer else AdamW(trained, lr=default_lr, weight_decay=0.0)
+    own = {id(p) for p in apart.parameters} if apart else set()
+    groups: Any = trained
+    if apart is not None:
+        groups = [{"params": [p for p in trained if (id(p) in own) is second]} for second in (False, True)]
+    built = optimizer(groups) if optimizer else AdamW(groups, lr=default_lr, weight_decay=0.0)
+    if apart is not None:
+        rest, second = built.param_groups
+        second["lr"] = max(float(rest["lr"]), apart.least) if apart.lr is None else apart.lr
     if lr_scheduler is None:
         return {"optimizer": built}
     schedule = lr_scheduler(built)
     if isinstance(schedule, FollowsRun):
         schedule.follow(lambda: module.trainer.estimated_stepping_batches)
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_precision(module: LightningModule) -> None:
+    """Refuses to train weights that are held in too few bits for the steps that an optimizer makes.
+
+    A bfloat16 number has 8 significant bits: a step of less than about 1/512 of a weight is rounded away. In five steps
+    of AdamW at 1e-6, 445 of a small policy's 28,576 weights changed in bfloat16, 27,288 in float32. In float16,
+    gradients vanish or overflow where the loss is not scaled.
+
+    Raises:
+        UsageError: Trained weights are held in bfloat16 or float16, or float16 is trained without loss scaling.
+    """
+    precision = module.trainer.precision
+    trained = {name: p.dtype for name, p in module.named_parameters() if p.requires_grad}
+    coarse = {name: dtype for name, dtype in trained.items() if dtype != at_least_float32(dtype)}
+    if coarse:
+        name, dtype = next(iter(coarse.items()))
+        kind = str(dtype).removeprefix("torch.")
+        raise UsageError(
+            f"{len(coarse)} of {len(trained)} trained weights are held in {kind} (such as {name}; trainer.precision is "
+            f"'{precision}'), in which small steps are rounded away. To compute in {kind} with weights "
+            f"in float32, set trainer.precision to {'bf16-mixed' if dtype == torch.bfloat16 else '16-mixed'} and leave "
+            "model.dtype at float32; or set trainer.precision to 32-true and train a low-rank adapter (model.lora), "
+            "whose weights are float32 on a frozen model in model.dtype"
+        )
+    narrow = [name for name, p in module.named_parameters() if p.dtype == torch.float16]
+    if narrow and getattr(module.trainer.precision_plugin, "scaler", None) is None:
+        raise UsageError(
+            f"weights are held in float16 (such as {narrow[0]}) and the loss is not scaled (trainer.precision is "
+            f"'{precision}'), so that gradients vanish or overflow: set model.dtype to bfloat16, or trainer.precision "
+            "to 16-mixed, which scales the loss on a GPU"
+        )

@@ -1,6 +1,7 @@
 """Options of the Trainer mean for a policy what Lightning says they mean."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from torch.optim.lr_scheduler import LambdaLR
 
+from moslim.errors import UsageError
+from moslim.mapping.base import MappingFunction
 from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
 from moslim.sampling import Curriculum, Reachable
-from tests.policy.runs import PLAIN, data, make, trainer, weights
+from tests.policy.runs import LORA, PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
@@ -229,3 +232,102 @@ def test_the_last_step_of_an_epoch_has_full_scale(parts, several, limit, rates, 
     found = change([0, 1], several)
     total = sum(change([int(i == j) for i in range(len(rates))], 1) for j, rate in enumerate(rates) if rate)
     torch.testing.assert_close(found, total / sum(rates), atol=1e-5, rtol=1e-3)
+
+
+def test_parts_of_ones_own_compute_in_float32(policy, preferences, tmp_path):
+    """In a bf16-mixed run, rewards, advantages and loss of a user's own parts are computed in float32."""
+    seen = []
+
+    class Tilted(MappingFunction):
+        def per_dimension(self, probs, targets, groups):
+            return (probs @ torch.full((probs.shape[-1], 1), 1.001))[..., 0].masked_fill(targets < 0, torch.nan)
+
+    class Own(GRPO):
+        def advantages(self, rewards):
+            found = super().advantages(rewards)
+            seen.append((found @ torch.eye(found.shape[-1])).dtype)
+            return found
+
+        def loss(self, batch):
+            seen.append((batch.mask.float() @ batch.mask.float().T).dtype)
+            return super().loss(batch)
+
+    module = policy(mapping=Tilted(), policy_optimizer=Own())
+    trainer(tmp_path, max_steps=1, precision="bf16-mixed").fit(module, data(preferences))
+    assert seen == [torch.float32, torch.float32]
+    sums = module.rollout.probs.sum(-1).masked_fill(module.rollout.targets < 0, torch.nan)
+    torch.testing.assert_close(module.rollout.per_dimension, 1.001 * sums, equal_nan=True, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "remedy"),
+    [
+        ("bfloat16", "32-true", "bf16-mixed"),
+        ("float16", "32-true", "16-mixed"),
+        ("float32", "bf16-true", "bf16-mixed"),
+        ("float32", "16-true", "16-mixed"),
+    ],
+)
+def test_weights_in_few_bits_are_not_trained(dtype, precision, remedy, policy, preferences, tmp_path):
+    module = policy(dtype=dtype)
+    message = rf"held in .* \(such as policy\..*set trainer.precision to {remedy}.*model.lora"
+    with pytest.raises(UsageError, match=message):
+        trainer(tmp_path, max_steps=1, precision=precision).fit(module, data(preferences))
+    with pytest.raises(UsageError, match=r"float16 .*loss is not scaled.*16-mixed"):
+        trainer(tmp_path, max_steps=1).fit(policy(dtype="float16", lora=LORA), data(preferences))
+
+
+def test_adapters_on_a_bfloat16_base_are_float32_and_learn(policy, preferences, tmp_path):
+    """Nearly all weights of policy and critic change in five steps at a small rate."""
+    module = policy(
+        dtype="bfloat16",
+        lora=LORA,
+        policy_optimizer=PPO(critic_lora=LORA, critic_lr=1e-4),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-4),
+    )
+    before = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+    trainer(tmp_path, max_steps=5).fit(module, data(preferences))
+    after = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in after.values()} == {torch.float32}
+    assert {p.dtype for p in module.policy.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert any(".critic." in name for name in after) and any("critic.linear" in name for name in after)
+    changed = sum((p != before[name]).sum() for name, p in after.items())
+    assert changed > 0.9 * sum(p.numel() for p in after.values())
+
+
+@pytest.mark.parametrize("critic_lora", [None, LORA])
+def test_the_critic_has_a_rate_of_its_own(critic_lora, policy, preferences, tmp_path):
+    """The first step of Adam is as long as the rate."""
+
+    def steps(optimizer, rate):
+        adam = lambda parameters: torch.optim.Adam(parameters, lr=rate)  # noqa: E731
+        module = policy(policy_optimizer=optimizer, lora=LORA, optimizer=adam)
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, data(preferences))
+        run.save_checkpoint(tmp_path / "rates.ckpt")
+        moved = {name: (p - before[name]).abs().max().item() for name, p in module.named_parameters()}
+        own = [step for name, step in moved.items() if "critic" in name]
+        return max(own), max(step for name, step in moved.items() if "critic" not in name)
+
+    found = steps(PPO(critic_lora=critic_lora, critic_lr=3e-3), 1e-3)
+    assert found[0] == pytest.approx(3e-3, rel=0.05) and found[1] == pytest.approx(1e-3, rel=0.05)
+    found = steps(PPO(critic_lora=critic_lora), 1e-6)  # by default not below 1e-5 ...
+    assert found[0] == pytest.approx(1e-5, rel=0.1) and found[1] == pytest.approx(1e-6, rel=0.1)
+    groups = torch.load(tmp_path / "rates.ckpt", weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-6, 1e-5]
+    found = steps(PPO(critic_lora=critic_lora), 1e-3)  # ... nor below the policy's
+    assert found[0] == pytest.approx(1e-3, rel=0.05)
+    with pytest.raises(UsageError, match=r"critic_lr is 0: give more than 0"):
+        PPO(critic_lr=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"lora": replace(LORA, dropout=0.1)}, "model.lora"), ({"lora": LORA, "policy_optimizer": None}, "critic_lora")],
+)
+def test_an_adapter_with_dropout_is_refused(options, named, policy):
+    if "policy_optimizer" in options:
+        options = {**options, "policy_optimizer": PPO(critic_lora=replace(LORA, dropout=0.1))}
+    with pytest.raises(UsageError, match=rf"{named}.dropout is 0.1: a policy has no dropout"):
+        policy(**options)

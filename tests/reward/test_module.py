@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, PairBatch, Split, View
+from moslim.errors import UsageError
 from moslim.lora import LoraOptions
 from moslim.optim import WarmupDecay
 from moslim.preferences import PreferenceSet
@@ -180,21 +181,36 @@ def test_calibration_can_be_left_out(preferences: PreferenceSet, backbone: str, 
     assert not [key for key in run.callback_metrics if "calibration" in key]
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize(
     ("loss", "hidden"), [(CrossEntropy(), None), (Corn(), 8), (Regression(), None)], ids=["linear", "corn", "mse"]
 )
-def test_bfloat16_trains_in_both_forms_with_recomputed_activations(
-    loss: LevelLoss, hidden: int | None, precision: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+def test_bfloat16_trains_float32_weights_with_recomputed_activations(
+    loss: LevelLoss, hidden: int | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
     module = make(preferences, backbone, loss=loss, head_hidden=hidden, gradient_checkpointing=True)
     before = {name: p.detach().float().clone() for name, p in module.named_parameters()}
-    run = trainer(tmp_path, max_steps=6, precision=precision)
+    run = trainer(tmp_path, max_steps=6, precision="bf16-mixed")
     run.fit(module, data(preferences, ComparedSource(labelled=True)))
     assert run.callback_metrics["train/loss"].isfinite() and run.callback_metrics["val/loss"].isfinite()
     assert all(p.isfinite().all() for p in module.parameters())
     assert not any(torch.equal(p.float(), before[name]) for name, p in module.named_parameters() if p.ndim == 2)
     assert module(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_weights_in_bfloat16_are_tested_but_not_trained(
+    lora: LoraOptions | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    rows = data(preferences, ComparedSource(labelled=True))
+    with pytest.raises(
+        UsageError, match=r"held in bfloat16 \(such as classifier\..*set trainer.precision to bf16-mixed"
+    ):
+        trainer(tmp_path, max_steps=1, precision="bf16-true").fit(make(preferences, backbone, lora=lora), rows)
+    losses = [
+        trainer(tmp_path, precision=precision).validate(make(preferences, backbone, lora=lora), rows, verbose=False)[0]
+        for precision in ("bf16-true", "32-true")
+    ]
+    assert losses[0]["val/loss"] == pytest.approx(losses[1]["val/loss"], rel=0.02)
 
 
 def test_frozen_weights_stay_out_of_checkpoints_which_load_strictly(

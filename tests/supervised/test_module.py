@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, Split, View
+from moslim.errors import UsageError
 from moslim.models import Architecture, PretrainedTokenizer, WorkbenchTokenizer
 from moslim.optim import WarmupDecay
 from moslim.policy.engines import TorchEngine
@@ -313,3 +314,8 @@ def test_several_processes_may_not_write_one_file(tmp_path: Path) -> None:
 
     with pytest.raises(ProcessRaisedException, match="run it in one process"):
         trainer(tmp_path, devices=2, strategy="ddp_fork").predict(module(), data())
+
+
+def test_weights_in_bfloat16_are_not_trained(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"held in bfloat16 \(such as model\..*set trainer.precision to bf16-mixed"):
+        trainer(tmp_path, max_steps=1, precision="bf16-true").fit(module(), data())

@@ -74,7 +74,7 @@ class GoldJudge(Judge):
         for question, answer in zip(questions, answers, strict=True):
             found = gold_levels(question, answer)
             rows.append([float(found[name]) for name in names])
-        return torch.tensor(rows).reshape(len(rows), len(names))
+        return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(names))
 
 
 class ClassifierJudge(Judge):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moslim.errors import UsageError
 from moslim.plugin import Plugin
+from moslim.precision import full_precision
 from moslim.preferences import PreferenceSet
 
 
@@ -115,6 +116,7 @@ class MappingFunction(Plugin, ABC):
     def observe(self, probs: Tensor, targets: Tensor) -> None:
         """Called once per training rollout, before the rewards are computed: the only place to update statistics."""
 
+    @full_precision()
     def __call__(self, probs: Tensor, targets: Tensor, groups: Tensor) -> MappedReward:
         """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments.
 

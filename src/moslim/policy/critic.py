@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from moslim.lora import LoraOptions
 from moslim.policy.predictor import kept
-from moslim.precision import widened
+from moslim.precision import apply_wide
+
+CRITIC_RATE = 1e-5
+"""A policy's usual rate of 1e-6 is too low for a head that starts at 0: verl and OpenRLHF have about this one, too."""
 
 
 @dataclass
@@ -18,9 +21,12 @@ class CriticOptions:
 
     Args:
         lora: Adapter of the critic's own on the policy's frozen base; None = a head on the policy's trunk.
+        lr: Rate at which its head and adapter are trained; None = :data:`CRITIC_RATE`, or the policy's where that is
+            higher.
     """
 
     lora: LoraOptions | None = None
+    lr: float | None = None
 
 
 class ValueHead(nn.Module):
@@ -38,8 +44,7 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Values of states in which tokens were chosen: ``[M, H]`` to ``[M]``, float32 or finer."""
-        values = self.linear(states.to(self.linear.weight.dtype))[..., 0]
-        return widened(values).clone()  # a view could lose the hooks of FSDP
+        return apply_wide(self.linear, states)[..., 0].clone()  # a view could lose the hooks of FSDP
 
 
 def trunk(model: Any) -> Any:

@@ -20,11 +20,12 @@ from moslim.identity import Entries
 from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
 from moslim.models import eos_ids, fuse_kernels, load_causal_lm
-from moslim.optim import configure
+from moslim.optim import RateGroup, configure
 from moslim.packing import AnswerBatch
 from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
 from moslim.policy.ahead import TrainingAnswers
 from moslim.policy.answering import Answerer, Purpose
+from moslim.policy.critic import CRITIC_RATE
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
 from moslim.policy.logprobs import answer_logprobs
@@ -40,6 +41,7 @@ from moslim.policy.sharing import Share, load_scorer
 from moslim.policy.state import load_run, save_run
 from moslim.policy.sweep import settings
 from moslim.policy.update import forward
+from moslim.precision import full_precision
 from moslim.preferences import PreferenceSet
 from moslim.processes import averaged
 from moslim.reporting import due
@@ -87,7 +89,9 @@ class PolicyTrainer(PolicyEvaluation):
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
         gradient_checkpointing: Save memory by computing activations twice.
         liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
-        dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too.
+        dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too. Weights in
+            ``bfloat16`` or ``float16`` cannot be trained, but low-rank adapters on them can, whose weights are float32;
+            ``float16`` needs ``trainer.precision: 16-mixed`` besides.
         reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
         base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
             the adapter names.
@@ -229,7 +233,9 @@ class PolicyTrainer(PolicyEvaluation):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
         rate = 1e-5 if self.roles.adapted else 1e-6
-        return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
+        options = self.policy_optimizer.critic
+        apart = RateGroup(self.roles.critic_parameters, options.lr, CRITIC_RATE) if options else None
+        return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate, apart)
 
     def setup(self, stage: str) -> None:
         """Moves what is not trained beside the policy.
@@ -308,7 +314,8 @@ class PolicyTrainer(PolicyEvaluation):
             untrained=self.rollout.version == self.global_step,
             in_process=self.engine.in_process,
         )
-        parts = self.policy_optimizer.loss(update)
+        with full_precision():
+            parts = self.policy_optimizer.loss(update)
         loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
         if default_kl is not None:
             loss = loss + self.default_kl_coef * default_kl
@@ -351,10 +358,12 @@ class PolicyTrainer(PolicyEvaluation):
         clock.lap("time/critic")
         targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
         mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
-        checked = self.reward_functions(answers, targets, batch.columns)
-        mapped = self.reward_functions.join(mapped, checked, self.mapping.is_mean)
-        scores = group_scores(mapped, found, reference, critic, self.missing_end_penalty, self.samples_per_prompt)
-        returns = optimizer.returns(scores)
+        with full_precision():
+            checked = self.reward_functions(answers, targets, batch.columns)
+            mapped = self.reward_functions.join(mapped, checked, self.mapping.is_mean)
+            scores = group_scores(mapped, found, reference, critic, self.missing_end_penalty, self.samples_per_prompt)
+            returns, advantages, used = optimizer.returns(scores), optimizer.advantages(scores), optimizer.used(scores)
+            optimizer.observe(scores)
         rollout = Rollout(
             key=key,
             input_ids=answers.input_ids,
@@ -366,8 +375,8 @@ class PolicyTrainer(PolicyEvaluation):
             probs=probs,
             per_dimension=mapped.per_dimension,
             rewards=mapped.total,
-            advantages=optimizer.advantages(scores).flatten(0, 1),
-            used=optimizer.used(scores).flatten(),
+            advantages=advantages.flatten(0, 1),
+            used=used.flatten(),
             ended=found.ended,
             questions=answers.questions,
             answers=answers.texts,
@@ -377,7 +386,6 @@ class PolicyTrainer(PolicyEvaluation):
             engine_logprobs=by_engine,
             version=self.global_step,
         )
-        optimizer.observe(scores)
         progress = averaged(progress_metrics(rollout))
         self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
         if due(self.trainer, self.steps_per_rollout):

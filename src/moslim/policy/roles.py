@@ -44,7 +44,8 @@ class Roles:
         active: Whose passes the policy's model makes at present.
 
     Raises:
-        UsageError: The critic's adapter has no frozen base to stand on, or would be lost in recomputed activations.
+        UsageError: An adapter is to have dropout; or the critic's has no frozen base to stand on, or would be lost in
+            recomputed activations.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Roles:
         gradient_checkpointing: bool = False,
         critic: CriticOptions | None = None,
     ) -> None:
+        _refuse_dropout("model.lora", lora)
+        _refuse_dropout("policy_optimizer.critic_lora", critic.lora if critic else None)
         self._copy = None if lora else deepcopy(model).requires_grad_(False).eval()
         if gradient_checkpointing:
             checkpoint_activations(model)
@@ -108,6 +111,11 @@ class Roles:
         models = (unwrapped(self.policy), self.critic, self._copy)
         self._shards = [StepShards(model, mesh) for model in models if model is not None]
 
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The weights that only the critic has: its head, and its adapter if it has one."""
+        return [*(self.critic.parameters() if self.critic is not None else ()), *self.adapter("critic")]
+
     def gather(self) -> None:
         """Makes sharded weights whole for a step; those of a reference that is a copy, when it is first asked."""
         for shards in self._trained_shards:
@@ -145,7 +153,7 @@ class Roles:
         head = self.critic.parameters() if role == "critic" and self.critic is not None else ()
         return [*(p for p in self.policy.parameters() if id(p) not in others), *head]
 
-    def adapter(self, role: Role) -> list[Tensor]:
+    def adapter(self, role: Role) -> list[nn.Parameter]:
         """The weights of a role's own adapter; none if it has none."""
         return [self.policy.get_parameter(name) for name in self._adapters.get(role, ())]
 
@@ -225,6 +233,14 @@ def _check_critic_lora(lora: LoraOptions | None, gradient_checkpointing: bool) -
         raise UsageError(
             "policy_optimizer.critic_lora: gradient_checkpointing would compute the critic's activations again "
             "with the policy's adapter: turn one of them off"
+        )
+
+
+def _refuse_dropout(option: str, lora: LoraOptions | None) -> None:
+    if lora is not None and lora.dropout:
+        raise UsageError(
+            f"{option}.dropout is {lora.dropout}: a policy has no dropout, nor has its adapter or critic, since the "
+            "probabilities of sampled answers are computed again and must agree: leave it out"
         )
 
 

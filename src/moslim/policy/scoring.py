@@ -10,10 +10,12 @@ from moslim.policy.engines import Completions
 from moslim.policy.kl import k1
 from moslim.policy.optimizers import GroupScores
 from moslim.policy.rollout import end_penalty
+from moslim.precision import full_precision
 from moslim.processes import of_all_processes, process_rank
 from moslim.sampling import PreferenceSampler
 
 
+@full_precision()
 def map_rewards(
     mapping: MappingFunction, sampler: PreferenceSampler | None, probs: Tensor, targets: Tensor, samples: int
 ) -> MappedReward:
@@ -36,6 +38,7 @@ def map_rewards(
     return MappedReward(mapped.total[own], mapped.per_dimension[own], mapped.weights[own])
 
 
+@full_precision()
 def group_scores(
     mapped: MappedReward,
     found: Completions,

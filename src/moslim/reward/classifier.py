@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from moslim.errors import UsageError
 from moslim.loading import CLASSIFIER_TYPE, is_causal, load_whole
 from moslim.models import align, load_backbone
-from moslim.precision import widened
+from moslim.precision import apply_wide, full_precision
 from moslim.preferences import PreferenceSet
 from moslim.reward.heads import HeadLinear, HeadShape, OwnHeads
 from moslim.reward.links import LINKS, LinkName
@@ -227,12 +227,13 @@ class PreferenceClassifier(PreTrainedModel):
         layers: tuple[Tensor, ...] = self.backbone(**inputs, output_hidden_states=True).hidden_states
         return layers[self.config.layer]
 
+    @full_precision()
     def classify(self, features: Tensor) -> PreferenceClassifierOutput:
-        """Classifies pooled hidden states ``[B, H]``."""
-        raw = self.head(features)
+        """Classifies pooled hidden states ``[B, H]``, in float32 or finer whatever the run's precision."""
+        raw = apply_wide(self.head, features)
         if len(self.added):
-            raw = torch.cat([raw, self.added(features)], dim=-1)
-        parts = widened(raw).split(self.head_widths, dim=-1)
+            raw = torch.cat([raw, apply_wide(self.added, features)], dim=-1)
+        parts = raw.split(self.head_widths, dim=-1)
         widest = max(self.head_widths)
         scores = torch.stack([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts], dim=1)
         logits = LINKS[self.config.link].logits(scores, self.preferences.sizes)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
+from moslim.precision import full_precision, widened
 from moslim.preferences import PreferenceSet
 
 
@@ -30,6 +31,7 @@ class BradleyTerry:
     scale: float = 1.0
     margin_scale: float = 1.0
 
+    @full_precision()
     def __call__(self, gaps: Tensor, compared: Tensor, margins: Tensor, count: Tensor | None = None) -> Tensor:
         """Returns the mean over the comparisons, without the weight; 0 where there are none.
 
@@ -39,6 +41,7 @@ class BradleyTerry:
             margins: ``[P]``, least gap wanted, in levels.
             count: What to divide the sum by; None = the number of comparisons that speak about any dimension.
         """
+        gaps = widened(gaps)
         cells = -F.logsigmoid(self.scale * (gaps - self.margin_scale * margins[:, None].to(gaps.dtype)))
         each = (cells * compared).sum(1) / compared.sum(1).clamp(min=1)
         count = comparisons(compared) if count is None else count
@@ -52,16 +55,11 @@ def comparisons(compared: Tensor) -> Tensor:
 
 def credit(gaps: Tensor) -> Tensor:
     """1 where the better answer has the higher expected level, 0 where it has the lower one, 1/2 for a tie."""
-    return (gaps.detach().sign() + 1) / 2
-
-
-def pair_accuracy(gaps: Tensor, compared: Tensor) -> Tensor:
-    """How often the better answer has the higher expected level, of ``[P, D]`` each; a tie counts half."""
-    return (credit(gaps) * compared).sum() / compared.sum().clamp(min=1)
+    return (widened(gaps.detach()).sign() + 1) / 2
 
 
 class PairMetrics(Metric):
-    """:func:`pair_accuracy` over an epoch.
+    """How often the better answer has the higher expected level, over an epoch; a tie counts half.
 
     Args:
         preferences: The dimensions.
@@ -74,8 +72,8 @@ class PairMetrics(Metric):
     def __init__(self, preferences: PreferenceSet) -> None:
         super().__init__()
         self.preferences = preferences
-        self.add_state("right", torch.zeros(len(preferences)), "sum")
-        self.add_state("count", torch.zeros(len(preferences)), "sum")
+        self.add_state("right", torch.zeros(len(preferences), dtype=torch.float32), "sum")
+        self.add_state("count", torch.zeros(len(preferences), dtype=torch.float32), "sum")
 
     def update(self, gaps: Tensor, compared: Tensor) -> None:
         """Counts comparisons: gaps in expected level and what they speak about, both ``[P, D]``."""

@@ -239,7 +239,7 @@ class ClassifierEvaluation(RunModule):
     def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""
         if batch.features is not None:
-            output = self.classifier.classify(batch.features.to(self.classifier.dtype))
+            output = self.classifier.classify(batch.features)
         elif self.training:
             output = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         else:

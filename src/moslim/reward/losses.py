@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moslim.errors import UsageError
-from moslim.precision import widened
+from moslim.precision import full_precision, widened
 from moslim.reward.links import LINKS, LinkName, lacking
 
 MISSING = -1
@@ -62,6 +62,7 @@ class LevelLoss(ABC):
         """
         return widened(targets).sum(-1)
 
+    @full_precision()
     def __call__(
         self, scores: Tensor, targets: Tensor, sizes: Sequence[int], counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,7 @@ class LevelLoss(ABC):
             UsageError: There is not one weight per head.
         """
         _check_length("weights", self.weights, len(sizes), "dimensions")
+        scores = widened(scores)
         targets = targets.to(scores.dtype)  # under bf16-true, inputs come rounded
         labelled = (targets > 0).any(-1)
         cells = self.cells(scores, targets, sizes).where(labelled, 0.0)
@@ -156,7 +158,7 @@ class SoftOrdinal(LevelLoss):
         closeness = -self.alpha * (level[:, None] - level).abs()  # [label, level]
         absent = lacking(sizes, targets.device)[:, None]
         spread = closeness.masked_fill(absent, -torch.inf).softmax(-1)  # [D, label, level]
-        return cross_entropy(scores.log_softmax(dim=-1), torch.einsum("bdy,dyk->bdk", targets, spread))
+        return cross_entropy(scores.log_softmax(dim=-1), (targets[..., None] * spread).sum(-2))
 
 
 class Corn(LevelLoss):

@@ -40,7 +40,7 @@ class LevelMetrics(Metric):
         width = self.confusion.shape[-1]
         labelled = (levels != MISSING)[..., None]
         truth = F.one_hot(levels.clamp(min=0), width) * labelled
-        self.confusion += torch.einsum("bdt,bdp->dtp", truth.float(), F.one_hot(predicted, width).float()).long()
+        self.confusion += (truth[..., None] * F.one_hot(predicted, width)[..., None, :]).sum(0)  # exact: whole numbers
 
     def compute(self) -> dict[str, Tensor]:
         """``dimension/measure`` and ``mean/measure`` (over heads) to value; what is undefined is left out.
@@ -87,8 +87,8 @@ class LossMean(Metric):
 
     def __init__(self, parts: int) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(parts), "sum")
-        self.add_state("counts", torch.zeros(parts), "sum")
+        self.add_state("sums", torch.zeros(parts, dtype=torch.float32), "sum")
+        self.add_state("counts", torch.zeros(parts, dtype=torch.float32), "sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
         """Adds what a batch holds: the sum of each part and what it is to be divided by, ``[L]`` both."""

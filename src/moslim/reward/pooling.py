@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moslim.precision import at_least_float32, widened
+
 Pooling = Literal["last", "mean", "first", "max"]
 
 
@@ -20,9 +22,9 @@ def pool(hidden: Tensor, mask: Tensor, kinds: Sequence[Pooling]) -> Tensor:
         kinds: ``last`` or ``first`` (the state of that token), ``mean`` or ``max`` (over all tokens).
 
     Returns:
-        ``[B, P * H]`` for ``P`` kinds, side by side in their order.
+        ``[B, P * H]`` float32 or finer, for ``P`` kinds, side by side in their order.
     """
-    parts = [_pooled(hidden, mask, kind) for kind in kinds]
+    parts = [widened(_pooled(hidden, mask, kind)) for kind in kinds]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -35,5 +37,5 @@ def _pooled(hidden: Tensor, mask: Tensor, kind: Pooling) -> Tensor:
         return hidden[torch.arange(len(end), device=end.device), end]
     if kind == "max":
         return hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
-    weights = mask[..., None].to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    total = (hidden * mask[..., None].to(hidden.dtype)).sum(1, dtype=at_least_float32(hidden.dtype))
+    return total / mask.sum(1, keepdim=True).clamp(min=1)

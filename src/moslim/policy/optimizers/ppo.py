@@ -39,6 +39,8 @@ class PPO(PolicyGradient):
         value_clip: How far a value may move from that of the rollout before its gradient stops; None = any distance.
         critic_lora: Low-rank adapter of the critic's own on the policy's base, which needs ``model.lora``; None = the
             critic is a head on the policy's trunk, and the value loss trains the trunk too.
+        critic_lr: Rate of the critic's own weights, its head and adapter, which follow the schedule of all others;
+            None = 1e-5, or the policy's rate where that is higher.
     """
 
     reduction: Reduction = "token_mean"
@@ -48,6 +50,7 @@ class PPO(PolicyGradient):
     value_coef: float = 0.1
     value_clip: float | None = 0.2
     critic_lora: LoraOptions | None = None
+    critic_lr: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,11 +58,12 @@ class PPO(PolicyGradient):
         self.within_unit("lam")
         self.above("value_coef", 0)
         self.above("value_clip", 0)
+        self.above("critic_lr", 0)
 
     @property
     def critic(self) -> CriticOptions:
         """A value head, with an adapter of its own if one is given."""
-        return CriticOptions(self.critic_lora)
+        return CriticOptions(self.critic_lora, self.critic_lr)
 
     def advantages(self, rewards: GroupScores) -> Tensor:
         surplus = self._surplus(rewards)
