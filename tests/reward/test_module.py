@@ -213,6 +213,18 @@ def test_weights_in_bfloat16_are_tested_but_not_trained(
     assert losses[0]["val/loss"] == pytest.approx(losses[1]["val/loss"], rel=0.02)
 
 
+@pytest.mark.parametrize("option", ["classifier", "extend"])
+def test_a_classifier_saved_in_bfloat16_goes_on_in_float32(
+    option: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    first = make(preferences, backbone, loss=CrossEntropy(), calibrate=False)
+    first.classifier.to(torch.bfloat16)
+    first.export(tmp_path / "saved")
+    named = preferences if option == "classifier" else PreferenceSet({"length": ["short", "long"]})
+    module = RewardClassifier(named, calibrate=False, **{option: str(tmp_path / "saved")})
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
 def test_frozen_weights_stay_out_of_checkpoints_which_load_strictly(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:

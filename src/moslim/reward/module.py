@@ -25,6 +25,7 @@ from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure
+from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
 from moslim.processes import averaged
 from moslim.reporting import due
@@ -180,6 +181,7 @@ class RewardClassifier(ClassifierEvaluation):
             )
         self._before = {} if backbone is not None else saved_record(local_folder(self.start))
         self._record = self._before
+        torch.nn.Module.to(model, at_least_float32(model.dtype))  # a saved one may be in 16 bits, which do not learn
         model.train()  # it is loaded in evaluation mode, without dropout
         if self.trunk == "frozen":
             model.backbone.requires_grad_(False).eval()
