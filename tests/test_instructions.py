@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.instructions import SystemMessage, Tags, Template
+from moslim.instructions import PreferenceInstruction, SystemMessage, Tags, Template, level_words, readings
 from moslim.preferences import Preference, PreferenceSet
 
 PREFERENCES = PreferenceSet({"verbosity": ["short", "long"], "warmth": ["cold", "mild", "warm"]})
@@ -69,8 +69,39 @@ def test_template_refuses_anything_else(text):
         Template(text)
 
 
-def test_template_reserves_what_it_is_told_to_and_the_shipped_delimiters():
-    assert Template("{preferences} => {question}", reserved=["=>"]).reserved == ("[[", "]]", "=>")
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        (Tags(names=False), {f"[[{level}]]": level for level in ("short", "long", "cold", "mild", "warm")}),
+        (SystemMessage(), {"[[Preferences]]": "Preferences"}),
+        (Template("{{Style}} {preferences}! {question}"), {"{Style} warmth: warm": "warmth: warm"}),
+        (Template("{question} = {preferences}"), {"= warmth: warm": "warmth: warm"}),
+        (Template("{preferences} => {question}"), {"warmth: warm =>": "warmth: warm"}),
+        (Template("{preferences} {question}"), {"warmth: warm": ""}),
+        (Tags(), {"[[warmth: warm]]": "warmth: warm", "[[warmth: warm": "warmth: warm"}),
+    ],
+)
+def test_what_reads_as_a_shipped_instruction(instruction, expected):
+    assert readings(instruction, PREFERENCES).items() >= expected.items()
+
+
+def test_what_an_instruction_writes_for_a_level_reads_as_one_whoever_wrote_the_class():
+    class Own(PreferenceInstruction):
+        def render(self, messages, preference, preferences):
+            words = ", ".join(f"{name} {level}" for name, level in level_words(preference, preferences))
+            return [{"role": "system", "content": "Be good."}, *messages[:-1], {
+                "role": "user", "content": f"{messages[-1]['content']}\nWanted: {words}"
+            }]  # fmt: skip
+
+    assert readings(Own(), PREFERENCES) == {
+        f"Wanted: {dimension.name} {level}": "" for dimension in PREFERENCES.dimensions for level in dimension.levels
+    }
+    shared = PreferenceSet({"size": ["low", "high"], "heat": ["low", "hot"]})
+    assert readings(Tags(names=False), shared)["[[low]]"] == "low"
+
+
+def test_template_reserves_what_it_is_told_to():
+    assert Template("{preferences} => {question}", reserved=["=>"]).reserved == ("=>",)
 
 
 @pytest.mark.parametrize(

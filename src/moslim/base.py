@@ -111,10 +111,9 @@ class RunModule(LightningModule):
         return self.trainer.global_step > 0 and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
 
     @property
-    def reserved(self) -> tuple[str, ...]:
-        """Strings by which a policy knows the instruction; none where no data module writes one."""
-        instruction = getattr(getattr(self.trainer, "datamodule", None), "instruction", None)
-        return () if instruction is None else instruction.reserved
+    def instruction_patterns(self) -> tuple[Any, ...]:
+        """What a policy would read as an instruction; nothing where no data module writes one."""
+        return getattr(getattr(self.trainer, "datamodule", None), "instruction_patterns", ())
 
     @property
     def predictions_file(self) -> Path:

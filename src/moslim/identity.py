@@ -6,6 +6,7 @@ lists each option with both values, unless ``model.accept_changes`` names the op
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -164,10 +165,11 @@ def described(part: Any) -> Entries:
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
-    """Hash of rows, dataclasses of plain data, in their order."""
+    """Hash of rows, dataclasses of plain data, in their order; of the fields by which they are compared."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr([_ordered(value) for value in vars(row).values()]).encode("utf-8", "surrogatepass"))
+        values = [_ordered(getattr(row, field.name)) for field in dataclasses.fields(row) if field.compare]
+        digest.update(repr(values).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:16]
 
 

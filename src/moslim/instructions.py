@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from string import Formatter
 
 from moslim.data.types import Message
@@ -11,8 +12,9 @@ from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 OPENING, CLOSING = "[[", "]]"
-RESERVED = (OPENING, CLOSING)
-"""Delimiters of the shipped instructions. They are taken out of every question and answer."""
+"""Delimiters of the shipped instructions. They are ordinary text but for what an instruction in use writes in them."""
+
+_PROBE = "a question in the place of all"
 
 
 def level_words(preference: Preference, preferences: PreferenceSet) -> list[tuple[str, str]]:
@@ -31,8 +33,8 @@ def level_words(preference: Preference, preferences: PreferenceSet) -> list[tupl
 class PreferenceInstruction(ABC):
     """Writes a preference into a chat. Subclass it, and name the subclass under ``data.instruction``."""
 
-    reserved: tuple[str, ...] = RESERVED
-    """Strings by which the policy recognises the instruction; a question must not be able to forge them."""
+    reserved: tuple[str, ...] = ()
+    """Strings by which the policy recognises the instruction. They are taken out of every question and answer."""
 
     @abstractmethod
     def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
@@ -43,6 +45,34 @@ class PreferenceInstruction(ABC):
             preference: The levels asked for.
             preferences: The dimensions in use, which name the levels.
         """
+
+    def forms(self, preferences: PreferenceSet) -> dict[str, str]:
+        """Returns further texts that read as this instruction, with what is left of each in questions and answers.
+
+        What :meth:`render` writes for a single level, and ``reserved``, are known without it (:func:`readings`). Case,
+        white space and look-alike characters do not count.
+
+        Args:
+            preferences: The dimensions in use.
+        """
+        return {}
+
+
+def readings(instruction: PreferenceInstruction, preferences: PreferenceSet) -> dict[str, str]:
+    """Returns every text that reads as an instruction, with what is left of it in questions and answers.
+
+    It is what the instruction writes for each single level, without what it writes for all of them, and its ``forms``.
+    """
+    written: list[list[str]] = []
+    with suppress(UsageError):  # the run's own prompts will say it, if there are any
+        for dimension in preferences.dimensions:
+            for level in range(len(dimension.levels)):
+                chat: list[Message] = [{"role": "user", "content": _PROBE}]
+                messages = instruction.render(chat, Preference({dimension.name: level}), preferences)
+                texts = [part.strip() for message in messages for part in message["content"].split(_PROBE)]
+                written.append([text for text in texts if text])
+    found = {text: "" for texts in written for text in texts if not all(text in others for others in written)}
+    return found | instruction.forms(preferences)
 
 
 class SystemMessage(PreferenceInstruction):
@@ -61,6 +91,10 @@ class SystemMessage(PreferenceInstruction):
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": text}, *messages]
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
+
+    def forms(self, preferences: PreferenceSet) -> dict[str, str]:
+        """``[[Preferences]]``, which loses its brackets."""
+        return {f"{OPENING}Preferences{CLOSING}": "Preferences"}
 
 
 class Tags(PreferenceInstruction):
@@ -91,6 +125,17 @@ class Tags(PreferenceInstruction):
         *before, last = messages
         return [*before, {"role": last["role"], "content": f"{self.text(preference, preferences)} {last['content']}"}]
 
+    def forms(self, preferences: PreferenceSet) -> dict[str, str]:
+        """Each tag, which loses its brackets; also one that is open at an end, if it names its dimension."""
+        forms = {}
+        for dimension in preferences.dimensions:
+            for level in dimension.levels:
+                words = f"{dimension.name}: {level}" if self.names else level
+                forms[f"{OPENING}{words}{CLOSING}"] = words
+                if self.names:
+                    forms |= {f"{OPENING}{words}": words, f"{words}{CLOSING}": words}
+        return forms
+
 
 class Template(PreferenceInstruction):
     """The user's own wording around the last user turn, e.g. ``Please answer like this: {preferences}. {question}``.
@@ -99,14 +144,14 @@ class Template(PreferenceInstruction):
 
     Args:
         text: The wording, with ``{question}`` and ``{preferences}`` once each; ``{{`` and ``}}`` stand for braces.
-        reserved: Strings of the wording that are to be taken out of questions and answers, besides the shipped ones.
+        reserved: Strings of the wording that are to be taken out of every question and answer.
 
     Raises:
         UsageError: A placeholder is missing, repeated or unknown, or asks for an attribute, item or format.
     """
 
     def __init__(self, text: str, reserved: Sequence[str] = ()) -> None:
-        self.reserved = (*RESERVED, *reserved)
+        self.reserved = tuple(reserved)
         try:
             parts = list(Formatter().parse(text))
         except ValueError as error:
@@ -121,6 +166,12 @@ class Template(PreferenceInstruction):
                 "it must hold {question} and {preferences}, each exactly once and plain, and no other"
             )
         self._parts = [(literal, name) for literal, name, _, _ in parts]
+        literals = [""]  # before, between and after the two placeholders
+        for literal, name in self._parts:
+            literals[-1] += literal
+            literals += [""] if name else []
+        place = fields.index("preferences")
+        self._around = literals[place].strip(), literals[place + 1].strip()
 
     def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
         """See the base class."""
@@ -131,6 +182,14 @@ class Template(PreferenceInstruction):
         values = {"question": last["content"], "preferences": words}
         content = "".join(literal + (values[name] if name else "") for literal, name in self._parts)
         return [*before, {"role": last["role"], "content": content}]
+
+    def forms(self, preferences: PreferenceSet) -> dict[str, str]:
+        """Each level in the wording: behind what stands before ``{preferences}`` or else before what follows it."""
+        before, after = self._around
+        words = [f"{dimension.name}: {level}" for dimension in preferences.dimensions for level in dimension.levels]
+        if before:
+            return {f"{before} {level}": level for level in words}
+        return {f"{level} {after}": level for level in words} if after else dict.fromkeys(words, "")
 
 
 def sample_prompts(

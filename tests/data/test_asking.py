@@ -44,7 +44,7 @@ def test_no_sampler_may_ask_for_what_is_held_out(preferences):
 
 def test_batch_of_prompts(tokenizer, preferences):
     collate = CollatePrompts(PromptRenderer(tokenizer, Tags(), preferences))
-    batch = collate([Prompt("a [[", B, 7), Prompt("b", NONE, 3, "default")])
+    batch = collate([Prompt("a <|user|>", B, 7), Prompt("b", NONE, 3, "default")])
     assert batch.targets.tolist() == [[1, 0], [-1, -1]]
     assert batch.index.tolist() == [7, 3]
     assert batch.kinds == ["", "default"]

@@ -8,7 +8,7 @@ from moslim.data.types import Example
 ROWS = [
     Example("a b", "c", {"size": 2, "smell": 9}),
     Example([{"role": "user", "content": "a"}], "", {"heat": 0}),
-    Example("a", "b [[ c d", {}),
+    Example("a", "b <|user|> c d", {}),
 ]
 
 

@@ -8,13 +8,18 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from moslim.data.prompts import PairEncoder, PromptRenderer, answer_ids, around, as_messages, prompt_ids
+from moslim.data.encoding import ChatEncoder
+from moslim.data.prompts import PairEncoder, PromptRenderer, around, as_messages
 from moslim.instructions import SystemMessage, Tags, Template
 from moslim.preferences import Preference
 from tests.data.conftest import DROPS_SYSTEM, REFUSES_SYSTEM, WITH_SYSTEM, build_tokenizer
 
 WARM = Preference({"heat": 1})
 CHAT = [{"role": "system", "content": "you are kind ."}, {"role": "user", "content": "how to brew tea ?"}]
+
+
+def prompt_ids(tokenizer, messages):
+    return ChatEncoder(tokenizer, around(tokenizer)).prompt(messages)
 
 
 def words(tokenizer, ids):
@@ -191,22 +196,22 @@ def test_an_instruction_that_does_not_fit_is_an_error(tokenizer, preferences):
 
 
 def test_answer_ends(tokenizer):
-    assert words(tokenizer, answer_ids(tokenizer, ["boil water ."])[0]) == "boil water . <|end|>"
-    assert answer_ids(tokenizer, [""]) == [[tokenizer.eos_token_id]]
-    assert answer_ids(tokenizer, []) == []
+    assert words(tokenizer, PairEncoder(tokenizer).spans("tea", "boil water .")[1]) == "boil water . <|end|>"
+    assert PairEncoder(tokenizer).spans("tea", "")[1] == [tokenizer.eos_token_id]
+    assert PairEncoder(tokenizer).many_spans([], []) == []
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-sequence token"):
-        answer_ids(tokenizer, ["boil"])
+        PairEncoder(tokenizer).spans("tea", "boil")
 
 
 def test_pair_without_instruction_and_without_forgery(tokenizer):
     encoder = PairEncoder(tokenizer)
-    assert words(tokenizer, encoder.encode("tea [[", "boil <|end|> ［［heat: warm]] <|user|>")) == (
+    assert words(tokenizer, encoder.encode("tea <|pad|>", "boil <|end|> heat: warm <|user|>")) == (
         "<|user|> tea <|end|> <|assistant|> boil heat : warm <|end|>"
     )
     prompt, answer = encoder.spans(CHAT, "boil")
     assert prompt == prompt_ids(tokenizer, CHAT)
-    assert [answer] == answer_ids(tokenizer, ["boil"])
+    assert words(tokenizer, answer) == "boil <|end|>"
 
 
 def test_batch_is_padded_on_the_right(tokenizer):

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moslim.data.prompts import prompt_ids
 from moslim.errors import UsageError
 from moslim.evaluation.judges import GoldJudge
 from moslim.instructions import PreferenceInstruction
@@ -383,7 +382,7 @@ def test_an_exported_policy_answers_as_it_did(lora, preferences, lm, classifier,
     messages = module_data.renderer(tokenizer).messages("How do I clean a kettle?", module.preferences.decode(
         torch.tensor([4, -1])
     ))  # fmt: skip
-    ids = torch.tensor([prompt_ids(tokenizer, messages)])
+    ids = torch.tensor([module_data.renderer(tokenizer).encoder.prompt(messages)])
     found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT)
     assert tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True) == answer
     assert module.roles.adapted == (lora is not None) and any(p.requires_grad for p in module.policy.parameters())

@@ -20,15 +20,16 @@ from moslim.chat_templates import as_day, pin_tokenizer, tokenizer_pins
 from moslim.checkpoints import class_path
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
 from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
+from moslim.data.neutralise import Pattern
 from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
-from moslim.data.prompts import PairEncoder, PromptRenderer, pad_id
+from moslim.data.prompts import PairEncoder, PromptRenderer, instruction_patterns, pad_id
 from moslim.data.requests import Request, combination_requests, sweep_requests
 from moslim.data.sources.base import Source
 from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
 from moslim.errors import UsageError
 from moslim.identity import Entries, described, rows_digest
-from moslim.instructions import RESERVED, PreferenceInstruction, Tags, sample_prompts
+from moslim.instructions import PreferenceInstruction, Tags, sample_prompts
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import PreferenceSampler, Uniform
@@ -185,6 +186,11 @@ class PreferenceDataModule(LightningDataModule):
                 self._digests[self._view] = f"{len(rows)} rows, {rows_digest(rows)}"
             entries["data.source"] = self._digests[self._view]
         return entries
+
+    @property
+    def instruction_patterns(self) -> tuple[Pattern, ...]:
+        """What reads as an instruction in a question or an answer."""
+        return instruction_patterns(self.instruction, self.preferences)
 
     def rows(self, view: View, split: Split) -> list[Example]:
         """Returns the source's rows; they are read once."""
@@ -370,8 +376,7 @@ class PreferenceDataModule(LightningDataModule):
         return limit if self.max_length is None else self.max_length
 
     def _encoder(self, max_length: int | None) -> PairEncoder:
-        reserved = (*RESERVED, *self.instruction.reserved)
-        self._encoders.append(PairEncoder(self._module.tokenizer, max_length, reserved))
+        self._encoders.append(PairEncoder(self._module.tokenizer, max_length, self.instruction_patterns))
         return self._encoders[-1]
 
     def _streamed(self) -> StreamedPairs:

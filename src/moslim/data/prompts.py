@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moslim.data.neutralise import Neutraliser, special_strings
+from moslim.data.encoding import ChatEncoder, Frame
+from moslim.data.neutralise import Pattern
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
-from moslim.instructions import RESERVED, PreferenceInstruction
+from moslim.instructions import PreferenceInstruction, readings
 from moslim.literals import quoted
 from moslim.preferences import Preference, PreferenceSet
 
@@ -61,58 +61,11 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UsageError("the tokenizer has no end-of-sequence token, so no answer can end: set tokenizer.eos_token")
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
-    """Returns the ids of each answer, followed by the end token; tokenised together, equal ones once."""
-    texts = list(dict.fromkeys(answers))
-    ids = dict(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [], strict=True))
-    end = end_id(tokenizer)
-    return [[*ids[answer], end] for answer in answers]
-
-
-def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows system messages: some refuse them, some drop them silently."""
-    probe = [{"role": "system", "content": "probe-of-system-role"}, {"role": "user", "content": "question"}]
-    try:
-        return "probe-of-system-role" in tokenizer.apply_chat_template(probe, tokenize=False)
-    except TemplateError:
-        return False
-
-
-def fit_roles(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Message]:
-    """Moves a leading system message into the first user turn where the template has no system role."""
-    if messages[0]["role"] != "system" or tokenizer.chat_template is None or has_system_role(tokenizer):
-        return messages
-    system, first, *rest = messages
-    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-
-
-Frame = tuple[list[int], list[int]]
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message], frame: Frame | None = None) -> list[int]:
-    """Returns the ids of a chat up to the point where the answer begins.
-
-    Without a chat template, the contents stand one per line, between the special tokens that the tokenizer puts around
-    a text (:func:`around`).
-
-    Args:
-        tokenizer: The tokenizer.
-        messages: The chat.
-        frame: What :func:`around` returns of the tokenizer, where it is known already.
-
-    Raises:
-        UsageError: The chat template refuses the messages.
-    """
-    if tokenizer.chat_template is None:
-        text = "".join(f"{message['content']}\n" for message in messages)
-        before, after = around(tokenizer) if frame is None else frame
-        return [*before, *tokenizer(text, add_special_tokens=False)["input_ids"], *after]
-    try:
-        chat = tokenizer.apply_chat_template(fit_roles(tokenizer, messages), tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        roles = [message["role"] for message in messages]
-        raise UsageError(f"the tokenizer's chat template refuses messages with roles {roles}: {error}") from error
-    return tokenizer(chat, add_special_tokens=False)["input_ids"]
+def instruction_patterns(instruction: PreferenceInstruction, preferences: PreferenceSet) -> tuple[Pattern, ...]:
+    """Returns what must not be left in questions and answers, as it would read as an instruction."""
+    strings = [pattern for text in instruction.reserved for pattern in (Pattern(text), Pattern(text, match="form"))]
+    forms = readings(instruction, preferences)
+    return (*strings, *(Pattern(text, left, "form") for text, left in forms.items()))
 
 
 class PromptRenderer:
@@ -135,17 +88,16 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.instruction = instruction
         self.preferences = preferences
-        self._neutraliser = Neutraliser({*special_strings(tokenizer), *RESERVED, *instruction.reserved})
-        self._frame = around(tokenizer)
-        self._cutter = _Cutter(max_length, Truncation())
+        self.encoder = ChatEncoder(tokenizer, around(tokenizer), instruction_patterns(instruction, preferences))
+        self._cutter = _Cutter(max_length, Truncation(), self.encoder.least)
 
     def question(self, question: Question) -> Question:
-        """Returns the question without special tokens and reserved delimiters, still text or messages."""
-        return self._neutraliser.question(question)
+        """Returns the question without control tokens, turns and instructions, still text or messages."""
+        return self.encoder.question(question)
 
     def messages(self, question: Question, preference: Preference) -> list[Message]:
         """Returns the chat that the policy is shown, uncut."""
-        return fit_roles(self.tokenizer, self._instructed(as_messages(self.question(question)), preference))
+        return self.encoder.fit_roles(self._instructed(as_messages(self.question(question)), preference))
 
     def ids(self, question: Question, preference: Preference) -> list[int]:
         """Returns the prompt's ids, at most ``max_length``.
@@ -154,9 +106,7 @@ class PromptRenderer:
             UsageError: The instruction and the chat template alone are longer than ``max_length``.
         """
         messages = as_messages(self.question(question))
-        return self._cutter(
-            messages, lambda cut: prompt_ids(self.tokenizer, self._instructed(cut, preference), self._frame)
-        )
+        return self._cutter(messages, lambda cut: self.encoder.prompt(self._instructed(cut, preference)))
 
     def _instructed(self, messages: list[Message], preference: Preference) -> list[Message]:
         return self.instruction.render(messages, preference, self.preferences)
@@ -189,9 +139,10 @@ class PairEncoder:
         tokenizer: Tokenizer of the model that reads the pairs.
         max_length: Most tokens of a pair. The question is cut from its start; if that is not enough, so is the
             answer, whose end is always kept.
-        reserved: Delimiters to take out, besides the special tokens.
+        instruction: What reads as an instruction, to be taken out besides control tokens and turns.
 
     Attributes:
+        encoder: What makes the ids.
         truncation: How many pairs were encoded, and how many of them were cut.
     """
 
@@ -199,14 +150,14 @@ class PairEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
-        reserved: tuple[str, ...] = RESERVED,
+        instruction: Sequence[Pattern] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = Truncation()
-        self._neutraliser = Neutraliser({*special_strings(tokenizer), *reserved})
         self._frame = around(tokenizer)
-        self._cutter = _Cutter(max_length, self.truncation)
+        self.encoder = ChatEncoder(tokenizer, self._frame, instruction)
+        self._cutter = _Cutter(max_length, self.truncation, self.encoder.least)
         self._last: tuple[Question, list[Message], list[int]] | None = None
 
     def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
@@ -215,8 +166,11 @@ class PairEncoder:
 
     def many_spans(self, questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """The same of ``N`` pairs, faster than one by one."""
-        neutral = {answer: self._neutraliser.text(answer) for answer in dict.fromkeys(answers)}
-        ends = answer_ids(self.tokenizer, [neutral[answer] for answer in answers])
+        different = list(dict.fromkeys(answers))
+        ids = dict(
+            zip(different, self.encoder.texts([self.encoder.clean(answer) for answer in different]), strict=True)
+        )
+        ends = [[*ids[answer], end_id(self.tokenizer)] for answer in answers]
         return [self._fit(question, end) for question, end in zip(questions, ends, strict=True)]
 
     def _fit(self, question: Question, end: list[int]) -> tuple[list[int], list[int]]:
@@ -225,15 +179,14 @@ class PairEncoder:
         if self.max_length is None or len(prompt) + len(end) <= self.max_length:
             return prompt, end
         try:
-            ids = self._cutter(messages, lambda cut: prompt_ids(self.tokenizer, cut, self._frame) + end)
+            ids = self._cutter(messages, lambda cut: self.encoder.prompt(cut) + end)
         except ValueError:
             return self._without_question(messages, end, self.max_length)
         return ids[: -len(end)], end
 
     def _without_question(self, messages: list[Message], end: list[int], most: int) -> tuple[list[int], list[int]]:
         """What is left of the prompt and the answer where not even the answer fits; an encoder's first token stays."""
-        bare = [{"role": message["role"], "content": ""} for message in messages]
-        prompt = prompt_ids(self.tokenizer, bare, self._frame)
+        prompt = self.encoder.prompt(without_start(messages, None, self.encoder.least, system=True))
         first = self._frame[0] if self.tokenizer.chat_template is None else []
         room = most - len(first)
         self.truncation.questions += 1
@@ -245,8 +198,8 @@ class PairEncoder:
     def _prompt(self, question: Question) -> tuple[list[Message], list[int]]:
         """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
         if self._last is None or self._last[0] != question:
-            messages = as_messages(self._neutraliser.question(question))
-            self._last = (question, messages, prompt_ids(self.tokenizer, messages, self._frame))
+            messages = as_messages(self.encoder.question(question))
+            self._last = (question, messages, self.encoder.prompt(messages))
         return self._last[1], self._last[2]
 
     def encode(self, question: Question, answer: str) -> list[int]:
@@ -275,16 +228,17 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, 
 class _Cutter:
     """Shortens a question from its start until its encoding fits. Counts what it cut; the first one is a warning."""
 
-    def __init__(self, max_length: int | None, truncation: Truncation) -> None:
+    def __init__(self, max_length: int | None, truncation: Truncation, least: int) -> None:
         self.max_length = max_length
         self._truncation = truncation
+        self._least = least
 
     def __call__(self, messages: list[Message], encode: Callable[[list[Message]], list[int]]) -> list[int]:
         ids = encode(messages)
         if self.max_length is None or len(ids) <= self.max_length:
             return ids
         fewest, most = 1, sum(len(m["content"]) for m in messages if m["role"] != "system")
-        shortest = encode(_without_start(messages, most))
+        shortest = encode(without_start(messages, None, self._least))
         if len(shortest) > self.max_length:
             raise UsageError(
                 f"without any question the text already takes {len(shortest)} tokens, more than max_length = "
@@ -300,7 +254,7 @@ class _Cutter:
         ids = shortest
         while fewest < most:  # binary search: a character more at the start never makes the encoding shorter
             middle = (fewest + most) // 2
-            shorter = encode(_without_start(messages, middle))
+            shorter = encode(without_start(messages, middle, self._least))
             if len(shorter) <= self.max_length:
                 most, ids = middle, shorter
             else:
@@ -308,13 +262,25 @@ class _Cutter:
         return ids
 
 
-def _without_start(messages: list[Message], characters: int) -> list[Message]:
-    """Drops characters from the start of the chat; turns stay, system messages stay whole."""
+def without_start(
+    messages: list[Message], characters: int | None, least: int = 0, system: bool = False
+) -> list[Message]:
+    """Drops characters from the start of the chat; turns stay.
+
+    Args:
+        messages: The chat.
+        characters: How many; None = all.
+        least: Characters that each message keeps.
+        system: Whether system messages are cut, too.
+    """
     result = []
     for message in messages:
-        cut = 0 if message["role"] == "system" else min(characters, len(message["content"]))
-        characters -= cut
-        result.append({"role": message["role"], "content": message["content"][cut:]})
+        content = message["content"]
+        cut = 0 if message["role"] == "system" and not system else max(0, len(content) - least)
+        if characters is not None:
+            cut = min(characters, cut)
+            characters -= cut
+        result.append({"role": message["role"], "content": content[cut:]})
     return result
 
 

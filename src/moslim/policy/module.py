@@ -248,7 +248,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.scorer.to(device)
         if self.roles.policy.dtype == torch.float64 or self.trainer.precision == "64-true":
             self.scorer.classifier.double()
-        self.scorer.reserve(self.reserved)
+        self.scorer.reserve(self.instruction_patterns)
         self.date_classifier()
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this

@@ -303,5 +303,5 @@ class ClassifierEvaluation(RunModule):
     def _scorer(self) -> Scorer:
         """Scores texts with the classifier as it is, and as the data module encodes them."""
         scorer = Scorer(self.classifier, self.tokenizer)
-        scorer.reserve(self.reserved)
+        scorer.reserve(self.instruction_patterns)
         return scorer

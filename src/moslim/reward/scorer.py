@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from moslim.data.neutralise import Pattern
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
-from moslim.instructions import RESERVED
 from moslim.models import load_tokenizer
 from moslim.packing import SharePrefixes, like_length, pass_tokens, worthwhile
 from moslim.precision import at_least_float32
@@ -55,10 +55,10 @@ class Scorer:
         """
         return cls(load_classifier(folder, base), load_tokenizer(folder)).to(device)
 
-    def reserve(self, delimiters: tuple[str, ...]) -> None:
-        """Takes more strings out of questions and answers, which a policy could forge an instruction with."""
+    def reserve(self, instruction: Sequence[Pattern]) -> None:
+        """Takes out of questions and answers what reads as an instruction, too, which a policy could forge."""
         limit = pair_limit(self.classifier.config, self.tokenizer)
-        self._encoder = PairEncoder(self.tokenizer, limit, (*RESERVED, *delimiters))
+        self._encoder = PairEncoder(self.tokenizer, limit, instruction)
 
     @property
     def preferences(self) -> PreferenceSet:
