@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moslim.precision import at_least_float32
+from moslim.recurrence import carries_state
 from moslim.tree import Tree, grow
 
 _NAME = "moslim_tree"
@@ -148,8 +149,8 @@ def reads_trees(trunk: Any, device: torch.device) -> bool:
         if not _READS[trunk]:
             kind = trunk.config.model_type
             rank_zero_info(
-                f"{kind}: its attention cannot read trees: texts that begin alike are computed apart, and sampling "
-                "makes masks anew for every token."
+                f"{kind}: its layers cannot read trees: texts that begin alike are computed apart, and sampling makes "
+                "masks anew for every token."
             )
     return _READS[trunk]
 
@@ -158,7 +159,7 @@ def reads_trees(trunk: Any, device: torch.device) -> bool:
 def _agrees(trunk: Any, device: torch.device) -> bool:
     config = trunk.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if trunk.config.is_encoder_decoder or not _KINDS.issuperset(kinds):
+    if trunk.config.is_encoder_decoder or carries_state(trunk) or not _KINDS.issuperset(kinds):
         return False
     tokens = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 0, 1]], device=device)
     tree = grow(tokens, torch.full((3,), 3, device=device))

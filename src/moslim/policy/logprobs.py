@@ -12,6 +12,7 @@ from moslim.lora import unwrapped
 from moslim.packing import AnswerBatch, Chunk, chunks_by_length, token_positions, worthwhile
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
+from moslim.recurrence import masks_left_padding
 from moslim.tree import Sequences, Tree, in_order
 from moslim.tree_attention import along, reads_trees
 
@@ -36,6 +37,7 @@ class AnswerPass:
         rows: ``[A]`` answers of the batch ...
         columns: ``[A]`` ... and places in them, from 0.
         which: ``[A]`` which of the tokens stands there; None = one after the other.
+        keep: How many positions of a padded pass, from its end, are counted through.
     """
 
     read: Chunk | Tree
@@ -44,6 +46,7 @@ class AnswerPass:
     rows: Tensor
     columns: Tensor
     which: Tensor | None = None
+    keep: int = 0
 
     def states(self, reader: Reader) -> Tensor:
         """Runs a model; its states ``[M, H or V]`` before the tokens."""
@@ -53,7 +56,7 @@ class AnswerPass:
                 return reader.states(needed, **inputs)[0].index_select(0, places)
         ids, attention = self.read.input_ids, self.read.attention_mask
         inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": token_positions(attention)}
-        found = reader.states(self.read.mask.shape[1] + 1, **inputs, use_cache=False)
+        found = reader.states(self.keep, **inputs, use_cache=False)
         return found.flatten(0, 1).index_select(0, self.before)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -85,14 +88,28 @@ def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = 
         found = in_order(ids, lengths)
         if passes.share_prefixes == "always" or worthwhile(int(found.new.sum()), int(lengths.sum())):
             return [_of_tree(batch, rows[part.order], ids[part.order], part) for part in found.parts(tokens)]
-    return [_padded(chunk) for chunk in chunks_by_length(batch, tokens, among)]
+    padded = _padded if masks_left_padding(unwrapped(model)) else _from_the_left
+    return [padded(chunk) for chunk in chunks_by_length(batch, tokens, among)]
 
 
 def _padded(chunk: Chunk) -> AnswerPass:
     mask = chunk.mask
-    states = torch.arange(mask.shape[0] * (mask.shape[1] + 1), device=mask.device).view(mask.shape[0], -1)
+    keep = mask.shape[1] + 1
+    states = torch.arange(mask.shape[0] * keep, device=mask.device).view(mask.shape[0], -1)
     rows, columns = mask.nonzero(as_tuple=True)
-    return AnswerPass(chunk, states[:, :-1][mask], chunk.tokens[mask], chunk.index[rows], columns)
+    return AnswerPass(chunk, states[:, :-1][mask], chunk.tokens[mask], chunk.index[rows], columns, keep=keep)
+
+
+def _from_the_left(chunk: Chunk) -> AnswerPass:
+    """The same with all padding behind the answers, for models that it would otherwise change."""
+    ids, attention = chunk.input_ids, chunk.attention_mask
+    width, prompt = ids.shape[1], ids.shape[1] - chunk.mask.shape[1]
+    lengths = attention[:, :prompt].sum(dim=1)
+    places = (torch.arange(width, device=ids.device) + (prompt - lengths)[:, None]) % width
+    moved = Chunk(chunk.index, ids.gather(1, places), attention.gather(1, places), chunk.mask)
+    rows, columns = chunk.mask.nonzero(as_tuple=True)
+    before = rows * width + lengths[rows] + columns - 1
+    return AnswerPass(moved, before, chunk.tokens[chunk.mask], chunk.index[rows], columns, keep=width)
 
 
 def _of_tree(batch: AnswerBatch, index: Tensor, ids: Tensor, part: Sequences) -> AnswerPass:

@@ -77,7 +77,16 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = (storage[:rows, :, :length] for storage in self._stored())
 
 
-class GrowingCache(DynamicCache):
+class SelectingCache(DynamicCache):
+    """Transformers' own cache for a model, of whose rows some can be chosen, whatever its layers keep of them."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Goes on with the rows at ``indices``, in that order, some of them several times or never."""
+        for layer in self.layers:
+            select_rows(layer, indices)
+
+
+class GrowingCache(SelectingCache):
     """A cache for a model; layers of a kind other than full attention stay transformers' own.
 
     Args:
@@ -97,7 +106,18 @@ class GrowingCache(DynamicCache):
             if isinstance(layer, GrowingLayer):
                 layer.go_on(indices, moved)
             else:
-                cast(Any, layer).batch_select_indices(indices)
+                select_rows(layer, indices)
+
+
+def select_rows(layer: Any, indices: Tensor) -> None:
+    """Goes on with some rows of one of transformers' layers.
+
+    ``batch_select_indices`` knows keys and values only; ``reorder_cache`` of a layer that carries a state knows all.
+    """
+    if hasattr(layer, "recurrent_states") or not hasattr(layer, "batch_select_indices"):
+        layer.reorder_cache(indices)
+    else:
+        layer.batch_select_indices(indices)
 
 
 def _moved(indices: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,14 +10,15 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from moslim.errors import UsageError
 from moslim.lora import unwrapped
-from moslim.packing import token_positions
-from moslim.policy.engines.cache import GrowingCache, GrowingLayer
+from moslim.policy.engines.cache import GrowingCache, GrowingLayer, SelectingCache
 from moslim.policy.engines.choice import DrawMethod
+from moslim.policy.engines.continuation import Continuation, Prompts, Uncached, cached
+from moslim.recurrence import agreement, carries_state, made_up_tokens, masks_left_padding, say_once
 from moslim.tree_attention import reads_trees
 
 CacheKind = Literal["growing", "dynamic", "static"]
@@ -75,24 +75,6 @@ class Decoding:
         return torch.inference_mode() if self.inference_mode and not remote else torch.no_grad()
 
 
-class Continuation(ABC):
-    """``A`` answers in progress.
-
-    Attributes:
-        logits: ``[A, V]`` of their next tokens.
-    """
-
-    logits: Tensor
-
-    @abstractmethod
-    def feed(self, tokens: Tensor) -> None:
-        """Takes the next tokens ``[A]``."""
-
-    @abstractmethod
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the answers only: those at ``rows``, in that order. ``logits`` is not cut."""
-
-
 def begin(
     model: Any, input_ids: Tensor, attention_mask: Tensor, samples: int, room: int, decoding: Decoding
 ) -> Continuation:
@@ -106,53 +88,71 @@ def begin(
         room: Most tokens of an answer.
         decoding: How.
     """
-    prompts = _Prompts(model, input_ids, attention_mask, samples)
+    prompts = Prompts(model, input_ids, attention_mask, samples)
+    if not continues(model):
+        if decoding.cache == "static":
+            raise UsageError(
+                f"engine.decoding.cache is 'static', but this model ({model.config.model_type}) cannot go on from a "
+                "cache here: set it to growing, and compiled to false"
+            )
+        return Uncached(prompts)
     if decoding.cache == "static":
         return _Fixed(prompts, room, decoding)
     return _Flexible(prompts, room, decoding)
 
 
-@dataclass
-class _Prompts:
-    """What both ways begin with; see :func:`begin`."""
+_CONTINUES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
-    model: Any
-    input_ids: Tensor
-    attention_mask: Tensor
-    samples: int
 
-    @property
-    def positions(self) -> Tensor:
-        """``[B, P]``."""
-        return token_positions(self.attention_mask)
+def continues(model: Any) -> bool:
+    """Whether a model can go on from a cache whose rows are chosen, padded on the left.
 
-    def repeated(self, rows: Tensor) -> Tensor:
-        """One row per answer."""
-        return rows.repeat_interleave(self.samples, dim=0)
+    One that carries a state is tried once.
+    """
+    inner = unwrapped(model)
+    if not carries_state(inner):
+        return True
+    if inner not in _CONTINUES:
+        _CONTINUES[inner] = masks_left_padding(inner) and _goes_on(model)
+        if not _CONTINUES[inner]:
+            say_once(
+                f"{inner.config.model_type}: answers cannot go on from a cache whose rows are padded and chosen: every "
+                "token is sampled by a pass over the whole text, which is slow."
+            )
+    return _CONTINUES[inner]
 
-    def computed(self, cache: Cache, share: bool) -> Tensor:
-        """Fills a cache with every prompt once, or else once for each answer; returns the last logits of each."""
-        inputs = (self.input_ids, self.attention_mask, self.positions)
-        ids, attention, positions = inputs if share else map(self.repeated, inputs)
-        return self.model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+
+@torch.no_grad()
+def _goes_on(model: Any) -> bool:
+    """Tries two answers to each of two prompts, of which the last and the first go on, in this order."""
+    ids = made_up_tokens(unwrapped(model), 2, 9)
+    prompts, mask = ids[:, :6], torch.ones_like(ids[:, :6])
+    mask[1, :3] = 0
+    first, second, rows = ids[:, 6:8].flatten(), ids[:, 8], torch.tensor([3, 0], device=ids.device)
+    texts = (torch.cat([prompts[1, 3:], first[3:], second[:1]]), torch.cat([prompts[0], first[:1], second[1:]]))
+    with torch.autocast(model.device.type, enabled=False):
+        whole = torch.stack([model(input_ids=text[None], use_cache=False).logits[0, -1] for text in texts])
+        try:
+            answers = _Flexible(Prompts(model, prompts, mask, 2), 2, Decoding())
+            answers.feed(first)
+            answers.keep(rows)
+            answers.feed(second)
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return False
+    return bool((answers.logits - whole).abs().max() <= agreement(unwrapped(model)) * whole.abs().max())
 
 
 class _Flexible(Continuation):
     """With a cache whose rows come and go: answers to one prompt share a row for as long as they are the same."""
 
-    def __init__(self, prompts: _Prompts, room: int, decoding: Decoding) -> None:
+    def __init__(self, prompts: Prompts, room: int, decoding: Decoding) -> None:
         self._model, self._drop, self._merge = prompts.model, decoding.drop_finished, decoding.merge
         config = prompts.model.config
         total = len(prompts.input_ids) * prompts.samples
         growing = decoding.cache == "growing"
-        self._cache = GrowingCache(config, total, room) if growing else DynamicCache(config=config)
+        self._cache = GrowingCache(config, total, room) if growing else SelectingCache(config=config)
         self.logits = prompts.computed(self._cache, decoding.share_prompts)
         rows = torch.arange(len(self.logits), device=self.logits.device)
         attention, position = prompts.attention_mask, prompts.positions[:, -1:]
@@ -162,9 +162,9 @@ class _Flexible(Continuation):
         else:
             self._row = rows
             attention, position = prompts.repeated(attention), prompts.repeated(position)
-        self._padding = (
-            None if bool(attention.all()) else _Padding(attention, room, _as_they_are(self._model, self._cache))
-        )
+        attends = any(hasattr(layer, "keys") for layer in self._cache.layers)  # a state has left padding behind it
+        padded = attends and not bool(attention.all())
+        self._padding = _Padding(attention, room, _as_they_are(self._model, self._cache)) if padded else None
         self._position = position
         self._places: Tensor | None = None  # of the answers that are still wanted, where others stay in the batch
         self._apart = False  # whether each answer has a row of its own, as it then has to the end
@@ -188,8 +188,7 @@ class _Flexible(Continuation):
             input_ids=tokens[:, None],
             attention_mask=None if self._padding is None else self._padding.next_mask(),
             position_ids=self._position,
-            past_key_values=self._cache,
-            use_cache=True,
+            **cached(self._model, self._cache),
             logits_to_keep=1,
         ).logits[:, -1]
         self.logits = logits[self._row if self._places is None else self._row[self._places]]
@@ -268,7 +267,7 @@ def branches(rows: Tensor, tokens: Tensor, merge: bool) -> tuple[Tensor, Tensor,
 class _Fixed(Continuation):
     """With tensors of one size, in one place, from the first token to the last, as graphs of computation need them."""
 
-    def __init__(self, prompts: _Prompts, room: int, decoding: Decoding) -> None:
+    def __init__(self, prompts: Prompts, room: int, decoding: Decoding) -> None:
         width = prompts.input_ids.shape[1]
         length = -(-(width + room) // _ROUND) * _ROUND
         filled = StaticCache(prompts.model.config, length)
