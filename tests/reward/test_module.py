@@ -213,6 +213,24 @@ def test_weights_in_bfloat16_are_tested_but_not_trained(
     assert losses[0]["val/loss"] == pytest.approx(losses[1]["val/loss"], rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "32-true"])
+def test_shares_of_votes_and_margins_are_not_rounded(
+    precision: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    class Seen(RewardClassifier):
+        def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+            self.shares |= set(batch.targets.flatten().tolist())
+            self.margins |= set(batch.margins.tolist())
+
+    module = Seen(preferences, backbone)
+    module.shares, module.margins = set(), set()
+    rows = data(preferences, ComparedSource(labelled=True))
+    trainer(tmp_path, precision=precision).validate(module, rows, verbose=False)
+    exact = [torch.tensor(value).item() for value in (0, 1 / 3, 2 / 3, 1)]
+    assert sorted(module.shares) == exact
+    assert sorted(module.margins) == [torch.tensor(0.1 * i).item() for i in range(3)]
+
+
 @pytest.mark.parametrize("option", ["classifier", "extend"])
 def test_a_classifier_saved_in_bfloat16_goes_on_in_float32(
     option: str, preferences: PreferenceSet, backbone: str, tmp_path: Path

@@ -14,6 +14,7 @@ from moslim.data.loader import Draw, TokenBudget
 from moslim.data.prompts import PairEncoder, pad
 from moslim.data.types import Example, PairBatch, TextBatch
 from moslim.errors import UsageError
+from moslim.precision import at_least_float32
 from moslim.preferences import Preference, PreferenceSet
 
 
@@ -196,6 +197,17 @@ def level_shares(rows: Sequence[Example], levels: Tensor, preferences: Preferenc
                     preferences.encode(Preference({name: level}))  # refuses what the dimension lacks
                 shares[b, d] = torch.tensor(votes).bincount(minlength=width).float() / len(votes)
     return shares
+
+
+def unrounded(batch: PairBatch, preferences: PreferenceSet) -> PairBatch:
+    """Returns the batch with shares and margins in float32 where Lightning has rounded all inputs to 16 bits."""
+    if batch.targets.dtype == at_least_float32(batch.targets.dtype):
+        return batch
+    shares = level_shares(batch.rows, batch.levels.cpu(), preferences).to(batch.targets.device)
+    margins = [batch.rows[row].margin for row in batch.better.tolist()]
+    return replace(
+        batch, targets=shares, margins=torch.tensor(margins, dtype=torch.float32, device=batch.margins.device)
+    )
 
 
 def one_hot(levels: Tensor, width: int) -> Tensor:

@@ -16,6 +16,7 @@ from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.chat_templates import tokenizer_pins
 from moslim.checkpoints import fingerprint
+from moslim.data.pairs import unrounded
 from moslim.data.types import Example, PairBatch
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
@@ -139,6 +140,10 @@ class ClassifierEvaluation(RunModule):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``[B, D, K]`` of pairs ``[B, T]``, of all heads; ``-inf`` on levels that a dimension lacks."""
         return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Gives labels the precision back that ``bf16-true`` and ``16-true`` take from all inputs."""
+        return unrounded(batch, self.preferences) if isinstance(batch, PairBatch) else batch
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
