@@ -133,6 +133,16 @@ def is_causal(config: PreTrainedConfig) -> bool:
     return bool(kinds & generates)
 
 
+def language_part(model: Any) -> Any:
+    """The part of a model, without an adapter's wrapper, that reads texts: not all of one that sees images, too."""
+    whole = model.get_base_model() if hasattr(model, "peft_config") else model
+    text = whole.config.get_text_config()
+    if text is whole.config:
+        return whole
+    parts = (part for part in whole.modules() if isinstance(part, PreTrainedModel) and type(part.config) is type(text))
+    return next(parts, whole)
+
+
 @contextmanager
 def named(path: str | Path, own_code: bool = False) -> Iterator[None]:
     """Names the model that cannot be loaded.

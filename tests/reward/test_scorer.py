@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, MambaConfig
+from transformers import AutoModel, AutoTokenizer, LlamaConfig, MambaConfig
 
 from moslim.data.prompts import PairEncoder
 from moslim.preferences import PreferenceSet
@@ -99,7 +99,10 @@ def test_longest_pair_is_what_it_was_trained_on_or_what_can_be_read(
 ) -> None:
     family = MambaConfig() if positions is None else LlamaConfig(max_position_embeddings=positions)
     scorer.tokenizer.model_max_length = tokenizer_says
-    assert pair_limit(PreferenceClassifierConfig(family, pair_length=trained_on), scorer.tokenizer) == limit
+    config = PreferenceClassifierConfig(family, pair_length=trained_on)
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(family)
+    assert pair_limit(config, scorer.tokenizer, backbone) == limit
 
 
 def test_no_rows_give_no_scores(scorer: Scorer) -> None:

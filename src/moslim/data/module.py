@@ -58,7 +58,8 @@ class PreferenceDataModule(LightningDataModule):
         sampler: Which preferences are asked for in training. Default: :class:`~moslim.sampling.Uniform`.
         batch_size: Rows of a training batch, per process.
         eval_batch_size: Rows of a batch in validation, test and predict, per process.
-        max_length: Most tokens of a prompt (policy view) or pair (other views). The question loses its start.
+        max_length: Most tokens of a prompt (policy view) or pair (other views). The question loses its start. None =
+            what the module's model can read, where it has a table of positions; else no limit.
         group_by_length: Whether pairs of like length share a training batch, for less padding.
         token_budget: Most tokens, padding included, of a training batch of pairs per process, instead of a number of
             rows. Pairs of like length share a batch, and all rows are used.
@@ -136,7 +137,7 @@ class PreferenceDataModule(LightningDataModule):
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
         """Returns what writes the prompts of training and evaluation, for use elsewhere."""
         self.pin(tokenizer)
-        return PromptRenderer(tokenizer, self.instruction, self.preferences, self.max_length)
+        return PromptRenderer(tokenizer, self.instruction, self.preferences, self._longest(self.max_length))
 
     def pin(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes ``template_args`` and the date into a tokenizer's chat template, in place.
@@ -373,7 +374,13 @@ class PreferenceDataModule(LightningDataModule):
     def _pair_length(self) -> int | None:
         """Most tokens of a pair: ours, else what the module was made for, if it knows."""
         limit: int | None = getattr(self._module, "pair_limit", None)
-        return limit if self.max_length is None else self.max_length
+        return self._longest(limit if self.max_length is None else self.max_length)
+
+    def _longest(self, wanted: int | None) -> int | None:
+        """Most tokens of a prompt or pair that the module can read, where it knows and ``wanted`` is not less."""
+        module = None if self.trainer is None else self.trainer.lightning_module
+        longest: Callable[[int | None], int | None] = getattr(module, "longest", lambda wanted: wanted)
+        return longest(wanted)
 
     def _encoder(self, max_length: int | None) -> PairEncoder:
         self._encoders.append(PairEncoder(self._module.tokenizer, max_length, self.instruction_patterns))

@@ -19,6 +19,7 @@ from moslim.evaluation.report import scalars
 from moslim.evaluation.steerability import measures, steerability
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture
+from moslim.limits import Positions, fit_tokenizer
 from moslim.lora import adapter_scales, merged
 from moslim.models import eos_ids, load_tokenizer
 from moslim.policy.answering import Answerer, Answers, Purpose
@@ -60,7 +61,13 @@ class PolicyEvaluation(RunModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer."""
-        return load_tokenizer(self.model_path, self.trust_remote_code, self.base)
+        tokenizer = load_tokenizer(self.model_path, self.trust_remote_code, self.base)
+        return fit_tokenizer(tokenizer, self.policy, self.model_path)
+
+    def longest(self, wanted: int | None) -> int | None:
+        """Most tokens of a prompt, given the data module's limit; the longest answer must fit behind it."""
+        completion = self.answerer.engine.max_new_tokens
+        return Positions.of(self.policy).longest(wanted, self.model_path, completion)
 
     def meaning(self) -> Entries:
         """What gives the policy's weights their meaning."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -43,9 +43,15 @@ class SharedBackbone(nn.Module):
         self._roles = roles
 
     @property
+    def trunk(self) -> Any:
+        """The policy's transformer."""
+        return trunk(self._roles.policy)
+
+    @property
     def config(self) -> PreTrainedConfig:
         """The trunk's."""
-        return trunk(self._roles.policy).config
+        config: PreTrainedConfig = self.trunk.config
+        return config
 
     @property
     def dtype(self) -> torch.dtype:

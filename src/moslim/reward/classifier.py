@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils.generic import ModelOutput
 
 from moslim.errors import UsageError
+from moslim.limits import Positions
 from moslim.loading import CLASSIFIER_TYPE, is_causal, load_whole
 from moslim.models import align, load_backbone
 from moslim.precision import apply_wide, full_precision
@@ -181,6 +182,7 @@ class PreferenceClassifier(PreTrainedModel):
             raise UsageError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
         if layer is not None and not 1 <= layer <= trunk.config.num_hidden_layers:
             raise UsageError(f"layer = {layer}: '{backbone}' has layers 1 to {trunk.config.num_hidden_layers}")
+        Positions.of(trunk).longest(max_length, str(backbone))
         config = PreferenceClassifierConfig(
             backbone=trunk.config,
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],

@@ -22,6 +22,7 @@ from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture, check_identity, keep_identity
 from moslim.jsonlines import JsonLines
+from moslim.limits import Positions, fit_tokenizer
 from moslim.lora import adapter_scales, is_adapted, merged, unwrapped
 from moslim.models import load_tokenizer
 from moslim.packing import like_length, pass_tokens
@@ -83,7 +84,8 @@ class ClassifierEvaluation(RunModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of what the run started from."""
-        return load_tokenizer(self.start, self.trust_remote_code, self.adapter_base)
+        tokenizer = load_tokenizer(self.start, self.trust_remote_code, self.adapter_base)
+        return fit_tokenizer(tokenizer, unwrapped(self.classifier).backbone, self.start)
 
     @property
     def sources(self) -> dict[str, str | None]:
@@ -93,7 +95,12 @@ class ClassifierEvaluation(RunModule):
     @property
     def pair_limit(self) -> int | None:
         """Most tokens of a pair to be scored, where the data module sets no limit."""
-        return pair_limit(unwrapped(self.classifier).config, self.tokenizer)
+        model = unwrapped(self.classifier)
+        return pair_limit(model.config, self.tokenizer, model.backbone)
+
+    def longest(self, wanted: int | None) -> int | None:
+        """Most tokens of a pair, given the data module's limit; a pair that cannot be read is refused."""
+        return Positions.of(unwrapped(self.classifier).backbone).longest(wanted, self.start)
 
     @property
     def output_folder(self) -> Path:

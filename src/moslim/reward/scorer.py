@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from moslim.data.neutralise import Pattern
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
+from moslim.limits import Positions, fit_tokenizer
 from moslim.models import load_tokenizer
 from moslim.packing import SharePrefixes, like_length, pass_tokens, worthwhile
 from moslim.precision import at_least_float32
@@ -36,7 +38,9 @@ class Scorer:
     def __init__(self, classifier: PreferenceClassifier, tokenizer: PreTrainedTokenizerBase) -> None:
         self.classifier = classifier.eval()
         self.tokenizer = tokenizer
-        self._encoder = PairEncoder(tokenizer, pair_limit(classifier.config, tokenizer))
+        self._reader = getattr(classifier.backbone, "trunk", classifier.backbone)
+        fit_tokenizer(tokenizer, self._reader, str(classifier.name_or_path))
+        self._encoder = PairEncoder(tokenizer, pair_limit(classifier.config, tokenizer, self._reader))
 
     @classmethod
     def from_pretrained(
@@ -57,7 +61,7 @@ class Scorer:
 
     def reserve(self, instruction: Sequence[Pattern]) -> None:
         """Takes out of questions and answers what reads as an instruction, too, which a policy could forge."""
-        limit = pair_limit(self.classifier.config, self.tokenizer)
+        limit = pair_limit(self.classifier.config, self.tokenizer, self._reader)
         self._encoder = PairEncoder(self.tokenizer, limit, instruction)
 
     @property
@@ -125,10 +129,17 @@ class Scorer:
         return result
 
 
-def pair_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Most tokens of a pair: what the classifier was trained on or, if that is not set, what its backbone can read."""
+def pair_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, backbone: Any) -> int | None:
+    """Most tokens of a pair: what the classifier was trained on or, if that is not set, what its backbone can read.
+
+    Args:
+        config: The classifier's configuration.
+        tokenizer: Its tokenizer.
+        backbone: Its backbone, whose table of positions is never exceeded.
+    """
+    positions = Positions.of(backbone)
+    most = _NO_LIMIT if positions.most is None else positions.most
     if config.pair_length is not None:
-        return config.pair_length
-    positions = getattr(config.backbone, "max_position_embeddings", None) or _NO_LIMIT
-    limit = min(positions, tokenizer.model_max_length)
+        return min(config.pair_length, most)
+    limit = min(most, positions.trained or _NO_LIMIT, tokenizer.model_max_length)
     return limit if limit < _NO_LIMIT else None

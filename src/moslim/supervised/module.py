@@ -23,6 +23,7 @@ from moslim.data.types import PromptBatch, Question, TextBatch, View
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture
+from moslim.limits import Positions, fit_tokenizer
 from moslim.models import Architecture, checkpoint_activations, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
 from moslim.optim import configure
@@ -115,6 +116,18 @@ class SupervisedTrainer(RunModule):
         assert self.model_path is not None
         return load_tokenizer(self.model_path, self.trust_remote_code, self.base)
 
+    @property
+    def _name(self) -> str:
+        return self.model_path or "the architecture"
+
+    def setup(self, stage: str) -> None:
+        """Checks that the model has an embedding of every token."""
+        fit_tokenizer(self.tokenizer, self.model, self._name)
+
+    def longest(self, wanted: int | None) -> int | None:
+        """Most tokens of a pair, given the data module's limit; a pair that cannot be read is refused."""
+        return Positions.of(self.model).longest(wanted, self._name)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
         return configure(self, self.optimizer, self.lr_scheduler, self.model.parameters(), 2e-5)
@@ -161,7 +174,11 @@ class SupervisedTrainer(RunModule):
         """
         if not questions:
             return []
-        encoder = PairEncoder(self.tokenizer)
+        wanted = None if self._trainer is None else getattr(self.trainer.datamodule, "max_length", None)  # type: ignore[attr-defined]
+        room = Positions.of(self.model).longest(None, self._name, self.engine.max_new_tokens)
+        limits = [limit for limit in (wanted, room) if limit is not None]
+        # Behind the prompt stands the end token of an empty answer.
+        encoder = PairEncoder(self.tokenizer, min(limits) + 1 if limits else None)
         rows = [encoder.spans(question, "")[0] for question in questions]
         ids, mask = (x.to(self.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
         nothing = torch.full((len(rows), 1), -1)
