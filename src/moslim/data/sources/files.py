@@ -182,7 +182,7 @@ def _encoding(path: str, head: bytes, encoding: str | None) -> str:
         return marked or "utf-8"
     try:
         name = codecs.lookup(encoding).name
-        b"".decode(encoding)
+        io.TextIOWrapper(io.BytesIO(), encoding)  # that it is of text
     except LookupError:
         raise UsageError(f"data.source.encoding: '{encoding}' is no encoding; give e.g. cp1252 or utf-16") from None
     if marked is not None and not name.startswith(marked.removesuffix("-sig")):
