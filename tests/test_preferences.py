@@ -76,3 +76,81 @@ def test_shipped_preferences_load(path):
     for d, size in enumerate(preferences.sizes):
         top = preferences.encode(Preference({preferences.names[d]: size - 1}))
         assert torch.equal(top == INACTIVE, torch.arange(len(preferences)) != d)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "mean",
+            "total",
+            "pairs",
+            "weighted",
+            "calibration",
+            "requests",
+            "best_of",
+            "base",
+            "reward",
+            "seen",
+            "unseen",
+        ),
+        *(
+            "",
+            " ",
+            " size",
+            "size ",
+            "a/b",
+            "a.b",
+            "a\nb",
+            "a\tb",
+            "a\u200bb",
+            "a\0",
+            "[[size",
+            "size]]",
+            "size]",
+            "[size",
+        ),
+    ],
+)
+def test_names_that_metrics_or_prompts_would_mistake_are_refused(name):
+    with pytest.raises(ValueError, match=r"(?s)dimension"):
+        PreferenceSet({name: ["low", "high"]})
+
+
+@pytest.mark.parametrize("level", ["", " ", " low", "low\n", "a\nb", "]]", "a]]b", "[[a", "a]", "[a", "a\u2028b"])
+def test_levels_that_would_break_a_prompt_are_refused(level):
+    with pytest.raises(ValueError, match=r"(?s)level .* of dimension 'size'"):
+        PreferenceSet({"size": [level, "high"]})
+
+
+def test_names_that_differ_in_case_or_white_space_only_are_refused():
+    for names in (["size", "Size"], ["big  one", "big one"], ["caf\u00e9", "cafe\u0301"], ["\uff53ize", "size"]):
+        with pytest.raises(ValueError, match=r"preferences: dimensions .* differ in case or white space only"):
+            PreferenceSet({name: ["low", "high"] for name in names})
+        with pytest.raises(ValueError, match=r"dimension 'x': levels .* differ in case or white space only"):
+            PreferenceSet({"x": names})
+
+
+def test_names_that_are_no_texts():
+    assert PreferenceSet({1: [0, 10], "two": ["a", 2]}).to_dict() == {"1": ["0", "10"], "two": ["a", "2"]}
+    for name in (True, None, 1.5):
+        with pytest.raises(ValueError, match=r"preferences.dimensions: .* put it in quotes"):
+            PreferenceSet({name: ["low", "high"]})
+        with pytest.raises(ValueError, match=r"preferences.dimensions.size: .* put it in quotes"):
+            PreferenceSet({"size": ["low", name]})
+    with pytest.raises(ValueError, match="'low' is one text: give a list"):
+        PreferenceSet({"size": "low"})
+    for size in ({}, {"size": []}, {"size": ["one"]}):
+        with pytest.raises(ValueError, match=r"(at least one dimension|at least two)"):
+            PreferenceSet(size)
+
+
+def test_usual_names_stay_valid():
+    PreferenceSet(
+        {
+            "fails_task": ["no", "yes"],
+            "no repetition": ["a: b", "c, d"],
+            "H\u00f6flichkeit": ["0", "1"],
+            "\u0915\u093f": ["x", "y-z"],
+        }
+    )

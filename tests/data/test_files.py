@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moslim.data.sources.chats import Messages, PlainText
+from moslim.data.sources import chats
 from moslim.data.sources.records import read_file, scan_file
 from moslim.data.sources.scale import Scale
 from moslim.data.sources.table import Table
@@ -309,10 +309,10 @@ CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 def test_a_chat_written_as_json_in_a_cell_is_a_chat(write):
     path = write("rows.csv", f"question,answer,size\n{cell(json.dumps(CHAT))},a,1\n")
     assert rows(path)[0].question == CHAT
-    assert questions(path, chat=PlainText()) == [json.dumps(CHAT)]
+    assert questions(path, chat=chats.PlainText()) == [json.dumps(CHAT)]
     other = [{"from": "human", "value": "u"}]
     path = write("rows.jsonl", json.dumps({"question": json.dumps(other), "answer": "a", "size": 1}))
-    chat = Messages("from", "value", {"human": "user"})
+    chat = chats.Messages("from", "value", {"human": "user"})
     assert rows(path, chat=chat)[0].question == [{"role": "user", "content": "u"}]
     with pytest.raises(ValueError, match="line 1, field 'question': message 0 of a question is"):
         rows(path)
