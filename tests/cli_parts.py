@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from moslim.base import RunModule
 from moslim.data.module import PreferenceDataModule
 from moslim.preferences import PreferenceSet
 from moslim.sampling import Uniform
@@ -125,3 +126,19 @@ def double(x: Tensor) -> Tensor:
 
 def double_without_types(x):
     return 2 * x
+
+
+class NeverBuilt(RunModule):
+    """Stands for a large model, which takes minutes to load."""
+
+    def __init__(self, preferences: PreferenceSet) -> None:
+        raise AssertionError("the model was built before the command was checked")
+
+
+class Failing(Data):
+    """Has no rows, as one learns when they are asked for."""
+
+    def train_dataloader(self) -> DataLoader:
+        raise RuntimeError("no rows")
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader

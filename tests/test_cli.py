@@ -305,6 +305,56 @@ def test_commands_that_cannot_work_say_why(args, error, said):
         run([args[0], "--config", "config.yaml", *args[1:]])
 
 
+def test_weights_before_training_are_never_taken_silently():
+    fit()
+    for command in ("generate", "export"):
+        extra = ["--question", "Why?"] if command == "generate" else ["--out", "model.pt"]
+        with pytest.raises(UsageError, match="--ckpt_path none"):
+            run([command, "--config", "config.yaml", *extra])
+        run([command, "--config", "config.yaml", *extra, "--ckpt_path", "none"])
+    with pytest.warns(UserWarning, match="no --ckpt_path: test takes the weights that Model starts with"):
+        run(["test", "--config", "config.yaml"])
+    tested = run(["test", "--config", "config.yaml", "--ckpt_path", "none"])
+    assert tested.model.counting.seen == 0
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "generate"])
+def test_a_module_of_ours_needs_a_checkpoint_before_it_is_built(command):
+    with pytest.raises(UsageError, match=f"{command} needs a trained model"):
+        run([command, "--config", "config.yaml", "--model", "cli_parts.NeverBuilt"])
+
+
+def test_levels_are_checked_before_a_model_is_built(capsys):
+    fit()
+    command = ["generate", "--config", "config.yaml", "--ckpt_path", "last", "--question", "Why?"]
+    run([*command, "--levels.warmth", "warm"])
+    assert "Why? {'warmth': 'warm'}" in capsys.readouterr().out
+    unbuilt = [*command, "--model", "cli_parts.NeverBuilt"]
+    with pytest.raises(UsageError, match=r"'warmth' has no level 'hot'; lowest first, there are: cold \(0\), warm"):
+        run([*unbuilt, "--levels.warmth", "hot"])
+    with pytest.raises(UsageError, match="no dimension 'heat'; there are: warmth, length"):
+        run([*unbuilt, "--levels.heat", "1"])
+
+
+def test_a_level_may_be_called_no_or_yes(capsys):
+    fit()
+    command = ["generate", "--config", "config.yaml", "--ckpt_path", "last", "--question", "Why?"]
+    run([*command, "--preferences.dimensions.warmth", "['no', 'yes']", "--levels.warmth", "no"])
+    assert "'warmth': 'no'" in capsys.readouterr().out
+
+
+def test_a_failed_start_leaves_no_folder():
+    with pytest.raises(FileNotFoundError):
+        fit("--ckpt_path", "nowhere.ckpt", "--trainer.default_root_dir", "deep/outputs")
+    with pytest.raises(RuntimeError):
+        fit("--data", "cli_parts.Failing")
+    assert sorted(path.name for path in Path().iterdir()) == ["config.yaml"]
+    fit()
+    with pytest.raises(RuntimeError):
+        run(["test", "--config", "config.yaml", "--data", "cli_parts.Failing", "--ckpt_path", "last"])
+    assert [path.name for path in Path("outputs").iterdir()] == ["version_0"]
+
+
 # --- loggers
 
 

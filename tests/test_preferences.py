@@ -154,3 +154,22 @@ def test_usual_names_stay_valid():
             "\u0915\u093f": ["x", "y-z"],
         }
     )
+
+
+def test_levels_are_asked_for_by_name_or_by_number():
+    assert PREFERENCES.requested({"size": "high", "heat": 1}).levels == {"size": 2, "heat": 1}
+    assert PREFERENCES.requested({"size": "1"}).levels == {"size": 1}
+    for asked in ("z", 3, -1, "", "1.0"):
+        with pytest.raises(
+            UsageError, match=re.escape(f"no level '{asked}'; lowest first, there are: low (0), mid (1), high")
+        ):
+            PREFERENCES.requested({"size": asked})
+    with pytest.raises(UsageError, match="no dimension 'form'; there are: "):
+        PREFERENCES.requested({"form": "low"})
+
+
+def test_a_number_is_a_name_where_levels_are_numbers():
+    stars = PreferenceSet({"stars": ["1", "2", "3"]})
+    assert stars.requested({"stars": 3}).levels == {"stars": 2}
+    with pytest.raises(UsageError, match="no level '0'; lowest first, there are: 1, 2, 3"):
+        stars.requested({"stars": 0})

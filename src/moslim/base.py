@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -11,6 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +21,7 @@ from moslim.accumulation import StepCounts, check_accumulation, step_batches
 from moslim.chat_templates import pin_tokenizer, tokenizer_pins
 from moslim.errors import UsageError
 from moslim.identity import Entries, check_identity, keep_identity, saved_entries, vocabulary_digest
-from moslim.jsonlines import JsonLines
+from moslim.jsonlines import JsonLines, finished, move_unfinished
 from moslim.reporting import shown
 
 
@@ -34,7 +37,11 @@ class RunModule(LightningModule):
     never_accepted: ClassVar[tuple[str, ...]] = ()
     """Options in which it may not, whatever is accepted."""
 
+    rows_kept: int = 0
+    """Rows that this ``predict`` leaves out, since an interrupted one has finished them."""
+
     _writer: JsonLines | None = None
+    _depends_on: dict[str, Any] | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,10 +122,65 @@ class RunModule(LightningModule):
         """What a policy would read as an instruction; nothing where no data module writes one."""
         return getattr(getattr(self.trainer, "datamodule", None), "instruction_patterns", ())
 
+    @classmethod
+    def starts_untrained(cls, options: Mapping[str, Any]) -> bool:
+        """Whether without a checkpoint the weights in use are those before training.
+
+        Args:
+            options: Arguments of the constructor that are given.
+        """
+        return True
+
     @property
     def predictions_file(self) -> Path:
-        """The file that ``predict`` writes."""
-        return Path(self.predictions) if self.predictions else self.run_folder / "predictions.jsonl"
+        """The file that ``predict`` writes, by default never in the working folder itself."""
+        if self.predictions:
+            return Path(self.predictions)
+        folder = self.run_folder
+        return (folder / "outputs" if folder.resolve() == Path.cwd() else folder) / "predictions.jsonl"
+
+    def predictions_depend_on(self, rows: Callable[[], Iterable[Any]]) -> dict[str, Any]:
+        """What the records of ``predict`` depend on, besides what :meth:`carried` compares row by row; plain data.
+
+        Args:
+            rows: Begins a pass over the rows, as the data module hands them out.
+        """
+        return {}
+
+    def carried(self, row: Any) -> dict[str, Any]:
+        """What the record of a row says of the row itself."""
+        return {}
+
+    def rows_done(self, rows: Callable[[], Iterable[Any]], batch_size: int = 1, most: int | None = None) -> int:
+        """Number of rows whose records an interrupted ``predict`` left; the data module leaves them out.
+
+        Without ``predictions``, what an earlier ``version_N`` of this run left is taken over.
+
+        Args:
+            rows: Begins a pass over all rows.
+            batch_size: Only whole batches are kept, so that the others are those of an uninterrupted run.
+            most: Most rows that may be kept.
+        """
+        depends_on = self._depends_on = self.predictions_depend_on(rows)
+        place = self.predictions_file
+        self.rows_kept = 0
+        for path in (place, *self._earlier_predictions()):
+            found = finished(path, depends_on, map(self.carried, rows()), quiet=path != place)
+            if found and (path == place or move_unfinished(path, place)):
+                kept = found if most is None else min(found, most)
+                self.rows_kept = kept - kept % batch_size
+                rank_zero_info(f"{path}.part holds {found} finished rows: going on after {self.rows_kept}")
+                break
+        return self.rows_kept
+
+    def _earlier_predictions(self) -> list[Path]:
+        """Places of unfinished predictions in other versions of the run's folder, the latest first."""
+        if self.predictions:
+            return []
+        place = self.predictions_file
+        parts = [part.with_suffix("") for part in place.parent.parent.glob(f"version_*/{place.name}.part")]
+        versions = [path for path in parts if path != place and re.fullmatch(r"version_\d+", path.parent.name)]
+        return sorted(versions, key=lambda path: int(path.parent.name.removeprefix("version_")), reverse=True)
 
     def on_train_start(self) -> None:
         """See :func:`check_accumulation`."""
@@ -164,10 +226,6 @@ class RunModule(LightningModule):
         """What sends the recorded numbers. A subclass adds its callbacks to these."""
         return [StepRow()]
 
-    def open_predictions(self) -> JsonLines:
-        """Begins the file of ``predictions``; a module that can go on with an interrupted one says so here."""
-        return JsonLines(self.predictions_file)
-
     def on_predict_start(self) -> None:
         """Opens the file of ``predictions``.
 
@@ -176,17 +234,34 @@ class RunModule(LightningModule):
         """
         if self.trainer.world_size > 1:
             raise UsageError("predict writes one file in order: run it in one process, with trainer.devices = 1")
-        self._writer = self.open_predictions()
+        self._writer = JsonLines(self.predictions_file, self._depends_on, self.rows_kept)
+        self._depends_on = None
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Writes what ``predict_step`` returned."""
+        """Writes what ``predict_step`` returned.
+
+        Raises:
+            SIGTERMException: The process was told to stop, and there are more batches.
+        """
+        if self._writer is None:
+            return
+        self._writer.write(outputs)
+        progress: Any = self.trainer.predict_loop.batch_progress
+        if self.trainer.received_sigterm and not progress.is_last_batch:
+            rank_zero_info(f"stopped by SIGTERM: the same command goes on with {self._writer.path}.part")
+            raise SIGTERMException
+
+    def stop_predictions(self) -> None:
+        """Closes what an interrupted ``predict`` has written so far."""
         if self._writer is not None:
-            self._writer.write(outputs)
+            self._writer.stop()
+            self._writer = None
 
     def on_predict_end(self) -> None:
         """Puts the file in its place."""
         if self._writer is not None:
             self._writer.close()
+            print(f"predictions written to {self._writer.path}")
             self._writer = None
 
 
@@ -199,6 +274,10 @@ class StepRow(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what an earlier fit did not come to send."""
         cast(RunModule, pl_module).recorded = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves unfinished predictions to be gone on with."""
+        cast(RunModule, pl_module).stop_predictions()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,18 @@ def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 def class_path(part: object) -> str:
     """Full path of an object's class, by which a checkpoint notices that another class has taken its place."""
     return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def plain_options(part: object) -> dict[str, Any]:
+    """Class and public attributes of an object, as far as they are plain data or objects that hold such."""
+    found: dict[str, Any] = {"class": class_path(part)}
+    for name, value in vars(part).items():
+        if not name.startswith("_"):
+            if _plain(value):
+                found[name] = value
+            elif dataclasses.is_dataclass(value):
+                found[name] = plain_options(value)
+    return found
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import netrc
 import os
@@ -17,8 +18,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers.utils import logging as transformers_logging
 
+from moslim.base import RunModule
 from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.dashboard import Dashboard, continue_run
 from moslim.callbacks.gauges import Gauges
@@ -30,7 +33,8 @@ from moslim.option_errors import shortened
 from moslim.parser import MoslimParser
 from moslim.preferences import PreferenceSet
 from moslim.restore import best_checkpoint_of, newest_checkpoint
-from moslim.trainer import MoslimTrainer
+from moslim.run_folder import NewFolders
+from moslim.trainer import MoslimTrainer, given, untrained
 from moslim.yaml_texts import install
 
 _NUMBER_OR_SHARE: dict[str, Any] = {
@@ -38,6 +42,10 @@ _NUMBER_OR_SHARE: dict[str, Any] = {
     "overfit_batches": int | float,
     "val_check_interval": int | float | str | timedelta | dict[str, int] | None,
 }
+_LOOPS = ("fit", "validate", "test", "predict")
+"""Commands of Lightning, which does not know the checkpoint ``none``."""
+_USES = ("validate", "test", "predict", "generate")
+"""Commands that use weights and do not train them."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
 
 
@@ -95,6 +103,7 @@ class MoslimCLI(LightningCLI):
         """Does nothing: Lightning's own would put a checkpoint's hyper-parameters over the command line."""
 
     def before_instantiate_classes(self) -> None:
+        self._refuse_early()
         self._dump_config()
         for key, value in _leaves(self.config_dump):
             if isinstance(value, str) and value.startswith("Unable to serialize instance"):
@@ -102,6 +111,37 @@ class MoslimCLI(LightningCLI):
                     f"the default of `{key}` cannot be written to config.yaml, so the run could not be repeated; "
                     f"give its arguments by keyword, or use None and choose in the code ({value})"
                 )
+
+    def _refuse_early(self) -> None:
+        """Refuses what is wrong with a command before a model is loaded for it.
+
+        Raises:
+            UsageError: A level or dimension is unknown, or the weights would be untrained ones and nothing says so.
+        """
+        if self.subcommand == "generate" and (levels := self._get(self.config, "levels", default=None)):
+            preferences = self._get(self.config, "preferences", default=None)
+            if preferences is not None:
+                PreferenceSet(**preferences.init_args.as_dict()).requested(levels)
+        ckpt_path, model = self._get(self.config, "ckpt_path"), self._get(self.config, "model")
+        if self.subcommand in _USES and ckpt_path is None and model is not None:
+            module, _, name = model.class_path.rpartition(".")
+            kind = getattr(importlib.import_module(module), name)
+            if not issubclass(kind, RunModule):
+                if self.subcommand != "generate":  # which asks the module
+                    rank_zero_warn(f"no --ckpt_path: {self.subcommand} takes the weights that {name} starts with")
+            elif kind.starts_untrained(model.get("init_args", {})):
+                raise UsageError(untrained(self.subcommand))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
+        folders = NewFolders([logger.log_dir for logger in loggers] or [self.trainer.default_root_dir])
+        started = self.trainer.global_step
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.trainer.is_global_zero and self.trainer.global_step == started:
+                folders.remove()
+            raise
 
     def instantiate_classes(self) -> None:
         raised: list[Exception] = []
@@ -143,6 +183,8 @@ class MoslimCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand in _LOOPS and not given(kwargs["ckpt_path"]):
+            kwargs["ckpt_path"] = None
         if kwargs["ckpt_path"] in ("last", "best"):
             kwargs["ckpt_path"] = str(self._found_checkpoint(subcommand, kwargs["ckpt_path"], kwargs["weights_only"]))
         if subcommand == "fit" and kwargs["ckpt_path"] is not None:

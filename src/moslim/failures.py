@@ -106,6 +106,8 @@ def failure(error: BaseException) -> Failure | None:
         raised = _raised_elsewhere(part)
         if raised is not None:
             return raised
+    if isinstance(error, FileNotFoundError) and _raised_by_lightning(error):
+        return Failure(str(error), USAGE)
     if isinstance(error, ValueError | RuntimeError | TypeError) and _raised_by_lightning(error):
         return Failure(f"{error}\n({_FLAG} shows the traceback)", FAILED)
     if isinstance(error, OSError) and error.errno is not None and not in_own_code(error):

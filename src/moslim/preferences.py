@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,23 @@ class Dimension:
             _check_name(level, f"level {quoted(level)} of dimension '{self.name}'")
         _refuse_equal(self.levels, f"dimension '{self.name}': levels")
 
+    def number(self, asked: int | str) -> int:
+        """Returns the number of a level (0 = lowest) that is asked for by its name, or by that number.
+
+        Where names of levels are numbers themselves, as with 1 to 5, a number is always a name.
+
+        Raises:
+            UsageError: There is no such level; the message lists those there are.
+        """
+        text = str(asked).strip()
+        if text in self.levels:
+            return self.levels.index(text)
+        by_name = any(_is_number(level) for level in self.levels)
+        if not by_name and _is_number(text) and 0 <= int(text) < len(self.levels):
+            return int(text)
+        known = ", ".join(level if by_name else f"{level} ({i})" for i, level in enumerate(self.levels))
+        raise UsageError(f"dimension '{self.name}' has no level '{text}'; lowest first, there are: {known}")
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -115,6 +133,14 @@ class PreferenceSet:
             if dimension.name == name:
                 return dimension
         raise UsageError(f"no dimension '{name}'; there are: {', '.join(self.names)}")
+
+    def requested(self, levels: Mapping[str, int | str]) -> Preference:
+        """Returns the preference that asks for levels by name or number; see :meth:`Dimension.number`.
+
+        Raises:
+            UsageError: There is no such dimension or level.
+        """
+        return Preference({name: self[name].number(asked) for name, asked in levels.items()})
 
     def to_dict(self) -> dict[str, list[str]]:
         """The constructor's argument, as plain data."""
@@ -188,3 +214,7 @@ def _refuse_equal(names: Sequence[str], what: str) -> None:
         if key in known:
             raise UsageError(f"{what} {known[key]!r} and {name!r} differ in case or white space only: rename one")
         known[key] = name
+
+
+def _is_number(text: str) -> bool:
+    return bool(re.fullmatch(r"-?[0-9]+", text))

@@ -71,7 +71,7 @@ class MoslimTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         question: str = "",
-        levels: dict[str, int] | None = None,
+        levels: dict[str, int | str] | None = None,
         samples: int = 1,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
@@ -82,18 +82,21 @@ class MoslimTrainer(Trainer):
             model: A module with ``answer(question, levels, samples)``.
             datamodule: Source of the instruction that puts the levels into the prompt.
             question: The question.
-            levels: Wanted level (0 = lowest) by dimension name, e.g. ``{warmth: 4}``; none for an ordinary answer.
+            levels: Wanted level by dimension name, by its name or its number (0 = lowest), e.g. ``{warmth: warm}``;
+                none for an ordinary answer.
             samples: Number of answers.
-            ckpt_path: Checkpoint, or ``last``; without it the policy answers as it is before training.
+            ckpt_path: Checkpoint, or ``last``; ``none`` for answers of what the run starts from.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
             UsageError: The module cannot answer.
-            UsageError: There is no question.
+            UsageError: There is no question, or no checkpoint is named.
         """
         answer = _method(model, "answer")
         if not question.strip():
             raise UsageError("generate needs a question: --question 'How do I make tea?'")
+        if ckpt_path is None and not getattr(model, "starts_trained", False):
+            raise UsageError(untrained("generate"))
         self._attach(model, datamodule, ckpt_path)
         answers: list[str] = answer(question, levels or {}, samples)
         print("\n\n".join(answers))
@@ -116,8 +119,8 @@ class MoslimTrainer(Trainer):
             out: The folder to write.
             form: ``merged``, a model that needs nothing else; or ``adapter``, which of a model trained with LoRA holds
                 what training changed, and needs the base model.
-            ckpt_path: Checkpoint, or ``last``. Without it, what the run starts from is exported, if the module says
-                that it ``starts_trained``.
+            ckpt_path: Checkpoint, or ``last``; ``none`` for what the run starts from, which is also exported without a
+                checkpoint if the module says that it ``starts_trained``.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
@@ -126,11 +129,11 @@ class MoslimTrainer(Trainer):
         """
         export = _method(model, "export" if form == "merged" else "export_adapter")
         if ckpt_path is None and not getattr(model, "starts_trained", False):
-            raise UsageError("export needs a trained model: --ckpt_path last, or a file")
+            raise UsageError(untrained("export"))
         self._attach(model, datamodule, ckpt_path)
         export(out)
-        untrained = "" if ckpt_path else ": what the run starts from, not trained any further (there is no --ckpt_path)"
-        print(f"exported to {out}{untrained}")
+        start = "" if given(ckpt_path) else ": what the run starts from, not trained any further (no --ckpt_path)"
+        print(f"exported to {out}{start}")
 
     def replay(
         self,
@@ -179,9 +182,22 @@ class MoslimTrainer(Trainer):
         if datamodule is not None:
             self.datamodule, datamodule.trainer = datamodule, self
         model.configure_model()
-        if ckpt_path is not None:
+        if ckpt_path is not None and given(ckpt_path):
             restore(self, model, ckpt_path)
         model.to(self.strategy.root_device).eval()
+
+
+def given(ckpt_path: str | Path | None) -> bool:
+    """Whether a checkpoint is named; ``none`` means on purpose that there is none."""
+    return ckpt_path is not None and str(ckpt_path).lower() != "none"
+
+
+def untrained(command: str) -> str:
+    """Message for a command that would silently use weights as they are before training."""
+    return (
+        f"{command} needs a trained model: --ckpt_path last, or a file; --ckpt_path none takes the weights that the "
+        "run starts from"
+    )
 
 
 def _show(found: Replayed) -> None:

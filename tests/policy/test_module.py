@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moslim.errors import UsageError
@@ -21,7 +24,7 @@ from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPl
 from moslim.policy.roles import Roles
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
-from tests.policy.runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, data, make, trainer, weights
+from tests.policy.runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, Traced, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
@@ -368,6 +371,31 @@ def test_predict_answers_the_rows_of_a_file(preferences, lm, classifier, tmp_pat
     other = trainer(tmp_path / "again").predict(again, data(preferences, eval_batch_size=7))
     assert [record for batch in other for record in batch] == rows
     assert (tmp_path / "again" / "predictions.jsonl").exists()
+
+
+class Stopping(Traced):
+    """Is told to stop while it answers its first batch."""
+
+    def predict_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().predict_step(batch, batch_idx)
+
+
+def test_an_interrupted_prediction_goes_on_where_it_stopped(preferences, lm, classifier, tmp_path):
+    whole, file = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    stopping = make(preferences, lm, classifier, Stopping, engine=TorchEngine(3), predictions=str(file))
+    batches = data(preferences, eval_batch_size=40)
+    trainer(tmp_path).predict(make(preferences, lm, classifier, engine=TorchEngine(3), predictions=str(whole)), batches)
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path).predict(stopping, batches)
+    part = tmp_path / "answers.jsonl.part"
+    assert part.read_bytes().count(b"\n") == 40
+    part.write_text(part.read_text().replace('"answer"', '"kept": 1, "answer"'))
+    trainer(tmp_path).predict(make(preferences, lm, classifier, engine=TorchEngine(3), predictions=str(file)), batches)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert sum(record.pop("kept", 0) for record in records) == 40
+    assert records == [json.loads(line) for line in whole.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

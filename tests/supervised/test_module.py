@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -6,13 +8,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, Split, TextBatch, View
 from moslim.errors import UsageError
 from moslim.models import Architecture, PretrainedTokenizer, WorkbenchTokenizer
 from moslim.optim import WarmupDecay
@@ -319,3 +322,51 @@ def test_several_processes_may_not_write_one_file(tmp_path: Path) -> None:
 def test_weights_in_bfloat16_are_not_trained(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"held in bfloat16 \(such as model\..*set trainer.precision to bf16-mixed"):
         trainer(tmp_path, max_steps=1, precision="bf16-true").fit(module(), data())
+
+
+class Stopping(SupervisedTrainer):
+    """Is told to stop while it answers its first batch."""
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict]:
+        if batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().predict_step(batch, batch_idx)
+
+
+def test_an_interrupted_prediction_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = {"architecture": TINY, "engine": TorchEngine(max_new_tokens=32), "temperatures": [1.0, 0.5]}
+    file, whole = tmp_path / "samples.jsonl", tmp_path / "whole.jsonl"
+    batches = data(eval_batch_size=2)
+    trainer(tmp_path).predict(module(**options, predictions=str(whole)), batches, return_predictions=False)
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path).predict(Stopping(**options, predictions=str(file)), batches, return_predictions=False)
+    part = tmp_path / "samples.jsonl.part"
+    assert part.read_text().splitlines() == whole.read_text().splitlines()[:2] and not file.exists()
+    part.write_text(part.read_text().replace('"answer"', '"kept": 1, "answer"'))
+    trainer(tmp_path).predict(module(**options, predictions=str(file)), batches, return_predictions=False)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record.pop("kept", 0) for record in records] == [1, 1, 0, 0, 0, 0]
+    assert records == [json.loads(line) for line in whole.read_text().splitlines()]
+
+
+def test_a_prediction_of_something_else_begins_anew(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    batches = data(eval_batch_size=2)
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path).predict(Stopping(architecture=TINY, predictions=str(file)), batches, return_predictions=False)
+    other = module(seed=1, predictions=str(file))
+    with pytest.warns(UserWarning, match="written with another weights and .*seed: starting anew"):
+        trainer(tmp_path).predict(other, batches, return_predictions=False)
+    assert len(file.read_text().splitlines()) == 6
+
+
+def test_by_default_an_interrupted_prediction_goes_on_in_the_folder_of_the_next_run(tmp_path: Path) -> None:
+    def run(kind: type[SupervisedTrainer]) -> None:
+        logger = CSVLogger(tmp_path, name="")
+        trainer(tmp_path, logger=logger).predict(kind(architecture=TINY), data(eval_batch_size=2))
+
+    with pytest.raises(SIGTERMException):
+        run(Stopping)
+    run(SupervisedTrainer)
+    assert not (tmp_path / "version_0/predictions.jsonl.part").exists()
+    assert len((tmp_path / "version_1/predictions.jsonl").read_text().splitlines()) == 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from typing import Any
 
@@ -282,12 +282,13 @@ class PreferenceDataModule(LightningDataModule):
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
         if self._view is not View.POLICY:
-            return self._in_order(self._pairs(rows))
+            return self._in_order(self._pairs(rows[self._rows_done(lambda: rows, len(rows)) :]))
         asked = [known_levels(row.requested or row.levels, self.preferences) for row in rows]
         if not any(asked):
             names = ", ".join(self.preferences.names)
             warnings.warn(f"no row of predict asks for a level: columns named {names} would hold them", stacklevel=2)
-        return self._in_order(FixedPrompts([Prompt(r.question, asked[i], i) for i, r in enumerate(rows)]))
+        prompts = [Prompt(row.question, asked[i], i) for i, row in enumerate(rows)]
+        return self._in_order(FixedPrompts(prompts[self._rows_done(lambda: prompts, len(prompts)) :]))
 
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler, with its class; empty where it has none."""
@@ -392,9 +393,17 @@ class PreferenceDataModule(LightningDataModule):
         def rows() -> Iterator[Example]:
             return self.source.stream(View.REWARD, Split.PREDICT, self.preferences, self.seed)
 
-        scored: Callable[[Iterator[Example]], int] = getattr(self._module, "rows_scored", lambda rows: 0)
         collate = CollateRewards(self.preferences, pad_id(self._module.tokenizer))
-        return StreamedPairs(rows, self._encoder(self._pair_length), collate, self.eval_batch_size, scored(rows()))
+        return StreamedPairs(
+            rows, self._encoder(self._pair_length), collate, self.eval_batch_size, self._rows_done(rows)
+        )
+
+    def _rows_done(self, rows: Callable[[], Iterable[Any]], count: int | None = None) -> int:
+        """Rows that the module has predicted already. Of ``count`` rows the last is left, so that there is a batch."""
+        done: Callable[..., int] | None = getattr(self._module, "rows_done", None)
+        if done is None:
+            return 0
+        return done(rows) if count is None else done(rows, self.eval_batch_size, count - 1)
 
     def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
         tokenizer = self._module.tokenizer

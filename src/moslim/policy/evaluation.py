@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.chat_templates import asks_for_date, pin_tokenizer, tokenizer_pins
+from moslim.checkpoints import fingerprint, plain_options
+from moslim.data.asking import Prompt
 from moslim.data.types import PromptBatch, Question
 from moslim.evaluation.judges import Judge
 from moslim.evaluation.report import scalars
@@ -27,7 +31,7 @@ from moslim.policy.model_card import policy_card
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
-from moslim.preferences import Preference, PreferenceSet
+from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import is_classifier
 
@@ -165,6 +169,23 @@ class PolicyEvaluation(RunModule):
         if self.trainer.is_global_zero:
             publish(self.trainer, result, folders)
 
+    def predictions_depend_on(self, rows: Callable[[], Iterable[Prompt]]) -> dict[str, Any]:
+        """Weights, prompts as the policy reads them, and how answers are drawn."""
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        renderer = datamodule.renderer(self.tokenizer)
+        digest = hashlib.sha256()
+        for prompt in rows():
+            digest.update(repr(renderer.ids(prompt.question, prompt.preference)).encode())
+        return {
+            "weights": fingerprint(self.policy.state_dict()),
+            "prompts": digest.hexdigest(),
+            "preferences": self.preferences.to_dict(),
+            "engine": plain_options(self.answerer.engine),
+            "seed": self.seed,
+            "batch_size": datamodule.eval_batch_size,
+            "precision": f"{self.trainer.precision}, {self.policy.dtype}",
+        }
+
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Answers the rows of a file; the records are written to the file of ``predictions``."""
         keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
@@ -174,16 +195,16 @@ class PolicyEvaluation(RunModule):
             for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
         ]
 
-    def answer(self, question: Question, levels: dict[str, int], samples: int = 1) -> list[str]:
+    def answer(self, question: Question, levels: Mapping[str, int | str], samples: int = 1) -> list[str]:
         """Answers one question at the levels asked for; the data module says how they are written.
 
         Args:
             question: The question.
-            levels: Wanted level (0 = lowest) by dimension name; may be empty.
+            levels: Wanted level by dimension name, each by its name or its number (0 = lowest); may be empty.
             samples: Number of answers.
         """
         renderer = self.trainer.datamodule.renderer(self.tokenizer)  # type: ignore[attr-defined]
-        preference = Preference(levels)
+        preference = self.preferences.requested(levels)
         targets = self.preferences.encode(preference)[None].to(self.device)
         ids = torch.tensor([renderer.ids(question, preference)], device=self.device)
         index = torch.zeros(1, dtype=torch.long, device=self.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from moslim.reward.links import LINKS
 from moslim.reward.losses import LevelLoss
 from moslim.reward.metrics import LossMean
 from moslim.reward.model_card import ModelCard, predict_config
-from moslim.reward.predictions import prediction_rows, rows_scored
+from moslim.reward.predictions import carried, prediction_rows
 from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, is_classifier, save_adapter, save_merged
 from moslim.reward.training_record import save_record
@@ -79,7 +79,6 @@ class ClassifierEvaluation(RunModule):
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
         self._record: dict[str, Any] = {}  # what the model card says of the training
-        self._scored = 0
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -189,15 +188,24 @@ class ClassifierEvaluation(RunModule):
         probs = classifier.level_probabilities(self._unpadded(batch).logits)
         return prediction_rows(batch.rows, probs, classifier.preferences)
 
-    def rows_scored(self, rows: Iterable[Example]) -> int:
-        """Number of rows that an interrupted ``predict`` has scored already; the data module leaves them out."""
-        self._scored = rows_scored(self.predictions_file, self._scores_depend_on(), rows)
-        return self._scored
+    @classmethod
+    def starts_untrained(cls, options: Mapping[str, Any]) -> bool:
+        """See :class:`RunModule`: a saved classifier is trained, a backbone has new heads."""
+        return options.get("classifier") is None
 
-    def open_predictions(self) -> JsonLines:
-        """Goes on with the file of an interrupted ``predict``, behind the rows that were left out."""
-        keep, self._scored = self._scored, 0
-        return JsonLines(self.predictions_file, self._scores_depend_on(), keep)
+    def predictions_depend_on(self, rows: Callable[[], Iterable[Example]]) -> dict[str, Any]:
+        """What the scores of a row depend on besides the row."""
+        config = unwrapped(self.classifier).config.to_dict()
+        return {
+            "weights": self._weights(),
+            "configuration": {key: config[key] for key in ("dimensions", "pooling", "layer", "link", "temperatures")},
+            "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
+            "precision": str(self.trainer.precision),
+        }
+
+    def carried(self, row: Example) -> dict[str, Any]:
+        """See :class:`RunModule`."""
+        return carried(row)
 
     def export(self, folder: str | Path) -> None:
         """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.sharing`.
@@ -237,16 +245,6 @@ class ClassifierEvaluation(RunModule):
 
     def _weights(self) -> str:
         return fingerprint(self.classifier.state_dict())
-
-    def _scores_depend_on(self) -> dict[str, Any]:
-        """What the scores of a row depend on besides the row, as plain data."""
-        config = unwrapped(self.classifier).config.to_dict()
-        return {
-            "weights": self._weights(),
-            "configuration": {key: config[key] for key in ("dimensions", "pooling", "layer", "link", "temperatures")},
-            "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
-            "precision": str(self.trainer.precision),
-        }
 
     def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moslim.accumulation import step_batches
 from moslim.adapters import adapter_base
 from moslim.base import RunModule
-from moslim.checkpoints import keep_epoch_open, keep_plain_hparams
+from moslim.checkpoints import fingerprint, keep_epoch_open, keep_plain_hparams, plain_options
 from moslim.data.prompts import PairEncoder, pad, pad_id
-from moslim.data.types import PromptBatch, Question, TextBatch, View
+from moslim.data.types import Example, PromptBatch, Question, TextBatch, View
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture
@@ -199,10 +201,26 @@ class SupervisedTrainer(RunModule):
             texts |= zip(mine, self.answers(questions, [(n,) for n in mine], temperature), strict=True)
         return [{"question": row.question, "answer": texts[n]} for n, row in zip(numbers, batch.rows, strict=True)]
 
+    def predictions_depend_on(self, rows: Callable[[], Iterable[Example]]) -> dict[str, Any]:
+        """Weights, questions, and how answers are drawn."""
+        encoder = PairEncoder(self.tokenizer)
+        digest = hashlib.sha256()
+        for row in rows():
+            digest.update(repr(encoder.spans(row.question, "")[0]).encode())
+        return {
+            "weights": fingerprint(self.model.state_dict()),
+            "prompts": digest.hexdigest(),
+            "engine": plain_options(self.engine),
+            "temperatures": self.temperatures,
+            "seed": self.seed,
+            "batch_size": self.trainer.datamodule.eval_batch_size,  # type: ignore[attr-defined]
+            "precision": f"{self.trainer.precision}, {self.model.dtype}",
+        }
+
     def on_predict_start(self) -> None:
-        """Opens the file of ``predictions`` and counts its rows from the start."""
+        """Opens the file of ``predictions`` and counts on from the rows that it keeps."""
         super().on_predict_start()
-        self._answered = 0
+        self._answered = self.rows_kept
 
     def on_fit_end(self) -> None:
         """Saves the model, unless nothing was trained or the run was a dry one."""
