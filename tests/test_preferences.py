@@ -160,9 +160,7 @@ def test_levels_are_asked_for_by_name_or_by_number():
     assert PREFERENCES.requested({"size": "high", "heat": 1}).levels == {"size": 2, "heat": 1}
     assert PREFERENCES.requested({"size": "1"}).levels == {"size": 1}
     for asked in ("z", 3, -1, "", "1.0"):
-        with pytest.raises(
-            UsageError, match=re.escape(f"no level '{asked}'; lowest first, there are: low (0), mid (1), high")
-        ):
+        with pytest.raises(UsageError, match=rf"no level '{asked}'; lowest first, there are: low \(0\), mid \(1\)"):
             PREFERENCES.requested({"size": asked})
     with pytest.raises(UsageError, match="no dimension 'form'; there are: "):
         PREFERENCES.requested({"form": "low"})

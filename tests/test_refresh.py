@@ -13,7 +13,7 @@ import yaml
 from tiny_world import save_world
 from transformers import AutoModelForCausalLM
 
-from moslim.cli import main
+from moslim.cli import run
 from moslim.data.sources.table import Table
 from moslim.data.types import Split, View
 from moslim.preferences import PreferenceSet
@@ -110,12 +110,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("mine.yaml").write_text(yaml.safe_dump(MINE))
         Path("policy.yaml").write_text(yaml.safe_dump(POLICY))
         Path("refresh.yaml").write_text(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[0])
-        main(["fit", "--config", "mine.yaml"])
-        main(["fit", "--config", "policy.yaml"])
+        run(["fit", "--config", "mine.yaml"])
+        run(["fit", "--config", "policy.yaml"])
         blocks = re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL)
         for number, block in enumerate(blocks):
             for line in block.splitlines():
-                main(shlex.split(line.removeprefix("python main.py ")))
+                run(shlex.split(line.removeprefix("python main.py ")))
             if number == 0:
                 label()
     return folder

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moslim.cli import main
+from moslim.cli import run
 from moslim.data.prompts import PromptRenderer
 from moslim.instructions import SystemMessage, Tags
 from moslim.policy.model_card import policy_card
@@ -49,7 +49,7 @@ def folder(
         Path("policy.yaml").write_text(yaml.safe_dump(config))
         for block in re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL):
             for line in block.splitlines():
-                main(shlex.split(line.removeprefix("python main.py ")))
+                run(shlex.split(line.removeprefix("python main.py ")))
     return folder
 
 
@@ -91,15 +91,15 @@ def test_an_export_never_takes_the_place_of_what_the_policy_is_built_on(
     before = sorted(Path(other).rglob("*"))
     for out in (other, "."):
         with pytest.raises(ValueError, match=r"holds model\.(model|classifier) = .*name another folder"):
-            main(["export", "--config", "policy.yaml", "--ckpt_path", "last", "--out", out])
+            run(["export", "--config", "policy.yaml", "--ckpt_path", "last", "--out", out])
     assert sorted(Path(other).rglob("*")) == before
 
 
 def test_a_prediction_without_rows_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match=r"no rows to answer; a Table takes them from data\.source\.predict"):
-        main(["predict", "--config", "policy.yaml", "--ckpt_path", "last"])
+        run(["predict", "--config", "policy.yaml", "--ckpt_path", "last"])
     Path("misspelt.jsonl").write_text('{"question": "How do I clean the kettle?", "warmht": 2}\n')
     with pytest.warns(UserWarning, match="no row of predict asks for a level: columns named formality, warmth"):
         options = ["--data.source.predict", "misspelt.jsonl", "--model.predictions", "bare.jsonl"]
-        main(["predict", "--config", "policy.yaml", "--ckpt_path", "last", *options])
+        run(["predict", "--config", "policy.yaml", "--ckpt_path", "last", *options])

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from moslim.cli import main
+from moslim.cli import run
 from moslim.reward.scorer import Scorer
 
 from .conftest import save_backbone
@@ -69,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("mine.yaml").write_text(yaml.safe_dump(CONFIG))
         for block in re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL):
             for line in block.splitlines():
-                main(shlex.split(line.removeprefix("python main.py ")))
+                run(shlex.split(line.removeprefix("python main.py ")))
     return folder
 
 
