@@ -4,10 +4,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau as Plateau
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
+from moslim.base import RunModule
 from moslim.errors import UsageError
 from moslim.optim import RateGroup, WarmupDecay, configure
 
@@ -175,3 +177,75 @@ def test_a_group_apart_has_a_rate_of_its_own_and_the_schedule_of_all() -> None:
     assert rates(0.001, None) == [[0.001, 0.01], [0.0005, 0.005]]
     assert rates(0.5, None) == [[0.5, 0.5], [0.25, 0.25]]
     assert rates(0.5, 0.02) == [[0.5, 0.02], [0.25, 0.01]]
+
+
+class Flat(RunModule):
+    """Its validation loss is 1 less twice, and then stays."""
+
+    LOSSES = (3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+    def __init__(self, monitor: str = "val/loss", **options: object) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.schedule = lambda optimizer: Plateau(optimizer, monitor, factor=0.5, patience=0, **options)
+        self.rates: list[float] = []
+        self.validations = 0
+
+    def configure_optimizers(self):
+        return configure(self, lambda parameters: SGD(parameters, lr=8.0), self.schedule, self.parameters())
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+        return self.weight * 0.0
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.log("val/loss", self.LOSSES[self.validations])
+
+    def on_validation_epoch_end(self) -> None:
+        self.validations += not self.trainer.sanity_checking
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.zeros(14))
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(torch.zeros(1))
+
+
+def test_a_plateau_moves_after_each_validation_within_an_epoch_too(tmp_path: Path) -> None:
+    module = Flat()
+    trainer(tmp_path, max_epochs=1, val_check_interval=2).fit(module)
+    assert module.rates == [8.0] * 8 + [4.0] * 2 + [2.0] * 2 + [1.0] * 2
+
+
+def test_a_plateau_without_validations_moves_at_the_end_of_epochs(tmp_path: Path) -> None:
+    class Logging(Flat):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.log("train/loss", 1.0, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    module = Logging("train/loss")
+    trainer(tmp_path, max_epochs=3, limit_val_batches=0, limit_train_batches=2).fit(module)
+    assert module.rates == [8.0] * 4 + [4.0] * 2
+
+
+def test_the_state_of_a_plateau_is_in_the_checkpoint_of_its_validation(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=0, every_n_epochs=1)
+    options = {"max_epochs": 1, "val_check_interval": 2}
+    trainer(tmp_path, enable_checkpointing=True, callbacks=[saver], **options).fit(Flat())
+    resumed = Flat()
+    resumed.validations = 4
+    trainer(tmp_path, **options).fit(resumed, ckpt_path=str(tmp_path / "step=8.ckpt"), weights_only=True)
+    assert resumed.rates == [4.0] * 2 + [2.0] * 2 + [1.0] * 2
+
+
+def test_a_metric_that_is_not_measured_is_an_error_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'val/los', which was not measured; metrics at this point: val/loss"):
+        trainer(tmp_path, max_epochs=1).fit(Flat("val/los"))
+
+
+def test_a_plateau_must_say_what_it_watches(tmp_path: Path) -> None:
+    module = Flat()
+    module.schedule = lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    with pytest.raises(UsageError, match=r"take class_path lightning\.pytorch\.cli\.ReduceLROnPlateau with"):
+        trainer(tmp_path, max_epochs=1).fit(module)

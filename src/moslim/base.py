@@ -22,6 +22,7 @@ from moslim.chat_templates import pin_tokenizer, tokenizer_pins
 from moslim.errors import UsageError
 from moslim.identity import Entries, check_identity, keep_identity, saved_entries, vocabulary_digest
 from moslim.jsonlines import JsonLines, finished, move_unfinished
+from moslim.optim import PlateauSteps
 from moslim.reporting import shown
 
 
@@ -223,8 +224,8 @@ class RunModule(LightningModule):
         self.record({name: before.get(name, 0.0) + float(value) / parts for name, value in values.items()})
 
     def configure_callbacks(self) -> list[Callback]:
-        """What sends the recorded numbers. A subclass adds its callbacks to these."""
-        return [StepRow()]
+        """What sends the recorded numbers, and moves a schedule. A subclass adds its callbacks to these."""
+        return [StepRow(), PlateauSteps()]
 
     def on_predict_start(self) -> None:
         """Opens the file of ``predictions``.

@@ -29,6 +29,7 @@ from moslim.callbacks.role_memory import RoleMemory
 from moslim.data.module import PreferenceDataModule
 from moslim.errors import UsageError
 from moslim.failures import in_own_code, reported, without_flag
+from moslim.layers import dropped
 from moslim.option_errors import shortened
 from moslim.parser import MoslimParser
 from moslim.preferences import PreferenceSet
@@ -105,6 +106,8 @@ class MoslimCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         self._refuse_early()
         self._dump_config()
+        for message in dropped([str(file) for file in self._get(self.config, "config") or []], self.config_dump):
+            rank_zero_warn(message)
         for key, value in _leaves(self.config_dump):
             if isinstance(value, str) and value.startswith("Unable to serialize instance"):
                 raise UsageError(

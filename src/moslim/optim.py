@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerConfig, OptimizerLRSchedulerConfig
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerConfig, OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from moslim.errors import UsageError
 from moslim.precision import at_least_float32
+
+_NEVER = 2**62
+"""A frequency that no count of epochs reaches."""
 
 
 @runtime_checkable
@@ -103,6 +107,8 @@ def configure(
 ) -> OptimizerConfig | OptimizerLRSchedulerConfig:
     """Returns what ``configure_optimizers`` should: an optimizer, and a schedule that moves every step.
 
+    A ``ReduceLROnPlateau`` moves after each validation instead, by :class:`PlateauSteps`.
+
     Args:
         module: The module; its Trainer knows how long the run is.
         optimizer: From parameters to optimizer; None = AdamW without weight decay.
@@ -113,6 +119,7 @@ def configure(
 
     Raises:
         UsageError: Trained weights are held in bfloat16 or float16, or float16 is trained without loss scaling.
+        UsageError: A ``ReduceLROnPlateau`` does not say which metric it watches.
     """
     if module._trainer is not None:
         check_precision(module)
@@ -130,6 +137,15 @@ def configure(
     schedule = lr_scheduler(built)
     if isinstance(schedule, FollowsRun):
         schedule.follow(lambda: module.trainer.estimated_stepping_batches)
+    if isinstance(schedule, ReduceLROnPlateau):
+        monitor = getattr(schedule, "monitor", None)
+        if monitor is None:
+            raise UsageError(
+                "model.lr_scheduler: torch's ReduceLROnPlateau does not say which metric it watches: take class_path "
+                "lightning.pytorch.cli.ReduceLROnPlateau with init_args.monitor, e.g. val/loss"
+            )
+        by_callback = {"scheduler": schedule, "monitor": monitor, "strict": False, "frequency": _NEVER}
+        return {"optimizer": built, "lr_scheduler": cast("LRSchedulerConfigType", by_callback)}
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -163,3 +179,33 @@ def check_precision(module: LightningModule) -> None:
             f"'{precision}'), so that gradients vanish or overflow: set model.dtype to bfloat16, or trainer.precision "
             "to 16-mixed, which scales the loss on a GPU"
         )
+
+
+class PlateauSteps(Callback):
+    """Moves a ``ReduceLROnPlateau`` after each validation or, in a run without any, at the end of each epoch.
+
+    Lightning would move it at the end of epochs only, and not at all in a run that is shorter than one.
+    """
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a checkpoint is written, which then holds the state of the schedule."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._move(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See the class."""
+        if not sum(trainer.num_val_batches):
+            self._move(trainer)
+
+    def _move(self, trainer: Trainer) -> None:
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                assert config.monitor is not None
+                value = trainer.callback_metrics.get(config.monitor)
+                if value is None:
+                    known = ", ".join(sorted(trainer.callback_metrics)) or "none"
+                    raise UsageError(
+                        f"model.lr_scheduler watches monitor = '{config.monitor}', which was not measured; "
+                        f"metrics at this point: {known}"
+                    )
+                config.scheduler.step(trainer.strategy.broadcast(float(value)))

@@ -21,7 +21,6 @@ from moslim.data.types import Example, PairBatch
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture, check_identity, keep_identity
-from moslim.jsonlines import JsonLines
 from moslim.limits import Positions, fit_tokenizer
 from moslim.lora import adapter_scales, is_adapted, merged, unwrapped
 from moslim.models import load_tokenizer

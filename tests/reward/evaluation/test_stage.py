@@ -216,7 +216,7 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     Path("config.yaml").write_text(yaml.safe_dump(config))
     mapping = ["--model.best_of.mapping", "TargetProbability", "--model.best_of.mapping.scope", "group"]
-    run(["test", "--config", "config.yaml", *mapping])
+    run(["test", "--config", "config.yaml", "--ckpt_path", "none", *mapping])
     result = json.loads(Path("report/reward.json").read_text())
     assert result["n_rows"] == 16 and set(result["subsets"]) == {"adversarial"}
     assert result["best_of"]["n_prompts"] == 6 and result["best_of"]["paraphrases"]["n"] == 12
