@@ -16,6 +16,7 @@ from moslim.errors import UsageError
 from moslim.mapping import ExpectedDistance
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.rollout import nonfinite
 from tests.policy.runs import BATCH, SAMPLES, data, make, trainer, weights
 
 pytestmark = [
@@ -298,8 +299,8 @@ def test_wrong_options_and_modules(tmp_path):
 
 
 def test_faults_by_hand():
-    assert faults.nonfinite("x", torch.tensor([1.0, math.inf, math.nan])) == "x is not finite in 2 of 3 places"
-    assert faults.nonfinite("x", torch.zeros(2, 2)) is None
+    assert nonfinite("x", torch.tensor([1.0, math.inf, math.nan])) == "x is not finite in 2 of 3 places"
+    assert nonfinite("x", torch.zeros(2, 2)) is None
     old, mask = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.tensor([[True, True], [True, False]])
     assert faults.kl_above(old, old - 2, mask, 3.0) is None  # 2 nats a token: 4 and 2
     assert faults.kl_above(old, old - 2, mask, 2.9).startswith("the KL divergence to the reference is 3 nats")

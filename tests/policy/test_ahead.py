@@ -145,7 +145,7 @@ def test_wrong_options(options, message):
 def test_what_could_not_be_sampled_ahead_is_left_out_of_a_checkpoint(run):
     batch = run(1, off_policy=AHEAD).batches[0]
 
-    def refusing(*_):
+    def refusing(*_, **__):
         raise ConnectionError("no server")
 
     ahead = TrainingAnswers(refusing, SAMPLES, seed=0, overlap=True)

@@ -11,12 +11,6 @@ from moslim.policy.kl import k1
 from moslim.processes import mean_over_processes
 
 
-def nonfinite(name: str, values: Tensor) -> str | None:
-    """Finds NaN and infinity in a tensor of any shape."""
-    bad = int((~values.isfinite()).sum())
-    return f"{name} is not finite in {bad} of {values.numel()} places" if bad else None
-
-
 def kl_above(logprobs: Tensor, reference: Tensor | None, mask: Tensor, limit: float) -> str | None:
     """Compares the estimated KL divergence to the reference, in nats per answer, with a limit.
 

@@ -14,6 +14,7 @@ from moslim.callbacks import faults
 from moslim.checkpoint_files import GUARD_RECORD
 from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
+from moslim.policy.rollout import nonfinite
 from moslim.processes import gathered
 
 Action = Literal["stop", "warn", "off"]
@@ -32,7 +33,9 @@ class Guards(Callback):
     that step too, and counts the others as ``guards/<guard>``. Under several processes all stop together.
 
     Args:
-        nonfinite: NaN or infinity in the loss, in a reward, or, when a checkpoint is to be written, in a weight.
+        nonfinite: NaN or infinity in a rollout (log-probabilities of policy and reference, the classifier's
+            probabilities, rewards, the critic's values, advantages), in the loss, or, when a checkpoint is to be
+            written, in a weight.
         kl: The KL divergence to the reference is above ``kl_limit``; needs a ``kl_coef`` above 0.
         ratio: Update and engine disagree about a rollout's probabilities before its first step; or the update and the
             old log-probabilities that later steps are clipped by do, of tokens or of whole answers as the optimizer
@@ -46,6 +49,9 @@ class Guards(Callback):
     Raises:
         UsageError: An action is unknown, or a limit is not above 0.
     """
+
+    sees_nonfinite = True
+    """The module leaves to it what is not finite."""
 
     def __init__(
         self,
@@ -112,10 +118,7 @@ class Guards(Callback):
             reference = rollout.reference_logprobs
             updated = rows.update_mask  # answers that nothing needs are not computed
             checks = {
-                "nonfinite": lambda: (
-                    faults.nonfinite("a level probability of the classifier", rollout.probs)
-                    or faults.nonfinite("a reward", rollout.rewards)
-                ),
+                "nonfinite": rollout.nonfinite,
                 "kl": lambda: faults.kl_above(rollout.old_logprobs, reference, rollout.mask, self.kl_limit),
                 "ratio": lambda: self._ratios(module, updated),
                 "identical": lambda: faults.identical(rollout.answers, module.samples_per_prompt),
@@ -123,7 +126,7 @@ class Guards(Callback):
             }
         for guard, find in checks.items():
             self._check(trainer, module, guard, find)
-        self._check(trainer, module, "nonfinite", lambda: faults.nonfinite("the loss", loss.detach()))
+        self._check(trainer, module, "nonfinite", lambda: nonfinite("the loss", loss.detach()))
 
     def _ratios(self, module: Any, updated: Tensor) -> str | None:
         rows, now, tolerance = module.rows, module.logprobs, self.ratio_tolerance

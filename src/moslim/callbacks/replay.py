@@ -40,6 +40,9 @@ class StepTaken(Exception):
 class Replay(Callback):
     """Lets ``fit`` resume and stops it at the first backward pass, with the step's numbers in ``found``."""
 
+    sees_nonfinite = True
+    """A step is shown also where its numbers are not finite."""
+
     def __init__(self) -> None:
         self.found: Replayed | None = None
         self._record: dict[str, Any] | None = None

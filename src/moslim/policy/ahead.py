@@ -129,7 +129,7 @@ class TrainingAnswers:
     ) -> Sampled:
         keys = [(self._seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
         with torch.autocast(**how) if how else nullcontext():
-            return Sampled(self._answerer(model, batch, keys, self._samples), version)
+            return Sampled(self._answerer(model, batch, keys, self._samples, finite=False), version)
 
     def _copied(self, policy: Any) -> Any:
         """The policy at this moment; what is never trained is not copied."""

@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.data.prompts import pad_id
 from moslim.data.types import PromptBatch, Question
+from moslim.errors import UsageError
 from moslim.noise import derive_seed
 from moslim.policy.engines import Completions, RolloutEngine
 from moslim.policy.roles import evaluating
+from moslim.policy.rollout import nonfinite
 
 
 class Purpose(IntEnum):
@@ -69,7 +71,9 @@ class Answerer:
         self._stop_ids = torch.tensor(engine.stop_ids, dtype=torch.long)
         self._pad_id = pad_id(tokenizer)
 
-    def __call__(self, model: Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int) -> Answers:
+    def __call__(
+        self, model: Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int, finite: bool = True
+    ) -> Answers:
         """Answers a batch of prompts.
 
         Args:
@@ -78,10 +82,18 @@ class Answerer:
             keys: What identifies each of them; an answer depends on its prompt, its key and its number (and
                 where the engine draws by ``multinomial``, on the batch).
             samples: Answers per prompt, ``n``.
+            finite: Whether to refuse answers of a model that gives no numbers.
+
+        Raises:
+            UsageError: A log-probability is not finite.
         """
         seeds = answer_seeds(keys, samples, batch.input_ids.device)
         with evaluating(model):
             found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self._eos_ids, self._pad_id)
+        if finite and (reason := nonfinite("a log-probability", found.logprobs[found.mask])):
+            raise UsageError(
+                f"{reason} of sampled answers: the model's weights are damaged, take an earlier checkpoint"
+            )
         prompts = batch.input_ids.repeat_interleave(samples, dim=0)
         prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)
         tokens = found.tokens.cpu()

@@ -43,7 +43,7 @@ from moslim.policy.sweep import settings
 from moslim.policy.update import forward
 from moslim.precision import full_precision
 from moslim.preferences import PreferenceSet
-from moslim.processes import averaged
+from moslim.processes import any_process, averaged
 from moslim.reporting import due
 from moslim.sampling import PreferenceSampler
 from moslim.sharding import shard_mesh
@@ -363,7 +363,6 @@ class PolicyTrainer(PolicyEvaluation):
             mapped = self.reward_functions.join(mapped, checked, self.mapping.is_mean)
             scores = group_scores(mapped, found, reference, critic, self.missing_end_penalty, self.samples_per_prompt)
             returns, advantages, used = optimizer.returns(scores), optimizer.advantages(scores), optimizer.used(scores)
-            optimizer.observe(scores)
         rollout = Rollout(
             key=key,
             input_ids=answers.input_ids,
@@ -386,6 +385,8 @@ class PolicyTrainer(PolicyEvaluation):
             engine_logprobs=by_engine,
             version=self.global_step,
         )
+        self._refuse_nonfinite(rollout)
+        optimizer.observe(scores)
         progress = averaged(progress_metrics(rollout))
         self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
         if due(self.trainer, self.steps_per_rollout):
@@ -398,6 +399,23 @@ class PolicyTrainer(PolicyEvaluation):
             asked = self._sampler.metrics() if self._sampler else {}
             self.record({**progress, **averaged(metrics), **asked, **clock.laps})
         return rollout
+
+    def _refuse_nonfinite(self, rollout: Rollout) -> None:
+        """Stops all processes where one has numbers that are not finite, unless a callback sees to that.
+
+        Raises:
+            UsageError: There are such numbers.
+        """
+        if any(getattr(callback, "sees_nonfinite", False) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        reason = rollout.nonfinite()
+        if any_process(reason is not None, self.device):
+            raise UsageError(
+                f"step {self.global_step}: {reason or 'a rollout of another process is not finite'}. Go on from an "
+                "earlier checkpoint with a lower learning rate, or with trainer.gradient_clip_val; a reward or a level "
+                "probability is the fault of mapping or classifier. With moslim.callbacks.guards.Guards in "
+                "trainer.callbacks such a step is kept, to be seen with `replay`"
+            )
 
     @property
     def _sampler(self) -> PreferenceSampler | None:

@@ -93,6 +93,21 @@ class Rollout:
         """What a model is run over."""
         return AnswerBatch(self.input_ids, self.attention_mask, self.mask)
 
+    def nonfinite(self) -> str | None:
+        """Says which numbers of the rollout are NaN or infinite; None if all are finite."""
+        mask = self.mask
+        kinds = {
+            "a log-probability of the policy": self.old_logprobs[mask],
+            "a level probability of the classifier": self.probs,
+            "a reward": self.rewards,
+        }
+        if self.reference_logprobs is not None:
+            kinds["a log-probability of the reference"] = self.reference_logprobs[mask]
+        if self.values is not None:
+            kinds["a value of the critic"] = self.values[mask]
+        kinds["an advantage"] = self.advantages
+        return next((found for name, values in kinds.items() if (found := nonfinite(name, values))), None)
+
     def rows(self, index: Tensor) -> Rollout:
         """The answers at positions ``index``."""
         picked = index.tolist()
@@ -159,6 +174,12 @@ class Rollout:
         moved: dict[str, Any] = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()}
         moved["key"] = tuple(state["key"])
         return cls(**moved)
+
+
+def nonfinite(name: str, values: Tensor) -> str | None:
+    """Finds NaN and infinity in a tensor of any shape."""
+    bad = int((~values.isfinite()).sum())
+    return f"{name} is not finite in {bad} of {values.numel()} places" if bad else None
 
 
 def end_penalty(ended: Tensor, penalty: float) -> Tensor:

@@ -16,7 +16,7 @@ DrawMethod = Literal["inverse_cdf", "multinomial"]
 
 @dataclass
 class Chosen:
-    """One token for each of ``B`` rows.
+    """One token for each of ``B`` rows; any, with a log-probability of NaN, where the logits are not finite.
 
     Args:
         tokens: ``[B]`` int64.
@@ -75,7 +75,10 @@ class Choice:
         if self.temperature == 0:
             tokens = left.argmax(dim=-1)
         elif self.method == "multinomial":
-            tokens = torch.multinomial(left.exp(), 1, generator=generator)[:, 0]
+            broken = logprobs[
+                :, :1
+            ].isnan()  # a row is whole or has no number at all: that goes on, to be seen by others
+            tokens = torch.multinomial(left.exp().masked_fill(broken, 1.0), 1, generator=generator)[:, 0]
         else:
             tokens = inverse_cdf(left.exp(), noise)
         found = Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0])
