@@ -160,7 +160,8 @@ def test_overfit_batches_asks_the_same_in_every_epoch(sampler, policy, preferenc
 def test_limits_count_training_steps_not_rollouts(policy, preferences, tmp_path):
     module = policy(inner_epochs=2)
     run = trainer(tmp_path, max_epochs=2, max_steps=-1, limit_train_batches=3)
-    run.fit(module, data(preferences))
+    with pytest.warns(UserWarning, match=r"3 batches .* = 2: only 1 of the 2 batches of its last rollout"):
+        run.fit(module, data(preferences))
     assert run.num_training_batches == 3 and run.global_step == 6
     assert [step["key"] for step in module.trace] == [(0, 0), (0, 0), (0, 1), (1, 0), (1, 0), (1, 1)]
     half = trainer(tmp_path, max_epochs=1, max_steps=-1, limit_train_batches=0.5)

@@ -156,6 +156,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
 
 def some_steps(folder, resumed, lora, preferences, lm, classifier, strategy="ddp_fork"):
     options = {"lora": lora, "inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+    if lora:  # whose critic is a parameter group with a rate of its own
+        options["policy_optimizer"] = PPO(critic_lora=LORA, critic_lr=3e-3)
     run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], strategy=strategy, devices=2)
     module = make(preferences, lm, classifier, **options)
     run.fit(module, data(preferences, batch_size=BATCH // 2), ckpt_path=resumed, weights_only=True)
@@ -182,6 +184,8 @@ def test_resuming_two_processes_gives_each_its_own_rollout(strategy, lora, prefe
         assert again["callbacks"] == whole["callbacks"]
         ((mine,), (theirs,)) = again["optimizer_states"], whole["optimizer_states"]
         assert mine["state"].keys() == theirs["state"].keys()
+        rates = [[group["lr"] for group in saved["param_groups"]] for saved in (mine, theirs)]
+        assert rates[0] == rates[1] and rates[0][1:] == ([3e-3] if lora else [])
         for number, state in theirs["state"].items():
             assert all(torch.equal(mine["state"][number][key], value) for key, value in state.items())
 

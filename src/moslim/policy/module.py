@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -277,6 +278,17 @@ class PolicyTrainer(PolicyEvaluation):
             )
         self.roles.shard(mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
+
+    def on_train_start(self) -> None:
+        """Says where an epoch ends within a rollout, which is then used in part."""
+        super().on_train_start()
+        batches, repeats = self.trainer.num_training_batches, self.batch_repeats
+        if batches % repeats and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"an epoch has {batches} batches (trainer.limit_train_batches or overfit_batches), no multiple of "
+                f"inner_epochs * minibatches = {repeats}: only {batches % repeats} of the {repeats} batches of its "
+                "last rollout are learnt from"
+            )
 
     def on_after_backward(self) -> None:
         """Ends the part of a step that needs whole weights."""
