@@ -146,7 +146,7 @@ def test_the_last_window_of_an_epoch_is_a_full_step(workers, start, tmp_path):
         torch.testing.assert_close(value, third[name], atol=1e-12, rtol=1e-12)
 
 
-def test_a_checkpoint_within_a_window_is_refused(start, tmp_path):
+def test_a_run_goes_on_between_windows_and_not_within_one(start, tmp_path):
     class Save(Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
@@ -166,12 +166,15 @@ def test_a_checkpoint_within_a_window_is_refused(start, tmp_path):
             callbacks=options.pop("callbacks", []),
         )
         data = PreferenceDataModule(PREFERENCES, ComparedSource(labelled=True), batch_size=ROWS // 4)
-        trainer.fit(PARTS["supervised"](start), data, weights_only=True, **options)
+        module = PARTS["supervised"](start)
+        trainer.fit(module, data, weights_only=True, **options)
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
 
-    run(2, callbacks=[Save()])
+    whole = run(2, callbacks=[Save()])
     with pytest.raises(UsageError, match=r"after batch 1 of an epoch, within the 2 batches .* that divides 1"):
         run(2, ckpt_path=tmp_path / "0.ckpt")
-    run(2, ckpt_path=tmp_path / "1.ckpt")
+    again = run(2, ckpt_path=tmp_path / "1.ckpt")
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 def test_a_loader_that_cannot_look_ahead_is_refused(start, tmp_path):

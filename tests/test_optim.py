@@ -160,7 +160,7 @@ def test_a_group_apart_has_a_rate_of_its_own_and_the_schedule_of_all() -> None:
     def rates(lr: float, apart: float | None) -> list[list[float]]:
         found = configure(
             Line(),
-            lambda groups: SGD(groups, lr=lr),
+            lambda parameters: SGD([p for p in parameters if p.requires_grad], lr=lr),
             lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (step + 1)),
             module.parameters(),
             apart=RateGroup([module.bias], apart, least=0.01),

@@ -115,7 +115,8 @@ def configure(
         lr_scheduler: From optimizer to schedule; None = a constant rate.
         parameters: What is trained; parameters without gradient are left out.
         default_lr: Rate of the default optimizer.
-        apart: Which of them make a second parameter group, the schedule of which is the same; None = none.
+        apart: Which of them make a parameter group of their own, whose schedule and other options are the same; None =
+            none.
 
     Raises:
         UsageError: Trained weights are held in bfloat16 or float16, or float16 is trained without loss scaling.
@@ -125,13 +126,11 @@ def configure(
         check_precision(module)
     trained = [p for p in parameters if p.requires_grad]
     own = {id(p) for p in apart.parameters} if apart else set()
-    groups: Any = trained
+    rest, second = ([p for p in trained if (id(p) in own) is one] for one in (False, True))
+    built = optimizer(rest) if optimizer else AdamW(rest, lr=default_lr, weight_decay=0.0)
     if apart is not None:
-        groups = [{"params": [p for p in trained if (id(p) in own) is second]} for second in (False, True)]
-    built = optimizer(groups) if optimizer else AdamW(groups, lr=default_lr, weight_decay=0.0)
-    if apart is not None:
-        rest, second = built.param_groups
-        second["lr"] = max(float(rest["lr"]), apart.least) if apart.lr is None else apart.lr
+        rate = max(apart.least, *(float(group["lr"]) for group in built.param_groups)) if apart.lr is None else apart.lr
+        built.add_param_group({"params": second, "lr": rate})
     if lr_scheduler is None:
         return {"optimizer": built}
     schedule = lr_scheduler(built)
