@@ -133,6 +133,13 @@ def is_causal(config: PreTrainedConfig) -> bool:
     return bool(kinds & generates)
 
 
+def hidden_width(config: Any) -> int:
+    """Size of a model's last hidden states; some families set a projected one apart from the inner width (OPT)."""
+    text = config.get_text_config()
+    width: int = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    return width
+
+
 def language_part(model: Any) -> Any:
     """The part of a model, without an adapter's wrapper, that reads texts: not all of one that sees images, too."""
     whole = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -141,6 +148,16 @@ def language_part(model: Any) -> Any:
         return whole
     parts = (part for part in whole.modules() if isinstance(part, PreTrainedModel) and type(part.config) is type(text))
     return next(parts, whole)
+
+
+def freeze_unread(model: Any) -> None:
+    """Freezes what a text does not reach, such as the part that sees images: it would have no gradient."""
+    part = language_part(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    read = {id(p) for module in (part, head) if module is not None for p in module.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad_(False)
 
 
 @contextmanager
@@ -215,6 +232,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def _of_head(key: str, backbone: PreTrainedModel) -> bool:
     """Whether a weight that a transformer has no place for belongs to a head on it, not to the transformer."""
     first, _, rest = key.partition(".")
+    if "lm_head" in key.split("."):  # of some models of texts and images, inside their language model
+        return True
     if first == backbone.base_model_prefix:
         return False
     return first not in dict(backbone.named_children()) and bool(rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moslim.errors import UsageError
+from moslim.loading import language_part
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."
 """What peft puts before the names of the model under an adapter."""
+
+
+ALL_LINEAR = "all-linear"
+"""Stands for all linear layers of the part that reads texts, but for heads and the layer that predicts tokens."""
+
+_ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d)
 
 
 @dataclass
@@ -29,14 +37,15 @@ class LoraOptions:
         rank: Rank of the update.
         alpha: The update is scaled by ``alpha / rank``.
         dropout: Dropout before the update.
-        target_modules: Last name parts of the layers to adapt, e.g. ``[q_proj, v_proj]``; None = what peft
-            recommends for the architecture.
+        target_modules: Last name parts of the layers to adapt, e.g. ``[q_proj, v_proj]``; ``all-linear`` for all linear
+            layers but heads; or a pattern that whole names fit. None = what peft recommends for the architecture; all
+            linear layers, where it knows none.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target_modules: list[str] | None = None
+    target_modules: list[str] | str | None = None
 
 
 def add_lora(
@@ -51,11 +60,15 @@ def add_lora(
         trained_whole: Names of modules that stay trainable as they are, such as a new head.
 
     Raises:
-        UsageError: ``target_modules`` is not given and peft has no advice for the architecture.
+        UsageError: A name among ``target_modules`` fits no layer.
     """
     from peft import get_peft_model
 
-    adapted = get_peft_model(model, _peft_config(model, options), adapter_name=name)
+    config = _peft_config(model, options, trained_whole)
+    try:
+        adapted = get_peft_model(model, config, adapter_name=name)
+    except ValueError as error:
+        raise UsageError(f"peft cannot put the adapter on {type(model).__name__}: {error}") from error
     for part in trained_whole:
         # Not peft's `modules_to_save`: it would keep a frozen random copy of an untrained head beside it.
         model.get_submodule(part).requires_grad_(True)
@@ -143,26 +156,114 @@ def _add(model: PeftModel, config: LoraConfig, name: str) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in before]
 
 
-def _peft_config(model: Any, options: LoraOptions) -> LoraConfig:
+def _peft_config(model: Any, options: LoraOptions, apart: Sequence[str] = ()) -> LoraConfig:
     from peft import LoraConfig
 
-    targets = options.target_modules or _recommended(model.config)
-    names = tuple(targets) if isinstance(targets, list) else ()
-    transposed = any(isinstance(m, Conv1D) for n, m in model.named_modules() if n.endswith(names))
+    layers, targets = chosen_layers(model, options.target_modules, apart)
     return LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
         lora_dropout=options.dropout,
         target_modules=targets,
-        fan_in_fan_out=transposed,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
     )
 
 
-def _recommended(config: Any) -> list[str] | str:
+def chosen_layers(
+    model: Any, wanted: list[str] | str | None, apart: Sequence[str] = ()
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Finds the layers that an adapter changes.
+
+    Args:
+        model: The model; it may have adapters.
+        wanted: Last parts of names, a pattern of whole names, :data:`ALL_LINEAR`, or None for peft's advice.
+        apart: Names of modules that are left alone, such as new heads.
+
+    Returns:
+        The layers by name, and names for peft that fit these and no others.
+
+    Raises:
+        UsageError: A name or the pattern fits no layer, or it fits embeddings that the model also predicts with.
+    """
+    part, modules = language_part(getattr(model, "backbone", model)), _without_adapters(model)
+    inside = {id(module) for module in _without_adapters(part).values()}
+    output: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = None if output is None else _base_layer(output)
+    layers = {
+        name: module
+        for name, module in modules.items()
+        if isinstance(module, _ADAPTABLE)
+        and (id(module) in inside or module is output)
+        and not any(f"{name}.".startswith(f"{head}.") for head in apart)
+    }
+    linear = [
+        name
+        for name, module in layers.items()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output and not _read_by_kernels(name, modules)
+    ]
+    if wanted is None:
+        advised = _advised(model)
+        names = [name for name in linear if _fits(name, advised)] or linear
+    elif wanted in (ALL_LINEAR, [ALL_LINEAR]):
+        names = linear
+    else:
+        for one in wanted if isinstance(wanted, list) else [wanted]:
+            if not any(_fits(name, [one] if isinstance(wanted, list) else one) for name in layers):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+                raise UsageError(
+                    f"lora.target_modules: '{one}' fits no layer that an adapter can change: there are {known}; "
+                    f"give some of these, e.g. [{known.partition(',')[0]}], or {ALL_LINEAR}"
+                )
+        names = [name for name in layers if _fits(name, wanted)]
+    _refuse_tied(model, layers, names)
+    short = sorted({name.rpartition(".")[2] for name in names})
+    exact = [name for name in modules if _fits(name, short)] == names
+    prefix = f"{model.base_model_prefix}."
+    return {name: layers[name] for name in names}, short if exact else [name.removeprefix(prefix) for name in names]
+
+
+def _fits(name: str, wanted: Sequence[str] | str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(f".{name}".endswith(f".{one}") for one in wanted)
+
+
+def _advised(model: Any) -> list[str] | str:
+    """Layers that peft recommends for an architecture, or that of its language model; none if it has no advice."""
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    kind = getattr(config, "backbone", config).model_type
-    if kind not in KNOWN:
-        raise UsageError(f"no layers to adapt are known for '{kind}': give lora.target_modules, e.g. [q_proj, v_proj]")
-    known = KNOWN[kind]
-    return known if isinstance(known, str) else list(known)
+    config = getattr(model.config, "backbone", model.config)
+    for kind in (config.model_type, config.get_text_config().model_type):
+        if kind in KNOWN:
+            known: Any = KNOWN[kind]
+            return known if isinstance(known, str) else [str(name) for name in known]
+    return []
+
+
+def _without_adapters(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules by name, those under an adapter instead of it."""
+    names = ((name, module) for name, module in model.named_modules() if "lora_" not in name)
+    return {name: _base_layer(module) for name, module in names if "base_layer" not in name.split(".")}
+
+
+def _base_layer(module: nn.Module) -> nn.Module:
+    layer: nn.Module = getattr(module, "base_layer", module)
+    return layer
+
+
+def _read_by_kernels(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer is Mamba's last, whose weight kernels read without its adapter."""
+    owner, _, last = name.rpartition(".")
+    return last == "out_proj" and isinstance(getattr(modules.get(owner), "conv1d", None), nn.Conv1d)
+
+
+def _refuse_tied(model: Any, layers: Mapping[str, nn.Module], names: Sequence[str]) -> None:
+    """Raises where a layer's weight is another layer's, too: merging the adapter would change both."""
+    for name in names:
+        weight = layers[name].weight
+        others = [other for other, module in layers.items() if module.weight is weight and other != name]
+        if others:
+            raise UsageError(
+                f"lora.target_modules: '{name}' has the same weight as '{others[0]}', so that an adapter on it cannot "
+                "be merged: leave it out"
+            )

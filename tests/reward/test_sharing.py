@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -187,7 +188,7 @@ def test_adapter_form_without_a_tensor_names_it(
 def test_an_adapter_of_the_heads_cannot_be_taken_apart(
     classifier: PreferenceClassifier, backbone: str, tmp_path: Path
 ) -> None:
-    adapted = add_lora(classifier, LoraOptions(rank=2, target_modules=["q_proj", "head"]))
+    adapted = get_peft_model(classifier, LoraConfig(r=2, target_modules=["q_proj", "head"]))
     with pytest.raises(ValueError, match=r"more than the backbone \(\[.*head.*export the merged form"):
         save_adapter(adapted, backbone, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()

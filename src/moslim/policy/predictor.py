@@ -90,7 +90,8 @@ def last_layer(model: Any) -> Head | None:
         return None
     if type(layer.weight) is not nn.Parameter or layer.weight.shape != (layer.out_features, layer.in_features):
         return None
-    head = Head(layer, _scale(inner.config), getattr(inner.config, "final_logit_softcapping", None))
+    text = inner.config.get_text_config()
+    head = Head(layer, _scale(text), getattr(text, "final_logit_softcapping", None))
     if inner not in _PLAIN:
         _PLAIN[inner] = inner.base_model is not inner and _nothing_else_happens(inner, head)
     return head if _PLAIN[inner] else None

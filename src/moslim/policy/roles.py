@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moslim.errors import UsageError
+from moslim.loading import freeze_unread, hidden_width
 from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
@@ -57,12 +58,13 @@ class Roles:
     ) -> None:
         _refuse_dropout("model.lora", lora)
         _refuse_dropout("policy_optimizer.critic_lora", critic.lora if critic else None)
+        freeze_unread(model)
         self._copy = None if lora else deepcopy(model).requires_grad_(False).eval()
         if gradient_checkpointing:
             checkpoint_activations(model)
             model.train()  # transformers recomputes activations in training mode only
         self.policy: Any = add_lora(model, lora, name="policy") if lora else model
-        self.critic = ValueHead(model.config.hidden_size).to(at_least_float32(model.dtype)) if critic else None
+        self.critic = ValueHead(hidden_width(model.config)).to(at_least_float32(model.dtype)) if critic else None
         self.critic_shares_trunk = critic is not None and critic.lora is None
         self.active: Role = "policy"
         self._adapters: dict[Role, list[str]] = {}  # names: sharding puts other parameters in their places
@@ -246,7 +248,8 @@ def _refuse_dropout(option: str, lora: LoraOptions | None) -> None:
 
 def _disable_dropout(model: Any) -> None:
     """Sampled and recomputed log-probabilities must agree, so a policy has no dropout, nor its adapter."""
-    for owner in (model.config, *model.modules()):  # some layers read a rate from the configuration in every pass
+    configs = (model.config, model.config.get_text_config())
+    for owner in (*configs, *model.modules()):  # some layers read a rate from the configuration in every pass
         for name, value in vars(owner).items():
             if "drop" in name and isinstance(value, float):
                 setattr(owner, name, 0.0)

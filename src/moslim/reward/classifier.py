@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from moslim.errors import UsageError
 from moslim.limits import Positions
-from moslim.loading import CLASSIFIER_TYPE, is_causal, load_whole
+from moslim.loading import CLASSIFIER_TYPE, hidden_width, is_causal, load_whole
 from moslim.models import align, load_backbone
 from moslim.precision import apply_wide, full_precision
 from moslim.preferences import PreferenceSet
@@ -180,8 +180,9 @@ class PreferenceClassifier(PreTrainedModel):
             align(trunk)
         if trunk.config.is_encoder_decoder:
             raise UsageError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
-        if layer is not None and not 1 <= layer <= trunk.config.num_hidden_layers:
-            raise UsageError(f"layer = {layer}: '{backbone}' has layers 1 to {trunk.config.num_hidden_layers}")
+        layers = trunk.config.get_text_config().num_hidden_layers
+        if layer is not None and not 1 <= layer <= layers:
+            raise UsageError(f"layer = {layer}: '{backbone}' has layers 1 to {layers}")
         Positions.of(trunk).longest(max_length, str(backbone))
         config = PreferenceClassifierConfig(
             backbone=trunk.config,
@@ -273,7 +274,8 @@ class PreferenceClassifier(PreTrainedModel):
 
 def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, OwnHeads]:
     """The heads that were trained together, and those that were added later."""
-    inputs = _width(config.backbone) * len(config.pooling)
+    assert config.backbone is not None
+    inputs = hidden_width(config.backbone) * len(config.pooling)
     added = {
         head["dimension"]: HeadShape(widths.pop(head["dimension"]), head["hidden"], head["dropout"])
         for head in config.added_heads
@@ -282,11 +284,6 @@ def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[
         return nn.Linear(inputs, sum(widths.values())), OwnHeads(inputs, added)
     first = {name: HeadShape(width, config.head_hidden, config.head_dropout) for name, width in widths.items()}
     return OwnHeads(inputs, first), OwnHeads(inputs, added)
-
-
-def _width(config: Any) -> int:
-    """Size of the last hidden state; some families set a projected one apart from the inner width (OPT)."""
-    return getattr(config, "word_embed_proj_dim", None) or config.hidden_size
 
 
 AutoConfig.register(PreferenceClassifierConfig.model_type, PreferenceClassifierConfig)

@@ -21,6 +21,7 @@ from moslim.data.types import PairBatch, View
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources
 from moslim.identity import Entries
+from moslim.loading import freeze_unread
 from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
@@ -182,6 +183,7 @@ class RewardClassifier(ClassifierEvaluation):
         self._before = {} if backbone is not None else saved_record(local_folder(self.start))
         self._record = self._before
         torch.nn.Module.to(model, at_least_float32(model.dtype))  # a saved one may be in 16 bits, which do not learn
+        freeze_unread(model.backbone)
         model.train()  # it is loaded in evaluation mode, without dropout
         if self.trunk == "frozen":
             model.backbone.requires_grad_(False).eval()

@@ -26,6 +26,7 @@ from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture
 from moslim.limits import Positions, fit_tokenizer
+from moslim.loading import freeze_unread
 from moslim.models import Architecture, checkpoint_activations, eos_ids, load_causal_lm, load_tokenizer
 from moslim.noise import derive_seed
 from moslim.optim import configure
@@ -98,6 +99,7 @@ class SupervisedTrainer(RunModule):
         self.accept_changes = accept_changes or []
         self.seed = seed
         self.model = self._build().train()
+        freeze_unread(self.model)
         if gradient_checkpointing:
             checkpoint_activations(self.model)
         self._answered = 0  # rows of this prediction so far: an answer is drawn by its row, whatever the batch size

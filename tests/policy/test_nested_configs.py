@@ -1,0 +1,95 @@
+"""Models of texts and images, whose configuration holds their language model's, as policy and as backbone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
+
+from moslim.loading import language_part
+from moslim.lora import LoraOptions, merged
+from moslim.models import load_causal_lm
+from moslim.packing import AnswerBatch
+from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.optimizers import PPO
+from moslim.policy.passes import Passes
+from moslim.preferences import PreferenceSet
+from moslim.reward.module import RewardClassifier
+from moslim.reward.scorer import Scorer
+from moslim.supervised.module import SupervisedTrainer
+from moslim.workbench.grammar import LEVELS
+from tests.policy.conftest import ENDS
+from tests.policy.runs import PLAIN, data, make, trainer
+
+TEXT = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3,
+}  # fmt: skip
+IMAGES = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14,
+}  # fmt: skip
+NESTED: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": {**TEXT, "sliding_window": 8, "final_logit_softcapping": 30.0},
+        "vision_config": IMAGES,
+        "mm_tokens_per_image": 4,
+    },
+    "llava": {
+        "text_config": {**TEXT, "model_type": "llama"},
+        "vision_config": {**IMAGES, "model_type": "clip_vision_model"},
+    },
+}
+
+
+@pytest.fixture(params=list(NESTED))
+def start(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> str:
+    """Folder of such a model."""
+    options = NESTED[request.param]
+    options["text_config"]["vocab_size"] = len(tokenizer)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **options)
+    model = (AutoModelForCausalLM if request.param == "gemma3" else AutoModelForImageTextToText).from_config(config)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ENDS]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)])
+def test_policy_with_a_critic_and_classifier_on_such_a_model(
+    start: str, lora: LoraOptions | None, preferences: PreferenceSet, tmp_path: Path
+) -> None:
+    reward = RewardClassifier(PreferenceSet(LEVELS), backbone=start, layer=1, lora=lora)
+    trained = [name for name, p in reward.named_parameters() if p.requires_grad]
+    assert trained and not any("vision" in name or "projector" in name for name in trained)
+    reward.export(tmp_path / "classifier")
+    scorer = Scorer.from_pretrained(tmp_path / "classifier")
+    pairs = ["How do I find it?"] * 3, ["Hey pal.", "Hey there.", "Yes."]
+    torch.testing.assert_close(*(scorer.probabilities(*pairs, share_prefixes=how) for how in ("never", "always")))
+
+    module = make(preferences, start, str(tmp_path / "classifier"), policy_optimizer=PPO(), lora=lora)
+    assert not any("vision" in name for name, p in module.policy.named_parameters() if p.requires_grad)
+    trainer(tmp_path, max_steps=2).fit(module, data(preferences))
+    rollout = module.rollout
+    assert rollout is not None and module.critic is not None
+    rows = AnswerBatch(rollout.input_ids, rollout.attention_mask, rollout.mask)
+    with torch.no_grad():
+        found = [answer_logprobs(module.policy, rows, 1.0, passes) for passes in (Passes(), PLAIN)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+    module.export(str(tmp_path / "export"))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        again, own = (
+            model(input_ids=ids).logits for model in (load_causal_lm(tmp_path / "export"), merged(module.policy))
+        )
+    torch.testing.assert_close(again, own)
+
+
+def test_language_modelling_on_such_a_model_leaves_images_alone(start: str) -> None:
+    model = SupervisedTrainer(model=start).model
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and not any("vision" in name or "projector" in name for name in trained)
+    assert language_part(model).config is model.config.get_text_config()
