@@ -142,3 +142,14 @@ class Failing(Data):
         raise RuntimeError("no rows")
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class PartlyInEval(Model):
+    """A part of it is in evaluation mode on purpose, as a frozen backbone is."""
+
+    def __init__(self, preferences: PreferenceSet) -> None:
+        super().__init__(preferences)
+        self.frozen = nn.Linear(1, 1).eval()
+
+    def configure_callbacks(self) -> list[Callback]:
+        return []

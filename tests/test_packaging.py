@@ -53,6 +53,13 @@ def test_the_command_line_library_stays_below_its_next_major_version():
     assert jsonargparse.extras == {"signatures"}
 
 
+def test_releases_of_lightning_that_run_what_a_checkpoint_names_are_excluded():
+    lightning = next(one for one in requirements("install_requires") if one.name == "lightning")
+    assert not any(lightning.specifier.contains(bad) for bad in ("2.6.0", "2.6.2", "2.6.3", "2.6.5", "2.7.0"))
+    assert lightning.specifier.contains("2.6.6")
+    assert {"!=2.6.2", "!=2.6.3"} <= {str(one) for one in lightning.specifier}
+
+
 def test_installed_metadata():
     assert importlib.metadata.version("moslim") == moslim.__version__
     script = next(one for one in importlib.metadata.entry_points(group="console_scripts") if one.name == "moslim")

@@ -273,8 +273,11 @@ class StepRow(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets what an earlier fit did not come to send."""
+        """Forgets what an earlier fit did not come to send, and says how much is trained."""
         cast(RunModule, pl_module).recorded = {}
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in pl_module.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        rank_zero_info(f"{trained:,} of {sum(size for size, _ in sizes):,} parameters are trained")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves unfinished predictions to be gone on with."""

@@ -7,7 +7,6 @@ import importlib.metadata
 import netrc
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,6 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from transformers.utils import logging as transformers_logging
 
 from moslim.base import RunModule
 from moslim.callbacks.checkpoint import StepCheckpoint
@@ -28,11 +26,12 @@ from moslim.callbacks.gauges import Gauges
 from moslim.callbacks.role_memory import RoleMemory
 from moslim.data.module import PreferenceDataModule
 from moslim.errors import UsageError
-from moslim.failures import in_own_code, reported, without_flag
+from moslim.failures import debugging, in_own_code, reported, without_flag
 from moslim.layers import dropped
 from moslim.option_errors import shortened
 from moslim.parser import MoslimParser
 from moslim.preferences import PreferenceSet
+from moslim.quiet import leave_out_noise, plain_warnings
 from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.run_folder import NewFolders
 from moslim.trainer import MoslimTrainer, given, untrained
@@ -65,7 +64,11 @@ class MoslimCLI(LightningCLI):
             LightningModule,
             PreferenceDataModule,
             trainer_class=MoslimTrainer,
-            trainer_defaults={"use_distributed_sampler": False, "default_root_dir": "outputs"},
+            trainer_defaults={
+                "use_distributed_sampler": False,
+                "default_root_dir": "outputs",
+                "enable_model_summary": False,
+            },
             # A shortened option would hide a misspelt one, and Lightning's full usage is 60 lines.
             parser_class=MoslimParser,
             parser_kwargs=strict | {name: strict | {"usage": usage.format(name)} for name in SUBCOMMANDS},
@@ -258,10 +261,8 @@ def run(args: list[str] | None = None) -> MoslimCLI:
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for noise in (".*does not have many workers.*", ".*LeafSpec.*is deprecated.*"):
-        warnings.filterwarnings("ignore", noise)
+    if not debugging():
+        leave_out_noise()
     return MoslimCLI(args)
 
 
@@ -278,5 +279,7 @@ def main(args: list[str] | None = None) -> None:
     if arguments == ["--version"]:
         print(importlib.metadata.version("moslim"))
         return
+    if not debugging():
+        plain_warnings()
     with reported():
         run(arguments)
