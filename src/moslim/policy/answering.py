@@ -55,7 +55,7 @@ def answer_seeds(keys: Sequence[Sequence[int]], samples: int, device: torch.devi
 
 
 class Answerer:
-    """Samples answers with a model and decodes them.
+    """Samples answers with a model and decodes them. ``eos_ids`` are all tokens that end one, ``pad_id`` follows them.
 
     Args:
         engine: What samples.
@@ -67,9 +67,9 @@ class Answerer:
         self.engine = engine
         engine.bind(tokenizer)
         self.tokenizer = tokenizer
-        self._eos_ids = sorted({*eos_ids, *engine.stop_ids})
+        self.eos_ids = sorted({*eos_ids, *engine.stop_ids})
         self._stop_ids = torch.tensor(engine.stop_ids, dtype=torch.long)
-        self._pad_id = pad_id(tokenizer)
+        self.pad_id = pad_id(tokenizer)
 
     def __call__(
         self, model: Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int, finite: bool = True
@@ -89,7 +89,7 @@ class Answerer:
         """
         seeds = answer_seeds(keys, samples, batch.input_ids.device)
         with evaluating(model):
-            found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self._eos_ids, self._pad_id)
+            found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self.eos_ids, self.pad_id)
         if finite and (reason := nonfinite("a log-probability", found.logprobs[found.mask])):
             raise UsageError(
                 f"{reason} of sampled answers: the model's weights are damaged, take an earlier checkpoint"

@@ -30,6 +30,7 @@ from moslim.policy.answering import Answerer, Answers, Purpose
 from moslim.policy.model_card import policy_card
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
+from moslim.policy.saving import save_as_trained
 from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
@@ -214,6 +215,8 @@ class PolicyEvaluation(RunModule):
     def export(self, folder: str) -> None:
         """Saves the policy (adapter merged), its tokenizer and a model card in Hugging Face format.
 
+        Its generation config is the one that it was trained with, see :mod:`moslim.policy.saving`.
+
         Raises:
             ValueError: That folder holds what the run is built on, or a classifier.
         """
@@ -224,9 +227,10 @@ class PolicyEvaluation(RunModule):
         }
         refuse_sources(folder, sources)
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
-            merged(self.policy).save_pretrained(part)
+            ends, pad = self.answerer.eos_ids, self.answerer.pad_id
+            save_as_trained(merged(self.policy), part, self.answerer.engine, ends, pad)
             self.tokenizer.save_pretrained(part)
             data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
             if data is not None:  # only it knows how levels are written
-                card = policy_card(data.renderer(self.tokenizer), self.tokenizer, self.model_path)
+                card = policy_card(data.renderer(self.tokenizer), self.tokenizer, self.model_path, self.answerer.engine)
                 (part / "README.md").write_text(card, encoding="utf-8")

@@ -7,19 +7,21 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.prompts import PromptRenderer
+from moslim.policy.engines import RolloutEngine
 from moslim.preferences import Preference
 from moslim.reporting import markdown_table
 
 _QUESTION = "How do I make tea?"
 
 
-def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, base: str) -> str:
+def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, base: str, engine: RolloutEngine) -> str:
     """Returns the whole page.
 
     Args:
         renderer: What wrote the prompts of training.
         tokenizer: The policy's tokenizer.
         base: Hub name or folder of the model that training started from.
+        engine: What sampled the answers of training.
     """
     dimensions = renderer.preferences.dimensions
     asked = Preference({dimension.name: len(dimension.levels) - 1 for dimension in dimensions[:2]})
@@ -31,6 +33,8 @@ def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, ba
     prompt, special = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)", False
     if tokenizer.chat_template is None:
         prompt, special = '"".join(f"{message[\'content\']}\\n" for message in messages)', True
+    stops = f"stop_strings={list(engine.stop_strings)}, tokenizer=tokenizer" if engine.stop_strings else ""
+    call = ", ".join(part for part in ('input_ids=inputs["input_ids"]', stops) if part)
     return f"""# Policy: {", ".join(dimension.name for dimension in dimensions)}
 
 Answers at the levels that its prompt asks for. Made with [MOSLIM](https://arxiv.org/abs/2505.20336) from `{base}`.
@@ -51,7 +55,7 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.f
 messages = {json.dumps(messages, ensure_ascii=False)}
 prompt = {prompt}
 inputs = tokenizer(prompt, add_special_tokens={special}, return_tensors="pt")
-answer = model.generate(input_ids=inputs["input_ids"], do_sample=True, max_new_tokens=100, top_k=0)
+answer = model.generate({call})  # samples as in training, see generation_config.json
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 

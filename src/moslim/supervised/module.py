@@ -32,6 +32,7 @@ from moslim.noise import derive_seed
 from moslim.optim import configure
 from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
+from moslim.policy.saving import save_as_trained
 from moslim.precision import widened
 from moslim.processes import mean_over_processes
 from moslim.reward.sharing import is_classifier
@@ -260,7 +261,8 @@ class SupervisedTrainer(RunModule):
         base = None if self.model_path is None else adapter_base(self.model_path, self.base)
         refuse_sources(folder, {"model.model": self.model_path, "model.base": base})
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
-            self.model.save_pretrained(part)
+            ends = sorted({*eos_ids(self.model, self.tokenizer), *self.engine.stop_ids})
+            save_as_trained(self.model, part, self.engine, ends, pad_id(self.tokenizer))
             self.tokenizer.save_pretrained(part)
 
 

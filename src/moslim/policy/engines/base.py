@@ -47,6 +47,10 @@ class RolloutEngine(ABC):
 
     in_process: ClassVar[bool] = True
     """Whether it computes with the model that it is given, not with copies of the weights elsewhere."""
+    top_k: int | None = None
+    """Among how many of the most likely tokens it draws; None = among all."""
+    top_p: float = 1.0
+    """Probability of the most likely tokens among which it draws; 1 = among all."""
 
     def __init__(
         self,
