@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
 
 from moslim.errors import MissingFileError, UsageError
+from moslim.folders import check_files
 from moslim.loading import first_few, named, read_json, untie
 from moslim.lora import PEFT_PREFIX
 
@@ -132,6 +133,7 @@ class AdapterFolder:
                     "are not read"
                 )
             tensors = load_file(file)
+        check_files(self.path)
         if options.is_prompt_learning:
             raise UsageError(
                 f"the adapter in '{self.path}' is of the kind {options.peft_type.value}, which adds to the prompt and "

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from moslim.errors import MissingFileError, UsageError
+from moslim.folders import check_files, finish_exchange
 
 CLASSIFIER_TYPE = "moslim_preference_classifier"
 """``model_type`` of a saved reward classifier."""
@@ -50,6 +51,7 @@ def load_whole(
         MissingFileError: There is no such model.
         UsageError: The folder's files are damaged, point outside the folder, or do not fit the model.
     """
+    finish_exchange(path)
     refuse_outside(path)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     with named(path, own_code=bool(options.get("trust_remote_code"))):
@@ -65,6 +67,7 @@ def load_whole(
         }
         what = " and ".join(f"{fault} {first_few(keys)}" for fault, keys in faults.items() if keys)
         raise UsageError(f"'{path}' {what}, so it is not loaded: it is {seems(path)}. {_remedy(path, model)}")
+    check_files(path)
     return model
 
 
@@ -172,6 +175,7 @@ def named(path: str | Path, own_code: bool = False) -> Iterator[None]:
         MissingFileError: There is no such folder, and no such model on the Hub; or it cannot be reached.
         UsageError: What is there cannot be loaded.
     """
+    finish_exchange(path)
     folder = Path(path).is_dir()
     if not folder and (str(path).count("/") > 1 or str(path).startswith((".", "/", "~"))):
         raise MissingFileError(

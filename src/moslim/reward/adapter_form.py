@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moslim.errors import UsageError
+from moslim.folders import check_files
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 
 if TYPE_CHECKING:
@@ -77,9 +78,10 @@ class SavedAdapter:
         """Compares the names of the adapter's weights with those that it must have.
 
         Raises:
-            UsageError: A weight is missing or renamed.
+            UsageError: A weight is missing or renamed, or a file of the folder is not what was exported.
         """
         refuse_difference(self.weights, wanted, self.folder / ADAPTER / ADAPTER_WEIGHTS)
+        check_files(self.folder)
 
 
 def heads(classifier: PreferenceClassifier) -> dict[str, Tensor]:

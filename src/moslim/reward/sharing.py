@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from moslim.adapters import AdapterFolder
 from moslim.checkpoints import fingerprint
 from moslim.errors import MissingFileError, UsageError
-from moslim.folders import whole_folder
+from moslim.folders import finish_exchange, whole_folder
 from moslim.loading import CLASSIFIER_TYPE, named
 from moslim.lora import PEFT_PREFIX, base_weights
 from moslim.models import align, load_backbone
@@ -187,6 +187,7 @@ def local_folder(source: str | Path) -> Path:
         MissingFileError: There is no such classifier.
     """
     if Path(source).is_dir():
+        finish_exchange(source)
         return Path(source)
     try:
         return Path(snapshot_download(str(source)))
