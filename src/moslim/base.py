@@ -95,8 +95,7 @@ class RunModule(LightningModule):
             UsageError: Other options differ.
         """
         saved = saved_entries(checkpoint)
-        if hasattr(self.data, "take_date"):
-            self.data.take_date(self.tokenizer, saved.get("data.template_date"))
+        self.take_dates(saved)
         resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         run = self.resumed_with() if resumes else {}
         path = None if self._trainer is None else self.trainer.ckpt_path
@@ -104,6 +103,15 @@ class RunModule(LightningModule):
         if self.data is None and "data.template_args" in saved:  # there is nobody who could say otherwise
             pin_tokenizer(self.tokenizer, saved["data.template_args"], saved["data.template_date"])
         return changed
+
+    def take_dates(self, saved: Entries) -> None:
+        """Gives chat templates that ask for the date that of a checkpoint's run, unless the data module says another.
+
+        Args:
+            saved: What the checkpoint recorded.
+        """
+        if hasattr(self.data, "take_date"):
+            self.data.take_date(self.tokenizer, saved.get("data.template_date"))
 
     @property
     def _callbacks(self) -> list[Callback]:

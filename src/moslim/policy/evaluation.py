@@ -97,11 +97,20 @@ class PolicyEvaluation(RunModule):
             **super().meaning(),
         }
 
-    def date_classifier(self) -> None:
-        """Gives the classifier's chat template the run's date, if it asks for one and was saved without."""
-        day = getattr(self.data, "day", None)
+    def date_classifier(self, day: str | None = None) -> None:
+        """Gives the classifier's chat template a date, if it asks for one and was saved without.
+
+        Args:
+            day: That of a checkpoint's run; None = the data module's.
+        """
+        day = getattr(self.data, "template_date", None) or day or getattr(self.data, "day", None)
         if day is not None and self._undated:
             pin_tokenizer(self.scorer.tokenizer, {}, day)
+
+    def take_dates(self, saved: Entries) -> None:
+        """See the base class; the classifier's template as well."""
+        super().take_dates(saved)
+        self.date_classifier(saved.get("model.classifier", {}).get("template_date"))
 
     @cached_property
     def _undated(self) -> bool:

@@ -6,6 +6,7 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
+from moslim.chat_templates import tokenizer_pins
 from moslim.data.prompts import PromptRenderer
 from moslim.policy.engines import RolloutEngine
 from moslim.preferences import Preference
@@ -59,8 +60,21 @@ answer = model.generate({call})  # samples as in training, see generation_config
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-## Limits
+{_pinned(tokenizer)}## Limits
 
 How well it follows is measured by `python main.py test`, in `steerability.json` and `report.md` of that run. It was
 rewarded by a classifier, which can be wrong: judge it by something else.
 """
+
+
+def _pinned(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A sentence on what stands in the chat template, where something does."""
+    pins, _ = tokenizer_pins(tokenizer)
+    parts = [f"the date {pins.day}"] if pins.day else []
+    parts += [f"`{name}` = `{json.dumps(value, ensure_ascii=False)}`" for name, value in pins.arguments.items()]
+    if not parts:
+        return ""
+    return (
+        f"The chat template in this folder has {', '.join(parts)} in it, as in training: its prompts are the same on "
+        "any day. An argument of `apply_chat_template` of that name overrides it.\n\n"
+    )

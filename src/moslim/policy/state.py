@@ -56,7 +56,6 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
             f"base: give the same classifier and set model.share_backbone to {str(shared).lower()}"
         )
     changed = module.check_identity(checkpoint) - {_BATCH_SIZE}
-    module.date_classifier()
     for role, found in _fingerprints(module).items():
         if saved["frozen"][role] != found:
             raise UsageError(f"the {role} has other weights than the one that this checkpoint was trained with")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,8 +44,8 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         temperatures: What each head's logits are divided by in evaluation mode; None = all 1.
 
     Raises:
-        UsageError: The link is unknown, there is not one temperature per dimension, or the added heads are not the
-            last.
+        UsageError: The link is unknown, there is not one temperature above 0 per dimension, or the added heads are not
+            the last.
     """
 
     model_type = CLASSIFIER_TYPE
@@ -66,8 +67,6 @@ class PreferenceClassifierConfig(PreTrainedConfig):
     ) -> None:
         if link not in LINKS:
             raise UsageError(f"link '{link}' is unknown; there are: {', '.join(LINKS)}")
-        if temperatures is not None and len(temperatures) != len(dimensions or []):
-            raise UsageError(f"{len(temperatures)} temperatures for {len(dimensions or [])} dimensions: give one each")
         # A copy: the base class resets the attention choice of nested configurations, also of one in use.
         self.backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else deepcopy(backbone)
         self.dimensions = [[name, list(levels)] for name, levels in dimensions or []]
@@ -78,7 +77,7 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         self.head_hidden = head_hidden
         self.head_dropout = head_dropout
         self.added_heads = added_heads or []
-        self.temperatures = temperatures
+        self.temperatures = checked_temperatures(temperatures, len(self.dimensions))
         added = [head["dimension"] for head in self.added_heads]
         if added != [name for name, _ in self.dimensions][len(self.dimensions) - len(added) :]:
             raise UsageError(f"added_heads are {added}: they must be the last of the dimensions {self.dimensions}")
@@ -270,6 +269,29 @@ class PreferenceClassifier(PreTrainedModel):
         for head, size in enumerate(self.preferences.sizes):  # padding must not change how a head's are rounded
             probs[:, head, :size] = logits[:, head, :size].softmax(-1)
         return probs
+
+
+def checked_temperatures(temperatures: Any, heads: int) -> list[float] | None:
+    """Returns what logits can be divided by, as it was given; None = all 1.
+
+    Args:
+        temperatures: One per head.
+        heads: Number of heads.
+
+    Raises:
+        UsageError: There are more or fewer, or one is no finite number above 0.
+    """
+    if temperatures is None:
+        return None
+    if not isinstance(temperatures, (list, tuple)) or len(temperatures) != heads:
+        raise UsageError(f"temperatures is {temperatures!r}, for {heads} dimensions: give one each, or null")
+    for value in temperatures:
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UsageError(
+                f"temperatures is {list(temperatures)}: logits are divided by them, so each must be a finite number "
+                "above 0"
+            )
+    return list(temperatures)
 
 
 def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, OwnHeads]:

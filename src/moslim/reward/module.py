@@ -31,7 +31,7 @@ from moslim.preferences import PreferenceSet
 from moslim.processes import averaged
 from moslim.reporting import due
 from moslim.reward.calibration import calibrate
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.classifier import PreferenceClassifier, checked_temperatures
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, credit
 from moslim.reward.evaluated import ClassifierEvaluation
 from moslim.reward.evaluation.best_of import BestOf
@@ -262,6 +262,24 @@ class RewardClassifier(ClassifierEvaluation):
         if self.output is not None:
             refuse_sources(self.output, self.sources)
 
+    def on_train_start(self) -> None:
+        """Drops temperatures that were fitted to other weights than those that now change.
+
+        A resumed run keeps those of its last validation, unless it does not calibrate.
+        """
+        super().on_train_start()
+        config = unwrapped(self.classifier).config
+        before = config.temperatures
+        if before is None or (self.calibrate and self.global_step > 0):
+            return
+        self._set_temperatures({})
+        if not self.calibrate and config.temperatures != before:
+            trained = [n for n in unwrapped(self.classifier).preferences.names if n not in self._kept_temperatures]
+            rank_zero_warn(
+                f"model.calibrate is false: the temperatures of {', '.join(trained)} were fitted to the weights before "
+                "this training, so these heads get the temperature 1"
+            )
+
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Makes dropout a function of the step, so that a resumed run equals an uninterrupted one."""
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -398,7 +416,7 @@ class RewardClassifier(ClassifierEvaluation):
         config = unwrapped(self.classifier).config
         if "data.max_length" not in changed:
             config.pair_length = checkpoint.get(_PAIR_LENGTH, config.pair_length)
-        config.temperatures = checkpoint.get(_TEMPERATURES)
+        config.temperatures = checked_temperatures(checkpoint.get(_TEMPERATURES), len(config.dimensions))
         self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +62,7 @@ class SupervisedTrainer(RunModule):
         seed: Seed of random weights, dropout and samples.
 
     Raises:
-        UsageError: Both or neither of ``model`` and ``architecture`` are given.
+        UsageError: Both or neither of ``model`` and ``architecture`` are given, or a temperature is negative.
     """
 
     batch_view = View.TEXT
@@ -91,6 +92,8 @@ class SupervisedTrainer(RunModule):
         self.architecture = architecture
         self.output = output
         self.engine = engine or TorchEngine()
+        if any(not 0 <= temperature < math.inf for temperature in temperatures or []):
+            raise UsageError(f"model.temperatures is {temperatures}: give finite numbers, 0 (greedy) or more")
         self.temperatures = temperatures or [self.engine.temperature]
         self.predictions = predictions
         self.optimizer = optimizer
