@@ -79,6 +79,7 @@ def test_a_whole_model_loads_with_tied_embeddings_too(tied: bool, tmp_path: Path
 
 FAULTS = {
     "no head": (lambda f: saved(llama().model, f), r"lacks lm_head\.weight.*a model without a head \(LlamaModel\)"),
+    "no head, tied": (lambda f: saved(llama(tied=True).model, f), r"is a model without a head \(LlamaModel\)"),
     "sequence classification": (
         lambda f: saved(LlamaForSequenceClassification(LlamaConfig(**SMALL)), f),
         r"lacks lm_head\.weight and has no place in LlamaForCausalLM for score\.weight.*a sequence-classif",

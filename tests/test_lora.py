@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from moslim.lora import LoraOptions, add_lora
+from moslim.lora import LoraOptions, add_adapter, add_lora
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 
@@ -101,6 +101,15 @@ def test_heads_of_a_classifier_get_no_adapter() -> None:
         )
         assert all(name.startswith("backbone.") for name in adapted_layers(adapted)) and last_names(adapted) == EVERY
         assert all(p.requires_grad for p in adapted.get_base_model().head.parameters())
+
+
+def test_a_second_adapter_finds_the_layers_under_the_first() -> None:
+    for wanted in (None, "all-linear", ["down_proj", "q_proj"]):
+        adapted = add_lora(llama(), LoraOptions(rank=2), name="policy")
+        added = add_adapter(adapted, LoraOptions(rank=2, target_modules=wanted), "critic")
+        names = {name for name, p in adapted.named_parameters() if any(p is weight for weight in added)}
+        expected = {"q_proj", "v_proj"} if wanted is None else EVERY if wanted == "all-linear" else set(wanted)
+        assert {name.split(".")[-4] for name in names} == expected and all(".critic." in name for name in names)
 
 
 def test_a_pattern_fits_whole_names() -> None:

@@ -23,6 +23,8 @@ from moslim.folders import check_files, finish_exchange
 CLASSIFIER_TYPE = "moslim_preference_classifier"
 """``model_type`` of a saved reward classifier."""
 
+HEADLESS = "a model without a head"
+
 _SHOWN = 4
 _INDEX = ".safetensors.index.json"
 
@@ -96,14 +98,14 @@ def seems(path: str | Path) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else ""
     kinds = {
+        "ForCausalLM": "an incomplete or changed copy of a language model",
+        "LMHeadModel": "an incomplete or changed copy of a language model",
         "ForSequenceClassification": "a sequence-classification model",
         "ForTokenClassification": "a token-classification model",
         "ForQuestionAnswering": "a question-answering model",
         "ForMaskedLM": "an encoder with a masked-language-modelling head",
         "ForPreTraining": "an encoder with pre-training heads",
-        "Model": "a model without a head",
-        "ForCausalLM": "an incomplete or changed copy of a language model",
-        "LMHeadModel": "an incomplete or changed copy of a language model",
+        "Model": HEADLESS,
         "ForConditionalGeneration": "an incomplete or changed copy of a generating model",
     }
     kind = next((text for end, text in kinds.items() if name.endswith(end)), "an incomplete or changed model")
@@ -145,7 +147,7 @@ def hidden_width(config: Any) -> int:
 
 def language_part(model: Any) -> Any:
     """The part of a model, without an adapter's wrapper, that reads texts: not all of one that sees images, too."""
-    whole = model.get_base_model() if hasattr(model, "peft_config") else model
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     text = whole.config.get_text_config()
     if text is whole.config:
         return whole

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moslim.adapters import AdapterFolder
 from moslim.errors import UsageError
-from moslim.loading import is_causal, load_whole, named, seems, untie
+from moslim.loading import HEADLESS, is_causal, load_whole, named, seems, untie
 
 
 class TokenizerSource(ABC):
@@ -136,6 +136,13 @@ def load_causal_lm(
         raise UsageError(
             f"'{path}' is no causal language model: it is {kind}, of the architecture '{config.model_type}', which "
             "does not write one token after the other. Start from a decoder such as Qwen or Llama"
+        )
+    headless = kind.startswith(HEADLESS) and not own_code
+    if headless and getattr(config.get_text_config(), "tie_word_embeddings", False):
+        raise UsageError(
+            f"'{path}' is {kind}, whose weights may have been trained for something else than writing. If it is a "
+            "language model with tied embeddings, save it as one: AutoModelForCausalLM.from_pretrained(...)"
+            ".save_pretrained(...)"
         )
     model = load_whole(factory.from_pretrained, path, trust_remote_code=trust_remote_code, dtype=dtype)
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
