@@ -29,12 +29,13 @@ from moslim.errors import UsageError
 from moslim.failures import debugging, in_own_code, reported, without_flag
 from moslim.layers import dropped
 from moslim.option_errors import shortened
-from moslim.parser import MoslimParser
+from moslim.parser import MoslimParser, refuse_dangerous_names
 from moslim.preferences import PreferenceSet
 from moslim.quiet import leave_out_noise, plain_warnings
 from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.run_folder import NewFolders
 from moslim.trainer import MoslimTrainer, given, untrained
+from moslim.trust import check_configs, imports_from_here, with_defaults
 from moslim.yaml_texts import install
 
 _NUMBER_OR_SHARE: dict[str, Any] = {
@@ -257,13 +258,17 @@ def run(args: list[str] | None = None) -> MoslimCLI:
     """Runs one command and returns its parts (``model``, ``datamodule``, ``trainer``).
 
     Args:
-        args: Arguments; None for those of the process. The current folder is importable, for the user's own classes.
+        args: Arguments; None for those of the process. The user's own classes may lie in the current folder, see
+            :func:`~moslim.trust.imports_from_here`.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    arguments = list(sys.argv[1:] if args is None else args)
+    check_configs(arguments)
+    refuse_dangerous_names()
+    if os.getcwd() not in sys.path and imports_from_here(arguments):
+        sys.path.append(os.getcwd())  # last: a file there never takes the place of a library
     if not debugging():
         leave_out_noise()
-    return MoslimCLI(args)
+    return MoslimCLI(with_defaults(arguments))
 
 
 def main(args: list[str] | None = None) -> None:

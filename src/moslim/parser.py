@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import re
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from moslim.failures import debugging, in_own_code
@@ -15,6 +17,12 @@ from moslim.option_errors import shortened
 
 _FILE: ContextVar[str] = ContextVar("file", default="")
 """The config that is being read."""
+
+
+def refuse_dangerous_names() -> None:
+    """Refuses class paths such as ``os.system``, where jsonargparse keeps a list of them (4.53 and later)."""
+    if "import_path_denylist" in inspect.signature(set_parsing_settings).parameters:
+        set_parsing_settings(import_path_denylist=["runpy"])  # any entry makes it refuse what it would warn of
 
 
 class MoslimParser(LightningArgumentParser):

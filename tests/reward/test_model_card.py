@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokeniz
 from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.model_card import ModelCard, predict_config
+from moslim.reward.model_card import ModelCard
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import save_adapter, save_merged
 
@@ -171,4 +171,4 @@ def test_card_without_a_record_says_so(card: ModelCard) -> None:
 def test_links_and_code_of_the_card_name_what_is_there(card: ModelCard) -> None:
     for code in re.findall(r"```python\n(.*?)```", card.text(), re.DOTALL):
         compile(code, "README.md", "exec")
-    assert yaml.safe_load(predict_config(card.config))["preferences"]["dimensions"]["tone"] == ["bad", "good"]
+    assert "python main.py predict --model.classifier FOLDER --data.source.predict rows.jsonl" in card.text()

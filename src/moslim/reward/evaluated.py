@@ -37,7 +37,7 @@ from moslim.reward.evaluation.rows import Scores
 from moslim.reward.links import LINKS
 from moslim.reward.losses import LevelLoss
 from moslim.reward.metrics import LossMean
-from moslim.reward.model_card import ModelCard, predict_config
+from moslim.reward.model_card import ModelCard
 from moslim.reward.predictions import carried, prediction_rows
 from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, is_classifier, save_adapter, save_merged
@@ -240,7 +240,6 @@ class ClassifierEvaluation(RunModule):
         card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         save_record(self._record, folder)
-        (folder / "predict.yaml").write_text(predict_config(config), encoding="utf-8")
 
     def _weights(self) -> str:
         return fingerprint(self.classifier.state_dict())

@@ -155,8 +155,12 @@ class ModelCard:
             parts += ["As a model of transformers:", f"```python\n{model}\n```"]
         else:
             parts.append(f"This folder holds an adapter: loading it loads its base model, `{self.base}`, as well.")
-        command = "python main.py predict --config predict.yaml --model.classifier . --data.source.predict rows.jsonl"
-        return "\n\n".join([*parts, "Score a file of questions and answers:", f"```shell\n{command}\n```"])
+        command = "python main.py predict --model.classifier FOLDER --data.source.predict rows.jsonl"
+        note = (
+            "This folder holds data only, and needs no config. A config is code, since it names classes that are "
+            "imported and called: do not run one that came with a model without having read it."
+        )
+        return "\n\n".join([*parts, "Score a file of questions and answers:", f"```shell\n{command}\n```", note])
 
     def _plain_use(self) -> str:
         needed = "torch, safetensors, transformers" + (" and peft" if self.form == "adapter" else "")
@@ -200,24 +204,6 @@ def _test_table(tested: Result) -> str:
         for name, found in (*tested["dimensions"].items(), ("mean", tested["mean"]))
     ]
     return markdown_table(["dimension", *_TEST_MEASURES.values()], rows)
-
-
-def predict_config(config: PreferenceClassifierConfig) -> str:
-    """Returns a config for ``predict`` that needs the classifier's folder and the rows' file only."""
-    content = {
-        "preferences": {"dimensions": {name: list(levels) for name, levels in config.dimensions}},
-        "trainer": {"logger": False, "default_root_dir": "outputs/predict"},
-        "model": {
-            "class_path": "moslim.reward.module.RewardClassifier",
-            "init_args": {"predictions": "scores.jsonl"},
-        },
-        "data": {
-            "class_path": "moslim.data.module.PreferenceDataModule",
-            "init_args": {"source": {"class_path": "moslim.data.sources.table.Table"}},
-        },
-    }
-    command = "# python main.py predict --config predict.yaml --model.classifier . --data.source.predict rows.jsonl\n"
-    return command + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _is_hub_name(name: str) -> bool:
