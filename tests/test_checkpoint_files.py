@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import nn
 
+from moslim.base import RunModule
 from moslim.checkpoint_files import problem
 from moslim.errors import MissingFileError, UsageError
 from moslim.preferences import PreferenceSet
@@ -163,6 +164,18 @@ def test_another_model_s_checkpoint_is_refused_by_path(good: Path, tmp_path: Pat
     run.strategy.connect(module)
     with pytest.raises(UsageError, match="another kind of model"):
         restore(run, module, good)
+
+
+def test_a_module_is_not_loaded_from_a_damaged_file(good: Path, tmp_path: Path) -> None:
+    class Own(RunModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 1)
+
+    (tmp_path / "cut.ckpt").write_bytes(good.read_bytes()[:-10])
+    with pytest.raises(UsageError, match=r"cut.ckpt: it is truncated or damaged"):
+        Own.load_from_checkpoint(tmp_path / "cut.ckpt")
+    assert torch.equal(Own.load_from_checkpoint(good).layer.weight, torch.load(good)["state_dict"]["layer.weight"])
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_elsewhere(

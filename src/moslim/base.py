@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.accumulation import StepCounts, check_accumulation, step_batches
 from moslim.chat_templates import pin_tokenizer, tokenizer_pins
+from moslim.checkpoint_files import check_checkpoint, fitting
 from moslim.errors import UsageError
 from moslim.identity import Entries, check_identity, keep_identity, saved_entries, vocabulary_digest
 from moslim.jsonlines import JsonLines, finished, move_unfinished
@@ -50,6 +52,26 @@ class RunModule(LightningModule):
         """What the sums of a training batch are divided by."""
         self.recorded: dict[str, float] = {}
         """What :meth:`record` keeps until it is sent."""
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Lightning's; a checkpoint that is not whole is refused by its path, see :mod:`moslim.checkpoint_files`."""
+        within: AbstractContextManager[None] = nullcontext()
+        if isinstance(checkpoint_path, (str, Path)):
+            check_checkpoint(checkpoint_path, weights_only is not False)
+            within = fitting(checkpoint_path)
+        with within:
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
 
     @property
     def run_folder(self) -> Path:
