@@ -87,7 +87,7 @@ class RewardClassifier(ClassifierEvaluation):
         report: Folder that receives a copy of the test's report, beside the one in the run's folder.
         output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
-        max_length: Most tokens of a pair when the saved classifier scores texts; give the data module the same.
+        max_length: Most tokens of a pair when the saved classifier scores texts; None = the data module's in training.
         gradient_checkpointing: Save memory by computing activations twice.
         base: Folder or Hub name of the base model of a start that is an adapter, where it is not at the place that the
             adapter names.
