@@ -8,11 +8,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from moslim.accumulation import step_batches
 from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
 from moslim.data.types import PromptBatch, View
 from moslim.errors import UsageError
@@ -41,7 +39,7 @@ from moslim.policy.scoring import group_scores, map_rewards
 from moslim.policy.sharing import Share, load_scorer
 from moslim.policy.state import load_run, save_run
 from moslim.policy.sweep import settings
-from moslim.policy.update import forward
+from moslim.policy.update import check_accumulation_of_rollouts, forward, rollout_batches, warn_of_part_rollouts
 from moslim.precision import full_precision
 from moslim.preferences import PreferenceSet
 from moslim.processes import any_process, averaged
@@ -254,12 +252,7 @@ class PolicyTrainer(PolicyEvaluation):
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
             self.training_answers.forget()
-        accumulate = self.trainer.accumulate_grad_batches
-        if stage == "fit" and self.batch_repeats % accumulate and accumulate % self.batch_repeats:
-            raise UsageError(
-                f"accumulate_grad_batches = {accumulate} must divide inner_epochs * minibatches = "
-                f"{self.batch_repeats}, or be a multiple of it: an optimizer step would end in the middle of a rollout"
-            )
+            check_accumulation_of_rollouts(self.trainer, self.batch_repeats)
 
     def configure_model(self) -> None:
         """Puts the weights into shards, where the strategy wants that.
@@ -282,13 +275,7 @@ class PolicyTrainer(PolicyEvaluation):
     def on_train_start(self) -> None:
         """Says where an epoch ends within a rollout, which is then used in part."""
         super().on_train_start()
-        batches, repeats = self.trainer.num_training_batches, self.batch_repeats
-        if batches % repeats and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_warn(
-                f"an epoch has {batches} batches (trainer.limit_train_batches or overfit_batches), no multiple of "
-                f"inner_epochs * minibatches = {repeats}: only {batches % repeats} of the {repeats} batches of its "
-                "last rollout are learnt from"
-            )
+        warn_of_part_rollouts(self.trainer, self.batch_repeats)
 
     def on_after_backward(self) -> None:
         """Ends the part of a step that needs whole weights."""
@@ -302,20 +289,15 @@ class PolicyTrainer(PolicyEvaluation):
             stateful = own_parts([self.mapping, self.policy_optimizer])
             with unchanged_on_failure([*stateful, *([self._sampler] if self._sampler else [])]):
                 self.rollout = self._roll_out(batch, key)
-        window = step_batches(self.trainer, batch_idx)
-        rollouts = {number // self.batch_repeats for number in window}
-        together = {
-            number: self._minibatch(self.rollout, number % self.batch_repeats)
-            for number in window
-            if number // self.batch_repeats == key[1]
-        }
+        numbers, parts = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
+        together = {number: self._minibatch(self.rollout, number % self.batch_repeats) for number in numbers}
         rows = together[batch_idx]
         clock = Stopwatch(self.device)
         update, default_kl = forward(
             self.roles,
             rows,
             list(together.values()),
-            parts=self.trainer.accumulate_grad_batches / len(rollouts),
+            parts=parts,
             length=self.engine.max_new_tokens,
             samples=self.samples_per_prompt,
             temperature=self.engine.temperature,
@@ -327,8 +309,8 @@ class PolicyTrainer(PolicyEvaluation):
             in_process=self.engine.in_process,
         )
         with full_precision():
-            parts = self.policy_optimizer.loss(update)
-        loss, metrics = parts.loss, {f"train/{name}": value for name, value in parts.metrics.items()}
+            found = self.policy_optimizer.loss(update)
+        loss, metrics = found.loss, {f"train/{name}": value for name, value in found.metrics.items()}
         if default_kl is not None:
             loss = loss + self.default_kl_coef * default_kl
             metrics["train/default_kl"] = default_kl.detach()

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from moslim.accumulation import step_batches
+from moslim.errors import UsageError
 from moslim.policy.logprobs import plan
 from moslim.policy.off_policy import rounded_anew
 from moslim.policy.optimizers import UpdateBatch
@@ -15,6 +19,48 @@ from moslim.policy.predictor import Predictor
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.processes import mean_over_processes
+
+
+def rollout_batches(trainer: Trainer, batch_idx: int, repeats: int) -> tuple[list[int], float]:
+    """The batches of the current rollout whose gradients make one optimizer step with that of ``batch_idx``.
+
+    Args:
+        trainer: The run's Trainer.
+        batch_idx: Number of a batch in the epoch.
+        repeats: Batches of a rollout.
+
+    Returns:
+        Their numbers in the epoch, and what their losses are multiplied by: a step over several rollouts is the mean of
+        theirs, and Lightning divides by ``accumulate_grad_batches``.
+    """
+    window = step_batches(trainer, batch_idx)
+    own = [number for number in window if number // repeats == batch_idx // repeats]
+    return own, trainer.accumulate_grad_batches / len({number // repeats for number in window})
+
+
+def check_accumulation_of_rollouts(trainer: Trainer, repeats: int) -> None:
+    """Checks that optimizer steps end where rollouts do.
+
+    Raises:
+        UsageError: They do not.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    if repeats % accumulate and accumulate % repeats:
+        raise UsageError(
+            f"accumulate_grad_batches = {accumulate} must divide inner_epochs * minibatches = {repeats}, or be a "
+            "multiple of it: an optimizer step would end in the middle of a rollout"
+        )
+
+
+def warn_of_part_rollouts(trainer: Trainer, repeats: int) -> None:
+    """Says where an epoch ends within a rollout, which is then used in part, by steps of full scale."""
+    batches = trainer.num_training_batches
+    if batches % repeats and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
+        rank_zero_warn(
+            f"an epoch has {batches} batches (trainer.limit_train_batches or overfit_batches), no multiple of "
+            f"inner_epochs * minibatches = {repeats}: only {batches % repeats} of the {repeats} batches of its last "
+            "rollout are learnt from"
+        )
 
 
 def forward(
