@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
+from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -30,6 +31,7 @@ from moslim.failures import debugging, in_own_code, reported, without_flag
 from moslim.layers import dropped
 from moslim.option_errors import shortened
 from moslim.parser import MoslimParser, refuse_dangerous_names
+from moslim.policy.shared import ask
 from moslim.preferences import PreferenceSet
 from moslim.quiet import leave_out_noise, plain_warnings
 from moslim.restore import best_checkpoint_of, newest_checkpoint
@@ -287,4 +289,8 @@ def main(args: list[str] | None = None) -> None:
     if not debugging():
         plain_warnings()
     with reported():
-        run(arguments)
+        if arguments[:1] == ["generate"] and any(part.partition("=")[0] == "--policy" for part in arguments):
+            leave_out_noise()
+            auto_cli(ask, args=arguments[1:], as_positional=False, parser_class=MoslimParser)
+        else:
+            run(arguments)

@@ -151,6 +151,7 @@ class Template(PreferenceInstruction):
     """
 
     def __init__(self, text: str, reserved: Sequence[str] = ()) -> None:
+        self.wording = text
         self.reserved = tuple(reserved)
         try:
             parts = list(Formatter().parse(text))

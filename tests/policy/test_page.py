@@ -10,11 +10,14 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from moslim.cli import run
+from moslim.cli import main, run
 from moslim.data.prompts import PromptRenderer
-from moslim.instructions import SystemMessage, Tags
+from moslim.errors import MissingFileError, UsageError
+from moslim.instructions import SystemMessage, Tags, Template
 from moslim.policy.engines import TorchEngine
 from moslim.policy.model_card import policy_card
+from moslim.policy.shared import FILE, _instruction, write_description
+from moslim.policy.shared import ask as ask_policy
 from moslim.preferences import Preference, PreferenceSet
 from moslim.workbench.grammar import TOPICS
 from moslim.workbench.questions import ask
@@ -50,7 +53,8 @@ def folder(
         Path("policy.yaml").write_text(yaml.safe_dump(config))
         for block in re.findall(r"```shell\n(.*?)```", PAGE, re.DOTALL):
             for line in block.splitlines():
-                run(shlex.split(line.removeprefix("python main.py ")))
+                command = main if " --policy " in line else run
+                command(shlex.split(line.removeprefix("python main.py ")))
     return folder
 
 
@@ -61,7 +65,7 @@ def test_a_file_of_requests_is_answered(folder: Path) -> None:
 
 def test_the_card_s_code_runs_without_moslim(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     card = (folder / "shared/policy/README.md").read_text()
-    assert "For formality = ceremonial, warmth = glowing" in card and "[[Preferences]] formality: ceremonial" in card
+    assert "For\nformality = ceremonial, warmth = glowing" in card and "[[Preferences]] formality: ceremonial" in card
     assert "| warmth | icy / reserved / mild / friendly / glowing |" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert "moslim" not in code
@@ -106,3 +110,59 @@ def test_a_prediction_without_rows_is_an_error(folder: Path, monkeypatch: pytest
     with pytest.warns(UserWarning, match="no row of predict asks for a level: columns named formality, warmth"):
         options = ["--data.source.predict", "misspelt.jsonl", "--model.predictions", "bare.jsonl"]
         run(["predict", "--config", "policy.yaml", "--ckpt_path", "last", *options])
+
+
+def test_an_exported_policy_is_asked_without_a_config(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MOSLIM_DEBUG", "")
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    question = ["--question", "How do I clean the kettle?", "--samples", "2"]
+    capsys.readouterr()
+    run(["generate", "--config", "policy.yaml", "--ckpt_path", "last", *question, "--levels.warmth", "4"])
+    trained = capsys.readouterr().out.splitlines()[-3:]
+    main(["generate", "--policy", "shared/policy", *question, "--levels.warmth", "glowing"])
+    assert capsys.readouterr().out.splitlines()[-3:] == trained
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--policy", "shared/policy", *question, "--levels.warmth", "hot"])
+    assert stop.value.code == 2 and "no level 'hot'; lowest first, there are: icy (0)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"instruction": {"kind": "my_lab.Evil"}}, "there is no instruction 'my_lab.Evil'; known are tags"),
+        ({"instruction": {"class_path": "os.system"}}, "it is damaged"),
+        ({"dimensions": 3}, "it is damaged"),
+        ({"format": 2}, "reads format 1 only"),
+        ({"sampling": {"max_new_tokens": "many"}}, "it is damaged"),
+    ],
+)
+def test_what_stands_in_an_exported_policy_is_data(change: dict, said: str, folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "shared/policy" / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps(content | change))
+    with pytest.raises(UsageError, match=said):
+        ask_policy(str(tmp_path), "Why?")
+    with pytest.raises(MissingFileError, match=r"there is no moslim_policy\.json, which `export` of a policy writes"):
+        ask_policy(str(tmp_path / "other"), "Why?")
+
+
+@pytest.mark.parametrize(
+    "instruction", [Tags(names=False), SystemMessage(), Template("{question} <<{preferences}>>", ["<<"])]
+)
+def test_shipped_instructions_are_described(instruction, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    preferences = PreferenceSet({"warmth": ["cold", "warm"]})
+    write_description(PromptRenderer(tokenizer, instruction, preferences), TorchEngine(30), None, tmp_path)
+    again = _instruction(json.loads((tmp_path / FILE).read_text())["instruction"])
+    chat = [{"role": "user", "content": "Why?"}]
+    asked = Preference({"warmth": 1})
+    assert again.render(chat, asked, preferences) == instruction.render(chat, asked, preferences)
+    assert again.reserved == instruction.reserved
+
+
+def test_an_instruction_of_one_s_own_is_not_described(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    class Mine(Tags):
+        pass
+
+    preferences = PreferenceSet({"warmth": ["cold", "warm"]})
+    write_description(PromptRenderer(tokenizer, Mine(), preferences), TorchEngine(30), None, tmp_path)
+    assert list(tmp_path.iterdir()) == []

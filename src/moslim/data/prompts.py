@@ -88,6 +88,7 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.instruction = instruction
         self.preferences = preferences
+        self.max_length = max_length
         self.encoder = ChatEncoder(tokenizer, around(tokenizer), instruction_patterns(instruction, preferences))
         self._cutter = _Cutter(max_length, Truncation(), self.encoder.least)
 

@@ -31,6 +31,7 @@ from moslim.policy.model_card import policy_card
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.saving import save_as_trained
+from moslim.policy.shared import write_description
 from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
@@ -241,5 +242,7 @@ class PolicyEvaluation(RunModule):
             self.tokenizer.save_pretrained(part)
             data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
             if data is not None:  # only it knows how levels are written
-                card = policy_card(data.renderer(self.tokenizer), self.tokenizer, self.model_path, self.answerer.engine)
+                renderer = data.renderer(self.tokenizer)
+                card = policy_card(renderer, self.tokenizer, self.model_path, self.answerer.engine)
                 (part / "README.md").write_text(card, encoding="utf-8")
+                write_description(renderer, self.answerer.engine, renderer.max_length, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,8 @@ def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, ba
     prompt, special = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)", False
     if tokenizer.chat_template is None:
         prompt, special = '"".join(f"{message[\'content\']}\\n" for message in messages)', True
+    words = {name: shlex.quote(dimensions[i].levels[level]) for i, (name, level) in enumerate(asked.levels.items())}
+    options = "".join(f" --levels.{name} {word}" for name, word in words.items())
     stops = f"stop_strings={list(engine.stop_strings)}, tokenizer=tokenizer" if engine.stop_strings else ""
     call = ", ".join(part for part in ('input_ids=inputs["input_ids"]', stops) if part)
     return f"""# Policy: {", ".join(dimension.name for dimension in dimensions)}
@@ -46,7 +49,13 @@ Answers at the levels that its prompt asks for. Made with [MOSLIM](https://arxiv
 
 ## How to ask
 
-The levels stand in the prompt, as they did in training; what is not named is left to the policy. For {wanted}:
+    python main.py generate --policy FOLDER --question "{_QUESTION}"{options}
+
+This folder holds data only, and needs no config. A config is code, since it names classes that are imported and called:
+do not run one that came with a model without having read it.
+
+Without moslim, the levels stand in the prompt, as they did in training; what is not named is left to the policy. For
+{wanted}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
