@@ -469,3 +469,16 @@ def test_compared_that_is_no_list_of_names_has_a_place(write):
 def test_a_constant_does_not_replace_a_column(write):
     with pytest.raises(ValueError, match=r"a\.csv, line 2: has a field 'answer' already"):
         rows(write("a.csv", "question,answer,size\nq,a,1\n"), constants={"answer": "b"})
+
+
+def test_rows_without_a_part_or_a_group(write):
+    path = write(
+        "a.jsonl",
+        "".join(
+            json.dumps({**line, "lang": lang, "g": lang}) + "\n"
+            for line, lang in zip(LINES, ["en", None, "", "de"], strict=True)
+        ),
+    )
+    assert [row.subset for row in rows(path, subset="lang")] == ["en", None, None, "de"]
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2, field 'g': the group is empty"):
+        rows(path, group="g")

@@ -122,6 +122,8 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
         UsageError: It holds none, or one that cannot be used: a name twice, half of a character, an integer of
             thousands of digits, or more than a hundred levels.
     """
+    if not text.strip():
+        raise UsageError(f"{place}: is empty, and should hold a JSON object")
     value = parse_json(text, place)[0]
     if not isinstance(value, dict):
         raise UsageError(f"{place}: {quoted(text.strip())} is no JSON object; write one object per line")

@@ -56,7 +56,7 @@ class Table(Source):
         columns: Column of a dimension's labels, where it does not have the dimension's name; a list of columns where
             each rater has one.
         scales: How the values of a dimension's column become levels, where they are not levels already.
-        subset: Column with the part that metrics are reported for separately, e.g. a language.
+        subset: Column with the part that metrics are reported for separately, e.g. a language; blank = in no part.
         only_observed: Whether only combinations of levels that some training row has count as reachable.
         folder: Folder of the Hub data set to read, if not the whole.
         config_name: Configuration of the Hub data set, where it has several.
@@ -258,8 +258,16 @@ class Table(Source):
     def _key(self, record: Record) -> str:
         """What decides on which side of a split a row is."""
         if self.group is not None:
-            return question_key(str(require(record, self.group, "group")))
+            return question_key(self._group(record, self.group))
         return question_key(self._question(record))
+
+    def _group(self, record: Record, path: str) -> str:
+        value = require(record, path, "group")
+        if is_missing(value):
+            raise UsageError(
+                f"{record.place}, field '{path}': the group is empty: fill it in, or leave such rows out with `where`"
+            )
+        return str(value)
 
     def _side(self, record: Record) -> Split:
         """Where a training row belongs: a function of its question alone."""
@@ -286,7 +294,7 @@ class Table(Source):
         kept = {path: find(record.fields, path) for path in self.keep}
         example = Example(self._question(record), answer, id=self._id(record), columns=kept, place=record.place)
         if self.group is not None and view is View.REWARD and split is not Split.PREDICT:
-            example.group = str(require(record, self.group, "group"))
+            example.group = self._group(record, self.group)
         if self.requested is not None:
             example.requested = requested_levels(record, self.requested, preferences)
         if view is View.REWARD and split is Split.PREDICT:
@@ -297,7 +305,8 @@ class Table(Source):
         for path in self.labels.not_numbers(record, preferences):
             notices.add(f"field '{path}' is NaN, which is no label", record.place)
         if self.subset is not None:
-            example.subset = str(require(record, self.subset, "subset"))
+            subset = require(record, self.subset, "subset")
+            example.subset = None if is_missing(subset) else str(subset)
         rejected, compared, margin = self.comparisons.read(record, preferences)
         if rejected is not None and rejected == answer:
             notices.add("the rejected answer is the answer, so nothing is compared", record.place)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from moslim.data.sources.base import Source
 from moslim.data.sources.records import Record, scan_file
+from moslim.data.sources.requested import requested_levels
 from moslim.data.types import Example, Split, View
 from moslim.errors import UsageError
+from moslim.literals import quoted
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import Reachable
@@ -36,6 +38,7 @@ _WHOLE_ANSWERS = 2
 """Stage of the reward view in which whole answers come, after lone steps and bare steps."""
 _STYLE = ("formality", "warmth")
 """Dimensions on which all bare steps have the same level."""
+_WORLD = PreferenceSet(LEVELS)
 _SAMPLES_HELD_BACK = 5
 """Every how many of a file's samples one is kept for validation."""
 
@@ -193,8 +196,11 @@ def _sample(record: Record) -> Example:
     fields = record.fields
     if missing := {"question", "answer"} - fields.keys():
         raise UsageError(f"{record.place}: no field '{min(missing)}'; `main.py predict` writes question and answer")
-    requested = fields.get("requested", {})
-    return Example(fields["question"], fields["answer"], stage=_WHOLE_ANSWERS, requested=requested)
+    for name in ("question", "answer"):
+        if not isinstance(fields[name], str):
+            raise UsageError(f"{record.place}, field '{name}': {quoted(fields[name])} is not a text")
+    asked = requested_levels(record, "requested", _WORLD) if "requested" in fields else {}
+    return Example(fields["question"], fields["answer"], stage=_WHOLE_ANSWERS, requested=asked)
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:
