@@ -92,7 +92,7 @@ def ratings(count: int) -> list[dict]:
     """Rows in HelpSteer2's schema: two answers to each prompt; every third prompt is a chat in its notation."""
     rows = []
     for i in range(count):
-        number = i // 2
+        number = 34 if i // 2 == 22 else i // 2  # a question that `validation_share: 0.02` selects
         prompt = f"What is {number} plus {number}?"
         if number % 3 == 2:
             prompt += f"\n<extra_id_1>Assistant\nIt is {2 * number}.\n<extra_id_1>User\nWhy?"
