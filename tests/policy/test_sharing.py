@@ -37,7 +37,7 @@ from tests.policy.runs import LORA, PLAIN, data, make, trainer, weights
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 ROOT = Path(__file__).parents[2]
-OTHER_LAYERS = LoraOptions(rank=2, alpha=8.0, dropout=0.5, target_modules=["k_proj", "v_proj", "up_proj"])
+OTHER_LAYERS = LoraOptions(rank=2, alpha=8.0, target_modules=["k_proj", "v_proj", "up_proj"])
 QUESTIONS = ["How do I clean the kettle?", "Why?", "How do I find the clock?"]
 ANSWERS = ["Hey pal, check this. Cheers.", "Greetings reader.", "Wipe it. Then rinse it. Cheers."]
 
