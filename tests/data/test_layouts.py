@@ -98,3 +98,26 @@ def test_a_pattern_must_be_one_and_name_columns():
         Pattern("prompt", "Q: (.*)")
     with pytest.raises(ValueError, match=r"line 3: no field 'prompt'.*`layout.field`"):
         Pattern("prompt", "Q: (?P<question>.*)").rows([Record("rows.jsonl, line 3", {"text": "Q: why?"})])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"labels": {"name": ["q"], "value": None, "count": [1]}},
+            "field 'labels.value': None is no list with an entry",
+        ),
+        ({"labels": {"name": ["q"], "value": [1], "count": [1, 2]}}, r"field 'labels.count': \[1, 2\] is no list"),
+        ({"labels": {"name": [["q"]], "value": [1], "count": [1]}}, "field 'labels.value': .* is no list"),
+        ({"parent_id": "1"}, "field 'parent_id': message '1' replies to itself"),
+        ({"message_id": "2", "parent_id": "1", "text": None}, None),
+    ],
+)
+def test_replies_that_cannot_be_used_have_a_place(changed, message):
+    good = {"name": ["q"], "value": [0.5], "count": [2]}
+    fields = {"message_id": "1", "parent_id": None, "role": "assistant", "text": "t", "labels": good, **changed}
+    if message is None:  # its parent is not in the table, so that it is left out
+        assert Replies().rows([record(**fields)]) == []
+        return
+    with pytest.raises(ValueError, match=f"rows.jsonl, line 7, {message}"):
+        Replies().rows([record(**fields)])

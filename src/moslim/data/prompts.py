@@ -40,7 +40,9 @@ def as_messages(question: Question) -> list[Message]:
                 f"message {i} of a question is {quoted(message)}: it needs a role of {_ROLES} and a text as content"
             )
     if not messages or messages[-1]["role"] != "user":
-        raise UsageError(f"a question must end with a user turn, but the roles are {[m['role'] for m in messages]}")
+        raise UsageError(
+            f"a question must end with a user turn, but the roles are {quoted([m['role'] for m in messages])}"
+        )
     return messages
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from moslim.data.sources.fields import find, require
 from moslim.data.sources.layouts.base import Layout
 from moslim.data.sources.records import Record
+from moslim.errors import UsageError
+from moslim.literals import quoted
 
 
 class Replies(Layout):
@@ -19,29 +21,48 @@ class Replies(Layout):
 
     def rows(self, records: list[Record]) -> list[Record]:
         """See the base class."""
-        messages = {str(require(record, "message_id", "layout")): record.fields for record in records}
+        messages = {str(require(record, "message_id", "layout")): record for record in records}
         rows = []
         for record in records:
             names = find(record.fields, "labels.name")
-            context = _before(record.fields, messages)
-            if require(record, "role", "layout") != "assistant" or not names or context is None:
+            if require(record, "role", "layout") != "assistant" or not names:
+                continue
+            context = _before(record, messages)
+            if context is None:
                 continue
             new = {
                 "context": context,
-                "response": record.fields["text"],
-                "ratings": dict(zip(names, find(record.fields, "labels.value"), strict=True)),
-                "counts": dict(zip(names, find(record.fields, "labels.count"), strict=True)),
+                "response": require(record, "text", "layout"),
+                "ratings": _by_name(record, names, "value"),
+                "counts": _by_name(record, names, "count"),
             }
             rows.append(Record(record.place, {**record.fields, **new}))
         return rows
 
 
-def _before(message: dict[str, Any], messages: dict[str, dict[str, Any]]) -> list[dict[str, str]] | None:
+def _by_name(record: Record, names: Any, kind: str) -> dict[str, Any]:
+    """Values of one kind by name of the attribute."""
+    values = find(record.fields, f"labels.{kind}")
+    lists = isinstance(names, list) and isinstance(values, list) and len(names) == len(values)
+    if not lists or not all(isinstance(name, str) for name in names):
+        raise UsageError(
+            f"{record.place}, field 'labels.{kind}': {quoted(values)} is no list with an entry for each of "
+            f"'labels.name', {quoted(names)}"
+        )
+    return dict(zip(names, values, strict=True))
+
+
+def _before(record: Record, messages: dict[str, Record]) -> list[dict[str, Any]] | None:
     """The conversation up to a message; None where a message of it is not in the table."""
-    context: list[dict[str, str]] = []
-    while message["parent_id"] is not None:
-        if message["parent_id"] not in messages:
+    context: list[dict[str, Any]] = []
+    seen: set[str] = set()
+    message = record
+    while (parent := require(message, "parent_id", "layout")) is not None:
+        if str(parent) in seen:
+            raise UsageError(f"{record.place}, field 'parent_id': message {quoted(parent)} replies to itself")
+        seen.add(str(parent))
+        if str(parent) not in messages:
             return None
-        message = messages[message["parent_id"]]
-        context.insert(0, {"role": message["role"], "text": message["text"]})
+        message = messages[str(parent)]
+        context.insert(0, {name: require(message, name, "layout") for name in ("role", "text")})
     return context
