@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.markers import Control, normaliser, pieces, render
-from moslim.data.neutralise import Neutraliser, Pattern, TakenOut
+from moslim.data.neutralise import Neutraliser, Pattern
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
 
@@ -25,14 +25,10 @@ class ChatEncoder:
         tokenizer: The tokenizer.
         frame: Special ids that stand around texts where there is no chat template.
         instruction: What reads as an instruction.
-
-    Attributes:
-        taken_out: How many texts had something taken out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: Frame, instruction: Sequence[Pattern] = ()) -> None:
         self.tokenizer = tokenizer
-        self.taken_out = TakenOut()
         control = Control.of(tokenizer)
         self._forbidden = control.ids
         self._neutraliser = Neutraliser([*control.patterns, *instruction], normaliser(tokenizer))
@@ -41,11 +37,8 @@ class ChatEncoder:
         self._written: dict[tuple[str, ...], list[int]] = {}
 
     def clean(self, text: str) -> str:
-        """Returns a text without what is taken out, which is counted."""
-        clean = self._neutraliser.text(text)
-        if clean != text:
-            self.taken_out.add(text)
-        return clean
+        """Returns a text without what is taken out."""
+        return self._neutraliser.text(text)
 
     def question(self, question: Question) -> Question:
         """Applies :meth:`clean` to a question, or to the content of each of its messages."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from moslim.chat_templates import as_day, pin_tokenizer, tokenizer_pins
 from moslim.checkpoints import class_path
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
+from moslim.data.checks import usable_rows
 from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
 from moslim.data.neutralise import Pattern
 from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
@@ -76,10 +77,13 @@ class PreferenceDataModule(LightningDataModule):
             They are written into the template, also of an exported model.
         template_date: Date that the chat template writes into prompts, as ``YYYY-MM-DD``, if it does; it is written
             into the template, too. None = that of the checkpoint or model that is loaded, else today.
+        skip_bad_rows: Largest share of the training, validation or test rows that may be left out because no prompt or
+            pair can be made of them: an empty user turn, a chat that the template refuses, a system message that fills
+            ``max_length``. Every row is checked when the run begins. In predict none is left out.
 
     Raises:
-        UsageError: A batch size below 1, ``scramble`` with a batch of one, where there is nothing to exchange, or
-            ``token_budget`` without ``group_by_length``.
+        UsageError: A batch size below 1, ``skip_bad_rows`` that is no share, ``scramble`` with a batch of one, where
+            there is nothing to exchange, or ``token_budget`` without ``group_by_length``.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class PreferenceDataModule(LightningDataModule):
         workers: int = 0,
         template_args: dict[str, Any] | None = None,
         template_date: str | date | None = None,
+        skip_bad_rows: float = 0.0,
     ) -> None:
         super().__init__()
         if min(batch_size, eval_batch_size) < 1:
@@ -112,6 +117,8 @@ class PreferenceDataModule(LightningDataModule):
                 f"token_budget = {token_budget}, group_by_length = {group_by_length}: a budget is a positive number of "
                 "tokens, and its batches hold rows of like length; leave token_budget out, or group_by_length on"
             )
+        if not 0 <= skip_bad_rows < 1:
+            raise UsageError(f"data.skip_bad_rows is {skip_bad_rows}: give a share, 0 or more and less than 1")
         self.preferences = preferences
         self.source = source
         self.instruction = instruction or Tags()
@@ -130,6 +137,8 @@ class PreferenceDataModule(LightningDataModule):
         self.template_args = template_args or {}
         self.template_date = None if template_date is None else as_day(template_date, "data.template_date")
         self._today = date.today().isoformat()
+        self.skip_bad_rows = skip_bad_rows
+        self._usable: dict[tuple[View, Split], list[tuple[int, Example]]] = {}
         self._digests: dict[View, str] = {}
         self._rows: dict[tuple[View, Split], list[Example]] = {}
         self._encoders: list[PairEncoder] = []
@@ -216,9 +225,7 @@ class PreferenceDataModule(LightningDataModule):
             self._today = self.trainer.strategy.broadcast(self._today)  # type: ignore[union-attr]
             self.pin(self._module.tokenizer)
         if stage == "fit" and self._row_features is not None:
-            full_batches(
-                [row.stage for row in self.rows(View.REWARD, Split.TRAIN)], self.batch_size, self._processes[1]
-            )
+            full_batches([row.stage for _, row in self._usable_rows(Split.TRAIN)], self.batch_size, self._processes[1])
 
     def train_dataloader(self) -> ResumableLoader:
         """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
@@ -226,7 +233,9 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             UsageError: A stage has too few training rows for one batch.
         """
-        rows = self.rows(self._view, Split.TRAIN)
+        rows = [row for _, row in self._usable_rows(Split.TRAIN)]
+        if self.trainer.limit_val_batches:  # type: ignore[union-attr]
+            self._usable_rows(Split.VALIDATION)  # a bad row is said now, not when training has gone on for hours
         self._close_finished_epoch()
         dataset: SampledPrompts | Pairs
         lengths = start_epoch = budget = None
@@ -254,19 +263,17 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
+        rows = self._usable_rows(Split.VALIDATION)
         if self._view is not View.POLICY:
-            return self._in_order(self._read_pairs(self.rows(self._view, Split.VALIDATION)))
-        rows = self.rows(View.POLICY, Split.VALIDATION) or self.rows(View.POLICY, Split.TRAIN)
-        chosen = spread(rows, self.validation_questions)
-        return self._in_order(requested(chosen, [sweep_requests(self.preferences)] * len(chosen)))
+            return self._in_order(self._read_pairs([row for _, row in rows]))
+        return self._in_order(requested(rows, [sweep_requests(self.preferences)] * len(rows)))
 
     def test_dataloader(self) -> OrderedBatches | list[Any]:
         """Test rows in order; for a policy, sweeps, the default and combinations. No loader if there are no rows."""
-        rows = self.rows(self._view, Split.TEST)
+        rows = self._usable_rows(Split.TEST)
         if self._view is not View.POLICY:
-            return self._in_order(self._read_pairs(rows))
-        chosen = spread(rows, len(rows) if self.test_questions is None else self.test_questions)
-        return self._in_order(requested(chosen, [self._test_requests(index) for index, _ in chosen]))
+            return self._in_order(self._read_pairs([row for _, row in rows]))
+        return self._in_order(requested(rows, [self._test_requests(index) for index, _ in rows]))
 
     def predict_dataloader(self) -> OrderedBatches | StreamedPairs | list[Any]:
         """Rows of the source's predict split in order; a policy is asked for the levels that a row has.
@@ -276,19 +283,23 @@ class PreferenceDataModule(LightningDataModule):
         """
         if self._view is View.REWARD:
             return self._streamed()
-        rows = self.rows(self._view, Split.PREDICT)
-        if not rows:
+        if not self.rows(self._view, Split.PREDICT):
             raise UsageError("the source has no rows to answer; a Table takes them from data.source.predict")
+        rows = [row for _, row in self._usable_rows(Split.PREDICT)]
         if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
             rows = [dataclasses.replace(row, answer="") for row in rows]
         if self._view is not View.POLICY:
             return self._in_order(self._pairs(rows[self._rows_done(lambda: rows, len(rows)) :]))
-        asked = [known_levels(row.requested or row.levels, self.preferences) for row in rows]
+        asked = [self._requested(row) for row in rows]
         if not any(asked):
             names = ", ".join(self.preferences.names)
             warnings.warn(f"no row of predict asks for a level: columns named {names} would hold them", stacklevel=2)
         prompts = [Prompt(row.question, asked[i], i) for i, row in enumerate(rows)]
         return self._in_order(FixedPrompts(prompts[self._rows_done(lambda: prompts, len(prompts)) :]))
+
+    def _requested(self, row: Example) -> Preference:
+        """What a row of predict asks for."""
+        return known_levels(row.requested or row.levels, self.preferences)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler, with its class; empty where it has none."""
@@ -355,6 +366,36 @@ class PreferenceDataModule(LightningDataModule):
             if encoder.truncation.questions:
                 warnings.warn(f"max_length = {encoder.max_length}: {encoder.truncation}", stacklevel=2)
         self._encoders.clear()
+        self._usable.clear()  # another module may come with another tokenizer
+
+    def _usable_rows(self, split: Split) -> list[tuple[int, Example]]:
+        """The rows of a split that are used, each with its index in the source; they are checked once.
+
+        Raises:
+            UsageError: More than ``skip_bad_rows`` of them cannot be used.
+        """
+        key = self._view, split
+        if key not in self._usable:
+            rows = self.rows(self._view, split)
+            if self._view is View.POLICY and split is Split.VALIDATION:
+                chosen = spread(rows or self.rows(self._view, Split.TRAIN), self.validation_questions)
+            elif self._view is View.POLICY and split is Split.TEST and self.test_questions is not None:
+                chosen = spread(rows, self.test_questions)
+            else:
+                chosen = list(enumerate(rows))
+            skipped = 0.0 if split is Split.PREDICT else self.skip_bad_rows
+            kept = usable_rows([row for _, row in chosen], self._check(split), f"{split.value} rows", skipped)
+            self._usable[key] = [chosen[number] for number in kept]
+        return self._usable[key]
+
+    def _check(self, split: Split) -> Callable[[Example], bool]:
+        """Refuses rows that no prompt or pair can be made of."""
+        if self._view is View.POLICY:
+            renderer = self.renderer(self._module.tokenizer)
+            own = split is Split.PREDICT
+            return lambda row: renderer.check(row.question, self._requested(row) if own else None)
+        encoder = PairEncoder(self._module.tokenizer, self._pair_length, self.instruction_patterns)
+        return lambda row: encoder.check(row.question, *(a for a in (row.answer, row.rejected) if a is not None))
 
     def _pairs(self, rows: list[Example]) -> Pairs:
         return Pairs(rows, self._encoder(self._pair_length))

@@ -45,21 +45,21 @@ class TakenOut:
 
     Args:
         texts: Texts that were changed.
-        first: Start of the first of them.
+        first: Which was the first of them.
     """
 
     texts: int = 0
     first: str = ""
 
-    def add(self, text: str) -> None:
+    def add(self, which: str) -> None:
         """Counts a text that was changed."""
-        self.first = self.first or (text if len(text) <= 80 else f"{text[:77]}...")
+        self.first = self.first or which
         self.texts += 1
 
     def __str__(self) -> str:
         return (
-            f"from {self.texts} texts something was taken out that reads as a control token, as a turn of the chat "
-            f"template or as an instruction; the first is {self.first!r}"
+            f"something was taken out of {self.texts} texts that reads as a control token, as a turn of the chat "
+            f"template or as an instruction; the first: {self.first}"
         )
 
 

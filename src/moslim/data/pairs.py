@@ -165,7 +165,8 @@ def require_answer(number: int, row: Example) -> str:
         UsageError: There is none.
     """
     if row.answer is None:
-        raise UsageError(f"row {number} of the source has no answer, which this view needs: {row.question!r}")
+        where = row.place or f"row {number} of the source"
+        raise UsageError(f"{where} has no answer, which this view needs: {row.question!r}")
     return row.answer
 
 

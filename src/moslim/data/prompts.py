@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.encoding import ChatEncoder, Frame
-from moslim.data.neutralise import Pattern
+from moslim.data.neutralise import Pattern, TakenOut
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
 from moslim.instructions import PreferenceInstruction, readings
@@ -44,6 +44,28 @@ def as_messages(question: Question) -> list[Message]:
             f"a question must end with a user turn, but the roles are {quoted([m['role'] for m in messages])}"
         )
     return messages
+
+
+def usable_messages(question: Question, encoder: ChatEncoder) -> list[Message]:
+    """Returns the messages of a question, cleaned.
+
+    Raises:
+        UsageError: It is no question (:func:`as_messages`), or a user turn is empty.
+    """
+    messages = as_messages(question)
+    for i, message in enumerate(messages):
+        if message["role"] == "user" and not _is_said(encoder.clean(message["content"])):
+            turn = "the question" if len(messages) == 1 else f"message {i}, a user turn,"
+            why = " once what reads as a control token, a turn or an instruction is taken out"
+            raise UsageError(
+                f"{turn} is empty{why if _is_said(message['content']) else ''}: fill it, or leave the row out"
+            )
+    return as_messages(encoder.question(question))
+
+
+def _is_said(text: str) -> bool:
+    """Whether a text is more than white space and characters without width."""
+    return bool("".join(text.split()).strip("\0\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -93,6 +115,13 @@ class PromptRenderer:
         self.max_length = max_length
         self.encoder = ChatEncoder(tokenizer, around(tokenizer), instruction_patterns(instruction, preferences))
         self._cutter = _Cutter(max_length, Truncation(), self.encoder.least)
+        self._room = _Room(max_length, self.encoder)
+        self._longest = Preference(
+            {
+                d.name: max(range(len(d.levels)), key=lambda level: len(self.encoder.texts([d.levels[level]])[0]))
+                for d in preferences.dimensions
+            }
+        )
 
     def question(self, question: Question) -> Question:
         """Returns the question without control tokens, turns and instructions, still text or messages."""
@@ -110,6 +139,22 @@ class PromptRenderer:
         """
         messages = as_messages(self.question(question))
         return self._cutter(messages, lambda cut: self.encoder.prompt(self._instructed(cut, preference)))
+
+    def check(self, question: Question, preference: Preference | None = None) -> bool:
+        """Returns whether something is taken out of a question.
+
+        Args:
+            question: The question.
+            preference: The levels asked for; None = the longest of all dimensions.
+
+        Raises:
+            UsageError: No prompt can be made of it, or it has no room in ``max_length``.
+        """
+        messages = usable_messages(question, self.encoder)
+        asked = self._longest if preference is None else preference
+        self.encoder.render(self._instructed(messages, asked))
+        self._room.check(messages, lambda bare: self.encoder.prompt(self._instructed(bare, asked)), asked)
+        return messages != as_messages(question)
 
     def _instructed(self, messages: list[Message], preference: Preference) -> list[Message]:
         return self.instruction.render(messages, preference, self.preferences)
@@ -147,6 +192,7 @@ class PairEncoder:
     Attributes:
         encoder: What makes the ids.
         truncation: How many pairs were encoded, and how many of them were cut.
+        taken_out: How many questions and answers had something taken out.
     """
 
     def __init__(
@@ -158,10 +204,24 @@ class PairEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = Truncation()
+        self.taken_out = TakenOut()
         self._frame = around(tokenizer)
         self.encoder = ChatEncoder(tokenizer, self._frame, instruction)
         self._cutter = _Cutter(max_length, self.truncation, self.encoder.least)
+        self._room = _Room(max_length, self.encoder)
         self._last: tuple[Question, list[Message], list[int]] | None = None
+
+    def check(self, question: Question, *answers: str) -> bool:
+        """Returns whether something is taken out of a question or of answers to it.
+
+        Raises:
+            UsageError: No pair can be made of it, or its system message leaves no room in ``max_length``.
+        """
+        messages = usable_messages(question, self.encoder)
+        self.encoder.render(messages)
+        if messages[0]["role"] == "system":
+            self._room.check(messages, lambda bare: [*self.encoder.prompt(bare), end_id(self.tokenizer)])
+        return messages != as_messages(question) or any(self.encoder.clean(answer) != answer for answer in answers)
 
     def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
         """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``."""
@@ -202,6 +262,8 @@ class PairEncoder:
         """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
         if self._last is None or self._last[0] != question:
             messages = as_messages(self.encoder.question(question))
+            if messages != as_messages(question):
+                self.taken_out.add(quoted(question))
             self._last = (question, messages, self.encoder.prompt(messages))
         return self._last[1], self._last[2]
 
@@ -265,6 +327,35 @@ class _Cutter:
         return ids
 
 
+class _Room:
+    """Refuses chats whose system message, instruction and template leave no token for what the user says."""
+
+    def __init__(self, max_length: int | None, encoder: ChatEncoder) -> None:
+        self.max_length = max_length
+        self._encoder = encoder
+        self._taken: dict[Hashable, int] = {}
+
+    def check(
+        self, messages: list[Message], encode: Callable[[list[Message]], list[int]], asked: Preference | None = None
+    ) -> None:
+        """Encodes what cannot be cut, once for all chats that have it in common.
+
+        Raises:
+            UsageError: It takes the whole ``max_length``.
+        """
+        if self.max_length is None:
+            return
+        fixed = tuple((m["role"], m["content"] if m["role"] == "system" else "") for m in messages)
+        key = fixed, None if asked is None else tuple(asked.levels.items())
+        if key not in self._taken:
+            self._taken[key] = len(encode(without_start(messages, None, self._encoder.least)))
+        if self._taken[key] >= self.max_length:
+            raise UsageError(
+                f"without any question the text already takes {self._taken[key]} of max_length = {self.max_length} "
+                "tokens, which leaves no room: raise max_length or shorten the instruction or system message"
+            )
+
+
 def without_start(
     messages: list[Message], characters: int | None, least: int = 0, system: bool = False
 ) -> list[Message]:
@@ -273,13 +364,14 @@ def without_start(
     Args:
         messages: The chat.
         characters: How many; None = all.
-        least: Characters that each message keeps.
+        least: Characters that each message keeps, white space at its end aside.
         system: Whether system messages are cut, too.
     """
     result = []
     for message in messages:
         content = message["content"]
-        cut = 0 if message["role"] == "system" and not system else max(0, len(content) - least)
+        most = max(0, len(content.rstrip()) - least) if least else len(content)
+        cut = 0 if message["role"] == "system" and not system else most
         if characters is not None:
             cut = min(characters, cut)
             characters -= cut

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from moslim.data.checks import place_of
 from moslim.data.pairs import CollateRewards, Pair, require_answer
 from moslim.data.prompts import PairEncoder
 from moslim.data.types import Example, PairBatch
@@ -34,15 +36,22 @@ class StreamedPairs:
         """Yields batches; there is no length, since nobody has counted the rows.
 
         Raises:
-            UsageError: There are no rows, or one has no answer.
+            UsageError: There are no rows, or one has no answer or cannot be used.
         """
         rows = enumerate(self.rows())
         seen = sum(1 for _ in islice(rows, self.skip))
         while chunk := list(islice(rows, self.batch_size - seen % self.batch_size)):
             seen += len(chunk)
             yield self.collate([self._pair(number, row) for number, row in chunk])
+        if self.encoder.taken_out.texts:
+            warnings.warn(f"predict: {self.encoder.taken_out}", stacklevel=2)
         if not seen:
             raise UsageError("the source has no rows to score; a Table takes them from data.source.predict")
 
     def _pair(self, number: int, row: Example) -> Pair:
-        return Pair(*self.encoder.spans(row.question, require_answer(number, row)), row)
+        answer = require_answer(number, row)
+        try:
+            self.encoder.check(row.question, answer)
+        except UsageError as error:
+            raise UsageError(f"{place_of(row, number, 'predict rows')}: {error}") from error
+        return Pair(*self.encoder.spans(row.question, answer), row)

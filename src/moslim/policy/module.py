@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -253,6 +254,11 @@ class PolicyTrainer(PolicyEvaluation):
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
             self.training_answers.forget()
             check_accumulation_of_rollouts(self.trainer, self.batch_repeats)
+
+    def teardown(self, stage: str) -> None:
+        """Says what the classifier was not shown of the answers."""
+        if self.scorer.taken_out.texts:
+            warnings.warn(f"scored by the classifier: {self.scorer.taken_out}", stacklevel=2)
 
     def configure_model(self) -> None:
         """Puts the weights into shards, where the strategy wants that.

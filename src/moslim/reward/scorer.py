@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from moslim.data.neutralise import Pattern
+from moslim.data.neutralise import Pattern, TakenOut
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.limits import Positions, fit_tokenizer
@@ -63,6 +63,11 @@ class Scorer:
         """Takes out of questions and answers what reads as an instruction, too, which a policy could forge."""
         limit = pair_limit(self.classifier.config, self.tokenizer, self._reader)
         self._encoder = PairEncoder(self.tokenizer, limit, instruction)
+
+    @property
+    def taken_out(self) -> TakenOut:
+        """How many texts were scored without something that was taken out of them."""
+        return self._encoder.taken_out
 
     @property
     def preferences(self) -> PreferenceSet:
