@@ -64,6 +64,8 @@ def reported() -> Iterator[None]:
     try:
         yield
     except SIGTERMException as error:
+        if not _rank():
+            print("stopped by SIGTERM", file=sys.stderr)
         # Lightning kills the first process when one that it started ends with another status than 0.
         raise SystemExit(TERMINATED if not _rank() else 0) from error
     except SystemExit as error:
