@@ -90,7 +90,7 @@ def fit(world: World, folder: Path, steps: int, callbacks: list[Callback], optio
         str(folder / "policy"),
         str(folder / "classifier"),
         ExpectedDistance(),
-        RLOO(kl_coef=KL),
+        RLOO(kl_coef=KL, ratio="sequence"),
         samples_per_prompt=world.samples,
         optimizer=partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, fused=True),
         **options,
