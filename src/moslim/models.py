@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moslim.adapters import AdapterFolder
 from moslim.errors import UsageError
 from moslim.loading import HEADLESS, is_causal, load_whole, named, seems, untie
+from moslim.template_limits import check_template
 
 
 class TokenizerSource(ABC):
@@ -96,12 +97,14 @@ def load_tokenizer(
 
     Raises:
         MissingFileError: There is none.
-        UsageError: Its files cannot be read.
+        UsageError: Its files cannot be read, or its chat template does not end.
     """
     if (adapter := AdapterFolder.find(path, base)) is not None and not adapter.has_tokenizer:
         return load_tokenizer(adapter.base, trust_remote_code)
     with named(path, trust_remote_code):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_template(tokenizer, str(path))
+    return tokenizer
 
 
 def load_causal_lm(
