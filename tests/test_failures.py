@@ -166,7 +166,10 @@ def test_a_mistake_that_a_library_wraps():
             ["--model.squash", "cli_parts.Squash", "--model.squash.gain", "x"],
             "model.squash.gain (of cli_parts.Squash): exp",
         ),
-        (["--preferences.dimensions", "5"], "preferences.dimensions (of moslim.PreferenceSet): expected dict, not 5"),
+        (
+            ["--preferences.dimensions", "5"],
+            "preferences.dimensions (of moslim.PreferenceSet): expected Mapping, not 5",
+        ),
         (["--preferences.dimensions.warmth", "[a, a]"], "names a level twice"),
         (["--config", "more.yaml"], "more.yaml: trainer.max_epochs: expected int, not many"),
         (["--config", "broken.yaml"], "broken.yaml: "),

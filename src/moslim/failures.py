@@ -93,10 +93,10 @@ def failure(error: BaseException) -> Failure | None:
             it.
     """
     for part in _chain(error):
-        if isinstance(part, UsageError | MisconfigurationException):
-            return Failure(_own_text(part), USAGE)
         if isinstance(part, _STOPPED):
             return Failure(f"{_own_text(part)}\n({_FLAG} shows the traceback)", FAILED)
+        if isinstance(part, UsageError | MisconfigurationException):
+            return Failure(_own_text(part), USAGE)
         if _out_of_memory(part):
             first = str(part).strip().splitlines()[0]
             return Failure(
@@ -157,10 +157,10 @@ def _raised_elsewhere(error: BaseException) -> Failure | None:
         return None
     name, message = _last_error(text)
     short = name.rsplit(".", 1)[-1]
-    if short in {kind.__name__ for kind in (UsageError, *_subclasses(UsageError), MisconfigurationException)}:
-        return Failure(message, USAGE)
     if short in {kind.__name__ for base in _STOPPED for kind in (base, *_subclasses(base))}:
         return Failure(f"{message}\n({_FLAG} shows the traceback)", FAILED)
+    if short in {kind.__name__ for kind in (UsageError, *_subclasses(UsageError), MisconfigurationException)}:
+        return Failure(message, USAGE)
     return None
 
 
