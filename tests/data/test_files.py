@@ -62,7 +62,7 @@ def zipped(*files):
         ("rows.csv", CSV.replace("\n", "\r\n").encode()),
         ("rows.csv", CSV.replace("\n", "\r").encode()),
         ("rows.tsv", CSV.replace(",", "\t").encode()),
-        ("rows.csv.gz", gzip.compress(CSV.encode())),
+        ("rows.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("rows.csv.bz2", bz2.compress(CSV.encode("utf-16"))),
         ("rows.csv.xz", lzma.compress(CSV.encode())),
         ("rows.csv.zip", zipped(("rows.csv", CSV))),
@@ -254,7 +254,7 @@ def test_a_column_that_is_twice_in_parquet_is_refused(tmp_path):
         ("a.jsonl", "\n \n"),
         ("a.json", "[]"),
         ("a.json", " [ \n]\n"),
-        ("a.csv.gz", gzip.compress(b"")),
+        ("a.csv.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_an_empty_file_is_named_as_empty(write, name, content):
