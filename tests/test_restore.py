@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_parts import Data, Plain
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 
 from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.cli import run
@@ -133,6 +134,62 @@ def test_damaged_checkpoints_are_left_out_with_a_warning(damage: bytes) -> None:
     (folder / "step=9.ckpt").write_bytes(raw[:place] + b"x" + raw[place + 1 :])
     with pytest.warns(UserWarning, match=r"last leaves out .*step=9.ckpt: it is damaged .*; it takes .*step=6.ckpt"):
         assert newest_checkpoint(["outputs"]).name == "step=6.ckpt"
+
+
+@pytest.mark.parametrize("place", [{}, {"dirpath": "kept"}])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-1], lambda raw: b"", lambda raw: raw.replace(b"layer.weight", b"layer.waight")]
+)
+def test_the_newest_of_a_run_is_not_left_out_in_silence(damage: Any, place: dict[str, str]) -> None:
+    fit(**place)
+    for name in ("epoch=0-step=3.ckpt", "epoch=0-step=9.ckpt", "last.ckpt"):
+        (path,) = Path().rglob(name)
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning) as said:
+        assert newest_checkpoint(["outputs"], place.values()).name == "epoch=0-step=6.ckpt"
+    left_out = [str(one.message) for one in said if "last leaves out" in str(one.message)]
+    assert len(left_out) == 2 and "last.ckpt: it is" in left_out[0] and "step=9.ckpt: it is" in left_out[1]
+
+
+def touch(path: str) -> Path:
+    Path(path).touch()
+    return Path(path)
+
+
+class Touches:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return touch, ("ran",)
+
+
+def test_order_and_best_are_read_without_running_what_a_file_holds() -> None:
+    fit(**MONITORED, scale=-1.0)
+    last = Path("outputs/version_0/checkpoints/last.ckpt")
+    torch.save({**torch.load(last, weights_only=True), "parts": [Path("a"), nn.Linear(1, 1), Touches()]}, last)
+    assert newest_checkpoint(["outputs"], weights_only=False) == last
+    assert best_checkpoint_of(last).name == "epoch=0-step=3.ckpt"
+    assert not Path("ran").exists()
+    with pytest.warns(UserWarning, match=r"leaves out .*last.ckpt: it holds other things than tensors"):
+        assert newest_checkpoint(["outputs"]).name == "epoch=0-step=3.ckpt"
+
+
+def test_a_link_back_to_its_folder_is_not_followed() -> None:
+    expected = write(Path("outputs/version_0/checkpoints/a.ckpt"), 5)
+    (expected.parent / "here").symlink_to(".")
+    assert newest_checkpoint(["outputs"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["last", "--checkpoint.dirpath", "memory://kept"], "last looks on this machine only, not in memory://kept"),
+        (["best", "--trainer.default_root_dir", "memory://runs"], "best looks .* not in memory://runs"),
+        ([""], "--ckpt_path is empty"),
+    ],
+)
+def test_what_names_no_file_here_is_refused(options: list[str], message: str) -> None:
+    fit()
+    with pytest.raises(UsageError, match=message):
+        run(["test", "--config", "config.yaml", "--ckpt_path", *options])
 
 
 def test_nothing_but_damaged_checkpoints_is_an_error_that_names_them() -> None:

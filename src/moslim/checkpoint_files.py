@@ -6,12 +6,16 @@ reads the file once, about as fast as loading it, and notices every flipped bit 
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ _ZIP, _CHUNK = b"PK\x03\x04", 1 << 22
 _UNREADABLE = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, EOFError, OSError, RuntimeError),
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError),
+    *(AssertionError, OverflowError, MemoryError, ImportError),
 )
 _checked: set[tuple[Any, ...]] = set()
 
@@ -76,7 +81,7 @@ def problem(path: Path, weights_only: bool = True, resume: bool = False) -> str 
     if wrong is not None or not weights_only:
         return wrong
     try:
-        content = peek(path)
+        content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         return (
             f"it holds other things than tensors and plain data{_classes(error)}. If you trust who wrote it, "
@@ -92,16 +97,47 @@ def problem(path: Path, weights_only: bool = True, resume: bool = False) -> str 
     return None
 
 
-def peek(path: Path) -> Any:
-    """What a checkpoint holds, whose tensors are not read before they are used; of a folder, its part for that.
+def outline(path: Path) -> dict[Any, Any]:
+    """What a checkpoint holds, without tensors and objects: stand-ins are in their place, and no code of it runs.
+
+    Only its table is read, so that many large files cost little; of a folder, that of the part for it.
 
     Raises:
-        UnpicklingError: It holds other things than tensors and plain data.
-        OSError: It cannot be read. Damaged, it can raise almost anything.
+        UsageError: It cannot be read, or is no checkpoint.
     """
     if path.is_dir():
         path = next((part for part in (path / "meta.pt", *_deepspeed_parts(path)) if part.is_file()), path)
-    return torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            content = _Outline(io.BytesIO(archive.read(name))).load()
+    except (StopIteration, *_UNREADABLE) as error:
+        raise UsageError(f"{path} cannot be read: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no checkpoint")
+    return content
+
+
+class _StandIn:
+    """In place of a tensor or an object, whatever is done to it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _StandIn:
+        return super().__new__(cls)
+
+    def __call__(self, *_: Any, **__: Any) -> _StandIn:
+        return self
+
+    __setstate__ = __setitem__ = append = extend = add = __call__
+
+
+class _Outline(pickle.Unpickler):
+    """Reads plain data; of classes and functions it knows none."""
+
+    def find_class(self, module: str, name: str) -> type:
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _StandIn
+
+    def persistent_load(self, pid: Any) -> None:
+        """Leaves out the numbers of a tensor."""
 
 
 @contextmanager
@@ -195,50 +231,77 @@ def _deepspeed_parts(path: Path) -> list[Path]:
     return sorted(path.glob("checkpoint/*.pt"))
 
 
-def run_order(path: Path, root: Path) -> tuple[int, float, int, bool, int]:
-    """What checkpoints are sorted by, the newest last: version, start of the run, step, name, and file time.
+@dataclass(frozen=True)
+class _Noted:
+    """What a checkpoint says of itself; None where it does not, or cannot be read."""
+
+    path: Path
+    version: int | None
+    started: float | None
+    step: int | None
+    readable: bool
+    by_guard: bool
+
+
+def newest_first(paths: Iterable[Path], root: Path) -> list[tuple[float, Path]]:
+    """Sorts checkpoints by version, start of the run, step, name and file time; leaves out what guards kept.
 
     A copy changes file times: they decide only between equal steps of one run, after the name, as ``last`` is written
-    after the others.
+    after the others. What cannot be read is taken for one of the newest run beside it, and without a step in its name
+    for the end of that run, so that whoever takes the first that is good learns of what was before it.
 
     Args:
-        path: A checkpoint; damaged, only its names count.
-        root: The version is that of the folder ``version_N`` below, or else the one noted; -1 where neither says.
+        paths: Checkpoints.
+        root: The version is that of the folder ``version_N`` below, or else the one noted.
+
+    Returns:
+        Start of the run, in seconds (0 where unknown), and path of each.
     """
+    noted = [found for found in (_noted(path, root) for path in paths) if not found.by_guard]
+    newest = max((found.version for found in noted if found.version is not None), default=-1)
+    starts: dict[int, float] = {}
+    for found in noted:
+        version = -1 if found.version is None else found.version
+        starts[version] = max(starts.get(version, 0.0), found.started or 0.0)
+
+    def order(found: _Noted) -> tuple[int, float, float, bool, int]:
+        unknown = -1 if found.readable else newest
+        version = unknown if found.version is None else found.version
+        started = (0.0 if found.readable else starts[version]) if found.started is None else found.started
+        step = (-1 if found.readable else math.inf) if found.step is None else found.step
+        time = found.path.stat().st_mtime_ns if found.path.exists() else 0
+        return version, started, step, found.path.stem.startswith("last"), time
+
+    ordered = sorted(((order(found), found.path) for found in noted), reverse=True)
+    return [(started, path) for (_, started, *_), path in ordered]
+
+
+def _noted(path: Path, root: Path) -> _Noted:
     try:
-        content = peek(path)
-    except _UNREADABLE:
-        content = None
-    content = content if isinstance(content, dict) else {}
-    run = content[RUN] if isinstance(content.get(RUN), dict) else {}
-    noted, started, step = run.get("version"), run.get("started"), content.get("global_step")
+        values = outline(path)
+    except UsageError:
+        values = {}
+    run = values[RUN] if isinstance(values.get(RUN), dict) else {}
+    version, started, step = run.get("version"), run.get("started"), values.get("global_step")
     folders = path.relative_to(root).parts[:-1]
-    version = next((int(found[1]) for name in folders if (found := _VERSION.fullmatch(name))), noted)
+    version = next((int(found[1]) for name in folders if (found := _VERSION.fullmatch(name))), version)
     if not isinstance(step, int):
         named = _STEP.search(path.stem)
-        step = int(named[1]) if named else -1
-    return (
-        version if isinstance(version, int) else -1,
-        float(started) if isinstance(started, (int, float)) else 0.0,
+        step = int(named[1]) if named else None
+    return _Noted(
+        path,
+        version if isinstance(version, int) else None,
+        float(started) if isinstance(started, (int, float)) else None,
         step,
-        path.stem.startswith("last"),
-        path.stat().st_mtime_ns if path.exists() else 0,
+        bool(values),
+        GUARD_RECORD in values,
     )
-
-
-def is_guards(path: Path) -> bool:
-    """Whether a guard kept a checkpoint, whose step must not be gone on from."""
-    try:
-        content = peek(path)
-    except _UNREADABLE:
-        return False
-    return isinstance(content, dict) and GUARD_RECORD in content
 
 
 def _beside(path: Path, weights_only: bool, resume: bool) -> str:
     others = [other for other in path.parent.glob("*.ckpt") if other != path and other.exists()]
-    for other in sorted(others, key=lambda other: run_order(other, path.parent), reverse=True):
-        if not is_guards(other) and problem(other, weights_only, resume) is None:
+    for _, other in newest_first(others, path.parent):
+        if problem(other, weights_only, resume) is None:
             return f"The newest good checkpoint beside it is {other}"
     return "There is no good checkpoint beside it"
 

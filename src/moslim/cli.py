@@ -25,6 +25,7 @@ from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.dashboard import Dashboard, continue_run
 from moslim.callbacks.gauges import Gauges
 from moslim.callbacks.role_memory import RoleMemory
+from moslim.checkpoint_files import is_remote
 from moslim.data.module import PreferenceDataModule
 from moslim.errors import UsageError
 from moslim.failures import debugging, in_own_code, reported, without_flag
@@ -192,6 +193,8 @@ class MoslimCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if kwargs["ckpt_path"] == "":
+            raise UsageError("--ckpt_path is empty: give last, best, a file, or none")
         if subcommand in _LOOPS and not given(kwargs["ckpt_path"]):
             kwargs["ckpt_path"] = None
         if kwargs["ckpt_path"] in ("last", "best"):
@@ -210,6 +213,11 @@ class MoslimCLI(LightningCLI):
         roots = dict.fromkeys([*(log.parent for log in logs), *logs, Path(self.trainer.default_root_dir)])
         savers = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
         chosen = [str(saver.dirpath) for saver in savers if saver.dirpath]
+        for place in chosen or [str(self.trainer.default_root_dir)]:
+            if is_remote(place):
+                raise UsageError(
+                    f"--ckpt_path {asked} looks on this machine only, not in {place}: name the URL of a file"
+                )
         resume = subcommand == "fit" and asked == "last"
         newest = newest_checkpoint(roots, chosen, weights_only is not False, resume, asked)
         return newest if asked == "last" else best_checkpoint_of(newest)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from moslim.checkpoint_files import check_checkpoint, explained, fitting, is_guards, peek, problem, run_order
+from moslim.checkpoint_files import check_checkpoint, explained, fitting, newest_first, outline, problem
 from moslim.errors import MissingFileError, UsageError
 
 _OTHER_RUNS = ("guards", "checkpoints", "version_*")
@@ -47,11 +47,11 @@ def newest_checkpoint(
             f"--ckpt_path {asked}: no checkpoint under {', '.join(map(str, places))}; run `fit` with the same "
             "--trainer.default_root_dir first, or name a file"
         )
-    ordered = [
-        sorted(((run_order(path, root), path) for path in found if not is_guards(path)), reverse=True)
-        for root, found in places.items()
-    ]
-    by_root = sorted(filter(None, ordered), key=lambda found: max(order[1] for order, _ in found), reverse=True)
+    by_root = sorted(
+        filter(None, (newest_first(found, root) for root, found in places.items())),
+        key=lambda found: max(started for started, _ in found),
+        reverse=True,
+    )
     damaged: list[str] = []
     for path in dict.fromkeys(path for found in by_root for _, path in found):
         wrong = problem(path, weights_only, resume)
@@ -72,7 +72,7 @@ def best_checkpoint_of(newest: Path) -> Path:
     Raises:
         UsageError: Nothing was monitored, several things were, or the file is gone.
     """
-    states = peek(newest).get("callbacks", {}).values()
+    states = outline(newest).get("callbacks", {}).values()
     kept = [
         state for state in states if isinstance(state, dict) and state.get("monitor") and "best_model_path" in state
     ]
@@ -138,6 +138,8 @@ def _saved(folder: Path) -> Iterator[Path]:
             yield path
         elif path.name.endswith(".ckpt.before") and not path.with_suffix("").exists():
             yield path  # a folder that a kill kept from being replaced
+        elif path.is_symlink():  # which may lead back here
+            continue
         elif path.is_dir() and not any(map(path.match, (*_OTHER_RUNS, "*.ckpt.*"))):
             yield from _saved(path)
 
