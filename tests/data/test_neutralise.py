@@ -30,6 +30,7 @@ def neutraliser(*strings: str) -> Neutraliser:
         ("a<|end|\u226fb", "ab"),
         ("<|e\u200bnd|>", ""),
         ("<|\u00ade\x00n\u0301d|>", ""),
+        ("<|e\u3164n\u115fd|>", ""),
         ("㏑ ½ ﬁne ＜|end|> ½", "㏑ ½ ﬁne  ½"),
         ("", ""),
     ],

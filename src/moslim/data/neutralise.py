@@ -18,6 +18,9 @@ _EDGE, _LINE = "\0", "\1"
 _REMEMBERED = 100_000
 """Most steps that a view remembers."""
 
+_UNSEEN = "\ufffd\u115f\u1160\u3164\uffa0"
+"""The replacement character, and fillers: letters of Hangul that are not shown."""
+
 _ROUNDS = 8
 """Most times that a tokenizer's normaliser is applied to what it made itself."""
 
@@ -183,7 +186,7 @@ def _visible(character: str) -> str:
         return "\n"
     if character.isspace() and character not in "\x1c\x1d\x1e\x1f\x85\x0b\x0c":
         return " "
-    return "" if character == "\ufffd" or unicodedata.category(character)[0] in "MC" else character
+    return "" if character in _UNSEEN or unicodedata.category(character)[0] in "MC" else character
 
 
 _EXACT = _Folding(_exact)

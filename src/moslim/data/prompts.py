@@ -114,7 +114,7 @@ class PromptRenderer:
         self.preferences = preferences
         self.max_length = max_length
         self.encoder = ChatEncoder(tokenizer, around(tokenizer), instruction_patterns(instruction, preferences))
-        self._cutter = _Cutter(max_length, Truncation(), self.encoder.least)
+        self._cutter = _Cutter(max_length, Truncation(), self.encoder)
         self._room = _Room(max_length, self.encoder)
         self._longest = Preference(
             {
@@ -207,7 +207,7 @@ class PairEncoder:
         self.taken_out = TakenOut()
         self._frame = around(tokenizer)
         self.encoder = ChatEncoder(tokenizer, self._frame, instruction)
-        self._cutter = _Cutter(max_length, self.truncation, self.encoder.least)
+        self._cutter = _Cutter(max_length, self.truncation, self.encoder)
         self._room = _Room(max_length, self.encoder)
         self._last: tuple[Question, list[Message], list[int]] | None = None
 
@@ -256,7 +256,19 @@ class PairEncoder:
         self.truncation.answers += len(end) > room
         rest = prompt[len(first) :]
         kept = max(0, room - len(end))
-        return first + rest[max(0, len(rest) - kept) :], end[max(0, len(end) - room) :]
+        return first + rest[max(0, len(rest) - kept) :], self._last_tokens(end, room)
+
+    def _last_tokens(self, end: list[int], room: int) -> list[int]:
+        """The last tokens of an answer, without what reads as a turn or an instruction once the start is cut."""
+        kept = end[max(0, len(end) - room) :]
+        while kept != end and len(kept) > 1:
+            text = str(self.tokenizer.decode(kept[:-1], skip_special_tokens=True))
+            clean = self.encoder.clean(text)
+            shorter = [*self.encoder.texts([clean])[0], end[-1]][-room:]
+            if clean == text or len(shorter) >= len(kept):
+                break
+            kept = shorter
+        return kept
 
     def _prompt(self, question: Question) -> tuple[list[Message], list[int]]:
         """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
@@ -291,12 +303,16 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, 
 
 
 class _Cutter:
-    """Shortens a question from its start until its encoding fits. Counts what it cut; the first one is a warning."""
+    """Shortens a question from its start until its encoding fits. Counts what it cut; the first one is a warning.
 
-    def __init__(self, max_length: int | None, truncation: Truncation, least: int) -> None:
+    What is left is cleaned again: a marker of turns may be ordinary text but at the start of a line or of a word.
+    """
+
+    def __init__(self, max_length: int | None, truncation: Truncation, encoder: ChatEncoder) -> None:
         self.max_length = max_length
         self._truncation = truncation
-        self._least = least
+        self._encoder = encoder
+        self._least = encoder.least
 
     def __call__(self, messages: list[Message], encode: Callable[[list[Message]], list[int]]) -> list[int]:
         ids = encode(messages)
@@ -319,12 +335,17 @@ class _Cutter:
         ids = shortest
         while fewest < most:  # binary search: a character more at the start never makes the encoding shorter
             middle = (fewest + most) // 2
-            shorter = encode(without_start(messages, middle, self._least))
+            shorter = encode(self._without_start(messages, middle))
             if len(shorter) <= self.max_length:
                 most, ids = middle, shorter
             else:
                 fewest = middle + 1
         return ids
+
+    def _without_start(self, messages: list[Message], characters: int) -> list[Message]:
+        cut = as_messages(self._encoder.question(without_start(messages, characters, self._least)))
+        bare = without_start(messages, None, self._least)
+        return [kept if len(kept["content"].strip()) >= self._least else b for kept, b in zip(cut, bare, strict=True)]
 
 
 class _Room:
