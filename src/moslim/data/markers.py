@@ -6,16 +6,24 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from moslim import template_limits
 from moslim.data.neutralise import Pattern
 from moslim.data.types import Message
 from moslim.errors import UsageError
 
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_TEMPLATE_ERRORS = (
+    *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
+    *(RecursionError, TypeError, ValueError),
+)
 """What a chat template raises that refuses messages, or that is wrong."""
+
+_ENDLESS: list[Any] = []
+"""Chat templates that did not end in time: they are not tried again."""
 
 _PROBES = ("system user", "user", "system user assistant user", "user assistant user assistant user")
 """Roles of the chats from which the markers of turns are read off."""
@@ -30,10 +38,20 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """Returns a chat as the tokenizer's template writes it, up to the point where the answer begins.
 
     Raises:
-        UsageError: The template refuses the messages.
+        UsageError: The template refuses the messages, or did not end for some.
     """
+    endless = UsageError(
+        f"the tokenizer's chat template does not end: for a chat it takes more than {template_limits.SECONDS} seconds; "
+        "take another tokenizer, or mend its chat_template"
+    )
+    if tokenizer.chat_template in _ENDLESS:
+        raise endless
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        with template_limits.time_limit(template_limits.SECONDS):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except TimeoutError:
+        _ENDLESS.append(tokenizer.chat_template)
+        raise endless from None
     except _TEMPLATE_ERRORS as error:
         roles = [message["role"] for message in messages]
         reason = str(error) or type(error).__name__
