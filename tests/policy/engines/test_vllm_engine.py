@@ -177,6 +177,22 @@ def test_what_passes_is_tried_again(engine, server, adapted, prompts, failures):
     assert torch.equal(found.tokens, expected.tokens)
 
 
+def test_answers_that_a_server_breaks_off_are_sampled_anew(engine, server, adapted, prompts):
+    expected = sample(engine, adapted, prompts)
+    broken = iter([True])
+
+    def end(route, found):
+        if route == "/v1/completions" and next(broken, False):
+            found["choices"][0] |= {"token_ids": [], "finish_reason": "abort", "logprobs": None}
+        return found
+
+    server.change = end
+    with pytest.warns(UserWarning, match="waiting up to .* broke an answer off"):
+        found = sample(engine, adapted, prompts)
+    server.change = None
+    assert torch.equal(found.tokens, expected.tokens)
+
+
 @pytest.mark.parametrize("kind", ["adapter", "whole weights"])
 def test_a_server_that_is_restarted_while_it_samples_gets_the_weights_again(
     engine, server, adapted, model, prompts, kind

@@ -79,7 +79,7 @@ def test_answers_come_in_the_order_of_their_seeds():
         ([choice(0, [2]), choice(1, [2], [10**400])], "log-probability of 1000"),
         ([choice(0, [2]), choice(1, [1, 1], reason="stop")], "without a token that ends"),
         ([choice(0, [2]), choice(1, [1, 1], reason="length")], "cut after 2 tokens .* --max-model-len of at least 7"),
-        ([choice(0, [2]), choice(1, [2], reason="abort")], "unknown reason .*abort"),
+        ([choice(0, [2]), choice(1, [2], reason="repetition")], "unknown reason .*repetition"),
         ([choice(0, [2]), choice(1, [2]) | {"finish_reason": None}], "unknown reason .*None"),
     ],
 )

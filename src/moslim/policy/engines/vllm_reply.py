@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moslim.policy.engines.vllm_client import Client, ServerError
+from moslim.policy.engines.vllm_client import Client, ServerError, Unavailable
 
 _ROUNDING = 1e-3  # of a log-probability, which may so lie above 0
 _LOWEST = -1e4  # what vLLM writes for a probability of 0; below it, float32 overflows in a ratio
@@ -73,6 +73,7 @@ def answers_of(reply: Any, request: Request, limits: Limits, client: Client) -> 
         The answers in the order of their seeds, as many as were asked for.
 
     Raises:
+        Unavailable: The server broke an answer off, as it does when it ends or is paused.
         ServerError: The reply is no such thing: answers are missing, too many or counted twice, or are to another
             prompt; token ids are none, beyond the vocabulary, too many or go on after an end; log-probabilities are
             none of finite numbers up to 0, one per token; or the reason for the end does not fit the tokens.
@@ -98,6 +99,8 @@ def answers_of(reply: Any, request: Request, limits: Limits, client: Client) -> 
             raise fail(f"gave an answer of index {client.said(index)}, {why}")
         by_index[index] = choice
     ordered = [by_index[index] for index in range(request.samples)]
+    if any(choice.get("finish_reason") == "abort" for choice in ordered):
+        raise Unavailable(f"{client.url}/v1/completions broke an answer off (finish_reason `abort`)")
     if ordered[0].get("prompt_token_ids") is None:
         raise fail("does not say which prompt it answered (prompt_token_ids)")
     for index, choice in enumerate(ordered):
