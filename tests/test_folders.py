@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from moslim.errors import UsageError
-from moslim.folders import whole_folder
+from moslim.folders import check_files, whole_folder
 from moslim.lora import LoraOptions, add_lora
 from moslim.models import load_backbone, load_causal_lm
 from moslim.preferences import PreferenceSet
@@ -234,3 +234,40 @@ def test_the_current_folder_can_be_exported_to(tmp_path: Path, monkeypatch: pyte
     with whole_folder(Path(), lambda place: True) as part:
         (part / "config.json").write_text("{}")
     assert (tmp_path / "config.json").exists()
+
+
+def exported(folder: Path, content: str) -> Path:
+    with whole_folder(folder, lambda place: True) as part:
+        (part / "config.json").write_text(content)
+        (part / f"{len(content)}.bin").write_text("")
+    return folder / "checksums.json"
+
+
+LISTED = '{{"files": {{"{}": {{"bytes": {}, "crc32": 0}}}}}}'
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "/etc/passwd", "a/../../b"])
+def test_checksums_of_files_elsewhere_are_damaged_ones(name: str, tmp_path: Path) -> None:
+    exported(tmp_path / "a", "{}").write_text(LISTED.format(name, 1))
+    with pytest.raises(UsageError, match=r"checksums.json' is damaged"):
+        check_files(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", ["", "{", LISTED.format("config.json", "1e400"), LISTED.format("..", 1)])
+def test_an_export_takes_the_place_of_one_with_damaged_checksums(content: str, tmp_path: Path) -> None:
+    noted = exported(tmp_path / "a", "{}")
+    noted.write_text(content)
+    with pytest.raises(UsageError, match=r"checksums.json' is damaged"):
+        check_files(tmp_path / "a")
+    exported(tmp_path / "a", "{1}")
+    check_files(tmp_path / "a")
+    assert (tmp_path / "a" / "config.json").read_text() == "{1}"
+
+
+def test_checksums_of_others_are_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "checksums.json").write_text('{"model.safetensors": "sha256:0"}')
+    (tmp_path / "checksums.json").write_text("{ of something else")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        check_files(tmp_path / "model")

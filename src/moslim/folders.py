@@ -109,9 +109,10 @@ def check_files(source: str | Path) -> None:
             are warned of.
     """
     for folder, inside in ((Path(source), ""), (Path(source).parent, f"{Path(source).name}/")):
-        noted = _noted(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
+        is_export = not inside or (folder / _FIRST).is_file()
+        noted = _noted(folder / CHECKSUMS) if is_export and (folder / CHECKSUMS).is_file() else {}
         for name, values in noted.items():
-            if not name.startswith(inside) or ".." in Path(name).parts:
+            if not name.startswith(inside):
                 continue
             file = folder / name
             wrong = _difference(file, values)
@@ -141,7 +142,10 @@ def refuse_sources(folder: str | Path, sources: Mapping[str, str | None]) -> Non
 
 def _exchange(folder: Path, part: Path) -> None:
     new = sorted((path.name for path in (part / _NEW).iterdir()), key=lambda name: name == _FIRST)
-    listed = {Path(name).parts[0] for name in (_noted(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {})}
+    listed: set[str] = set()
+    if (folder / CHECKSUMS).is_file():
+        with suppress(UsageError):  # damaged, and replaced now
+            listed = {Path(name).parts[0] for name in _noted(folder / CHECKSUMS)}
     earlier = {path.name for pattern in _EARLIER for path in folder.glob(pattern)} | listed | set(new)
     old = sorted((name for name in earlier if (folder / name).exists()), key=lambda name: name != _FIRST)
     with _locked(part / _JOURNAL, {"part": part.name, "old": old, "new": new}):
@@ -221,11 +225,13 @@ def _note_checksums(folder: Path) -> None:
 
 def _noted(file: Path) -> dict[str, Any]:
     try:
-        files = json.loads(file.read_text(encoding="utf-8"))["files"]
-        return {
-            str(name): {"bytes": int(values["bytes"]), "crc32": int(values["crc32"])} for name, values in files.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        files = content["files"] if isinstance(content, dict) and "files" in content else {}  # else somebody else's
+        for name in files:
+            if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{name!r} is no file of the folder")
+        return {name: {"bytes": int(values["bytes"]), "crc32": int(values["crc32"])} for name, values in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise UsageError(
             f"'{file}' is damaged: copy the folder again, or delete the file to load it unchecked"
         ) from error
