@@ -88,7 +88,7 @@ PARTS = {
     "pairs": lambda: {"mapping": TargetProbability(scope="batch"), "policy_optimizer": OnlineDPO(min_margin=0.5)},
     "a single pair, fewer than processes": lambda: {
         "mapping": TargetProbability(scope="batch"),
-        "policy_optimizer": OnlineDPO(min_margin=2.0),
+        "policy_optimizer": OnlineDPO(min_margin=1.5),
     },
     "groups left out": lambda: {
         "mapping": TargetProbability(scope="batch"),
