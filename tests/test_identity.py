@@ -54,6 +54,19 @@ def test_what_is_accepted_may_differ_unless_it_never_may() -> None:
         check_identity(checkpoint(), MEANING, RUN, ["layer"])
 
 
+def test_what_another_version_of_transformers_writes_into_a_configuration_is_not_compared() -> None:
+    saved = {"heads": 2, "text": {"width": 8, "old": 1}}
+    found: dict = {}
+    keep_identity(found, {"model.model": saved, "data.template_args": {}}, {})
+    now = {"heads": 2, "new": None, "text": {"width": 8, "new": [1]}}
+    assert check_identity(found, {"model.model": now, "data.template_args": {}}, {}) == set()
+    with pytest.raises(UsageError) as raised:
+        check_identity(found, {"model.model": {**now, "text": {"width": 9, "new": 2}}}, {})
+    assert str(raised.value).splitlines()[1] == "  model.model: text width saved 8, now 9"
+    with pytest.raises(UsageError, match=r"template_args: so saved null, now true"):
+        check_identity(found, {"data.template_args": {"so": True}}, {})
+
+
 def test_long_texts_are_shown_where_they_part() -> None:
     found: dict = {}
     keep_identity(found, {"chat_template": "a" * 5000 + "old" + "b" * 5000}, {})

@@ -25,6 +25,7 @@ Entries = dict[str, Any]
 _KEY = "identity"
 _SHOWN = 160
 _FEW = 3
+_CONFIGURATIONS = ("model.backbone", "model.model")
 _IRRELEVANT = ("drop", "token_id", "cache", "dtype", "architectures", "version", "name_or_path", "tie_", "output_")
 """Parts of names of configuration entries that do not change hidden states in evaluation mode."""
 
@@ -57,7 +58,8 @@ def check_identity(
 ) -> set[str]:
     """Compares what a checkpoint recorded with what there is now.
 
-    Entries that only one of the two sides has are not compared.
+    Entries that only one of the two sides has are not compared; nor are, of a model's configuration, those that only
+    one version of transformers writes.
 
     Args:
         checkpoint: The checkpoint.
@@ -88,14 +90,14 @@ def check_identity(
             f"model.accept_changes names {', '.join(unknown)}, which is not compared; there are: "
             f"{', '.join(sorted(known))}"
         )
-    different = {name for name in known.keys() & now.keys() if known[name] != now[name]}
+    different = {name for name in known.keys() & now.keys() if _differ(known[name], now[name], name in _CONFIGURATIONS)}
     refused = [name for name in known if name in different and (name not in accepted or name in never)]
     if not refused:
         if different:
             names = ", ".join(sorted(different))
             rank_zero_info(f"model.accept_changes: {source} was made with another {names}.")
         return different
-    lines = [f"  {name}: {_both(known[name], now[name])}" for name in refused]
+    lines = [f"  {name}: {_both(known[name], now[name], name in _CONFIGURATIONS)}" for name in refused]
     asked = [name for name in refused if name not in never]
     on_purpose = (
         f"; or, to go on with what there is now on purpose, --model.accept_changes '[{', '.join(asked)}]'"
@@ -108,6 +110,13 @@ def check_identity(
     )
 
 
+def _differ(saved: Any, now: Any, shared: bool) -> bool:
+    """Whether two values differ; mappings, if ``shared``, only in entries that both have."""
+    if shared and isinstance(saved, dict) and isinstance(now, dict):
+        return any(_differ(saved[key], now[key], shared) for key in saved.keys() & now.keys())
+    return bool(saved != now)
+
+
 def _config(path: str | Path | None) -> str:
     """How to give the options of a checkpoint's run, for the message."""
     if path is None:
@@ -117,10 +126,12 @@ def _config(path: str | Path | None) -> str:
     return f", most simply by the run's own config: --config {found or '<folder of the run>/config.yaml'}"
 
 
-def _both(saved: Any, now: Any) -> str:
+def _both(saved: Any, now: Any, shared: bool) -> str:
+    """Both values; of mappings the entries that differ as in :func:`_differ`."""
     if isinstance(saved, dict) and isinstance(now, dict):
-        names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
-        shown = ", ".join(f"{name} {_both(saved.get(name), now.get(name))}" for name in names[:_FEW])
+        among = [name for name in {**saved, **now} if not shared or (name in saved and name in now)]
+        names = [name for name in among if _differ(saved.get(name), now.get(name), shared)]
+        shown = ", ".join(f"{name} {_both(saved.get(name), now.get(name), shared)}" for name in names[:_FEW])
         return shown + (f", and {len(names) - _FEW} more" if len(names) > _FEW else "")
     one, other = _text(saved), _text(now)
     if max(len(one), len(other)) > _SHOWN:

@@ -141,6 +141,14 @@ def test_the_length_of_training_is_saved_and_compared(
         trainer(tmp_path).fit(RewardClassifier(preferences, backbone, max_length=20), data(preferences))
 
 
+def test_another_length_on_purpose_is_the_one_that_is_saved(
+    preferences: PreferenceSet, backbone: str, trained: Path, tmp_path: Path
+) -> None:
+    module = RewardClassifier(preferences, backbone, **TRAINED, accept_changes=["data.max_length"])
+    trainer(tmp_path).export(module, data(preferences, max_length=12), str(tmp_path / "out"), ckpt_path=str(trained))
+    assert Scorer.from_pretrained(tmp_path / "out").classifier.config.pair_length == 12
+
+
 def test_a_saved_classifier_is_used_with_its_own_length_or_on_purpose(
     preferences: PreferenceSet, trained: Path, tmp_path: Path
 ) -> None:
@@ -152,10 +160,16 @@ def test_a_saved_classifier_is_used_with_its_own_length_or_on_purpose(
     for served, own in ((data(preferences, max_length=20), None), (data(preferences, max_length=None), 20)):
         with pytest.raises(UsageError, match=rf"'{folder}' was made .*\n  data\.max_length: saved 24, now 20"):
             trainer(tmp_path).test(RewardClassifier(preferences, classifier=folder, max_length=own), served, **options)
-    accepting = RewardClassifier(preferences, classifier=folder, accept_changes=["data.max_length"])
+    accepted = ["data.max_length", "data.batch_size"]  # the second of a run that went on
+    accepting = RewardClassifier(preferences, classifier=folder, accept_changes=accepted)
     trainer(tmp_path).test(accepting, data(preferences, max_length=20), **options)
-    trainer(tmp_path).fit(RewardClassifier(preferences, classifier=folder), data(preferences, max_length=20))
+    fit(RewardClassifier(preferences, classifier=folder), data(preferences, max_length=20), tmp_path).rename(
+        tmp_path / "b.ckpt"
+    )
     assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.pair_length == 20
+    assert torch.load(tmp_path / "b.ckpt", weights_only=True)["pair_length"] == 20
+    further = RewardClassifier(preferences, classifier=folder)  # a checkpoint has the length that it was trained with
+    trainer(tmp_path).test(further, data(preferences, max_length=20), str(tmp_path / "b.ckpt"), **options)
     extending = PreferenceSet({"size": ["small", "big"]})
     with pytest.raises(UsageError, match=r"data\.max_length is 20, but the old heads were trained with 24"):
         trainer(tmp_path).fit(RewardClassifier(extending, extend=folder), data(extending, max_length=20))
@@ -249,6 +263,18 @@ def test_a_run_goes_on_with_its_own_rows_and_steps(
     assert run.global_step == 3
 
 
+@pytest.mark.parametrize(("trunk", "other"), [("tuned", "frozen"), ("frozen", "tuned")])
+def test_what_is_trained_stays_so(
+    trunk: str, other: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    path = fit(RewardClassifier(preferences, backbone, trunk=trunk), data(preferences), tmp_path)
+    for accepted in ([], ["model.trunk"]):  # the state of the optimizer would not fit
+        module = RewardClassifier(preferences, backbone, trunk=other, accept_changes=accepted)
+        with pytest.raises(UsageError, match=rf"model\.trunk: saved \"{trunk}\", now \"{other}\"") as raised:
+            trainer(tmp_path, max_steps=3).fit(module, data(preferences), ckpt_path=str(path))
+        assert "accept_changes" not in str(raised.value)
+
+
 def test_a_test_may_have_other_rows_and_batches(
     preferences: PreferenceSet, backbone: str, trained: Path, tmp_path: Path
 ) -> None:
@@ -296,3 +322,21 @@ def test_date_and_arguments_go_into_the_folder_and_are_compared(
     assert alone.tokenizer.apply_chat_template(chat, tokenize=False) == "2024-02-09 how "
     with pytest.raises(UsageError, match=r"data\.template_date is '09\.02\.': give a date as YYYY-MM-DD"):
         data(preferences, template_date="09.02.")
+
+
+@pytest.mark.parametrize("trunk", ["tuned", "frozen"])
+def test_a_resumed_run_checks_its_rows_with_the_date_of_its_checkpoint(
+    trunk: str, dated: str, preferences: PreferenceSet, tmp_path: Path
+) -> None:
+    other_year = "{% if strftime_now('%Y') != '2024' %}{{ raise_exception('another year') }}{% endif %}"
+    tokenizer = AutoTokenizer.from_pretrained(dated)
+    tokenizer.chat_template = other_year + DATED
+    tokenizer.save_pretrained(dated)
+    path = fit(
+        RewardClassifier(preferences, dated, trunk=trunk), data(preferences, template_date="2024-02-09"), tmp_path
+    )
+    run = trainer(tmp_path, max_steps=3)
+    run.fit(RewardClassifier(preferences, dated, trunk=trunk), data(preferences), ckpt_path=str(path))
+    assert run.global_step == 3
+    with pytest.raises(UsageError, match="another year"):
+        trainer(tmp_path).fit(RewardClassifier(preferences, dated, trunk=trunk), data(preferences))

@@ -159,7 +159,7 @@ def test_after_a_bad_row_is_mended_the_run_goes_on(
     assert len(predict(preferences, saved, Table(predict=str(table)), file)) == 11
 
 
-@pytest.mark.parametrize("change", ["weights", "configuration", "rows", "fewer rows", "note"])
+@pytest.mark.parametrize("change", ["weights", "configuration", "chat_template", "rows", "fewer rows", "note"])
 def test_another_model_or_other_rows_begin_anew(
     change: str, preferences: PreferenceSet, backbone: str, saved: str, table: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +171,10 @@ def test_another_model_or_other_rows_begin_anew(
     elif change == "configuration":
         config = json.loads((tmp_path / "classifier" / "config.json").read_text())
         (tmp_path / "classifier" / "config.json").write_text(json.dumps({**config, "temperatures": [2.0, 2.0]}))
+    elif change == "chat_template":
+        tokenizer = AutoTokenizer.from_pretrained(saved)
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        tokenizer.save_pretrained(saved)
     elif change == "note":
         part.with_name("scores.jsonl.part.json").unlink()
         message = "was written with another weights and configuration"

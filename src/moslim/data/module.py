@@ -161,6 +161,7 @@ class PreferenceDataModule(LightningDataModule):
         self.pin(tokenizer)
         if day is not None and self.template_date is None and tokenizer_pins(tokenizer)[0].day is not None:
             self._today = day
+            self._usable.clear()  # rows that were checked with another date
             pin_tokenizer(tokenizer, {}, day)
 
     @property
@@ -209,11 +210,10 @@ class PreferenceDataModule(LightningDataModule):
         return self._rows[view, split]
 
     def setup(self, stage: str) -> None:
-        """Fixes the chat template, and says what would only come out after a frozen backbone has run over the rows.
+        """Fixes the chat template. The date of a checkpoint is taken later, so that no row is read here.
 
         Raises:
-            UsageError: There are too few rows for a batch; the module has other preferences, or the chat template does
-                not read what it is given.
+            UsageError: The module has other preferences, or the chat template does not read what it is given.
         """
         theirs = getattr(self._module, "preferences", self.preferences)
         if theirs != self.preferences:
@@ -224,8 +224,6 @@ class PreferenceDataModule(LightningDataModule):
         if hasattr(self._module, "tokenizer"):
             self._today = self.trainer.strategy.broadcast(self._today)  # type: ignore[union-attr]
             self.pin(self._module.tokenizer)
-        if stage == "fit" and self._row_features is not None:
-            full_batches([row.stage for _, row in self._usable_rows(Split.TRAIN)], self.batch_size, self._processes[1])
 
     def train_dataloader(self) -> ResumableLoader:
         """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
@@ -233,6 +231,7 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             UsageError: A stage has too few training rows for one batch.
         """
+        self._refuse_few_rows()
         rows = [row for _, row in self._usable_rows(Split.TRAIN)]
         if self.trainer.limit_val_batches:  # type: ignore[union-attr]
             self._usable_rows(Split.VALIDATION)  # a bad row is said now, not when training has gone on for hours
@@ -263,6 +262,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
+        self._refuse_few_rows()
         rows = self._usable_rows(Split.VALIDATION)
         if self._view is not View.POLICY:
             return self._in_order(self._read_pairs([row for _, row in rows]))
@@ -387,6 +387,15 @@ class PreferenceDataModule(LightningDataModule):
             kept = usable_rows([row for _, row in chosen], self._check(split), f"{split.value} rows", skipped)
             self._usable[key] = [chosen[number] for number in kept]
         return self._usable[key]
+
+    def _refuse_few_rows(self) -> None:
+        """Says what would only come out after a frozen backbone has run over the rows.
+
+        Raises:
+            UsageError: There are too few rows for a batch.
+        """
+        if self._row_features is not None and self.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
+            full_batches([row.stage for _, row in self._usable_rows(Split.TRAIN)], self.batch_size, self._processes[1])
 
     def _check(self, split: Split) -> Callable[[Example], bool]:
         """Refuses rows that no prompt or pair can be made of."""

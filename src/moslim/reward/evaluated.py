@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -105,7 +107,7 @@ class ClassifierEvaluation(RunModule):
         """Where the classifier is saved. Under several processes all must ask."""
         return Path(self.output) if self.output else self.run_folder / "classifier"
 
-    never_accepted = ("preferences",)  # heads of one width would change places
+    never_accepted = ("preferences", "model.trunk")  # heads of one width would change places; parameters would not fit
 
     def meaning(self) -> Entries:
         """What gives the classifier's weights their meaning."""
@@ -122,19 +124,30 @@ class ClassifierEvaluation(RunModule):
             **super().meaning(),
         }
 
-    def setup(self, stage: str) -> None:
+    def on_validation_start(self) -> None:
         """Compares a saved classifier that is used as it is with what the data module makes of texts.
+
+        Not in ``setup``: only now it is known whether a checkpoint was loaded, which has a record of its own.
 
         Raises:
             UsageError: Texts are cut to another length, or written into another chat template.
         """
-        if stage == "fit" or not self.starts_trained or self.trainer.ckpt_path or self.data is None:
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        if fits or not self.starts_trained or self.trainer.ckpt_path or self.data is None:
             return
         checkpoint: dict[str, Any] = {}
         keep_identity(checkpoint, self._as_saved, {})
         now = self.meaning()
         present = {name: now[name] for name in self._as_saved}
-        check_identity(checkpoint, present, {}, self.accept_changes, source=f"the classifier in '{self.start}'")
+        accepted = [name for name in self.accept_changes if name in present]  # others are about checkpoints
+        check_identity(checkpoint, present, {}, accepted, source=f"the classifier in '{self.start}'")
+
+    on_test_start = on_validation_start
+
+    def on_predict_start(self) -> None:
+        """See the base class; compared before an earlier file is touched."""
+        self.on_validation_start()
+        super().on_predict_start()
 
     def _as_it_is(self) -> Entries:
         """What is compared where a saved classifier is used as it is; a date only where it was saved with one."""
@@ -199,6 +212,7 @@ class ClassifierEvaluation(RunModule):
             "weights": self._weights(),
             "configuration": {key: config[key] for key in ("dimensions", "pooling", "layer", "link", "temperatures")},
             "max_length": getattr(self.trainer.datamodule, "max_length", None) or self.pair_limit,  # type: ignore[attr-defined]
+            "chat_template": hashlib.sha256(repr(self.tokenizer.chat_template).encode()).hexdigest(),
             "precision": str(self.trainer.precision),
         }
 

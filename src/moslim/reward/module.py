@@ -224,12 +224,11 @@ class RewardClassifier(ClassifierEvaluation):
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
 
     def setup(self, stage: str) -> None:
-        """Fixes the length of pairs before training, and compares what is used without.
+        """Fixes the length of pairs before training.
 
         Raises:
             UsageError: ``max_length`` and the data module's differ, or the data module's and that of old heads.
         """
-        super().setup(stage)
         if stage != "fit":
             return
         given: int | None = getattr(self.data, "max_length", None)
@@ -250,7 +249,7 @@ class RewardClassifier(ClassifierEvaluation):
 
     def resumed_with(self) -> Entries:
         """See the base class."""
-        return {"model.seed": self.seed, **super().resumed_with()}
+        return {"model.trunk": self.trunk, "model.seed": self.seed, **super().resumed_with()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
@@ -416,6 +415,8 @@ class RewardClassifier(ClassifierEvaluation):
         config = unwrapped(self.classifier).config
         if "data.max_length" not in changed:
             config.pair_length = checkpoint.get(_PAIR_LENGTH, config.pair_length)
+        else:  # on purpose: what is evaluated and saved from here on has the present length
+            config.pair_length = getattr(self.data, "max_length", None) or config.pair_length
         config.temperatures = checked_temperatures(checkpoint.get(_TEMPERATURES), len(config.dimensions))
         self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
