@@ -164,12 +164,17 @@ def check_precision(module: LightningModule) -> None:
     if coarse:
         name, dtype = next(iter(coarse.items()))
         kind = str(dtype).removeprefix("torch.")
+        mixed = "bf16-mixed" if dtype == torch.bfloat16 else "16-mixed"
+        remedy = f"set trainer.precision to {mixed}"
+        if "dtype" in module.hparams:  # the module has this option
+            remedy += (
+                " and leave model.dtype at float32; or train a low-rank adapter (model.lora), whose weights are "
+                "float32 on a frozen model, with model.dtype bfloat16 and trainer.precision 32-true"
+            )
         raise UsageError(
             f"{len(coarse)} of {len(trained)} trained weights are held in {kind} (such as {name}; trainer.precision is "
-            f"'{precision}'), in which small steps are rounded away. To compute in {kind} with weights "
-            f"in float32, set trainer.precision to {'bf16-mixed' if dtype == torch.bfloat16 else '16-mixed'} and leave "
-            "model.dtype at float32; or set trainer.precision to 32-true and train a low-rank adapter (model.lora), "
-            "whose weights are float32 on a frozen model in model.dtype"
+            f"'{precision}'), in which small steps are rounded away. To compute in {kind} with weights in float32, "
+            f"{remedy}"
         )
     narrow = [name for name, p in module.named_parameters() if p.dtype == torch.float16]
     if narrow and getattr(module.trainer.precision_plugin, "scaler", None) is None:

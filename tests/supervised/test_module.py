@@ -320,7 +320,7 @@ def test_several_processes_may_not_write_one_file(tmp_path: Path) -> None:
 
 
 def test_weights_in_bfloat16_are_not_trained(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"held in bfloat16 \(such as model\..*set trainer.precision to bf16-mixed"):
+    with pytest.raises(UsageError, match=r"held in bfloat16 \(such as model\..*set trainer.precision to bf16-mixed$"):
         trainer(tmp_path, max_steps=1, precision="bf16-true").fit(module(), data())
 
 

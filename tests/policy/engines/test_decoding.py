@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from moslim.lora import add_lora
 from moslim.policy.engines import Decoding, TorchEngine, decoding
@@ -52,6 +52,23 @@ def test_every_way_gives_the_same_answers(models, prompts, way, kind, temperatur
     plain = sampled(models[kind], prompts, PLAIN, temperature)
     assert len(plain.mask.sum(dim=1).unique()) > 1  # some end before others
     assert_same(sampled(models[kind], prompts, WAYS[way], temperature), plain)
+
+
+def test_a_model_whose_forward_takes_no_cache_reads_the_whole_text_for_every_token(models, prompts):
+    torch.manual_seed(0)
+    config = OpenAIGPTConfig(
+        vocab_size=models["llama"].config.vocab_size, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3
+    )
+    model = OpenAIGPTLMHeadModel(config).eval()
+    ids, mask = prompts
+    found = sampled(model, prompts, Decoding(), samples=2)
+    assert len(found.mask.sum(dim=1).unique()) > 1
+    for row, (tokens, keep, logprobs) in enumerate(zip(found.tokens, found.mask, found.logprobs, strict=True)):
+        prompt, answer = ids[row // 2][mask[row // 2] == 1], tokens[keep]
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
+        plain = logits.log_softmax(-1).gather(-1, answer[:, None])[:, 0]
+        torch.testing.assert_close(logprobs[keep], plain, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -75,9 +75,7 @@ class Choice:
         if self.temperature == 0:
             tokens = left.argmax(dim=-1)
         elif self.method == "multinomial":
-            broken = logprobs[
-                :, :1
-            ].isnan()  # a row is whole or has no number at all: that goes on, to be seen by others
+            broken = logprobs[:, :1].isnan()  # all of a row, or none of it: any token is drawn, the caller sees the NaN
             tokens = torch.multinomial(left.exp().masked_fill(broken, 1.0), 1, generator=generator)[:, 0]
         else:
             tokens = inverse_cdf(left.exp(), noise)

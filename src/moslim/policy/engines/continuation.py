@@ -64,11 +64,19 @@ class Prompts:
         ).logits[:, -1]
 
 
+def cache_argument(model: Any) -> str | None:
+    """The argument by which a model's forward takes a cache: Mamba's has another name, and XLNet's has none.
+
+    Args:
+        model: Without an adapter's wrapper.
+    """
+    names = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in names), None)
+
+
 def cached(model: Any, cache: Cache) -> dict[str, Any]:
-    """How a model's forward is given a cache: Mamba's has another name."""
-    names = inspect.signature(unwrapped(model).forward).parameters
-    name = "cache_params" if "cache_params" in names and "past_key_values" not in names else "past_key_values"
-    return {name: cache, "use_cache": True}
+    """How a model's forward is given a cache."""
+    return {cache_argument(unwrapped(model)) or "past_key_values": cache, "use_cache": True}
 
 
 class Uncached(Continuation):

@@ -17,7 +17,7 @@ from moslim.errors import UsageError
 from moslim.lora import unwrapped
 from moslim.policy.engines.cache import GrowingCache, GrowingLayer, SelectingCache
 from moslim.policy.engines.choice import DrawMethod
-from moslim.policy.engines.continuation import Continuation, Prompts, Uncached, cached
+from moslim.policy.engines.continuation import Continuation, Prompts, Uncached, cache_argument, cached
 from moslim.recurrence import agreement, carries_state, made_up_tokens, masks_left_padding, say_once
 from moslim.tree_attention import reads_trees
 
@@ -107,13 +107,12 @@ _CONTINUES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def continues(model: Any) -> bool:
     """Whether a model can go on from a cache whose rows are chosen, padded on the left.
 
-    One that carries a state is tried once.
+    One that carries a state is tried once. One whose forward takes no cache, such as XLNet's, never can.
     """
     inner = unwrapped(model)
-    if not carries_state(inner):
-        return True
     if inner not in _CONTINUES:
-        _CONTINUES[inner] = masks_left_padding(inner) and _goes_on(model)
+        takes_one = cache_argument(inner) is not None
+        _CONTINUES[inner] = takes_one and (not carries_state(inner) or (masks_left_padding(inner) and _goes_on(model)))
         if not _CONTINUES[inner]:
             say_once(
                 f"{inner.config.model_type}: answers cannot go on from a cache whose rows are padded and chosen: every "
