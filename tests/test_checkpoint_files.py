@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli_parts import Data, Plain
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors.torch import save_file
 from torch import nn
 
@@ -222,6 +223,24 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_part(
         run.save_checkpoint(tmp_path / "last.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_a_folder_that_a_kill_left_half_written_is_in_nobody_s_way(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt.part").mkdir()
+    (tmp_path / "a.ckpt.part" / "__0_0.distcp").write_bytes(b"half")
+    run = trainer(tmp_path)
+    run.fit(Plain(), Data(PREFERENCES))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert problem(tmp_path / "a.ckpt") is None and not list(tmp_path.glob("*.part"))
+
+
+def test_checkpoints_can_be_written_in_the_background(tmp_path: Path) -> None:
+    savers = [ModelCheckpoint(tmp_path, save_last=True)]
+    trainer(tmp_path, enable_checkpointing=True, callbacks=savers, plugins=[AsyncCheckpointIO()]).fit(
+        Plain(), Data(PREFERENCES)
+    )
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt*")) == ["epoch=0-step=4.ckpt", "last.ckpt"]
+    assert problem(tmp_path / "last.ckpt", resume=True) is None
 
 
 def test_a_monitored_run_removes_what_it_replaces(tmp_path: Path) -> None:

@@ -271,3 +271,11 @@ def test_checksums_of_others_are_none_of_ours(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         check_files(tmp_path / "model")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "link"])
+def test_a_file_in_place_of_the_folder_is_said(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UsageError, match=f"{place}' cannot be a folder"):
+        exported(tmp_path / place, "{}")

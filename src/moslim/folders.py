@@ -54,12 +54,15 @@ def whole_folder(folder: Path, is_alike: Callable[[Path], bool]) -> Iterator[Pat
         is_alike: Whether a model that is there already is of the same kind.
 
     Raises:
-        UsageError: It is not.
+        UsageError: It is not, or a file is in the way.
     """
     finish_exchange(folder)
     if (folder / _FIRST).exists() and not is_alike(folder):
         raise UsageError(f"'{folder}' holds another model, which would be lost: name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"'{folder}' cannot be a folder, as it or what it lies in is a file: name another") from None
     for left in folder.glob(f"{_PART}*"):  # by a process that was killed
         shutil.rmtree(left)
     part = Path(mkdtemp(prefix=_PART, dir=folder))

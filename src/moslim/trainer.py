@@ -11,9 +11,11 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from moslim.callbacks.replay import Replay, Replayed, StepTaken
 from moslim.callbacks.tables import render
+from moslim.checkpoint_files import is_remote
 from moslim.checkpoint_io import CheckedConnector, DirectIO
 from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
@@ -46,11 +48,15 @@ class MoslimTrainer(Trainer):
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """Writes a checkpoint beside its place and moves it there, so that a kill leaves the one before it."""
-        if "://" in str(filepath):  # a remote store's own writing is atomic
+        writes_later = isinstance(self.strategy.checkpoint_io, AsyncCheckpointIO)
+        if writes_later or is_remote(filepath):  # a remote store's own writing is atomic
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
         path = Path(self.strategy.broadcast(filepath))
         part = path.with_name(f"{path.name}.part")
+        if self.is_global_zero and part.is_dir():  # of a process that was killed
+            shutil.rmtree(part)
+        self.strategy.barrier()
         try:
             super().save_checkpoint(part, weights_only, storage_options)
         except BaseException:
