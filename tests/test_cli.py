@@ -318,6 +318,17 @@ def test_weights_before_training_are_never_taken_silently():
     assert tested.model.counting.seen == 0
 
 
+def test_a_script_goes_on_with_the_weights_that_it_has_trained(capsys):
+    trained = fit()
+    trained.trainer.export(trained.model, trained.datamodule, "model.pt")
+    assert torch.load("model.pt")["seen"] == 4 and capsys.readouterr().out.endswith("exported to model.pt\n")
+    (answer,) = trained.trainer.generate(trained.model, trained.datamodule, "Why?")
+    assert answer.endswith("after 4")
+    other = Model(trained.model.preferences)
+    with pytest.raises(UsageError, match="generate needs a trained model"):
+        trained.trainer.generate(other, trained.datamodule, "Why?")
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "generate"])
 def test_a_module_of_ours_needs_a_checkpoint_before_it_is_built(command):
     with pytest.raises(UsageError, match=f"{command} needs a trained model"):

@@ -41,6 +41,37 @@ UNION = """Parser key "trainer.limit_train_batches":
   Given value type: <class 'str'>
   Given value: abc
 """
+OF_A_CALLABLE = """Parser key "model":
+  Problem with given class_path 'moslim.policy.module.PolicyTrainer':
+    Parser key "optimizer":
+      Does not validate against any of the Union subtypes
+      Subtypes: [typing.Callable[[collections.abc.Iterable], torch.optim.optimizer.Optimizer], <class 'NoneType'>]
+      Errors:
+        - Type typing.Callable[[collections.abc.Iterable], Optimizer] expects a function or a callable class: {reason}
+        - Expected a <class 'NoneType'>
+      Given value type: <class 'jsonargparse._util.NestedArg'>
+      Given value: NestedArg(key='lr', val='fast')
+"""
+OPTIONS_OF_A_CALLABLE = OF_A_CALLABLE.format(
+    reason="""Parser key "lr":
+
+            - Expected a path but fast either not accessible or invalid
+            - Does not validate against any of the Union subtypes
+            Subtypes: [<class 'float'>, <class 'torch.Tensor'>]
+            Errors:
+              - Expected a <class 'float'>
+              - Expected a dot import path string: fast
+            Given value type: <class 'str'>
+            Given value: fast. Got value: Namespace(class_path='torch.optim.AdamW', init_args=Namespace(lr='fast'))"""
+)
+NOT_GIVEN = """Parser key "preferences":
+  Not a valid subclass of PreferenceSet. Got value: None
+  Subclass types expect one of:
+  - a class path (str)
+  - a dict with class_path entry
+  - a dict without class_path but with init_args entry (class path given previously)
+  - a dict with parameters accepted by the base class (implicit class_path)
+"""
 
 
 def test_the_innermost_key_says_what_is_wrong():
@@ -65,3 +96,14 @@ def test_another_message_stays_as_it_is():
 def test_a_huge_value_does_not_make_a_huge_message():
     said = shortened(UNION.replace("Given value: abc", f"Given value: {'9' * 10_000}"))
     assert said.startswith("trainer.limit_train_batches: expected int or float, not 999") and len(said) < 400
+
+
+def test_an_option_of_a_callable_is_named():
+    said = shortened(OPTIONS_OF_A_CALLABLE)
+    assert said == "model.optimizer.lr (of moslim.policy.module.PolicyTrainer): expected float, not fast"
+    said = shortened(OF_A_CALLABLE.format(reason="No module named 'lab'. Got value: lab.f"))
+    assert said == "model.optimizer (of moslim.policy.module.PolicyTrainer): No module named 'lab'"
+
+
+def test_a_part_that_is_not_given():
+    assert shortened(NOT_GIVEN) == "preferences: expected PreferenceSet, and none is given"

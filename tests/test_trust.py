@@ -8,7 +8,7 @@ import pytest
 
 from moslim.cli import main, run
 from moslim.errors import UsageError
-from moslim.trust import imports_from_here, with_defaults
+from moslim.trust import check_configs, imports_from_here, with_defaults
 from tests.test_cli import CONFIG
 
 EVIL = "open('ran', 'w').close()\nimport cli_parts\nclass Model(cli_parts.Model): pass\n"
@@ -32,6 +32,8 @@ def folder(tmp_path, monkeypatch):
     for place in (shared / "deep", tmp_path / "elsewhere"):
         place.mkdir()
         (place / "predict.yaml").write_text(CONFIG.replace("cli_parts.Model", "evil_lab.Model"))
+    for name in ("part", "part.json"):
+        (shared / "deep" / name).write_text('{"class_path": "evil_lab.Model"}')
     for place in (here, shared):
         (place / "evil_lab.py").write_text(EVIL)
     return here
@@ -45,12 +47,21 @@ def folder(tmp_path, monkeypatch):
         ["-c", "shared/deep/predict.yaml"],
         ["--config", "config.yaml", "--config", "shared/../shared/deep/predict.yaml"],
         ["--config", "config.yaml", "--model", "shared/deep/predict.yaml"],
+        ["--config", "config.yaml", "--model", "shared/deep/part.json"],
+        ["--config", "config.yaml", "--model=shared/deep/part"],
     ],
 )
 def test_a_config_in_the_folder_of_a_model_is_refused(options):
     with pytest.raises(UsageError, match=r"lies in the folder of a model, .*: a config is code"):
         run(["fit", *options])
     assert not Path("ran").exists()
+
+
+def test_rows_in_the_folder_of_a_model_are_no_config():
+    """Also where a text says `class_path`."""
+    Path("shared/rows.jsonl").write_text('{"question": "What is class_path:"}\n' * 2)
+    Path("shared/rows.csv").write_text("question\n'{class_path: a.B}'\n")
+    check_configs(["predict", "--data.source.predict", "shared/rows.jsonl", "--data.source.test=shared/rows.csv"])
 
 
 def test_a_config_from_elsewhere_imports_nothing_from_here(tmp_path):

@@ -298,6 +298,8 @@ def main(args: list[str] | None = None) -> None:
         plain_warnings()
     with reported():
         if arguments[:1] == ["generate"] and any(part.partition("=")[0] == "--policy" for part in arguments):
+            if any(part.partition("=")[0] == "--config" for part in arguments):
+                raise UsageError("generate --policy FOLDER takes no --config: all that it needs is in the folder")
             leave_out_noise()
             auto_cli(ask, args=arguments[1:], as_positional=False, parser_class=MoslimParser)
         else:

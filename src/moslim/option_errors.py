@@ -12,11 +12,17 @@ _CLASS = re.compile(r"^Problem with given class_path '([^']+)':$")
 _TYPE = re.compile(r"<(?:class|enum) '([\w.]+)'>")
 _EXPECTED = re.compile(r"^Expected an? (.+?)(?:\. Got value: (.*))?$", re.DOTALL)
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (.*)$", re.DOTALL)
+_NUMBER = re.compile(r"^Expected an? <class '(?:int|float)'>")
+_CALLABLE = re.compile(r"^Type .+? expects a function or a callable class: (.*)$", re.DOTALL)
+_NO_PART = re.compile(r"^Not a valid subclass of (\w+)\. Got value: (.*)$", re.DOTALL)
+_GOT = re.compile(r"\. Got value: .*$", re.DOTALL)
 _WALL = (
     "Does not validate against any of the Union subtypes",
     "Errors:",
     "Given value type:",
-    "Not a valid subclass of",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with",
 )
 _LONGEST = 300
 
@@ -65,7 +71,9 @@ def shortened(message: str) -> str:
 def _said(reasons: list[_Reason]) -> str:
     """The reasons for one key as one sentence."""
     value = _cut(next((reason.value for reason in reasons if reason.value), ""))
-    got = f", not {value}" if value else ""
+    got = ", and none is given" if value == "None" else f", not {value}" if value else ""
+    if any(_NUMBER.match(reason.text) for reason in reasons):  # lr: a float, or a tensor by its class path
+        reasons = [reason for reason in reasons if not _NO_CLASS.match(reason.text)]
     unknown = next((match for reason in reasons if (match := _NO_CLASS.match(reason.text))), None)
     if unknown:
         kinds = [kind for reason in reasons for kind in _TYPE.findall(reason.kinds) if "." in kind]
@@ -100,14 +108,20 @@ def _reasons(lines: list[_Line], keys: tuple[str, ...], owner: str, kinds: str, 
     for line in lines:
         if line.text.startswith("Subtypes: "):
             kinds = line.text
-        elif line.text.startswith("Given value: ") and "NestedArg(" not in line.text:
-            value = line.text.removeprefix("Given value: ")
+        elif line.text.startswith("Given value: ") and not line.text.startswith("Given value: NestedArg("):
+            value = _GOT.sub("", line.text.removeprefix("Given value: "))
     for line in lines:
         if key := _KEY.match(line.text):
             rest = [_Line(key[2])] if key[2] else []
             yield from _reasons([*rest, *line.below], (*keys, key[1]), owner, "", "")
         elif found := _CLASS.match(line.text):
             yield from _reasons(line.below, keys, found[1], kinds, value)
+        elif part := _NO_PART.match(line.text):
+            got = value if "NestedArg(" in part[2] else part[2]
+            yield _Reason(keys, owner, f"Expected a {part[1]}", kinds, got)
+        elif called := _CALLABLE.match(line.text):
+            inner = _Line(called[1] if _KEY.match(called[1]) else _GOT.sub("", called[1]), line.below)
+            yield from _reasons([inner], keys, owner, kinds, value)
         elif line.text.startswith(_WALL):
             yield from _reasons(line.below if line.text == "Errors:" else [], keys, owner, kinds, value)
         elif not line.text.startswith(("Subtypes: ", "Given value: ")):
@@ -146,6 +160,6 @@ def _names(path: str) -> Iterator[str]:
         return
     children: list[type] = type.__subclasses__(kind)
     for child in children:
-        if not getattr(child, "__abstractmethods__", None):
+        if not getattr(child, "__abstractmethods__", None) and not child.__name__.startswith("_"):
             yield child.__name__
         yield from _names(f"{child.__module__}.{child.__qualname__}")

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
+from moslim.errors import UsageError
 from moslim.failures import debugging, in_own_code
 from moslim.option_errors import shortened
 
@@ -29,10 +30,16 @@ class MoslimParser(LightningArgumentParser):
     """Says in one line which option is wrong, in which file, and why."""
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """Notes the config for messages."""
+        """Notes the config for messages.
+
+        Raises:
+            UsageError: It is not a text in UTF-8.
+        """
         token = _FILE.set(str(path))
         try:
             return super().parse_path(path, *args, **kwargs)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: a config is a text in UTF-8, and this file is none ({error})") from error
         finally:
             _FILE.reset(token)
 

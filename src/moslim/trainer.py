@@ -91,7 +91,8 @@ class MoslimTrainer(Trainer):
             levels: Wanted level by dimension name, by its name or its number (0 = lowest), e.g. ``{warmth: warm}``;
                 none for an ordinary answer.
             samples: Number of answers.
-            ckpt_path: Checkpoint, or ``last``; ``none`` for answers of what the run starts from.
+            ckpt_path: Checkpoint, or ``last``; ``none`` for answers of what the run starts from. None after ``fit``: of
+                the weights as they are.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
@@ -101,7 +102,7 @@ class MoslimTrainer(Trainer):
         answer = _method(model, "answer")
         if not question.strip():
             raise UsageError("generate needs a question: --question 'How do I make tea?'")
-        if ckpt_path is None and not getattr(model, "starts_trained", False):
+        if ckpt_path is None and not self._trained_here(model) and not getattr(model, "starts_trained", False):
             raise UsageError(untrained("generate"))
         self._attach(model, datamodule, ckpt_path)
         answers: list[str] = answer(question, levels or {}, samples)
@@ -126,7 +127,7 @@ class MoslimTrainer(Trainer):
             form: ``merged``, a model that needs nothing else; or ``adapter``, which of a model trained with LoRA holds
                 what training changed, and needs the base model.
             ckpt_path: Checkpoint, or ``last``; ``none`` for what the run starts from, which is also exported without a
-                checkpoint if the module says that it ``starts_trained``.
+                checkpoint if the module says that it ``starts_trained``, or after ``fit``.
             weights_only: Accepted so that a saved ``fit`` config can be used; loading is always weights-only.
 
         Raises:
@@ -134,11 +135,13 @@ class MoslimTrainer(Trainer):
             UsageError: No checkpoint is named, and the module starts untrained.
         """
         export = _method(model, "export" if form == "merged" else "export_adapter")
-        if ckpt_path is None and not getattr(model, "starts_trained", False):
+        trained = self._trained_here(model)
+        if ckpt_path is None and not trained and not getattr(model, "starts_trained", False):
             raise UsageError(untrained("export"))
         self._attach(model, datamodule, ckpt_path)
         export(out)
-        start = "" if given(ckpt_path) else ": what the run starts from, not trained any further (no --ckpt_path)"
+        is_start = not trained and not given(ckpt_path)
+        start = ": what the run starts from, not trained any further (no --ckpt_path)" if is_start else ""
         print(f"exported to {out}{start}")
 
     def replay(
@@ -180,6 +183,10 @@ class MoslimTrainer(Trainer):
             )
         _show(replay.found)
         return replay.found
+
+    def _trained_here(self, model: LightningModule) -> bool:
+        """Whether this Trainer has trained the module, as a script does that goes on without a checkpoint."""
+        return self.global_step > 0 and model is self.lightning_module
 
     def _attach(self, model: LightningModule, datamodule: LightningDataModule | None, ckpt_path: str | None) -> None:
         """Connects module and data as a loop would, and restores the checkpoint."""

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moslim.errors import UsageError
 from moslim.reward.sharing import is_classifier, local_folder
 
 _CONFIG = ("--config", "-c")
 _SCORING = ("predict", "test", "export")
+_LONGEST_CONFIG = 2**20
 _MODULE = re.compile(r"(?:class_path: ?['\"]?|^|=)([A-Za-z_]\w*)(?:\.\w+)+")
 
 
@@ -78,15 +81,34 @@ def with_defaults(arguments: Sequence[str]) -> list[str]:
 
 
 def _configs(arguments: Sequence[str]) -> list[Path]:
-    """Files that are read as configs: those of ``--config``, and YAML files as values of other options."""
+    """Files that are read as configs: those of ``--config``, and as values of other options what has their form."""
     files = []
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if not equals and name.startswith("-"):
             value = arguments[i + 1] if i + 1 < len(arguments) else ""
-        if name.startswith("-") and (name in _CONFIG or value.endswith((".yaml", ".yml"))) and value:
+        if name.startswith("-") and value and (name in _CONFIG or _is_config(Path(value))):
             files.append(Path(value))
     return files
+
+
+def _is_config(file: Path) -> bool:
+    """Whether an option would read a file as the config of a part: it is YAML, or names a class."""
+    if file.suffix in (".yaml", ".yml"):
+        return True
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(_LONGEST_CONFIG)
+        return b"class_path" in text and _names_class(yaml.safe_load(text))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no file, no name of one, or something else
+        return False
+
+
+def _names_class(part: Any) -> bool:
+    """Whether some entry of a config says which class to take."""
+    if isinstance(part, dict):
+        return "class_path" in part or any(map(_names_class, part.values()))
+    return isinstance(part, list) and any(map(_names_class, part))
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:

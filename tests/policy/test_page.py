@@ -128,6 +128,21 @@ def test_an_exported_policy_is_asked_without_a_config(folder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--samples", "0"], "samples is 0: give 1 or more"),
+        (["--max_new_tokens", "0"], "max_new_tokens is 0: give at least 1"),
+        (["--config", "policy.yaml"], "generate --policy FOLDER takes no --config"),
+    ],
+)
+def test_a_shared_policy_is_asked_for_something(options, said, folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "--policy", "shared/policy", "--question", "Why?", *options])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"instruction": {"kind": "my_lab.Evil"}}, "there is no instruction 'my_lab.Evil'; known are tags"),

@@ -85,8 +85,10 @@ class Answerer:
             finite: Whether to refuse answers of a model that gives no numbers.
 
         Raises:
-            UsageError: A log-probability is not finite.
+            UsageError: No answer is asked for, or a log-probability is not finite.
         """
+        if samples < 1:
+            raise UsageError(f"samples is {samples}: give 1 or more")
         seeds = answer_seeds(keys, samples, batch.input_ids.device)
         with evaluating(model):
             found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self.eos_ids, self.pad_id)

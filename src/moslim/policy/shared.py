@@ -76,7 +76,7 @@ def ask(
         preferences = PreferenceSet({name: list(names) for name, names in content["dimensions"]})
         instruction, sampling = _instruction(content["instruction"]), content["sampling"]
         engine = TorchEngine(
-            max_new_tokens=int(max_new_tokens or sampling["max_new_tokens"]),
+            max_new_tokens=int(sampling["max_new_tokens"] if max_new_tokens is None else max_new_tokens),
             temperature=float(sampling["temperature"] if temperature is None else temperature),
             stop_strings=[str(text) for text in sampling["stop_strings"]],
             stop_ids=[int(token) for token in sampling["stop_ids"]],
