@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -14,12 +15,16 @@ from moslim.errors import UsageError
 Frame = tuple[list[int], list[int]]
 """Special ids before a text, and between two texts."""
 
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token of a single byte, as tokenizers with byte fallback name it."""
+
 
 class ChatEncoder:
     """Makes ids of chats and texts.
 
     Strings that read as a control token, as a turn of the chat template or as an instruction are taken out first. Then
-    the ids are looked at: where a text still gives a special or control id, it is encoded piece by piece without it.
+    the ids are looked at: where a text still gives a special or control id, it is encoded piece by piece without it; so
+    is the name of a byte, such as ``<0x0A>``, where the tokenizer would take it for that byte.
 
     Args:
         tokenizer: The tokenizer.
@@ -31,10 +36,13 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         control = Control.of(tokenizer)
         self._forbidden = control.ids
-        self._neutraliser = Neutraliser([*control.patterns, *instruction], normaliser(tokenizer))
+        self._normalise = normaliser(tokenizer)
+        self._neutraliser = Neutraliser([*control.patterns, *instruction], self._normalise)
         self._frame = frame
         self._system_role: bool | None = None
         self._written: dict[tuple[str, ...], list[int]] = {}
+        byte = tokenizer.get_vocab().get("<0x0A>")
+        self._takes_bytes = byte is not None and byte in self._ids("<0x0A>")
 
     def clean(self, text: str) -> str:
         """Returns a text without what is taken out."""
@@ -93,7 +101,8 @@ class ChatEncoder:
             return [*before, *self.texts([text])[0], *after]
         ids = self._ids(text)
         messages = self.fit_roles(messages)
-        if self._control_ids(ids) == self._control_ids_of(messages):
+        named = any(self._names_bytes(message["content"]) for message in messages)
+        if not named and self._control_ids(ids) == self._control_ids_of(messages):
             return ids
         parts = pieces(self.tokenizer, [message["role"] for message in messages])
         spans = [
@@ -108,9 +117,7 @@ class ChatEncoder:
         if not texts:
             return []
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [
-            row if self._forbidden.isdisjoint(row) else self._safe(text) for text, row in zip(texts, rows, strict=True)
-        ]
+        return [row if self._is_plain(text, row) else self._safe(text) for text, row in zip(texts, rows, strict=True)]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -123,13 +130,22 @@ class ChatEncoder:
         while waiting:
             part = waiting.pop()
             ids = self._ids(part)
-            if self._forbidden.isdisjoint(ids):
+            if self._is_plain(part, ids):
                 result += ids
             elif len(part) > 1:
                 waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
             else:
                 result += [i for i in ids if i not in self._forbidden]
         return result
+
+    def _is_plain(self, text: str, ids: Sequence[int]) -> bool:
+        return self._forbidden.isdisjoint(ids) and not self._names_bytes(text)
+
+    def _names_bytes(self, text: str) -> bool:
+        """Whether the tokenizer would take some characters, such as ``<0x0A>``, for the byte that they name."""
+        if not self._takes_bytes:
+            return False
+        return _BYTE.search(text if self._normalise is None else self._normalise(text)) is not None
 
     def _control_ids(self, ids: Sequence[int]) -> list[int]:
         return [i for i in ids if i in self._forbidden]
