@@ -24,7 +24,7 @@ from moslim.checkpoint_files import check_checkpoint, fitting
 from moslim.errors import UsageError
 from moslim.identity import Entries, check_identity, keep_identity, saved_entries, vocabulary_digest
 from moslim.jsonlines import JsonLines, finished, move_unfinished
-from moslim.optim import PlateauSteps
+from moslim.optim import FiniteWeights, PlateauSteps
 from moslim.reporting import shown
 
 
@@ -254,8 +254,8 @@ class RunModule(LightningModule):
         self.record({name: before.get(name, 0.0) + float(value) / parts for name, value in values.items()})
 
     def configure_callbacks(self) -> list[Callback]:
-        """What sends the recorded numbers, and moves a schedule. A subclass adds its callbacks to these."""
-        return [StepRow(), PlateauSteps()]
+        """What sends the recorded numbers, moves a schedule and looks at the final weights; a subclass adds to it."""
+        return [StepRow(), PlateauSteps(), FiniteWeights()]
 
     def on_predict_start(self) -> None:
         """Opens the file of ``predictions``.

@@ -12,12 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerConfig, OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from moslim.errors import UsageError
 from moslim.precision import at_least_float32
+from moslim.processes import any_process
 
 _NEVER = 2**62
 """A frequency that no count of epochs reaches."""
@@ -183,6 +184,35 @@ def check_precision(module: LightningModule) -> None:
             f"'{precision}'), so that gradients vanish or overflow: set model.dtype to bfloat16, or trainer.precision "
             "to 16-mixed, which scales the loss on a GPU"
         )
+
+
+def nonfinite_weights(parameters: Sequence[tuple[str, Tensor]]) -> str | None:
+    """Finds NaN and infinity in named weights; of a sharded one, this process's part is looked at."""
+    for name, weight in parameters:
+        local = weight.to_local() if hasattr(weight, "to_local") else weight
+        if not bool(torch.isfinite(local).all()):
+            return f"weight {name} is not finite"
+    return None
+
+
+class FiniteWeights(Callback):
+    """Refuses to end a run with weights that are not finite, before they are exported or replace ``last.ckpt``."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at all trained weights; a callback that sees to numbers that are not finite has its own rule.
+
+        Raises:
+            UsageError: One is not finite.
+        """
+        if any(getattr(callback, "sees_nonfinite", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            return
+        reason = nonfinite_weights([(name, p.detach()) for name, p in pl_module.named_parameters() if p.requires_grad])
+        if any_process(reason is not None, pl_module.device):
+            raise UsageError(
+                f"training ended at step {trainer.global_step} with weights that are not finite, which are not saved: "
+                f"{reason or 'a weight of another process is not finite'}. Go on from an earlier checkpoint with a "
+                "lower learning rate, or with trainer.gradient_clip_val"
+            )
 
 
 class PlateauSteps(Callback):

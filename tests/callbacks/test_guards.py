@@ -14,6 +14,7 @@ from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.guards import GuardError, Guards
 from moslim.errors import UsageError
 from moslim.mapping import ExpectedDistance
+from moslim.optim import nonfinite_weights
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import GRPO, RLOO
 from moslim.policy.rollout import nonfinite
@@ -316,4 +317,4 @@ def test_faults_by_hand():
     assert faults.identical(["a", "a", "b", "b"], 2) and not faults.identical(["a", "a", "b", "c"], 2)
     assert not faults.identical(["a", "a"], 1)
     assert faults.truncated(torch.tensor([False, False])) and not faults.truncated(torch.tensor([False, True]))
-    assert faults.nonfinite_weights([("w", torch.tensor([math.nan]))]) == "weight w is not finite"
+    assert nonfinite_weights([("w", torch.tensor([math.nan]))]) == "weight w is not finite"

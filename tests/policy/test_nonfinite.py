@@ -103,6 +103,9 @@ def test_answers_that_were_sampled_ahead_are_looked_at_too(preferences, lm, clas
 def test_damaged_weights_do_not_answer(engine, preferences, lm, classifier, tmp_path):
     module = broken(make(preferences, lm, classifier, engine=TorchEngine(LENGTH, **ENGINES[engine])), "policy", "all")
     run, source = trainer(tmp_path), data(preferences)
-    for act in (lambda: run.generate(module, source, "How do I make tea?"), lambda: run.test(module, source)):
+    for act in (
+        lambda: run.generate(module, source, "How do I make tea?", ckpt_path="none"),
+        lambda: run.test(module, source),
+    ):
         with pytest.raises(UsageError, match=r"of sampled answers: the model's weights are damaged"):
             act()

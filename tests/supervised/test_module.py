@@ -370,3 +370,11 @@ def test_by_default_an_interrupted_prediction_goes_on_in_the_folder_of_the_next_
     run(SupervisedTrainer)
     assert not (tmp_path / "version_0/predictions.jsonl.part").exists()
     assert len((tmp_path / "version_1/predictions.jsonl").read_text().splitlines()) == 6
+
+
+def test_weights_that_are_not_finite_at_the_end_are_not_saved(tmp_path: Path) -> None:
+    trained = module(output=str(tmp_path / "model"), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e38))
+    run = trainer(tmp_path, max_steps=3)
+    with pytest.raises(UsageError, match=r"ended at step 3 with weights that are not finite.*weight model\."):
+        run.fit(trained, data())
+    assert not (tmp_path / "model").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from moslim.policy.kl import k1
@@ -72,12 +71,3 @@ def identical(answers: Sequence[str], samples: int) -> str | None:
 def truncated(ended: Tensor) -> str | None:
     """Finds that no answer of a rollout ended (``[N]`` bool) before the length limit."""
     return None if bool(ended.any()) else f"all {len(ended)} answers were cut at the length limit"
-
-
-def nonfinite_weights(parameters: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Finds NaN and infinity in named weights; of a sharded one, this process's part is looked at."""
-    for name, weight in parameters:
-        local = weight.to_local() if hasattr(weight, "to_local") else weight
-        if not bool(torch.isfinite(local).all()):
-            return f"weight {name} is not finite"
-    return None

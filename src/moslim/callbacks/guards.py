@@ -13,6 +13,7 @@ from torch import Tensor
 from moslim.callbacks import faults
 from moslim.checkpoint_files import GUARD_RECORD
 from moslim.errors import UsageError
+from moslim.optim import nonfinite_weights
 from moslim.policy.module import PolicyTrainer
 from moslim.policy.rollout import nonfinite
 from moslim.processes import gathered
@@ -147,7 +148,7 @@ class Guards(Callback):
             checkpoint[GUARD_RECORD] = self._record
         elif self.actions["nonfinite"] == "stop":
             trained = [(name, p.detach()) for name, p in pl_module.named_parameters() if p.requires_grad]
-            reason = faults.nonfinite_weights(trained)
+            reason = nonfinite_weights(trained)
             if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
                 raise GuardError(f"no checkpoint was written: {reason or 'a weight of another process is not finite'}")
 
