@@ -121,6 +121,9 @@ def test_a_guard_s_file_is_never_taken() -> None:
     write(Path("outputs/version_0/guards/kl-step8.ckpt"), 8, guard={"guard": "kl"})
     write(Path("outputs/version_0/checkpoints/moved.ckpt"), 9, guard={"guard": "kl"})
     assert newest_checkpoint(["outputs"], ["outputs/version_0"]) == expected
+    expected.unlink()
+    with pytest.raises(MissingFileError, match="no checkpoint under outputs, outputs/version_0; run `fit`"):
+        newest_checkpoint(["outputs"], ["outputs/version_0"])
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 broken off", b"no checkpoint"])

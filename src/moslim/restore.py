@@ -42,16 +42,16 @@ def newest_checkpoint(
     places = {Path(root): list(_of_runs(Path(root))) for root in folders}
     for folder in map(Path, chosen):
         places[folder] = list(dict.fromkeys([*places.get(folder, []), *_saved(folder)]))
-    if not any(places.values()):
-        raise MissingFileError(
-            f"--ckpt_path {asked}: no checkpoint under {', '.join(map(str, places))}; run `fit` with the same "
-            "--trainer.default_root_dir first, or name a file"
-        )
     by_root = sorted(
         filter(None, (newest_first(found, root) for root, found in places.items())),
         key=lambda found: max(started for started, _ in found),
         reverse=True,
     )
+    if not by_root:
+        raise MissingFileError(
+            f"--ckpt_path {asked}: no checkpoint under {', '.join(map(str, places))}; run `fit` with the same "
+            "--trainer.default_root_dir first, or name a file"
+        )
     damaged: list[str] = []
     for path in dict.fromkeys(path for found in by_root for _, path in found):
         wrong = problem(path, weights_only, resume)
