@@ -37,6 +37,10 @@ class InexactFloat(float):
         found.written = written
         return found
 
+    def __repr__(self) -> str:
+        """Returns the text, so that messages show what stands in the file."""
+        return self.written
+
 
 def json_float(written: str) -> float:
     """Returns the float that a JSON number stands for, an :class:`InexactFloat` where it is another number."""

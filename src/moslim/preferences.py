@@ -192,8 +192,8 @@ class PreferenceSet:
 
 
 def _level_names(name: str, levels: Sequence[Scalar]) -> tuple[str, ...]:
-    if isinstance(levels, str):
-        raise UsageError(f"preferences.dimensions.{name}: {quoted(levels)} is one text: give a list of level names")
+    if isinstance(levels, str) or not isinstance(levels, Sequence):
+        raise UsageError(f"preferences.dimensions.{name}: {quoted(levels)} is no list: give a list of level names")
     return tuple(as_text(level, f"preferences.dimensions.{name}") for level in levels)
 
 

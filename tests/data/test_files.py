@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from moslim.data.sources import chats
+from moslim.data.sources.files import is_file_name
 from moslim.data.sources.records import read_file, scan_file
 from moslim.data.sources.scale import Scale
 from moslim.data.sources.table import Table
@@ -17,6 +18,7 @@ from moslim.preferences import PreferenceSet
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"]})
 LINES = [{"question": f"q{i}", "answer": "é", "size": i % 3} for i in range(4)]
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 CSV = "question,answer,size\n" + "".join(f"q{i},é,{i % 3}\n" for i in range(4))
 JSONL = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in LINES)
 
@@ -140,6 +142,17 @@ def test_what_looks_like_a_file_name_is_not_asked_of_the_hub(name, tmp_path, mon
         rows("https://example.org/rows.csv")
 
 
+def test_a_folder_of_the_owner_does_not_hide_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nvidia").mkdir()
+    assert not is_file_name("nvidia/HelpSteer2")
+    assert is_file_name("nvidia/rows.odd")
+
+
+def test_a_line_of_white_space_is_no_row(write):
+    assert questions(write("a.csv", "question,answer,size\nq,a,1\n  \n\nr,b,2\n \n")) == ["q", "r"]
+
+
 def test_an_encoding_may_be_named(write):
     path = write("rows.csv", CSV.encode("cp1252"))
     with pytest.raises(ValueError, match=r"rows\.csv, line 2: not utf-8 text \(byte 0xe9.*`encoding`: cp1252"):
@@ -229,6 +242,30 @@ def test_fields_of_any_length_are_read(write):
         ("a.json", "[1]", r"a.json, line 1: 1 is no JSON object"),
         ("a.json", '{\n"data": []}', r"a.json, line 1: not JSON .*or one list of objects"),
         ("a.csv", '"question\nanswer,size\n', r"a.csv, line 1: unexpected end of data"),
+        ("a.csv", 'question,answer,size\n"q\nq",a,1\n"q\r\nr\ns",a,9\n', r"a.csv, line 4, field 'size'"),
+        ("a.csv", "question;answer;size\nq;a;1\n", r"a.csv, line 1: the header .* has no ',', but ';': part columns"),
+        ("a.csv", "question\tanswer\tsize\nq\ta\t1\n", r"a.csv, line 1: the header .* has no ',', but '.t': part"),
+        ("a.tsv", "question,answer,size\nq,a,1\n", r"a.tsv, line 1: the header .* has no '.t', but ',': part columns"),
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": "a", "size": 1e400}',
+            r"a.jsonl, line 1, field 'size': value 1e400 is",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "q", "answer": "a", "size": 1.0000000000000000000001}',
+            r"a.jsonl, line 1, field 'size': value 1.0000000000000000000001 is not a whole number",
+        ),
+        (
+            "a.csv",
+            gzip.compress(b"question,answer,size\nq,a,1\n", mtime=0),
+            r"a.csv, line 1: is a gzip file: .* ending .gz",
+        ),
+        ("a.csv", b"PK\x03\x04\x14\0", r"a.csv, line 1: is a zip archive or a spreadsheet"),
+        ("a.jsonl", b"PAR1\x15\x04", r"a.jsonl, line 1: is a parquet file"),
+        ("a.jsonl", LFS, r"a.jsonl, line 1: is a pointer of Git LFS, .*`git lfs pull`"),
+        ("a.csv", LFS, r"a.csv, line 1: is a pointer of Git LFS"),
+        ("a.parquet", LFS, r"a.parquet, line 1: is a pointer of Git LFS"),
     ],
 )
 def test_what_cannot_be_read_has_a_place(write, name, content, message):
@@ -255,6 +292,7 @@ def test_a_column_that_is_twice_in_parquet_is_refused(tmp_path):
         ("a.json", "[]"),
         ("a.json", " [ \n]\n"),
         ("a.csv.gz", gzip.compress(b"", mtime=0)),
+        ("a.parquet", b""),
     ],
 )
 def test_an_empty_file_is_named_as_empty(write, name, content):
@@ -312,6 +350,10 @@ def test_a_chat_written_as_json_in_a_cell_is_a_chat(write):
     assert questions(path, chat=chats.PlainText()) == [json.dumps(CHAT)]
     other = [{"from": "human", "value": "u"}]
     path = write("rows.jsonl", json.dumps({"question": json.dumps(other), "answer": "a", "size": 1}))
+    path_of_numbered = write(
+        "n.csv", f"question,answer,size\n{cell(json.dumps([{'id': 1, **turn} for turn in CHAT]))},a,1\n"
+    )
+    assert [turn["content"] for turn in rows(path_of_numbered)[0].question] == ["s", "u"]
     chat = chats.Messages("from", "value", {"human": "user"})
     assert rows(path, chat=chat)[0].question == [{"role": "user", "content": "u"}]
     with pytest.raises(ValueError, match="line 1, field 'question': message 0 of a question is"):
@@ -325,6 +367,8 @@ def test_a_chat_written_as_json_in_a_cell_is_a_chat(write):
         json.dumps(CHAT)[:-5],
         json.dumps(CHAT[1]),
         json.dumps({"messages": CHAT}),
+        '[{"id": 1, "from": "human", "value": "u"}]',
+        '[{"speaker": "user", "text": "u"}]',
         '[{"role": "user", "content": "\\ud83d"}]',
         '[{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]',
     ],
@@ -336,7 +380,15 @@ def test_what_looks_like_a_chat_is_never_one_user_turn(write, text):
 
 
 @pytest.mark.parametrize(
-    "text", ['[{"id": 1}] is what?', '{"role": "admin"} means what?', "[[1, 2]]", '{"a": 1}', "[role]"]
+    "text",
+    [
+        '[{"id": 1}] is what?',
+        '{"role": "admin"} means what?',
+        "[[1, 2]]",
+        '{"a": 1}',
+        "[role]",
+        '[{"id": 1, "role": 2}]',
+    ],
 )
 def test_other_texts_stay_texts(write, text):
     assert questions(write("rows.csv", f"question,answer,size\n{cell(text)},a,1\n")) == [text]

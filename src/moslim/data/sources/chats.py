@@ -12,6 +12,9 @@ from moslim.errors import UsageError
 from moslim.literals import quoted
 
 _CHAT_TEXT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value|messages|conversations?)\1\s*:""")
+_LIST = re.compile(r"\s*\[\s*\{")
+_TURNS = ({"role", "content"}, {"role", "text"}, {"from", "value"}, {"speaker", "text"})
+"""Fields of turns, one of which objects have that open with another field."""
 
 
 class ChatFormat(ABC):
@@ -88,8 +91,16 @@ class Messages(ChatFormat):
 
 
 def looks_like_chat(text: str) -> bool:
-    """Whether a text opens as a chat in JSON does."""
-    return _CHAT_TEXT.match(text) is not None
+    """Whether a text opens as a chat in JSON does, or is a JSON list of turns."""
+    return _CHAT_TEXT.match(text) is not None or (_LIST.match(text) is not None and _is_list_of_turns(text))
+
+
+def _is_list_of_turns(text: str) -> bool:
+    try:
+        turns = parse_json(text, "")[0]
+    except UsageError:
+        return False
+    return all(isinstance(turn, dict) and any(fields <= turn.keys() for fields in _TURNS) for turn in turns)
 
 
 def chat_in_text(value: Any) -> Any:

@@ -36,6 +36,15 @@ _BOMS = (  # of UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_OTHER_KINDS = {
+    b"\x1f\x8b": "a gzip file: give it the ending .gz",
+    b"BZh": "a bzip2 file: give it the ending .bz2",
+    b"\xfd7zXZ": "an xz file: give it the ending .xz",
+    b"PK\x03\x04": "a zip archive or a spreadsheet: give it the ending .zip, or save the sheet as CSV (UTF-8)",
+    b"PAR1": "a parquet file: give it the ending .parquet",
+    b"version https://git-lfs": "a pointer of Git LFS, which stands for the file: get the file with `git lfs pull`",
+}
+"""What files are whose text begins so."""
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError)
 """Errors by which a compressed file says that it is damaged, cut off or locked."""
 
@@ -48,6 +57,8 @@ def is_file_name(name: str) -> bool:
     known = {*SUFFIXES, *_OPENERS, *_REMEDIES} & {path.suffix, _named_suffix(name)}
     if known or re.search(r"[*?\\]|://|^[/~.]", name) or name.count("/") > 1:
         return True
+    if "/" in name and not path.suffix:  # OWNER/NAME of the Hub, though there may be a folder OWNER
+        return Path(name).is_file()
     if "/" in name:
         return Path(name).is_file() or Path(name).parent.is_dir()
     return re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", path.suffix) is not None
@@ -156,6 +167,21 @@ def read_lines(path: str, encoding: str | None) -> Iterator[str]:
         ) from error
 
 
+def check_content(path: str, head: bytes) -> None:
+    """Refuses a file that is of another kind than its ending says.
+
+    Args:
+        path: The file.
+        head: Its first bytes, unpacked.
+
+    Raises:
+        UsageError: It is a packed file, or the pointer to one that is elsewhere.
+    """
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), None)
+    if kind is not None:
+        raise UsageError(f"{path}, line 1: is {kind}")
+
+
 def _undecodable_line(path: str, encoding: str) -> int:
     """The first line that cannot be decoded; a text stream only knows the part of the file that it was reading."""
     decoder, line = codecs.getincrementaldecoder(encoding)(), 1
@@ -172,6 +198,7 @@ def _undecodable_line(path: str, encoding: str) -> int:
 
 
 def _encoding(path: str, head: bytes, encoding: str | None) -> str:
+    check_content(path, head)
     marked = next((name for mark, name in _BOMS if head.startswith(mark)), None)
     if encoding is None:
         if marked is None and b"\0" in head:

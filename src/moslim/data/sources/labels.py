@@ -16,6 +16,8 @@ from moslim.errors import UsageError
 from moslim.literals import as_number, as_whole_number, quoted
 from moslim.preferences import Dimension, PreferenceSet
 
+_LEVELS = Scale()
+"""Labels that are levels already."""
 _MOST_RATERS = 10_000
 _ROUNDING = Decimal("0.01")
 """By how much a share times the number of raters may miss a whole number, since shares are rounded."""
@@ -101,7 +103,7 @@ class Labels:
             count = require(record, self.counts[dimension.name], f"counts.{dimension.name}")
             return _yes_and_no(value, count, where)
         values = value if isinstance(value, list) else [value]
-        scale = self.scales.get(dimension.name, Scale())
+        scale = self.scales.get(dimension.name, _LEVELS)
         return [level_of(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
 
 

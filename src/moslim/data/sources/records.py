@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from moslim.data.sources.files import read_lines, table_files, table_suffix
+from moslim.data.sources.files import check_content, open_table, read_lines, table_files, table_suffix
 from moslim.errors import MissingFileError, UsageError
 from moslim.literals import json_float, listed, quoted
 
@@ -218,14 +218,14 @@ def _half_character(value: Any, path: str) -> str | None:
 def _csv(path: str, lines: Iterator[str], delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    line, header = 0, None
+    end, header = 0, None
     try:
         for cells in reader:
-            line = reader.line_num
-            if not cells:
+            line, end = end + 1, reader.line_num  # a quoted field may have lines
+            if not cells or (header is not None and len(header) > 1 and cells[0].isspace() and len(cells) == 1):
                 continue
             if header is None:
-                header = _header(path, line, cells)
+                header = _header(path, line, cells, delimiter)
                 continue
             if len(cells) > len(header):
                 raise UsageError(f"{path}, line {line}: more fields than the {len(header)} of the header")
@@ -233,10 +233,16 @@ def _csv(path: str, lines: Iterator[str], delimiter: str) -> Iterator[Record]:
                 raise UsageError(f"{path}, line {line}: the row ends before field '{header[len(cells)]}'")
             yield Record(f"{path}, line {line}", dict(zip(header, cells, strict=True)))
     except csv.Error as error:
-        raise UsageError(f"{path}, line {line + 1}: {error}") from error
+        raise UsageError(f"{path}, line {end + 1}: {error}") from error
 
 
-def _header(path: str, line: int, cells: list[str]) -> list[str]:
+def _header(path: str, line: int, cells: list[str], delimiter: str) -> list[str]:
+    others = [mark for mark in ";\t|," if len(cells) == 1 and mark in cells[0] and mark != delimiter]
+    if others:
+        raise UsageError(
+            f"{path}, line {line}: the header {quoted(cells[0])} has no {delimiter!r}, but {others[0]!r}: part columns "
+            "with commas in .csv, with tabs in .tsv"
+        )
     _refuse_twice(f"{path}, line {line}", [cell for cell in cells if cell.strip()])
     if not any(cell.strip() for cell in cells):
         raise UsageError(f"{path}, line {line}: the header names no columns")
@@ -284,6 +290,12 @@ def _json_list(path: str, line: int, text: str) -> Iterator[Record]:
 def _parquet(path: str) -> Iterator[Record]:
     import pyarrow.parquet
 
+    with open_table(path) as file:
+        head = file.read(64)
+    if not head:
+        return
+    if not head.startswith(b"PAR1"):
+        check_content(path, head)
     rows = _guarded(path, _parquet_rows(path, pyarrow.parquet))
     yield from (Record(f"{path}, row {number}", fields) for number, fields in enumerate(rows, 1))
 
