@@ -281,6 +281,20 @@ def test_a_column_that_is_twice_in_parquet_is_refused(tmp_path):
         rows(str(tmp_path / "rows.parquet"))
 
 
+@pytest.mark.parametrize("kind", [pyarrow.float16(), pyarrow.float32(), pyarrow.float64()])
+def test_narrow_floats_of_parquet_are_compared_as_written(tmp_path, kind):
+    columns = {"question": ["q", "r", "s"], "answer": ["a"] * 3}
+    scores = [0.29, 0.3, 0.7]
+    path, scale = str(tmp_path / "rows.parquet"), {"size": Scale(bins=[0.3, 0.7])}
+    size = pyarrow.array(scores, kind)
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "size": size}), path)
+    assert [row.levels["size"] for row in rows(path, scales=scale)] == [0, 1, 2]
+    nested = pyarrow.array([{"of": [score]} for score in scores], pyarrow.struct({"of": pyarrow.list_(kind)}))
+    pyarrow.parquet.write_table(pyarrow.table({**columns, "by": nested}), path)
+    found = rows(path, scales=scale, columns={"size": "by.of.*"})
+    assert [row.levels["size"] for row in found] == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
