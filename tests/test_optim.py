@@ -136,7 +136,7 @@ class Mixed(Line):
         ),
         (torch.float16, torch.float32, "32-true", r"float16 \(such as weight.*set trainer.precision to 16-mixed"),
         (torch.float32, torch.float32, "bf16-true", r"'bf16-true'.*precision to bf16-mixed$"),
-        (torch.float32, torch.float32, "16-true", r"'16-true'.*model.lora"),
+        (torch.float32, torch.float32, "16-true", r"'16-true'.*precision to 16-mixed$"),
         (torch.float32, torch.float16, "32-true", r"float16 \(such as base\) and the loss is not scaled.*bfloat16"),
     ],
 )
