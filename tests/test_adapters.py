@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -160,10 +160,18 @@ BACKBONES = {
     "pattern": (LlamaForCausalLM, KINDS["pattern"]),
     "some layers": (LlamaForCausalLM, KINDS["some layers"]),
     "ranks": (LlamaForCausalLM, KINDS["ranks"]),
+    "patterns of ranks": (
+        LlamaForCausalLM,
+        lora(
+            rank_pattern={r"layers\.0\..*q_proj": 2, r"^model\.layers\.1\..*v_proj": 3},
+            alpha_pattern={r"^model\.layers\.1\..*q_proj": 3, r"model\.layers.*v_proj": 5},
+        ),
+    ),
     "head": (LlamaForCausalLM, KINDS["embeddings"]),
     "classifier": (LlamaForSequenceClassification, lora(task_type="SEQ_CLS")),
     "encoder": (BertForSequenceClassification, lora(target_modules=["query", "dense"], task_type="SEQ_CLS")),
     "no head": (LlamaModel, KINDS["lora"]),
+    "no head, patterns": (LlamaModel, lora(alpha_pattern={r"^layers\.1\..*q_proj": 3})),
 }
 
 
@@ -265,6 +273,34 @@ def test_an_adapter_that_does_not_fit_is_refused(fault: str, tmp_path: Path) -> 
     change(tmp_path / "adapter")
     with pytest.raises(ValueError, match=message):
         load_causal_lm(str(tmp_path / "adapter"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lora(lora_bias=True), r"adapter' \(peft_type LORA\) cannot be merged .*lora_bias"),
+        (
+            VeraConfig(r=4, target_modules=["q_proj"]),
+            r"\(peft_type VERA\) has weights that belong to no module.*vera_A",
+        ),
+    ],
+)
+def test_a_kind_that_cannot_be_merged_is_named(options: Any, message: str, tmp_path: Path) -> None:
+    trained(base(tmp_path / "base"), options, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        load_causal_lm(str(tmp_path / "adapter"))
+
+
+def test_a_folder_of_named_adapters_says_which_there_are(tmp_path: Path) -> None:
+    named = get_peft_model(base(tmp_path / "base"), lora(), adapter_name="policy")
+    named.save_pretrained(tmp_path / "run")
+    (tmp_path / "run/adapter_config.json").unlink(missing_ok=True)
+    (tmp_path / "run/adapter_model.safetensors").unlink(missing_ok=True)
+    for load in (load_causal_lm, load_tokenizer, lambda path: PreferenceClassifier.from_backbone(path, TONE)):
+        with pytest.raises(ValueError, match=r"run' holds no model itself, but adapters: .*run/policy'"):
+            load(str(tmp_path / "run"))
+    assert load_causal_lm(str(tmp_path / "run/policy")).config.vocab_size == 30
 
 
 def test_prompts_cannot_be_merged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -50,6 +51,7 @@ class AdapterFolder:
         with named(path):
             file = find_adapter_config_file(str(path))
         if file is None:
+            _refuse_inner(Path(path))
             if base is not None:
                 raise UsageError(
                     f"'{path}' is no adapter: it has no {_CONFIG} and needs no base, so leave out base = '{base}'"
@@ -101,21 +103,23 @@ class AdapterFolder:
                 f"({error}): give the base's folder as model.base, or set base_model_name_or_path in {_CONFIG} to it"
             ) from error
         if backbone_only:
-            tensors = _on_backbone(tensors, model)
-            _aim_at_backbone(options, tensors, model)
+            whole, prefix = tensors, f"{model.base_model_prefix}."
+            tensors = _on_backbone(whole, model)
+            _aim_at_backbone(options, tensors, model, prefix if any(key.startswith(prefix) for key in whole) else "")
         self._fit_embeddings(model, options, tensors)
         embeddings = _embeddings(model)
         try:
             adapted: Any = get_peft_model(model, options)
         except (ValueError, KeyError) as error:
-            raise UsageError(f"the adapter in '{self.path}' does not fit the model '{self.base}': {error}") from error
+            first = str(error).partition("\n")[0]  # the rest may be a whole model in print
+            raise UsageError(f"the adapter in '{self.path}' does not fit the model '{self.base}': {first}") from error
         self._put(adapted, tensors, embeddings)
         try:
             result: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UsageError(
-                f"the adapter in '{self.path}' (peft_type {options.peft_type}) cannot be merged into its base model: "
-                f"{error}"
+                f"the adapter in '{self.path}' (peft_type {options.peft_type.value}) cannot be merged into its base "
+                f"model, so that a run cannot start from it: {error}"
             ) from error
         rank_zero_info(f"The adapter '{self.path}' is merged into its base model '{self.base}'.")
         return result.requires_grad_(True).eval()
@@ -142,7 +146,11 @@ class AdapterFolder:
         options.inference_mode, options.task_type = True, None
         foreign = [key for key in tensors if not key.startswith(PEFT_PREFIX)]
         if foreign:
-            raise UsageError(f"'{self.path}/{_WEIGHTS}' has weights that peft does not write: {first_few(foreign)}")
+            raise UsageError(
+                f"'{self.path}/{_WEIGHTS}' (peft_type {options.peft_type.value}) has weights that belong to no "
+                f"module of a model: {first_few(foreign)}. Merge it yourself (PeftModel.merge_and_unload) and name the "
+                "result"
+            )
         return options, {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
 
     def _fit_embeddings(self, model: PreTrainedModel, options: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -195,6 +203,16 @@ class AdapterFolder:
         set_peft_model_state_dict(adapted, {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()})
 
 
+def _refuse_inner(folder: Path) -> None:
+    """Raises where a folder holds no model itself, but adapters in folders of their own, as peft saves named ones."""
+    inner = sorted(folder.glob(f"*/{_CONFIG}")) if folder.is_dir() and not (folder / "config.json").exists() else []
+    if inner:
+        raise UsageError(
+            f"'{folder}' holds no model itself, but adapters: name one of their folders, "
+            + ", ".join(f"'{file.parent}'" for file in inner)
+        )
+
+
 def adapter_base(path: str | Path, base: str | Path | None = None) -> str | None:
     """The place of an adapter's base model; None for a whole model."""
     adapter = AdapterFolder.find(path, base)
@@ -228,8 +246,13 @@ def _on_backbone(tensors: Mapping[str, Tensor], backbone: PreTrainedModel) -> di
     return inside or {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in children}
 
 
-def _aim_at_backbone(options: Any, tensors: Mapping[str, Tensor], backbone: PreTrainedModel) -> None:
-    """Changes an adapter's options to name modules of a transformer without head, those that it has weights for."""
+def _aim_at_backbone(options: Any, tensors: Mapping[str, Tensor], backbone: PreTrainedModel, prefix: str) -> None:
+    """Changes an adapter's options to name modules of a transformer without head, those that it has weights for.
+
+    ``prefix`` is what stood before these names where the adapter was trained.
+    """
+    from peft.utils.other import get_pattern_key
+
     modules, weights = dict(backbone.named_modules()), backbone.state_dict().keys()
     owners = {_owner(key, modules) for key in tensors if key not in weights}
     kept = options.modules_to_save or []
@@ -241,11 +264,12 @@ def _aim_at_backbone(options: Any, tensors: Mapping[str, Tensor], backbone: PreT
     for setting in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(options, setting):
             setattr(options, setting, None)
-    prefix = f"{backbone.base_model_prefix}."
     for setting in ("rank_pattern", "alpha_pattern"):
-        if getattr(options, setting, None):
-            given = getattr(options, setting)
-            setattr(options, setting, {name.removeprefix(prefix): value for name, value in given.items()})
+        if given := getattr(options, setting, None):  # patterns of names in the whole model
+            whole = {name: f"{prefix}{name}" for name in owners}
+            found = {name: get_pattern_key(given.keys(), place) for name, place in whole.items()}
+            values = {f"^{re.escape(name)}": given[key] for name, key in found.items() if key in given}
+            setattr(options, setting, values)
 
 
 def _owner(key: str, modules: Mapping[str, Any]) -> str:
