@@ -145,10 +145,19 @@ def test_layers_that_share_a_weight_get_no_adapter() -> None:
         assert name in last_names(add_lora(llama(), LoraOptions(target_modules=["q_proj", name]))) or name[0] == "e"
 
 
-def test_mambas_last_layer_which_kernels_read_is_left_out() -> None:
-    config = AutoConfig.for_model("mamba", vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=2)
-    assert last_names(add_lora(AutoModelForCausalLM.from_config(config), LoraOptions(rank=2))) == {
-        "in_proj",
-        "x_proj",
-        "dt_proj",
-    }
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+def test_mambas_layers_whose_weights_are_read_without_an_adapter_get_none(family: str) -> None:
+    config = AutoConfig.for_model(family, vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=2)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    for wanted, expected in ((None, {"in_proj"}), ("all-linear", {"in_proj"}), (["x_proj"], {"x_proj"})):
+        model = AutoModelForCausalLM.from_config(config)
+        adapted = add_lora(model, LoraOptions(rank=2, target_modules=wanted)).eval()
+        assert last_names(adapted) == expected
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        logits = adapted(ids, use_cache=False).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids, use_cache=False).logits, logits)
+    for unread in (["in_proj", "dt_proj"], ".*_proj"):
+        with pytest.raises(ValueError, match=r"lora\.target_modules: an adapter on '.*dt_proj' would never be used"):
+            add_lora(AutoModelForCausalLM.from_config(config), LoraOptions(target_modules=unread))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ ALL_LINEAR = "all-linear"
 """Stands for all linear layers of the part that reads texts, but for heads and the layer that predicts tokens."""
 
 _ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d)
+_NEVER_CALLED = ("dt_proj",)  # whose weight Mamba multiplies with by itself, always ...
+_MAMBA = (*_NEVER_CALLED, "x_proj", "out_proj")  # ... and those that it reads so with fused kernels
 
 
 @dataclass
@@ -215,6 +217,11 @@ def chosen_layers(
                     f"give some of these, e.g. [{known.partition(',')[0]}], or {ALL_LINEAR}"
                 )
         names = [name for name in layers if _fits(name, wanted)]
+        if unread := [name for name in names if _read_by_kernels(name, modules, _NEVER_CALLED)]:
+            raise UsageError(
+                f"lora.target_modules: an adapter on '{unread[0]}' would never be used, since Mamba multiplies with "
+                "its weight by itself: leave it out"
+            )
     _refuse_tied(model, layers, names)
     short = sorted({name.rpartition(".")[2] for name in names})
     exact = [name for name in modules if _fits(name, short)] == names
@@ -251,10 +258,10 @@ def _base_layer(module: nn.Module) -> nn.Module:
     return layer
 
 
-def _read_by_kernels(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer is Mamba's last, whose weight kernels read without its adapter."""
-    owner, _, last = name.rpartition(".")
-    return last == "out_proj" and isinstance(getattr(modules.get(owner), "conv1d", None), nn.Conv1d)
+def _read_by_kernels(name: str, modules: Mapping[str, nn.Module], last: Collection[str] = _MAMBA) -> bool:
+    """Whether a layer is one of those of Mamba whose weights are read without their adapter."""
+    owner, _, own = name.rpartition(".")
+    return own in last and isinstance(getattr(modules.get(owner), "conv1d", None), nn.Conv1d)
 
 
 def _refuse_tied(model: Any, layers: Mapping[str, nn.Module], names: Sequence[str]) -> None:
