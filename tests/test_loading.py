@@ -12,6 +12,14 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -19,7 +27,10 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
     T5Config,
+    T5EncoderModel,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
     XLNetConfig,
     XLNetLMHeadModel,
 )
@@ -218,6 +229,68 @@ def test_embeddings_that_are_not_tied_in_the_file_are_not_said_to_be(tmp_path: P
     configured(saved(model, tmp_path), tie_word_embeddings=True)
     found = load_causal_lm(str(tmp_path))
     assert torch.equal(found.lm_head.weight, model.lm_head.weight) and not found.config.tie_word_embeddings
+
+
+OLD = {
+    GPT2LMHeadModel: (GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2), "transformer.h.0.attn"),
+    GPTJForCausalLM: (
+        GPTJConfig(vocab_size=30, n_embd=16, n_layer=1, n_head=2, rotary_dim=4),
+        "transformer.h.0.attn",
+    ),
+    GPTNeoForCausalLM: (
+        GPTNeoConfig(vocab_size=30, hidden_size=16, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]),
+        "transformer.h.0.attn.attention",
+    ),
+    GPTNeoXForCausalLM: (GPTNeoXConfig(**SMALL), "gpt_neox.layers.0.attention"),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_masks_that_earlier_versions_saved_are_no_weights(kind: type[PreTrainedModel], tmp_path: Path) -> None:
+    config, place = OLD[kind]
+    model = kind(config)
+    mask = {f"{place}.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), f"{place}.masked_bias": torch.tensor(-1e9)}
+    change(saved(model, tmp_path), {}, **mask)
+    found = load_causal_lm(tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(found.parameters(), model.parameters(), strict=True))
+    assert load_backbone(tmp_path).config.vocab_size == 30
+    change(tmp_path, {}, **{f"{place}.other": torch.zeros(1)})
+    for load in (load_causal_lm, load_backbone):
+        with pytest.raises(ValueError, match=rf"has no place in \w+ for \S*{place}\.other, so"):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_no_numbers_are_named(number: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = llama().to(dtype)
+    model.model.norm.weight.data.fill_(6e4)  # whose sum is infinite in float16
+    load_causal_lm(saved(model, tmp_path / "large"), dtype=dtype)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = number
+    saved(model, tmp_path / "lm")
+    for load in (lambda path: load_causal_lm(path, dtype=dtype), load_backbone):
+        with pytest.raises(ValueError, match=r"lm' has weights that are not finite .*: \S*layers\.1\.mlp\.up_proj"):
+            load(tmp_path / "lm")
+
+
+def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:
+    saved(llama(), tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1,')
+    with pytest.raises(ValueError, match=r"generation_config\.json' is no JSON"):
+        load_causal_lm(str(tmp_path))
+
+
+def test_a_backbone_that_reads_no_texts_or_loads_as_another_is_refused(tmp_path: Path) -> None:
+    images = ViTConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    with pytest.raises(ValueError, match=r"vit' \(ViTModel\) does not read texts"):
+        load_backbone(saved(ViTModel(images), tmp_path / "vit"))
+    encoder = T5EncoderModel(T5Config(vocab_size=30, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4))
+    with pytest.raises(ValueError, match=r"^backbone 'T5EncoderModel' .*a part of one"):
+        PreferenceClassifier.from_backbone(encoder, TONE)
+    with pytest.raises(ValueError, match=r"the encoder of a model that has a decoder, too \(T5EncoderModel\)"):
+        load_backbone(saved(encoder, tmp_path / "t5"))
 
 
 def test_the_index_of_a_saved_classifier_is_checked_too(tmp_path: Path) -> None:

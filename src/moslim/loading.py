@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -19,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from moslim.errors import MissingFileError, UsageError
 from moslim.folders import check_files, finish_exchange
+from moslim.precision import at_least_float32
 
 CLASSIFIER_TYPE = "moslim_preference_classifier"
 """``model_type`` of a saved reward classifier."""
@@ -26,6 +29,8 @@ CLASSIFIER_TYPE = "moslim_preference_classifier"
 HEADLESS = "a model without a head"
 
 _SHOWN = 4
+_CONSTANTS = re.compile(r"(\.masked_bias|\.attn\.bias|\.attn\.attention\.bias|\.attention\.bias|\.inv_freq)$")
+"""Names of causal masks and of rotation frequencies, which earlier versions of transformers saved with the weights."""
 _INDEX = ".safetensors.index.json"
 
 
@@ -59,7 +64,8 @@ def load_whole(
     with named(path, own_code=bool(options.get("trust_remote_code"))):
         model, report = load(path, *args, **options)
     missing = [key for key in report["missing_keys"] if not key.startswith(tuple(spare_missing))]
-    surplus = [key for key in report["unexpected_keys"] if not (backbone_only and _of_head(key, model))]
+    left_over = [key for key in report["unexpected_keys"] if not _CONSTANTS.search(key)]
+    surplus = [key for key in left_over if not (backbone_only and _of_head(key, model))]
     reshaped = [f"{key} ({_shape(found)} instead of {_shape(own)})" for key, found, own in report["mismatched_keys"]]
     if missing or surplus or reshaped:
         faults = {
@@ -70,6 +76,11 @@ def load_whole(
         what = " and ".join(f"{fault} {first_few(keys)}" for fault, keys in faults.items() if keys)
         raise UsageError(f"'{path}' {what}, so it is not loaded: it is {seems(path)}. {_remedy(path, model)}")
     check_files(path)
+    if broken := [name for name, weight in model.named_parameters() if not _finite(weight)]:
+        raise UsageError(
+            f"'{path}' has weights that are not finite numbers, so it is not loaded: {first_few(broken)}. Copy or "
+            "download the folder again; if it was saved like that, take an earlier checkpoint of that training"
+        )
     return model
 
 
@@ -105,6 +116,7 @@ def seems(path: str | Path) -> str:
         "ForQuestionAnswering": "a question-answering model",
         "ForMaskedLM": "an encoder with a masked-language-modelling head",
         "ForPreTraining": "an encoder with pre-training heads",
+        "EncoderModel": "the encoder of a model that has a decoder, too",
         "Model": HEADLESS,
         "ForConditionalGeneration": "an incomplete or changed copy of a generating model",
     }
@@ -190,6 +202,11 @@ def named(path: str | Path, own_code: bool = False) -> Iterator[None]:
     except OSError as error:
         if folder and (damaged := _damaged(Path(path))):
             raise UsageError(damaged) from error
+        if folder and (pickled := _only_pickled(Path(path))):
+            raise MissingFileError(
+                f"the weights in '{pickled}' are a pickle, which can run code and is not read: save them as "
+                "safetensors, e.g. with AutoModel...from_pretrained(folder).save_pretrained(folder) where you trust it"
+            ) from error
         where = "cannot be loaded" if folder else "is no folder here, and the Hub gives no such model"
         raise MissingFileError(f"the model '{path}' {where}: {error}") from error
     except Exception as error:
@@ -254,6 +271,19 @@ def _damaged(folder: Path) -> str:
         except (SafetensorError, OSError) as error:
             return f"the weights in '{file}' cannot be read ({error}): the file is cut off or damaged, so copy it again"
     return ""
+
+
+def _only_pickled(folder: Path) -> Path | None:
+    """The first file of pickled weights in a folder without safetensors files."""
+    pickles = sorted(folder.glob("*model*.bin"))
+    return pickles[0] if pickles and not any(folder.glob("*.safetensors")) else None
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether no number is infinite or NaN. Read once, without a mask of the same size; quantised ones are finite."""
+    if weight.is_meta or weight.itemsize < 2:
+        return True
+    return bool(weight.detach().sum(dtype=at_least_float32(weight.dtype)).isfinite())
 
 
 def _shape(sizes: Collection[int]) -> str:

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from moslim.adapters import AdapterFolder
 from moslim.errors import UsageError
-from moslim.loading import HEADLESS, is_causal, load_whole, named, seems, untie
+from moslim.loading import HEADLESS, is_causal, load_whole, named, read_json, seems, untie
 from moslim.template_limits import check_template
 
 
@@ -129,6 +129,7 @@ def load_causal_lm(
         return adapter.merged(lambda place: load_causal_lm(place, trust_remote_code, dtype))
     if "MOSLIM classifier" in (kind := seems(path)):
         raise UsageError(f"'{path}' is no language model to start from: it is {kind}. Give it as model.classifier")
+    read_json(Path(path) / "generation_config.json")  # transformers would go on without one that is damaged
     with named(path, trust_remote_code):
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     own_code = hasattr(config, "auto_map") and trust_remote_code

@@ -57,12 +57,12 @@ def test_backbone_weights_come_from_the_folder_of_a_language_model(kind: str, tm
 
 
 def test_saved_classifier_reloads_exactly_with_its_order_of_dimensions(kind: str, tmp_path: Path) -> None:
-    classifier = PreferenceClassifier.from_backbone(language_model(kind), PREFERENCES, max_length=77).eval()
+    classifier = PreferenceClassifier.from_backbone(language_model(kind), PREFERENCES, max_length=30).eval()
     classifier.save_pretrained(tmp_path)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert type(again) is PreferenceClassifier
     assert again.preferences == PREFERENCES
-    assert again.config.pair_length == 77
+    assert again.config.pair_length == 30
     assert list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("*.bin"))
     assert torch.equal(classifier(IDS, MASK).logits, again(IDS, MASK).logits)
 

@@ -12,12 +12,19 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.generic import ModelOutput
 
 from moslim.errors import UsageError
 from moslim.limits import Positions
-from moslim.loading import CLASSIFIER_TYPE, hidden_width, is_causal, load_whole
+from moslim.loading import CLASSIFIER_TYPE, hidden_width, is_causal, language_part, load_whole
 from moslim.models import align, load_backbone
 from moslim.precision import apply_wide, full_precision
 from moslim.preferences import PreferenceSet
@@ -173,16 +180,16 @@ class PreferenceClassifier(PreTrainedModel):
             UsageError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
         """
         if isinstance(backbone, PreTrainedModel):
-            trunk = cast(PreTrainedModel, backbone.base_model)
+            trunk, name = cast(PreTrainedModel, backbone.base_model), type(backbone).__name__
         else:
+            name = str(backbone)
             trunk = load_backbone(backbone, trust_remote_code, base)
             align(trunk)
-        if trunk.config.is_encoder_decoder:
-            raise UsageError(f"backbone '{backbone}' is an encoder-decoder: take an encoder or a decoder")
+        _refuse_unfit(trunk, name)
         layers = trunk.config.get_text_config().num_hidden_layers
         if layer is not None and not 1 <= layer <= layers:
-            raise UsageError(f"layer = {layer}: '{backbone}' has layers 1 to {layers}")
-        Positions.of(trunk).longest(max_length, str(backbone))
+            raise UsageError(f"layer = {layer}: '{name}' has layers 1 to {layers}")
+        Positions.of(trunk).longest(max_length, name)
         config = PreferenceClassifierConfig(
             backbone=trunk.config,
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
@@ -292,6 +299,21 @@ def checked_temperatures(temperatures: Any, heads: int) -> list[float] | None:
                 "above 0"
             )
     return list(temperatures)
+
+
+def _refuse_unfit(trunk: PreTrainedModel, name: str) -> None:
+    """Raises where a backbone does not read one text, or is not what its configuration builds when it is loaded."""
+    built: Any = MODEL_MAPPING.get(type(trunk.config), None)
+    if trunk.config.is_encoder_decoder or (built is not None and not isinstance(trunk, built)):
+        raise UsageError(
+            f"backbone '{name}' ({type(trunk).__name__}) is an encoder-decoder or a part of one: take an encoder such "
+            "as ModernBERT, or a decoder such as Qwen"
+        )
+    if not isinstance(language_part(trunk).get_input_embeddings(), nn.Embedding):
+        raise UsageError(
+            f"backbone '{name}' ({type(trunk).__name__}) does not read texts: take an encoder such as ModernBERT, or a "
+            "decoder such as Qwen"
+        )
 
 
 def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, OwnHeads]:
