@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from moslim.errors import MissingFileError, UsageError
 from moslim.folders import check_files
 from moslim.loading import first_few, named, read_json, untie
 from moslim.lora import PEFT_PREFIX
+from moslim.processes import inform
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -121,7 +121,7 @@ class AdapterFolder:
                 f"the adapter in '{self.path}' (peft_type {options.peft_type.value}) cannot be merged into its base "
                 f"model, so that a run cannot start from it: {error}"
             ) from error
-        rank_zero_info(f"The adapter '{self.path}' is merged into its base model '{self.base}'.")
+        inform(f"The adapter '{self.path}' is merged into its base model '{self.base}'.")
         return result.requires_grad_(True).eval()
 
     def _read(self) -> tuple[Any, dict[str, Tensor]]:

@@ -17,9 +17,8 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from moslim.errors import UsageError
+from moslim.processes import warn
 
 CHECKSUMS = "checksums.json"
 """File of an exported folder with size and CRC-32 of each of the others, but for those that people complete."""
@@ -126,7 +125,7 @@ def check_files(source: str | Path) -> None:
                     f"'{file}' {wrong}: the disk or a copy has damaged it, or something else wrote it. Copy the folder "
                     f"again, or export it anew; if the change is meant, delete '{folder / CHECKSUMS}'"
                 )
-            rank_zero_warn(
+            warn(
                 f"'{file}' {wrong}: it was edited, or is damaged. If the change is meant, delete '{folder / CHECKSUMS}'"
             )
 

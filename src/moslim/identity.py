@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from moslim.errors import UsageError
+from moslim.processes import inform, warn
 
 Entries = dict[str, Any]
 """Plain data by option, e.g. ``model.pooling``; an entry that no option sets alone has a name of its own."""
@@ -77,7 +77,7 @@ def check_identity(
         UsageError: Others differ; or ``accepted`` names what is not recorded.
     """
     if _KEY not in checkpoint:
-        rank_zero_warn(
+        warn(
             f"{source} does not record the options that give its weights their meaning (an earlier version wrote "
             "it), so nothing was compared: make sure that preferences, pooling, instruction and the like are the same"
         )
@@ -95,7 +95,7 @@ def check_identity(
     if not refused:
         if different:
             names = ", ".join(sorted(different))
-            rank_zero_info(f"model.accept_changes: {source} was made with another {names}.")
+            inform(f"model.accept_changes: {source} was made with another {names}.")
         return different
     lines = [f"  {name}: {_both(known[name], now[name], name in _CONFIGURATIONS)}" for name in refused]
     asked = [name for name in refused if name not in never]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from moslim.errors import UsageError
 from moslim.loading import first_few, language_part
+from moslim.processes import warn
 
 _POSITION_LAYERS = ("wpe", "pos_emb")
 _POSITION_TABLES = ("embed_positions", "pos_encoding")
@@ -76,7 +76,7 @@ class Positions:
                 f"{self.most - completion} or less" + (", or engine.max_new_tokens lower" if completion else "")
             )
         if self.trained is not None and wanted + completion > self.trained:
-            rank_zero_warn(
+            warn(
                 f"{asked} is more than the {self.trained} tokens that '{path}' was made for (max_position_embeddings): "
                 "what it computes of longer texts may be worthless"
             )
@@ -120,7 +120,7 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, path: str) -> 
             "again; or take the tokens out of the tokenizer"
         )
     if tokenizer.pad_token in outside:
-        rank_zero_warn(
+        warn(
             f"the padding token '{tokenizer.pad_token}' ({tokenizer.pad_token_id}) of '{path}' is beyond the model's "
             f"{rows} embeddings: padding, which is masked, is written with the end token instead"
         )

@@ -22,6 +22,20 @@ def process_rank() -> int:
     return torch.distributed.get_rank() if process_count() > 1 else 0
 
 
+def warn(message: str) -> None:
+    """Warns in the first process."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # takes seconds, so not with this package
+
+    rank_zero_warn(message, stacklevel=5)
+
+
+def inform(message: str) -> None:
+    """Logs a message in the first process."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+    rank_zero_info(message)
+
+
 def of_all_processes(values: Tensor) -> Tensor:
     """The rows ``[N, ..]`` of all processes, in their order; every process must ask, with as many rows."""
     if process_count() == 1:

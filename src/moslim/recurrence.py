@@ -7,10 +7,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from moslim.packing import token_positions
+from moslim.processes import inform
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _MASKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -25,7 +25,7 @@ def carries_state(model: Any) -> bool:
 @cache
 def say_once(message: str) -> None:
     """Tells something that concerns every model of a kind, such as a policy and its reference."""
-    rank_zero_info(message)
+    inform(message)
 
 
 def agreement(model: Any) -> float:

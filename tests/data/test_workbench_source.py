@@ -334,7 +334,7 @@ def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
 
 
 def test_some_dimensions_of_the_world_are_enough():
-    some = PreferenceSet({"warmth": LEVELS["warmth"], "verbosity": ["a", "b", "c", "d", "e"]})
+    some = PreferenceSet({"warmth": LEVELS["warmth"], "verbosity": LEVELS["verbosity"]})
     assert len(small().rows(View.POLICY, Split.TRAIN, some, 0)) == 1500
 
 
