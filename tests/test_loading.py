@@ -35,6 +35,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
+from moslim.errors import UsageError
 from moslim.models import load_causal_lm
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
@@ -271,6 +272,24 @@ def test_weights_that_are_no_numbers_are_named(number: float, dtype: torch.dtype
     for load in (lambda path: load_causal_lm(path, dtype=dtype), load_backbone):
         with pytest.raises(ValueError, match=r"lm' has weights that are not finite .*: \S*layers\.1\.mlp\.up_proj"):
             load(tmp_path / "lm")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float8_e4m3fn])
+def test_numbers_of_a_quantised_model_need_its_configuration(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = saved(llama(), tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=rf"numbers of a quantised model, {name} .*no quantization_config"):
+        load_causal_lm(str(folder))
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="4KB")
+    saved(llama(), tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"two sets of weights, model\.safetensors and the shards of"):
+        load_causal_lm(str(tmp_path))
 
 
 def test_a_damaged_generation_config_is_named(tmp_path: Path) -> None:

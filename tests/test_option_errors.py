@@ -1,4 +1,10 @@
+import pytest
+
+from moslim.data.sources.base import Source
+from moslim.data.types import Split
 from moslim.option_errors import shortened
+from moslim.parser import MoslimParser
+from moslim.yaml_texts import install
 
 NESTED = """Parser key "model":
   Does not validate against any of the Union subtypes
@@ -107,3 +113,13 @@ def test_an_option_of_a_callable_is_named():
 
 def test_a_part_that_is_not_given():
     assert shortened(NOT_GIVEN) == "preferences: expected PreferenceSet, and none is given"
+
+
+@pytest.mark.parametrize("option", [["--source.validation", "null"], ["--source.validation=null"]])
+def test_the_null_of_a_nested_option_is_no_text(option):
+    install()
+    parser = MoslimParser(exit_on_error=False)
+    parser.add_subclass_arguments(Source, "source")
+    given = ["--source=moslim.data.sources.table.Table", "--source.path=rows.csv", "--source.validation=held.csv"]
+    made = parser.instantiate_classes(parser.parse_args([*given, *option]))
+    assert made.source.others[Split.VALIDATION] is None and made.source.path == "rows.csv"

@@ -60,6 +60,7 @@ def load_whole(
     """
     finish_exchange(path)
     refuse_outside(path)
+    refuse_unclear(path)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
     with named(path, own_code=bool(options.get("trust_remote_code"))):
         model, report = load(path, *args, **options)
@@ -233,6 +234,37 @@ def refuse_outside(path: str | Path) -> None:
                     f"'{file}' takes the weight '{weight}' from '{place}', which is no safetensors file inside its "
                     "folder, so nothing is loaded: put the file there and name its place in the folder"
                 )
+
+
+def refuse_unclear(path: str | Path) -> None:
+    """Refuses a folder with two sets of weights, and one with whole numbers that no configuration gives a meaning.
+
+    Transformers would take the single file before shards, and read the whole numbers as they are.
+
+    Raises:
+        UsageError: The folder is such a one.
+    """
+    folder = Path(path)
+    single, index = folder / "model.safetensors", folder / f"model{_INDEX}"
+    if not folder.is_dir():
+        return
+    if single.is_file() and index.is_file() and single.name not in read_json(index)["weight_map"].values():
+        raise UsageError(
+            f"'{folder}' has two sets of weights, {single.name} and the shards of {index.name}: remove the older one"
+        )
+    if "quantization_config" in read_json(folder / "config.json"):
+        return
+    for file in sorted(folder.glob("model*.safetensors")):
+        if damaged := _damaged(folder):
+            raise UsageError(damaged)
+        with safe_open(file, "pt") as content:
+            names = [key for key in content.keys() if key.endswith(".weight")]  # noqa: SIM118  (it is no mapping)
+            kinds = {key: content.get_slice(key).get_dtype() for key in names}
+        if whole := [f"{key} ({kind})" for key, kind in kinds.items() if not re.match(r"(B?F|C)(16|32|64)$", kind)]:
+            raise UsageError(
+                f"'{file}' holds numbers of a quantised model, {first_few(whole)}, but config.json has no "
+                "quantization_config that says what they mean: restore it, or give the model as it was before"
+            )
 
 
 def read_json(file: Path) -> dict[str, Any]:

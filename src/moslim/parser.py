@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
+import json
 import os
 import re
+import sys
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
@@ -28,6 +31,14 @@ def refuse_dangerous_names() -> None:
 
 class MoslimParser(LightningArgumentParser):
     """Says in one line which option is wrong, in which file, and why."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Reads arguments, among them those that jsonargparse makes of an option of a nested class.
+
+        It formats their values as Python does, so that a ``null`` would come as the text ``None``.
+        """
+        given = sys.argv[1:] if args is None else args
+        return super().parse_args([_with_null(arg) for arg in given], *rest, **options)
 
     def parse_path(self, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Notes the config for messages.
@@ -65,3 +76,17 @@ class MoslimParser(LightningArgumentParser):
         meant = f"; did you mean {close[0]}?" if close else ""
         hint = f"{parser.prog.replace(' [options]', '')} --help lists the options"
         self.exit(2, f"error: {place}{shortened(message)}{meant}\n({hint})\n")
+
+
+def _with_null(argument: str) -> str:
+    """Writes ``null`` for Python's None in ``--key=value``, alone or inside a list or mapping."""
+    option, equals, value = argument.partition("=")
+    if not equals or not option.startswith("--") or "None" not in value:
+        return argument
+    if value == "None":
+        return f"{option}=null"
+    try:
+        content = ast.literal_eval(value) if value.startswith(("[", "{")) else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return argument
+    return argument if content is None else f"{option}={json.dumps(content, ensure_ascii=False)}"

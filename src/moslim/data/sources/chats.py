@@ -12,6 +12,8 @@ from moslim.errors import UsageError
 from moslim.literals import quoted
 
 _CHAT_TEXT = re.compile(r"""\s*\[?\s*\{\s*(["'])(role|content|from|value|messages|conversations?)\1\s*:""")
+_PAIRS = re.compile(r"""\s*\[\s*[\[(]\s*(["'])(system|user|assistant|human|gpt|bot)\1\s*,""", re.IGNORECASE)
+_TWICE = re.compile(r"""\s*"\s*(\[\s*)?\{\s*\\\"""")
 _LIST = re.compile(r"\s*\[\s*\{")
 _TURNS = ({"role", "content"}, {"role", "text"}, {"from", "value"}, {"speaker", "text"})
 """Fields of turns, one of which objects have that open with another field."""
@@ -109,7 +111,15 @@ def chat_in_text(value: Any) -> Any:
     Raises:
         UsageError: The text looks like such a chat, and is none.
     """
-    if not isinstance(value, str) or not looks_like_chat(value):
+    if not isinstance(value, str):
+        return value
+    if _PAIRS.match(value) or _TWICE.match(value):
+        form = "JSON written as JSON once more" if _TWICE.match(value) else "lists of role and text"
+        raise UsageError(
+            f"the question {quoted(value)} looks like a chat in {form}: write it with json.dumps as a list of objects "
+            "with `role` and `content`, or, if it is a plain text, set `chat` to moslim.data.sources.chats.PlainText"
+        )
+    if not looks_like_chat(value):
         return value
     try:
         chat, end = parse_json(value, "a chat in a text", whole=False)
