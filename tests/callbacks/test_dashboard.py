@@ -121,7 +121,7 @@ def shown_by(folder, monkeypatch):
 
 
 def test_a_classifier_s_test_shows_its_pictures_and_its_report_is_an_artifact(shown_by):
-    rows = "--data.source.reward_rows 16 --data.source.bare_rows 8"
+    rows = "--ckpt_path none --data.source.reward_rows 16 --data.source.bare_rows 8"
     board = shown_by("configs/quickstart/reward.yaml", f"{rows} --dashboard.artifacts true")
     assert board.artifacts.items() >= {f"report-{board.id}": "report"}.items()
     assert board.pictures.keys() >= {"test/confusion", "test/reliability"}

@@ -363,12 +363,12 @@ def test_another_seed_gives_other_answers(preferences, lm, classifier, tmp_path)
 
 def test_predict_answers_the_rows_of_a_file(preferences, lm, classifier, tmp_path):
     module = make(preferences, lm, classifier, predictions=str(tmp_path / "out" / "answers.jsonl"))
-    returned = trainer(tmp_path).predict(module, data(preferences, eval_batch_size=50))
+    returned = trainer(tmp_path, limit_predict_batches=4).predict(module, data(preferences, eval_batch_size=50))
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert rows == [record for batch in returned for record in batch] and len(rows) > 50
     assert set(rows[0]) == {"question", "requested", "answer"} and len({row["answer"] for row in rows}) > 10
     again = make(preferences, lm, classifier)
-    other = trainer(tmp_path / "again").predict(again, data(preferences, eval_batch_size=7))
+    other = trainer(tmp_path / "again", limit_predict_batches=25).predict(again, data(preferences, eval_batch_size=8))
     assert [record for batch in other for record in batch] == rows
     assert (tmp_path / "again" / "predictions.jsonl").exists()
 

@@ -137,7 +137,7 @@ def test_the_trial_of_trees_catches_what_is_not_declared(kind, models, monkeypat
 
 def test_what_minds_padding_is_found_out_and_said_once(models, monkeypatch):
     said = []
-    monkeypatch.setattr(recurrence, "rank_zero_info", said.append)
+    monkeypatch.setattr(recurrence, "inform", said.append)
     recurrence.say_once.cache_clear()
     found = {kind: masks_left_padding(build(kind)) for kind in KINDS}
     assert found == {kind: kind not in UNCACHED for kind in KINDS}

@@ -42,6 +42,10 @@ class RawServer:
                 connection.sendall(part.replace(b"{request}", request))
                 self.sent += len(part)
                 time.sleep(self._pause)
+            connection.shutdown(socket.SHUT_WR)
+            connection.settimeout(1)
+            while connection.recv(1 << 16):  # closed over unread bytes, the connection would be reset
+                pass
 
 
 def reply(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> list[bytes]:
