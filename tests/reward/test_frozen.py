@@ -154,3 +154,19 @@ def test_a_frozen_backbone_has_no_adapter(preferences: PreferenceSet, backbone: 
         make(preferences, backbone, lora=LoraOptions(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="has layers 1 to 2"):
         make(preferences, backbone, layer=3)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_features_are_float32_or_finer_in_any_precision(
+    precision: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+) -> None:
+    """Within such a run, tensors without a type are bfloat16 or float64."""
+    module = make(preferences, backbone)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(preferences))
+    saved = RewardClassifier(preferences, classifier=str(module.output_folder), trunk="frozen")
+    (found,) = trainer(tmp_path, precision=precision).validate(saved, data(preferences), verbose=False)
+    plain = RewardClassifier(preferences, classifier=str(module.output_folder), trunk="frozen", cache_features=False)
+    (expected,) = trainer(tmp_path, precision=precision).validate(plain, data(preferences), verbose=False)
+    assert found == pytest.approx(expected, rel=0.02 if precision == "bf16-true" else 1e-6)
+    features = run_trunk(saved.classifier, [[3, 4, 5], [6]], 0)
+    assert features.dtype == (torch.float32 if precision == "bf16-true" else torch.float64)

@@ -93,8 +93,8 @@ class PairBatch:
         worse: ``[P]`` int64, row of the rejected answer.
         compared: ``[P, D]`` bool, the dimensions that each comparison speaks about.
         margins: ``[P]`` float, how clearly the answer was preferred, in levels.
-        features: ``[B, H]`` float32, pooled hidden states that a frozen backbone has made of the pairs; there are no
-            tokens then (``T`` is 0).
+        features: ``[B, H]`` float32 or finer, pooled hidden states that a frozen backbone has made of the pairs; there
+            are no tokens then (``T`` is 0).
     """
 
     input_ids: Tensor

@@ -34,7 +34,7 @@ class FeatureCache:
         self._key = key
 
     def __call__(self, rows: Sequence[Ids], compute: Callable[[], Tensor]) -> Tensor:
-        """Returns the features ``[N, H]`` of ``N`` texts, in float32; from disk where they are there and whole.
+        """Returns the features ``[N, H]`` of ``N`` texts, in the type of ``compute``; from disk where they are whole.
 
         Args:
             rows: Token ids of each text.

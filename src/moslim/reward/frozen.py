@@ -57,7 +57,7 @@ def cached_features(
         rows: Token ids of ``N`` texts.
 
     Returns:
-        ``[N, H]`` float32 on the CPU.
+        ``[N, H]`` float32 or finer, on the CPU.
     """
     config = classifier.config
     backbone = {name: value for name, value in config.backbone.to_dict().items() if name not in _ABOUT_FILES}
@@ -87,7 +87,7 @@ def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int
         pad_id: What stands on padding.
 
     Returns:
-        ``[N, H]`` float32 on the CPU, in the order of the rows.
+        ``[N, H]`` float32 or finer, on the CPU, in the order of the rows.
     """
     training = classifier.backbone.training
     classifier.backbone.eval()
@@ -95,9 +95,9 @@ def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int
     features = torch.empty(0)
     for chosen in like_length(list(map(len, rows)), _PADDED_TOKENS.get(device.type, _PADDED_TOKENS["cuda"])):
         ids, mask = pad([rows[i] for i in chosen], pad_id, left=False)
-        found = classifier.features(ids.to(device), mask.to(device)).float().cpu()
+        found = classifier.features(ids.to(device), mask.to(device)).cpu()
         if not len(features):
-            features = torch.empty(len(rows), found.shape[1])
+            features = found.new_empty(len(rows), found.shape[1])
         features[chosen] = found
     classifier.backbone.train(training)
     return features
