@@ -13,8 +13,11 @@ from moslim.mapping.base import MappingFunction
 from moslim.policy.critic import ValueHead
 from moslim.precision import apply_wide, full_precision
 from moslim.preferences import PreferenceSet
+from moslim.reporting import plain
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics
+from moslim.reward.evaluation.best_of import best_of_n
+from moslim.reward.evaluation.choices import Choice
 from moslim.reward.links import LINKS
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 from moslim.reward.metrics import LevelMetrics
@@ -125,7 +128,7 @@ def small(**options) -> PreferenceClassifier:
 @pytest.mark.parametrize("hidden", [None, 8])
 @pytest.mark.parametrize("link", LINKS)
 def test_heads(hidden, link, kind):
-    model, plain, coarse = (small(head_hidden=hidden, link=link) for _ in range(3))
+    model, fresh, coarse = (small(head_hidden=hidden, link=link) for _ in range(3))
     features = 20 * drawn(9, 32)
     with torch.no_grad():
         expected = model.classify(features)
@@ -133,7 +136,7 @@ def test_heads(hidden, link, kind):
         coarse.head.load_state_dict(model.head.state_dict())
         rounded = coarse.classify(features)  # weights that were rounded, in a float32 head
         with rounding(kind):
-            found, again = plain.classify(features), model.classify(features)
+            found, again = fresh.classify(features), model.classify(features)
     for one, other in ((found, expected), (again, rounded)):
         assert one.logits.dtype == one.scores.dtype == torch.float32
         assert torch.equal(one.logits, other.logits) and torch.equal(one.scores, other.scores)
@@ -176,6 +179,16 @@ def test_mapping_functions(kind):
         found = mapping(*inputs)
         assert found.total.dtype == found.weights.dtype == torch.float32
         assert torch.equal(found.total, expected.total) and torch.equal(found.per_dimension, expected.per_dimension)
+
+
+def test_best_of_n(kind):
+    asked = [torch.tensor([i % 2, i % 5]) for i in range(301)]
+    choices = [Choice((f"q{i}", f"again {i}"), ("a", "b", "c"), asked[i], i % 3) for i in range(301)]
+    probs, mapping = drawn(602, 3, 2, 5).softmax(-1), Tilted()
+    mapping.bind(PREFERENCES)
+    expected = plain(best_of_n(choices, probs, mapping))
+    with rounding(kind):
+        assert plain(best_of_n(choices, probs, mapping)) == expected
 
 
 def test_it_ends_with_its_block(autocast):

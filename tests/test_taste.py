@@ -59,6 +59,7 @@ def test_choices_without_any_rule_are_foretold_half_of_the_time() -> None:
     weights, _ = logistic_weights(noise, l2=0.1)
     assert (noise @ weights > 0).double().mean() > 0.6  # which says nothing: they were fitted to these
     assert foretold(noise, l2=0.1) == pytest.approx(0.5, abs=0.08)
+    assert foretold(noise.float(), l2=0.1) == foretold(noise.float().double(), l2=0.1)
     assert foretold(torch.ones(4, 1).double(), l2=0.1) == 1 and foretold(torch.ones(1, 1).double(), l2=0.1) == 0
 
 

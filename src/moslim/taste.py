@@ -106,6 +106,7 @@ def foretold(differences: Tensor, l2: float, folds: int = 50) -> float:
         l2: See there.
         folds: Parts that are left out in turn; with fewer choices than that, each choice.
     """
+    differences = differences.double().cpu()
     right = torch.zeros(len(differences), dtype=torch.bool)
     part = torch.arange(len(differences)) % folds
     for fold in part.unique():

@@ -88,7 +88,7 @@ def best_of_n(choices: Sequence[Choice], probs: Tensor, mapping: MappingFunction
         drawn = weights[:, question]
         return (drawn @ picks[asked]) / drawn.sum(1)
 
-    missed = torch.zeros(len(choices)).index_add_(0, prompt, (picks < 1).float())
+    missed = picks.new_zeros(len(choices)).index_add_(0, prompt, (picks < 1).to(picks.dtype))
     return {
         "n_prompts": len(choices),
         "n_answers": probs.shape[1],
