@@ -30,6 +30,7 @@ PARTS = {
     "soft ordinal": lambda start: classifier(start, SoftOrdinal([2.0, 1.0])),
     "regression": lambda start: classifier(start, Regression()),
     "frozen": lambda start: classifier(start, Corn(), trunk="frozen", cache_features=False),
+    "cached features": lambda start: classifier(start, Corn(), trunk="frozen"),
 }
 
 
@@ -67,6 +68,7 @@ class Keep(Callback):
 def fitted(folder, module, batch_size, several, **options):
     """Weights and logged numbers after training on :class:`ComparedSource`, whose rows lack labels by turns."""
     settings = {"batch_size": batch_size, "token_budget": options.pop("token_budget", None)}
+    settings["workers"] = options.pop("workers", 0)
     folder.mkdir(parents=True, exist_ok=True)
     plain = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     plain |= {"enable_checkpointing": False, "limit_val_batches": 0, "use_distributed_sampler": False}
@@ -135,7 +137,7 @@ def test_the_last_window_of_an_epoch_is_a_full_step(workers, start, tmp_path):
 
     def change(rates, several, **options):
         module = SupervisedTrainer(start, **sgd(lambda step: rates[min(step, len(rates) - 1)]))
-        return fitted(tmp_path / str(several), module, ROWS // 4, several, **options)[0]
+        return fitted(tmp_path / str(several), module, ROWS // 4, several, workers=workers, **options)[0]
 
     alone = change([0.0, 0.0, 0.0, 1.0], 1)
     for name, value in change([0.0, 1.0], 3).items():
