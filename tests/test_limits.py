@@ -256,3 +256,22 @@ def test_other_tokens_without_embedding_are_refused_with_the_remedy(tmp_path: Pa
     for run in runs:
         with pytest.raises(ValueError, match="'tea' \\(10\\)"):
             run()
+
+
+def test_an_unknown_token_counts_where_it_is_written() -> None:
+    llama = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL | {"vocab_size": 10}))
+    kept = words()
+    kept.add_special_tokens({"unk_token": "<unknown>"})
+    fit_tokenizer(kept, llama, "start")  # unknown words are still "<unk>", which has a row
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", *WORDS, "tea", "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    last = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>")
+    with pytest.raises(ValueError, match=r"10 embeddings: '<unk>' \(10\)"):
+        fit_tokenizer(last, llama, "start")
+
+
+@pytest.mark.parametrize("question", ["</s>", "<pad> <unk>"])
+def test_a_question_without_tokens_is_not_answered(question: str, tmp_path: Path) -> None:
+    module = policy(tmp_path, start(tmp_path / "lm", "llama"))
+    with pytest.raises(ValueError, match="the question is empty"):
+        trainer(tmp_path).generate(module, data(), question, ckpt_path="none")

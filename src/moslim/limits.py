@@ -14,6 +14,8 @@ from moslim.processes import warn
 
 _POSITION_LAYERS = ("wpe", "pos_emb")
 _POSITION_TABLES = ("embed_positions", "pos_encoding")
+_UNKNOWN = "\ue000"
+"""A character for private use, which no vocabulary has. Tokenizers over bytes write it without an unknown token."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, path: str) -> 
         return tokenizer
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     frame = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token, tokenizer.sep_token}
+    if tokenizer.unk_token_id in tokenizer.encode(_UNKNOWN, add_special_tokens=False):
+        frame.add(tokenizer.unk_token)
     template = str(tokenizer.chat_template or "")
     unfit = [
         f"'{token}' ({number})"

@@ -213,9 +213,13 @@ class PolicyEvaluation(RunModule):
             question: The question.
             levels: Wanted level by dimension name, each by its name or its number (0 = lowest); may be empty.
             samples: Number of answers.
+
+        Raises:
+            UsageError: No prompt can be made of the question, e.g. as it is empty.
         """
         renderer = self.trainer.datamodule.renderer(self.tokenizer)  # type: ignore[attr-defined]
         preference = self.preferences.requested(levels)
+        renderer.check(question, preference)
         targets = self.preferences.encode(preference)[None].to(self.device)
         ids = torch.tensor([renderer.ids(question, preference)], device=self.device)
         index = torch.zeros(1, dtype=torch.long, device=self.device)
