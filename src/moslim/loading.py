@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -166,6 +167,26 @@ def language_part(model: Any) -> Any:
         return whole
     parts = (part for part in whole.modules() if isinstance(part, PreTrainedModel) and type(part.config) is type(text))
     return next(parts, whole)
+
+
+def transformer_part(model: Any) -> Any:
+    """The transformer under the layer that predicts tokens, in a model that may have an adapter's layers inside.
+
+    Transformers' own name for it leads nowhere in some families, such as Llama 4.
+    """
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = whole.base_model
+    if found.get_output_embeddings() is None or found.config.is_encoder_decoder:
+        return found
+    parts = (part for part in language_part(found).modules() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.get_output_embeddings() is None), found)
+
+
+def needed_inputs(model: PreTrainedModel) -> list[str]:
+    """What a model cannot do without besides a text, such as an image."""
+    named_ones = inspect.signature(model.forward).parameters.values()
+    needed = [p for p in named_ones if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return [p.name for p in needed if p.name not in ("input_ids", "attention_mask")]
 
 
 def freeze_unread(model: Any) -> None:

@@ -16,14 +16,28 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from moslim.adapters import AdapterFolder
 from moslim.errors import UsageError
-from moslim.loading import HEADLESS, is_causal, load_whole, named, read_json, seems, untie
+from moslim.loading import (
+    HEADLESS,
+    is_causal,
+    load_whole,
+    named,
+    needed_inputs,
+    read_json,
+    seems,
+    transformer_part,
+    untie,
+)
 from moslim.template_limits import check_template
 
 
@@ -134,7 +148,7 @@ def load_causal_lm(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     own_code = hasattr(config, "auto_map") and trust_remote_code
     factory: Any = AutoModelForCausalLM
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+    if not own_code and _sees_images(config):
         factory = AutoModelForImageTextToText
     if config.is_encoder_decoder or not (own_code or is_causal(config)):
         raise UsageError(
@@ -149,10 +163,23 @@ def load_causal_lm(
             ".save_pretrained(...)"
         )
     model = load_whole(factory.from_pretrained, path, trust_remote_code=trust_remote_code, dtype=dtype)
+    if needed := needed_inputs(model):
+        raise UsageError(
+            f"'{path}' ({type(model).__name__}) reads no text without {', '.join(needed)}: start from a decoder such "
+            "as Qwen or Llama"
+        )
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is not tokens.weight:  # the files have both, whatever the configuration says
         untie(model)
     return model
+
+
+def _sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a folder holds a model of texts and images. Some families have one of texts only, too (Llama 4)."""
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return True
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return whole is not None and whole in (config.architectures or ())
 
 
 def load_backbone(path: str | Path, trust_remote_code: bool = False, base: str | Path | None = None) -> PreTrainedModel:
@@ -169,7 +196,7 @@ def load_backbone(path: str | Path, trust_remote_code: bool = False, base: str |
     """
     if (adapter := AdapterFolder.find(path, base)) is not None:
         return adapter.merged(lambda place: load_backbone(place, trust_remote_code), backbone_only=True)
-    return load_whole(
+    model = load_whole(
         AutoModel.from_pretrained,
         path,
         trust_remote_code=trust_remote_code,
@@ -177,6 +204,10 @@ def load_backbone(path: str | Path, trust_remote_code: bool = False, base: str |
         spare_missing=["pooler."],  # BERT's, which is not used
         backbone_only=True,
     )
+    if model.get_output_embeddings() is None:
+        return model
+    inside: PreTrainedModel = transformer_part(model)  # of Llama 4 with images there is none without a head
+    return inside
 
 
 def align(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
 
+from moslim.errors import UsageError
 from moslim.loading import language_part
 from moslim.lora import LoraOptions, merged
 from moslim.models import load_causal_lm
@@ -40,7 +41,13 @@ NESTED: dict[str, dict[str, Any]] = {
         "text_config": {**TEXT, "model_type": "llama"},
         "vision_config": {**IMAGES, "model_type": "clip_vision_model"},
     },
-}
+    "llama4": {  # a family that has a model of texts only, too, and none without a head
+        "text_config": {**TEXT, "intermediate_size_mlp": 24, "num_local_experts": 2, "interleave_moe_layer_step": 1},
+        "vision_config": {
+            **IMAGES, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
+        },
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(params=list(NESTED))
@@ -86,6 +93,22 @@ def test_policy_with_a_critic_and_classifier_on_such_a_model(
             model(input_ids=ids).logits for model in (load_causal_lm(tmp_path / "export"), merged(module.policy))
         )
     torch.testing.assert_close(again, own)
+
+
+def test_a_model_that_needs_an_image_is_no_policy_but_its_language_model_a_backbone(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    text = {"model_type": "opt", "ffn_dim": 24, "hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model("blip-2", text_config=text, vision_config=IMAGES, qformer_config=IMAGES)
+    for part in (AutoModelForImageTextToText.from_config(config), tokenizer):
+        part.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=r"\(Blip2ForConditionalGeneration\) reads no text without pixel_values"):
+        load_causal_lm(tmp_path)
+    classifier = RewardClassifier(PreferenceSet(LEVELS), backbone=str(tmp_path)).classifier
+    assert classifier.config.backbone.model_type == "opt"
+    ids = torch.tensor([[3, 4, 5]])
+    assert classifier.probabilities(ids, torch.ones_like(ids)).shape[:2] == (1, len(LEVELS))
 
 
 def test_language_modelling_on_such_a_model_leaves_images_alone(start: str) -> None:

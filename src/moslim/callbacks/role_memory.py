@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
+from moslim.loading import transformer_part
 from moslim.peaks import PeakMemory
-from moslim.policy.critic import trunk
 from moslim.policy.memory import Weights, describe, resident_weights
 from moslim.policy.module import PolicyTrainer
 from moslim.policy.roles import Role
@@ -67,12 +67,12 @@ class RoleMemory(Callback):
         self._leave()
 
     def _watch(self, module: PolicyTrainer) -> None:
-        policy = trunk(module.roles.policy)
+        policy = transformer_part(module.roles.policy)
         self._on_pass(policy, lambda: module.roles.active)
         self._on_pass(module.scorer.classifier.backbone, lambda: "classifier")
         with module.roles.reference() as model:
-            if trunk(model) is not policy:
-                self._on_pass(trunk(model), lambda: "reference")
+            if transformer_part(model) is not policy:
+                self._on_pass(transformer_part(model), lambda: "reference")
 
     def _on_pass(self, model: Any, role: Callable[[], Role]) -> None:
         def begin(passing: Any, *_: Any) -> None:

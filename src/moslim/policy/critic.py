@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moslim.loading import transformer_part
 from moslim.lora import LoraOptions
 from moslim.policy.predictor import kept
 from moslim.precision import apply_wide
@@ -47,11 +48,6 @@ class ValueHead(nn.Module):
         return apply_wide(self.linear, states)[..., 0].clone()  # a view could lose the hooks of FSDP
 
 
-def trunk(model: Any) -> Any:
-    """The transformer under a causal language model's output layer, with its adapters."""
-    return (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
-
-
 class TrunkReader:
     """Reads hidden states of answers, without computing logits, for :class:`moslim.policy.logprobs.AnswerPass`.
 
@@ -64,4 +60,4 @@ class TrunkReader:
 
     def states(self, keep: int | Tensor, **inputs: Any) -> Tensor:
         """``[B, keep, H]`` at the last positions, or at those given; the arguments are the trunk's."""
-        return kept(trunk(self.model)(**inputs).last_hidden_state, keep)
+        return kept(transformer_part(self.model)(**inputs).last_hidden_state, keep)

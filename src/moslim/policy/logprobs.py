@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moslim.loading import transformer_part
 from moslim.lora import unwrapped
 from moslim.packing import AnswerBatch, Chunk, chunks_by_length, token_positions, worthwhile
 from moslim.policy.passes import Passes
@@ -52,7 +53,7 @@ class AnswerPass:
         """Runs a model; its states ``[M, H or V]`` before the tokens."""
         if isinstance(self.read, Tree):
             needed, places = self.before.unique(return_inverse=True)
-            with along(unwrapped(reader.model).base_model, self.read) as inputs:
+            with along(transformer_part(reader.model), self.read) as inputs:
                 return reader.states(needed, **inputs)[0].index_select(0, places)
         ids, attention = self.read.input_ids, self.read.attention_mask
         inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": token_positions(attention)}
@@ -82,7 +83,7 @@ def plan(model: Any, batch: AnswerBatch, passes: Passes, among: Tensor | None = 
     rows = torch.arange(len(batch.mask), device=device) if among is None else among
     if not len(rows):
         return []
-    if passes.share_prefixes != "never" and reads_trees(unwrapped(model).base_model, device):
+    if passes.share_prefixes != "never" and reads_trees(transformer_part(model), device):
         ids, lengths = batch.sequences(rows)
         lengths = lengths - 1  # the last token predicts nothing that is asked for
         found = in_order(ids, lengths)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from moslim.loading import transformer_part
 from moslim.policy.statistics import Head, Statistics, of_hidden, of_logits
 from moslim.precision import at_least_float32
 
@@ -40,7 +41,7 @@ class Predictor:
         """
         if self.head is None:
             return self.model(**inputs, logits_to_keep=keep).logits
-        return kept(_inner(self.model).base_model(**inputs).last_hidden_state, keep)
+        return kept(transformer_part(self.model)(**inputs).last_hidden_state, keep)
 
     def statistics(
         self,
@@ -93,7 +94,7 @@ def last_layer(model: Any) -> Head | None:
     text = inner.config.get_text_config()
     head = Head(layer, _scale(text), getattr(text, "final_logit_softcapping", None))
     if inner not in _PLAIN:
-        _PLAIN[inner] = inner.base_model is not inner and _nothing_else_happens(inner, head)
+        _PLAIN[inner] = transformer_part(inner) is not inner and _nothing_else_happens(inner, head)
     return head if _PLAIN[inner] else None
 
 
@@ -119,7 +120,7 @@ def _nothing_else_happens(model: Any, head: Head) -> bool:
         logits = model(input_ids=ids, use_cache=False).logits
     finally:
         handle.remove()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = transformer_part(model)(input_ids=ids, use_cache=False).last_hidden_state
     expected = head.finish(made_up)
     return torch.allclose(logits, expected, rtol=1e-2) and torch.allclose(hidden, given[0], rtol=1e-3, atol=1e-5)
 

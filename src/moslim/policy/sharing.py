@@ -13,9 +13,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from moslim.checkpoints import fingerprint
 from moslim.errors import UsageError
 from moslim.identity import architecture
+from moslim.loading import transformer_part
 from moslim.lora import base_weights
 from moslim.models import load_tokenizer
-from moslim.policy.critic import trunk
 from moslim.policy.roles import Roles, evaluating
 from moslim.precision import widened
 from moslim.reward.adapter_form import SavedAdapter
@@ -45,7 +45,7 @@ class SharedBackbone(nn.Module):
     @property
     def trunk(self) -> Any:
         """The policy's transformer."""
-        return trunk(self._roles.policy)
+        return transformer_part(self._roles.policy)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -56,7 +56,7 @@ class SharedBackbone(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The trunk's."""
-        found: torch.dtype = trunk(self._roles.policy).dtype
+        found: torch.dtype = transformer_part(self._roles.policy).dtype
         return found
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class SharedBackbone(nn.Module):
     ) -> BaseModelOutput:
         """Hidden states ``[B, T, H]`` of pairs ``[B, T]``, float32 or finer, without gradient."""
         with self._roles.playing("classifier") as model, evaluating(model):
-            found = trunk(model)(
+            found = transformer_part(model)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -126,7 +126,7 @@ def _shareable(classifier: str, roles: Roles, tokenizer: PreTrainedTokenizerBase
             f"'{classifier}' has its backbone merged into it: train the classifier with model.lora and export it with "
             "--form adapter"
         )
-    found = trunk(roles.policy)
+    found = transformer_part(roles.policy)
     different = _differences(saved.config.backbone, found.config)
     if different:
         raise NotSharedError(

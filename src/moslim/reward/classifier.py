@@ -24,7 +24,15 @@ from transformers.utils.generic import ModelOutput
 
 from moslim.errors import UsageError
 from moslim.limits import Positions
-from moslim.loading import CLASSIFIER_TYPE, hidden_width, is_causal, language_part, load_whole
+from moslim.loading import (
+    CLASSIFIER_TYPE,
+    hidden_width,
+    is_causal,
+    language_part,
+    load_whole,
+    needed_inputs,
+    transformer_part,
+)
 from moslim.models import align, load_backbone
 from moslim.precision import apply_wide, full_precision
 from moslim.preferences import PreferenceSet
@@ -180,7 +188,7 @@ class PreferenceClassifier(PreTrainedModel):
             UsageError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
         """
         if isinstance(backbone, PreTrainedModel):
-            trunk, name = cast(PreTrainedModel, backbone.base_model), type(backbone).__name__
+            trunk, name = cast(PreTrainedModel, transformer_part(backbone)), type(backbone).__name__
         else:
             name = str(backbone)
             trunk = load_backbone(backbone, trust_remote_code, base)
@@ -309,10 +317,10 @@ def _refuse_unfit(trunk: PreTrainedModel, name: str) -> None:
             f"backbone '{name}' ({type(trunk).__name__}) is an encoder-decoder or a part of one: take an encoder such "
             "as ModernBERT, or a decoder such as Qwen"
         )
-    if not isinstance(language_part(trunk).get_input_embeddings(), nn.Embedding):
+    if needed_inputs(trunk) or not isinstance(language_part(trunk).get_input_embeddings(), nn.Embedding):
         raise UsageError(
-            f"backbone '{name}' ({type(trunk).__name__}) does not read texts: take an encoder such as ModernBERT, or a "
-            "decoder such as Qwen"
+            f"backbone '{name}' ({type(trunk).__name__}) does not read texts, or not without something else: take an "
+            "encoder such as ModernBERT, or a decoder such as Qwen"
         )
 
 
