@@ -104,6 +104,9 @@ def attach_adapter(
 
     options = deepcopy(options)
     options.lora_dropout, options.inference_mode = 0.0, True
+    if isinstance(options.target_modules, list | set):  # else layers of the same names elsewhere would have it, too
+        ends = "|".join(map(re.escape, sorted(options.target_modules)))
+        options.target_modules = rf"{re.escape(inside)}\.(.*\.)?({ends})"
     added = _add(model, options, name)
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     found = {f"{PEFT_PREFIX}{inside}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in weights.items()}
@@ -201,7 +204,10 @@ def chosen_layers(
     linear = [
         name
         for name, module in layers.items()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output and not _read_by_kernels(name, modules)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and not _read_by_kernels(name, modules)
+        and not type(module).__module__.startswith("transformers.models.")  # Llama 4's router, which returns two
     ]
     if wanted is None:
         advised = _advised(model)

@@ -71,6 +71,9 @@ def test_policy_with_a_critic_and_classifier_on_such_a_model(
     reward = RewardClassifier(PreferenceSet(LEVELS), backbone=start, layer=1, lora=lora)
     trained = [name for name, p in reward.named_parameters() if p.requires_grad]
     assert trained and not any("vision" in name or "projector" in name for name in trained)
+    reward.train()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    reward.classifier(ids, torch.ones_like(ids)).logits.sum().backward()
     reward.export(tmp_path / "classifier")
     scorer = Scorer.from_pretrained(tmp_path / "classifier")
     pairs = ["How do I find it?"] * 3, ["Hey pal.", "Hey there.", "Yes."]
@@ -87,12 +90,19 @@ def test_policy_with_a_critic_and_classifier_on_such_a_model(
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
     module.export(str(tmp_path / "export"))
-    ids = torch.tensor([[3, 4, 5, 6]])
     with torch.no_grad():
         again, own = (
             model(input_ids=ids).logits for model in (load_causal_lm(tmp_path / "export"), merged(module.policy))
         )
     torch.testing.assert_close(again, own)
+
+
+def test_policy_and_classifier_share_such_a_model(start: str, preferences: PreferenceSet, tmp_path: Path) -> None:
+    lora = LoraOptions(rank=2)
+    RewardClassifier(PreferenceSet(LEVELS), backbone=start, lora=lora).export_adapter(tmp_path / "adapter")
+    module = make(preferences, start, str(tmp_path / "adapter"), lora=lora, share_backbone="always")
+    trainer(tmp_path, max_steps=1).fit(module, data(preferences))
+    assert module.roles.shares_classifier
 
 
 def test_a_model_that_needs_an_image_is_no_policy_but_its_language_model_a_backbone(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moslim.errors import UsageError
-from moslim.loading import freeze_unread, hidden_width
+from moslim.loading import freeze_unread, hidden_width, transformer_part
 from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights, unwrapped
 from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
@@ -88,7 +88,8 @@ class Roles:
         Raises:
             UsageError: The adapter does not fit the base.
         """
-        inside = self.policy.get_base_model().base_model_prefix
+        part = transformer_part(self.policy)
+        inside = next(name for name, module in self.policy.get_base_model().named_modules() if module is part)
         added = attach_adapter(self.policy, classifier.options, classifier.weights, "classifier", inside)
         self._adapters["classifier"] = self._names(added)
         self._switch("policy")
