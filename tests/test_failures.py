@@ -121,9 +121,9 @@ def test_an_error_of_the_users_own_keeps_its_traceback():
         main([*config, "--trainer.callbacks", f"[{callback}]"])
     with pytest.raises(KeyError, match="missing"):
         main([*config, "--model", "tests.test_failures.Broken"])
-    Path("my_lab.py").write_text("1 / 0\n")
+    Path("my_broken_lab.py").write_text("1 / 0\n")
     with pytest.raises(ZeroDivisionError):
-        main([*config, "--model.squash", "my_lab.Mine"])
+        main([*config, "--model.squash", "my_broken_lab.Mine"])
 
 
 def test_a_mistake_that_another_process_finds(capsys):
