@@ -21,10 +21,9 @@ def level_words(preference: Preference, preferences: PreferenceSet) -> list[tupl
     """Returns (dimension name, level name) of what a preference asks for, in the order of the set.
 
     Raises:
-        UsageError: The preference names an unknown dimension.
-        UsageError: It asks for a level that the dimension does not have.
+        UsageError: See :meth:`PreferenceSet.check`.
     """
-    preferences.encode(preference)  # checks names and levels
+    preferences.check(preference)
     return [
         (d.name, d.levels[preference.levels[d.name]]) for d in preferences.dimensions if d.name in preference.levels
     ]

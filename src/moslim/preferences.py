@@ -146,20 +146,25 @@ class PreferenceSet:
         """The constructor's argument, as plain data."""
         return {d.name: list(d.levels) for d in self.dimensions}
 
-    def encode(self, preference: Preference) -> Tensor:
-        """Returns the targets ``[D]`` (int64) of a preference; ``INACTIVE`` where it asks for nothing.
+    def check(self, preference: Preference) -> None:
+        """Refuses a preference for what does not exist.
 
         Raises:
-            UsageError: The preference names an unknown dimension.
-            UsageError: It asks for a level that the dimension does not have.
+            UsageError: It names an unknown dimension, or asks for a level that the dimension does not have.
         """
-        target = torch.full((len(self),), INACTIVE, dtype=torch.long)
         for name, level in preference.levels.items():
             size = len(self[name].levels)
             if not 0 <= level < size:
                 raise UsageError(f"level {level} of dimension '{name}' is outside 0..{size - 1}")
-            target[self.names.index(name)] = level
-        return target
+
+    def encode(self, preference: Preference) -> Tensor:
+        """Returns the targets ``[D]`` (int64) of a preference; ``INACTIVE`` where it asks for nothing.
+
+        Raises:
+            UsageError: See :meth:`check`.
+        """
+        self.check(preference)
+        return torch.tensor([preference.levels.get(name, INACTIVE) for name in self.names], dtype=torch.long)
 
     def decode(self, target: Tensor) -> Preference:
         """Inverse of :meth:`encode`."""
