@@ -49,7 +49,7 @@ class RunModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.step_counts = StepCounts()
-        """What the sums of a training batch are divided by."""
+        """Denominators of the sums of a training batch."""
         self.recorded: dict[str, float] = {}
         """What :meth:`record` keeps until it is sent."""
 
@@ -89,7 +89,7 @@ class RunModule(LightningModule):
         return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
 
     def meaning(self) -> Entries:
-        """What gives this module's weights their meaning. A subclass adds its own."""
+        """Options that give this module's weights their meaning. A subclass adds its own."""
         found, template = tokenizer_pins(self.tokenizer)
         entries: Entries = {"tokenizer": self._vocabulary, "chat_template": template}
         if self.data is not None:  # else nobody says what is put into the template
@@ -97,7 +97,7 @@ class RunModule(LightningModule):
         return entries | (self.data.meaning() if hasattr(self.data, "meaning") else {})
 
     def resumed_with(self) -> Entries:
-        """What a run of this module must be resumed with. A subclass adds its own."""
+        """Options that a run of this module must be resumed with. A subclass adds its own."""
         entries: Entries = {}
         if not any(isinstance(callback, GradientAccumulationScheduler) for callback in self._callbacks):
             entries["trainer.accumulate_grad_batches"] = self.trainer.accumulate_grad_batches
@@ -150,7 +150,7 @@ class RunModule(LightningModule):
 
     @property
     def instruction_patterns(self) -> tuple[Any, ...]:
-        """What a policy would read as an instruction; nothing where no data module writes one."""
+        """Patterns that a policy would read as an instruction; none where no data module writes one."""
         return getattr(getattr(self.trainer, "datamodule", None), "instruction_patterns", ())
 
     @classmethod
@@ -171,7 +171,7 @@ class RunModule(LightningModule):
         return (folder / "outputs" if folder.resolve() == Path.cwd() else folder) / "predictions.jsonl"
 
     def predictions_depend_on(self, rows: Callable[[], Iterable[Any]]) -> dict[str, Any]:
-        """What the records of ``predict`` depend on, besides what :meth:`carried` compares row by row; plain data.
+        """Plain data that the records of ``predict`` depend on, besides what :meth:`carried` compares row by row.
 
         Args:
             rows: Begins a pass over the rows, as the data module hands them out.
@@ -179,7 +179,7 @@ class RunModule(LightningModule):
         return {}
 
     def carried(self, row: Any) -> dict[str, Any]:
-        """What the record of a row says of the row itself."""
+        """The part of a row's record that comes from the row itself."""
         return {}
 
     def rows_done(self, rows: Callable[[], Iterable[Any]], batch_size: int = 1, most: int | None = None) -> int:

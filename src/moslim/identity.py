@@ -42,7 +42,7 @@ def keep_identity(checkpoint: dict[str, Any], meaning: Entries, run: Entries) ->
 
 
 def saved_entries(checkpoint: Mapping[str, Any]) -> Entries:
-    """What :func:`keep_identity` recorded, both groups together; empty where a checkpoint has no record."""
+    """Entries that :func:`keep_identity` recorded, both groups together; empty where a checkpoint has no record."""
     saved = checkpoint.get(_KEY, {})
     return {**saved.get("meaning", {}), **saved.get("run", {})}
 
@@ -118,7 +118,7 @@ def _differ(saved: Any, now: Any, shared: bool) -> bool:
 
 
 def _config(path: str | Path | None) -> str:
-    """How to give the options of a checkpoint's run, for the message."""
+    """The way to give the options of a checkpoint's run, for the message."""
     if path is None:
         return ""
     places = [parent / "config.yaml" for parent in list(Path(path).parents)[:2]]

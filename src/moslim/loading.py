@@ -183,7 +183,7 @@ def transformer_part(model: Any) -> Any:
 
 
 def needed_inputs(model: PreTrainedModel) -> list[str]:
-    """What a model cannot do without besides a text, such as an image."""
+    """Inputs that a model needs besides a text, such as an image."""
     named_ones = inspect.signature(model.forward).parameters.values()
     needed = [p for p in named_ones if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     return [p.name for p in needed if p.name not in ("input_ids", "attention_mask")]
@@ -275,9 +275,10 @@ def refuse_unclear(path: str | Path) -> None:
         )
     if "quantization_config" in read_json(folder / "config.json"):
         return
-    for file in sorted(folder.glob("model*.safetensors")):
-        if damaged := _damaged(folder):
-            raise UsageError(damaged)
+    files = sorted(folder.glob("model*.safetensors"))
+    if files and (damaged := _damaged(folder)):
+        raise UsageError(damaged)
+    for file in files:
         with safe_open(file, "pt") as content:
             names = [key for key in content.keys() if key.endswith(".weight")]  # noqa: SIM118  (it is no mapping)
             kinds = {key: content.get_slice(key).get_dtype() for key in names}

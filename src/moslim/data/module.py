@@ -170,7 +170,7 @@ class PreferenceDataModule(LightningDataModule):
         return self.template_date or self._today
 
     def meaning(self) -> Entries:
-        """What gives weights their meaning here: lengths, and how preferences are written."""
+        """Options that give weights their meaning: lengths, and the form of preferences in prompts."""
         if self._view is not View.POLICY:
             return {"data.max_length": self._pair_length}
         return {
@@ -180,7 +180,7 @@ class PreferenceDataModule(LightningDataModule):
         }
 
     def resumed_with(self) -> Entries:
-        """What a run must be resumed with, so that its position among the rows means the same rows."""
+        """Options that a run must be resumed with, so that its position among the rows means the same rows."""
         ranks, budget = self._processes[1], self.token_budget
         entries: Entries = {
             "data.seed": self.seed,
@@ -200,7 +200,7 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def instruction_patterns(self) -> tuple[Pattern, ...]:
-        """What reads as an instruction in a question or an answer."""
+        """Patterns that read as an instruction in a question or an answer."""
         return instruction_patterns(self.instruction, self.preferences)
 
     def rows(self, view: View, split: Split) -> list[Example]:
@@ -298,7 +298,7 @@ class PreferenceDataModule(LightningDataModule):
         return self._in_order(FixedPrompts(prompts[self._rows_done(lambda: prompts, len(prompts)) :]))
 
     def _requested(self, row: Example) -> Preference:
-        """What a row of predict asks for."""
+        """The preference that a row of predict asks for."""
         return known_levels(row.requested or row.levels, self.preferences)
 
     def state_dict(self) -> dict[str, Any]:

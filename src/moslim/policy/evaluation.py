@@ -76,7 +76,7 @@ class PolicyEvaluation(RunModule):
         return Positions.of(self.policy).longest(wanted, self.model_path, completion)
 
     def meaning(self) -> Entries:
-        """What gives the policy's weights their meaning."""
+        """Options that give the policy's weights their meaning."""
         engine, classifier = self.answerer.engine, self.scorer.classifier.config
         pins, template = tokenizer_pins(self.scorer.tokenizer)
         return {

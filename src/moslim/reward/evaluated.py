@@ -110,7 +110,7 @@ class ClassifierEvaluation(RunModule):
     never_accepted = ("preferences", "model.trunk")  # heads of one width would change places; parameters would not fit
 
     def meaning(self) -> Entries:
-        """What gives the classifier's weights their meaning."""
+        """Options that give the classifier's weights their meaning."""
         config = unwrapped(self.classifier).config
         return {
             "preferences": config.dimensions,
@@ -150,7 +150,7 @@ class ClassifierEvaluation(RunModule):
         super().on_predict_start()
 
     def _as_it_is(self) -> Entries:
-        """What is compared where a saved classifier is used as it is; a date only where it was saved with one."""
+        """Entries compared where a saved classifier is used as it is; a date only where it was saved with one."""
         pins = tokenizer_pins(self.tokenizer)[0]
         day = {} if pins.day is None else {"data.template_date": pins.day}
         return {"data.max_length": self.pair_limit, "data.template_args": pins.arguments, **day}
@@ -206,7 +206,7 @@ class ClassifierEvaluation(RunModule):
         return options.get("classifier") is None
 
     def predictions_depend_on(self, rows: Callable[[], Iterable[Example]]) -> dict[str, Any]:
-        """What the scores of a row depend on besides the row."""
+        """Plain data that the scores of a row depend on, besides the row."""
         config = unwrapped(self.classifier).config.to_dict()
         return {
             "weights": self._weights(),

@@ -66,7 +66,7 @@ class Scorer:
 
     @property
     def taken_out(self) -> TakenOut:
-        """How many texts were scored without something that was taken out of them."""
+        """Number of texts that were scored without something that was taken out of them."""
         return self._encoder.taken_out
 
     @property

@@ -189,7 +189,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=json_float, p
 
 
 def _depth(value: Any) -> int:
-    """How many objects and lists stand in each other, without recursion."""
+    """Depth of nested objects and lists, without recursion."""
     depth, level = 0, [value]
     while level:
         level = [

@@ -75,7 +75,7 @@ def cache_argument(model: Any) -> str | None:
 
 
 def cached(model: Any, cache: Cache) -> dict[str, Any]:
-    """How a model's forward is given a cache."""
+    """Arguments by which a model's forward takes a cache."""
     return {cache_argument(unwrapped(model)) or "past_key_values": cache, "use_cache": True}
 
 

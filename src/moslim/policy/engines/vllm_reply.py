@@ -134,7 +134,7 @@ def models_of(reply: Any, client: Client) -> tuple[str, set[str]]:
 
 
 def _wrong(choice: dict[str, Any], prompt: Sequence[int], limits: Limits, said: Callable[[Any], str]) -> str | None:
-    """What is wrong with one answer."""
+    """The fault of one answer."""
     if choice.get("prompt_token_ids") not in (None, prompt):
         return "is to another prompt than was sent: does the server cut or extend prompts?"
     tokens, logprobs = choice.get("token_ids"), _logprobs(choice)
