@@ -1,7 +1,12 @@
-"""Two processes that find each other as those of torchrun do; as forks, they have imported everything already."""
+"""Two processes that find each other as those of torchrun do.
+
+They are forks of a server that runs nothing else: a fork of the tests' own process inherits the locks of threads that
+it does not have, and sometimes crashed in FSDP.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -13,7 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 
 def in_two(function: Callable[..., Any], *arguments: Any) -> None:
-    """Calls a function in both; what it finds, it must write to files.
+    """Calls a function of a module in both; what it finds, it must write to files.
 
     Raises:
         ProcessRaisedException: It failed in one of them.
@@ -21,7 +26,8 @@ def in_two(function: Callable[..., Any], *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_become, (port, function, arguments), nprocs=2, start_method="fork")
+    multiprocessing.set_forkserver_preload(["moslim.cli", "moslim.policy.module", "moslim.reward.module"])
+    mp.start_processes(_become, (port, function, arguments), nprocs=2, start_method="forkserver")
 
 
 def sharded() -> ModelParallelStrategy:
@@ -33,5 +39,5 @@ def _become(rank: int, port: int, function: Callable[..., Any], arguments: tuple
     own = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "fork"}
     os.environ.update({name: str(value) for name, value in (own | found).items()})
-    torch.set_num_threads(1)  # the first to ask makes a fork's thread pool anew: two threads at once would both fail
+    torch.set_num_threads(1)
     function(*arguments)

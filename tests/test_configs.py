@@ -158,6 +158,21 @@ def save_qwen(folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
+def run_small(folder: Path, command: list[str], *options: str) -> MoslimCLI | None:
+    """Runs one command; None where a gate stopped it, which it must do for want of quality alone."""
+    small = SMALL[command[command.index("--config") + 1]]
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        patch.setattr(sys, "path", sys.path.copy())
+        patch.setattr(sys, "argv", ["main.py"])
+        try:
+            return run([*command, *shlex.split(FEW_STEPS), *shlex.split(small), *options])
+        except GateError as closed:
+            assert ", wanted " in str(closed)
+            assert "no such metric" not in str(closed) and "nothing was logged" not in str(closed)
+            return None
+
+
 class RunFolder:
     """A folder in which every config finds what it names. Each config is run once, after those that it needs."""
 
@@ -166,15 +181,7 @@ class RunFolder:
         self._done: dict[str, list[MoslimCLI | None]] = {}
 
     def run(self, command: list[str], *options: str) -> MoslimCLI | None:
-        """Runs one command; None where a gate stopped it, which it must do for want of quality alone."""
-        small = SMALL[command[command.index("--config") + 1]]
-        with contextlib.chdir(self.folder):
-            try:
-                return run([*command, *shlex.split(FEW_STEPS), *shlex.split(small), *options])
-            except GateError as closed:
-                assert ", wanted " in str(closed)
-                assert "no such metric" not in str(closed) and "nothing was logged" not in str(closed)
-                return None
+        return run_small(self.folder, command, *options)
 
     def launched(self, path: str) -> list[MoslimCLI | None]:
         """Runs a config's own commands, if that was not done yet."""
@@ -194,11 +201,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
     save_labelled(folder / "labelled.jsonl")
     save_polite(folder / "politeness.jsonl")
     save_qwen(folder / "Qwen/Qwen2.5-0.5B-Instruct")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-        patch.setattr(sys, "path", sys.path.copy())
-        patch.setattr(sys, "argv", ["main.py"])
-        yield RunFolder(folder)
+    yield RunFolder(folder)
     import wandb
 
     wandb.finish()
@@ -271,7 +274,7 @@ def test_preferences_train_a_classifier(path: str, run_folder: RunFolder, tmp_pa
 def test_two_processes_train_by_a_strategy_s_own_command_and_one_exports(path: str, run_folder: RunFolder) -> None:
     (command,) = commands(path)
     place = ["--trainer.default_root_dir", f"outputs/{Path(path).stem}"]
-    in_two(run_folder.run, command, *place)
+    in_two(run_small, run_folder.folder, command, *place)
     export = ["export", *command[1 : command.index(path) - 1], "--ckpt_path", "last", "--out", f"{Path(path).stem}-lm"]
     run_folder.run(export, *place)
     exported = AutoModelForCausalLM.from_pretrained(run_folder.folder / f"{Path(path).stem}-lm").state_dict()
@@ -288,7 +291,7 @@ def test_a_model_with_one_tensor_for_words_in_and_out_is_sharded(run_folder: Run
     run_folder.launched(NEEDS["configs/policy/helpsteer2_rloo.yaml"])
     command = ["fit", "--config", "configs/policy/helpsteer2_rloo.yaml", "--config", "configs/trainer/fsdp.yaml"]
     options = ["--trainer.default_root_dir", "outputs/tied", "--model.lora", "null", "--model.dtype", "float32"]
-    in_two(run_folder.run, command, *options, "--trainer.accumulate_grad_batches", "1")
+    in_two(run_small, run_folder.folder, command, *options, "--trainer.accumulate_grad_batches", "1")
     export = ["export", *command[1:3], "--ckpt_path", "last", "--out", "tied-lm"]
     run_folder.run(export, *options)
     start, end = (
