@@ -5,7 +5,7 @@
 
 ``DIR`` holds the folders ``truthfulqa_judge`` and ``oasst1_en_validation``. Of two answers to one question, the one
 that raters put higher on a dimension was preferred; its margin is the difference of their mean votes
-(:class:`~moslim.data.sources.rivals.Rivals`). Three arms learn from the same rows: from labels and votes alone, from
+(:class:`~moslim.data.ComparisonsFromRatings`). Three arms learn from the same rows: from labels and votes alone, from
 comparisons as well, and with their margins. All are tested on comparisons of held-out questions, and best of four: on
 TruthfulQA one answer of each combination of labels, each in turn asked for. What is measured is kept under ``--work``.
 Last result: benchmarks/results/disagreement.json, shown in docs/benchmarks.md.
@@ -39,7 +39,7 @@ ARMS = {
     "and comparisons": ["--model.pairs.margin_scale=0"],
     "with margins": ["--model.pairs.margin_scale=1"],
 }
-RIVALS = "moslim.data.sources.rivals.Rivals"
+RIVALS = "moslim.data.sources.rivals.ComparisonsFromRatings"
 TABLE = "moslim.data.sources.table.Table"
 
 

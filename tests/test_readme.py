@@ -13,8 +13,8 @@ import moslim.reward.losses
 from moslim import PolicyTrainer, PreferenceDataModule, RewardClassifier
 from moslim.cli import SUBCOMMANDS
 from moslim.data.sources.base import Source
-from moslim.data.sources.rivals import Rivals
-from moslim.data.sources.several import Several
+from moslim.data.sources.rivals import ComparisonsFromRatings
+from moslim.data.sources.several import ConcatSource
 from moslim.data.sources.table import Table
 from moslim.data.sources.workbench import Workbench
 from moslim.instructions import PreferenceInstruction
@@ -51,7 +51,7 @@ def test_every_shipped_part_is_named(base: type) -> None:
 
 
 def test_every_source_is_found() -> None:
-    assert shipped(Source) == {kind.__name__ for kind in (Rivals, Several, Table, Workbench)}
+    assert shipped(Source) == {kind.__name__ for kind in (ComparisonsFromRatings, ConcatSource, Table, Workbench)}
 
 
 def test_every_key_is_an_option() -> None:

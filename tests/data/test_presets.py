@@ -18,7 +18,7 @@ from tiny_world import save_world
 from moslim.cli import run
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.sources.several import Several
+from moslim.data.sources.several import ConcatSource
 from moslim.data.types import Example, Split, View
 from moslim.preferences import PreferenceSet
 from tests.data import published
@@ -261,7 +261,7 @@ def test_hh_rlhf_s_parts_are_one_source(tmp_path: Path) -> None:
     both = built(source)
     dimensions = yaml.safe_load((ROOT / "configs/preferences/hh_rlhf.yaml").read_text())["dimensions"]
     rows = both.rows(View.REWARD, Split.TRAIN, PreferenceSet(dimensions), seed=0)
-    assert isinstance(both, Several) and [row.compared for row in rows] == [("helpfulness",), ("harmlessness",)]
+    assert isinstance(both, ConcatSource) and [row.compared for row in rows] == [("helpfulness",), ("harmlessness",)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

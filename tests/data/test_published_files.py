@@ -13,7 +13,7 @@ import pytest
 
 from moslim.data.pairs import known_levels, level_shares
 from moslim.data.sources.base import Source
-from moslim.data.sources.rivals import Rivals
+from moslim.data.sources.rivals import ComparisonsFromRatings
 from moslim.data.sources.votes import agreed_level
 from moslim.data.types import Example, Split, View
 from moslim.preferences import PreferenceSet
@@ -108,7 +108,7 @@ def test_votes_become_soft_targets(name: str, tmp_path: Path) -> None:
 def test_disagreement_makes_the_margin_small(name: str, dimension: str, tmp_path: Path) -> None:
     for rows, count in files(name, tmp_path):
         given = [*rows, Example(rows[0].question, "An answer like no other.", {dimension: 0})]
-        found = Rivals(Rows(given), dimension).rows(View.REWARD, Split.TRAIN, preferences(name), 0)
+        found = ComparisonsFromRatings(Rows(given), dimension).rows(View.REWARD, Split.TRAIN, preferences(name), 0)
         pairs = [row for row in found if row.rejected is not None]
         assert 0 < len(pairs) < count
         for row in pairs:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moslim.data.sources.base import Source
-from moslim.data.sources.rivals import Rivals
+from moslim.data.sources.rivals import ComparisonsFromRatings
 from moslim.data.sources.table import Table
 from moslim.data.sources.workbench import Workbench
 from moslim.data.types import Example, Split, View
@@ -26,7 +26,7 @@ def table(folder: Path, *records: dict) -> Table:
 
 
 def compared(source: Source, split: Split = Split.TRAIN, seed: int = 0) -> list[Example]:
-    return Rivals(source, "size").rows(View.REWARD, split, PREFERENCES, seed)
+    return ComparisonsFromRatings(source, "size").rows(View.REWARD, split, PREFERENCES, seed)
 
 
 def test_the_margin_is_small_where_raters_disagree(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_nothing_is_compared_with_itself_or_without_a_rating_or_twice(tmp_path: 
 def test_the_workbench_s_raters(tmp_path: Path) -> None:
     """Rivals follow from the seed, stand in the same split, and mostly differ as the gold scorer says."""
     preferences = PreferenceSet(LEVELS)
-    source = Rivals(Workbench(reward_rows=300, bare_rows=0, raters=3), "warmth")
+    source = ComparisonsFromRatings(Workbench(reward_rows=300, bare_rows=0, raters=3), "warmth")
     rows = source.rows(View.REWARD, Split.TRAIN, preferences, 0)
     assert rows == source.rows(View.REWARD, Split.TRAIN, preferences, 0)
     assert [row.rejected for row in rows] != [
@@ -88,9 +88,9 @@ def test_the_workbench_s_raters(tmp_path: Path) -> None:
 
 def test_other_views_and_an_unknown_dimension(tmp_path: Path) -> None:
     source = table(tmp_path, {"question": "a", "answer": "x", "size": 1}, {"question": "a", "answer": "y", "size": 0})
-    rivals = Rivals(source, "size")
+    rivals = ComparisonsFromRatings(source, "size")
     for view in (View.POLICY, View.TEXT):
         expected = source.rows(view, Split.TRAIN, PREFERENCES, 0)
         assert rivals.rows(view, Split.TRAIN, PREFERENCES, 0) == expected
     with pytest.raises(UsageError, match="no dimension 'tone'; there are: size, heat"):
-        Rivals(source, "tone").rows(View.REWARD, Split.TRAIN, PREFERENCES, 0)
+        ComparisonsFromRatings(source, "tone").rows(View.REWARD, Split.TRAIN, PREFERENCES, 0)

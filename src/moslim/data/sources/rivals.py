@@ -14,7 +14,7 @@ from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 
 
-class Rivals(Source):
+class ComparisonsFromRatings(Source):
     """The rows of another source, each beside an answer to the same question that raters put lower on a dimension.
 
     The margin is the difference between the means of their votes, so that it is small where raters disagree (the idea

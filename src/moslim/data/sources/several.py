@@ -11,7 +11,7 @@ from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
 
-class Several(Source):
+class ConcatSource(Source):
     """The rows of several sources, one after the other, e.g. tables that label different dimensions.
 
     Args:
