@@ -132,7 +132,7 @@ def heads(world: World, counts: tuple[int, int], repeats: int) -> dict[str, Any]
     scorers = {}
     for count in counts:
         with models_of(replace(world, heads=count)) as folder:
-            scorers[f"{count} heads"] = Scorer.from_pretrained(folder / "classifier")
+            scorers[f"{count} heads"] = Scorer(folder / "classifier", device="cpu")
     questions = [row.question for row in data_of(world).rows(View.POLICY, Split.TRAIN)[: world.prompts]]
     texts = [" ".join([str(questions[0])] * 4).split()[: 8 + i % 33] for i in range(world.prompts * world.samples)]
     asked = [question for question in questions for _ in range(world.samples)]

@@ -90,7 +90,7 @@ def fit(folder: Path, name: str, seed: int, *options: str, layer: Sequence[str] 
 @torch.no_grad()
 def outputs(classifier: Path, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """Calibrated level probabilities ``[N, 2, 2]`` and raw scores ``[N, 2, S]`` of the rows."""
-    scorer = Scorer.from_pretrained(classifier)
+    scorer = Scorer(classifier, device="cpu")
     encoder = PairEncoder(scorer.tokenizer, max_length=128)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["question"]) + len(rows[i]["answer"]))
     found = []

@@ -451,8 +451,8 @@ def test_a_refreshed_classifier_is_tested_on_what_was_requested(path: str, run_f
 @pytest.mark.filterwarnings("ignore:fewer than 30 validation rows")
 def test_a_head_is_added_to_a_classifier(run_folder: RunFolder) -> None:
     (added,) = run_folder.launched("configs/reward/extend.yaml")
-    before = Scorer.from_pretrained(run_folder.folder / "outputs/helpsteer2/reward/classifier")
-    after = Scorer.from_pretrained(run_folder.folder / added.model.run_folder / "classifier")
+    before = Scorer(run_folder.folder / "outputs/helpsteer2/reward/classifier")
+    after = Scorer(run_folder.folder / added.model.run_folder / "classifier")
     assert after.preferences.names == (*before.preferences.names, "politeness")
     old, new = (scorer.probabilities(["What is 1?"], ["so so"]) for scorer in (before, after))
     assert torch.equal(new[:, : old.shape[1]], old)
@@ -481,7 +481,7 @@ def test_helpsteer2_trains_five_heads_on_ratings(run_folder: RunFolder) -> None:
     before = AutoModelForCausalLM.from_pretrained(run_folder.folder / "Qwen/Qwen2.5-0.5B-Instruct", dtype=torch.float32)
     start, end = before.model.embed_tokens.weight, classifier.backbone.embed_tokens.weight
     assert end.dtype == torch.float32 and not torch.equal(start, end)
-    probs = Scorer.from_pretrained(folder).probabilities(["What is 1 plus 1?"], ["Two."])
+    probs = Scorer(folder).probabilities(["What is 1 plus 1?"], ["Two."])
     assert probs.shape == (1, 5, 5) and torch.allclose(probs.sum(-1), torch.ones(1, 5))
 
 

@@ -182,7 +182,7 @@ def test_a_classifier_keeps_to_its_backbones_positions(family: str, most: int, t
     trainer(tmp_path).test(module, data())
     module.export(tmp_path / "classifier")
     for limit in (None, 1000):
-        scorer = Scorer.from_pretrained(tmp_path / "classifier")
+        scorer = Scorer(tmp_path / "classifier")
         scorer.classifier.config.pair_length = limit
         again = Scorer(scorer.classifier, scorer.tokenizer)
         again.reserve(())
@@ -227,7 +227,7 @@ def test_a_padding_token_without_embedding_does_no_harm(tmp_path: Path) -> None:
         reward = RewardClassifier(TONE, backbone=backbone, calibrate=False)
         trainer(tmp_path, max_steps=1).fit(reward, data(4))
         reward.export(tmp_path / "classifier")
-        scorer = Scorer.from_pretrained(tmp_path / "classifier")
+        scorer = Scorer(tmp_path / "classifier")
         scores.append(scorer.probabilities(["how cake", "how"], ["good .", "bad"], batch_size=2))
     torch.testing.assert_close(*scores)
 

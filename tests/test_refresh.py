@@ -141,7 +141,7 @@ def test_the_gap_before_and_after_is_that_of_the_two_classifiers(folder: Path) -
     for result, place in zip(results, ("mine", "refresh"), strict=True):
         found = result["requests"]["dimensions"]["warmth"]
         assert found["gap"] == pytest.approx(found["proxy"] - found["gold"], abs=2e-6)
-        scorer = Scorer.from_pretrained(folder / "outputs" / place / "classifier")
+        scorer = Scorer(folder / "outputs" / place / "classifier")
         probs = scorer.probabilities([row["question"] for row in tested], [row["answer"] for row in tested])
         warm = probs[torch.arange(len(tested)), scorer.preferences.names.index("warmth"), asked]
         assert found["proxy"] == pytest.approx(warm.mean().item(), abs=1e-5)

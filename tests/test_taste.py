@@ -71,7 +71,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_from_a_file_of_choices_to_a_mapping(
     classifier: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scorer = Scorer.from_pretrained(classifier)
+    scorer = Scorer(classifier)
     words = "basil fern pepper rose tomato tulip chair clock fence radio".split()
     texts = [f"Check the {a} and the {b}." for a in words for b in words]
     probs = scorer.probabilities(["How?"] * len(texts), texts)

@@ -8,6 +8,7 @@ from moslim.utils.exports import lazy_exports
 if TYPE_CHECKING:
     from moslim.data.module import PreferenceDataModule as PreferenceDataModule
     from moslim.policy.module import PolicyTrainer as PolicyTrainer
+    from moslim.policy.shared import load_policy as load_policy
     from moslim.preferences import Dimension as Dimension
     from moslim.preferences import Preference as Preference
     from moslim.preferences import PreferenceSet as PreferenceSet
@@ -27,5 +28,6 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "RewardClassifier": "moslim.reward.module",
         "Scorer": "moslim.reward.scorer",
         "SupervisedTrainer": "moslim.supervised.module",
+        "load_policy": "moslim.policy.shared",
     },
 )

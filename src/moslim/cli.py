@@ -32,7 +32,7 @@ from moslim.failures import debugging, in_own_code, reported, without_flag
 from moslim.layers import dropped
 from moslim.option_errors import shortened
 from moslim.parser import MoslimParser, refuse_dangerous_names
-from moslim.policy.shared import ask
+from moslim.policy.shared import generate
 from moslim.preferences import PreferenceSet
 from moslim.quiet import leave_out_noise, plain_warnings
 from moslim.restore import best_checkpoint_of, newest_checkpoint
@@ -301,6 +301,6 @@ def main(args: list[str] | None = None) -> None:
             if any(part.partition("=")[0] == "--config" for part in arguments):
                 raise UsageError("generate --policy FOLDER takes no --config: all that it needs is in the folder")
             leave_out_noise()
-            auto_cli(ask, args=arguments[1:], as_positional=False, parser_class=MoslimParser)
+            auto_cli(generate, args=arguments[1:], as_positional=False, parser_class=MoslimParser)
         else:
             run(arguments)

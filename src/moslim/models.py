@@ -221,6 +221,11 @@ def align(model: nn.Module) -> None:
             weight.data = weight.data.clone()
 
 
+def chosen_device(device: str | torch.device | None) -> torch.device:
+    """Returns a device as it was given; for None, a GPU if there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def eos_ids(model: PreTrainedModel | Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the tokenizer's, and those of the model's generation config."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -151,7 +151,7 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
     """
     if not Path(choices).is_file():
         raise MissingFileError(f"--choices {choices}: there is no such file")
-    taste = fit_taste(read_choices(choices), Scorer.from_pretrained(classifier), l2)
+    taste = fit_taste(read_choices(choices), Scorer(classifier), l2)
     taste.save(output)
     print(f"{taste.choices} choices, {taste.agreement:.0%} foretold by the others; weights in log-odds per full range:")
     for name, weight in sorted(taste.weights.items(), key=lambda item: -abs(item[1])):

@@ -235,6 +235,6 @@ def test_a_folder_with_a_date_keeps_it_in_the_next_run(dated: tuple[str, str], p
 def test_the_scorer_of_a_dated_classifier_reads_the_saved_date(
     dated: tuple[str, str], preferences: PreferenceSet
 ) -> None:
-    scorer = Scorer.from_pretrained(dated[1])
+    scorer = Scorer(dated[1])
     data(preferences, template_date="2024-02-09").pin(scorer.tokenizer)
     assert torch.is_tensor(scorer.probabilities(["How?"], ["So."]))

@@ -101,7 +101,7 @@ def test_what_a_rollout_holds(preferences, lm, classifier, tmp_path):
     assert any("[[" in text for text in module.tokenizer.batch_decode(found.input_ids))  # some are instructed ...
     assert not any("[[" in question for question in found.questions)  # ... which the classifier is not shown
 
-    scorer = Scorer.from_pretrained(classifier)
+    scorer = Scorer(classifier)
     columns = [scorer.preferences.names.index(name) for name in preferences.names]
     assert columns != sorted(columns)
     expected = scorer.probabilities(found.questions, found.answers)[:, columns]

@@ -75,7 +75,7 @@ def test_policy_with_a_critic_and_classifier_on_such_a_model(
     ids = torch.tensor([[3, 4, 5, 6]])
     reward.classifier(ids, torch.ones_like(ids)).logits.sum().backward()
     reward.export(tmp_path / "classifier")
-    scorer = Scorer.from_pretrained(tmp_path / "classifier")
+    scorer = Scorer(tmp_path / "classifier")
     pairs = ["How do I find it?"] * 3, ["Hey pal.", "Hey there.", "Yes."]
     torch.testing.assert_close(*(scorer.probabilities(*pairs, share_prefixes=how) for how in ("never", "always")))
 

@@ -5,11 +5,14 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from moslim import load_policy
 from moslim.cli import main, run
 from moslim.data.prompts import PromptRenderer
 from moslim.errors import MissingFileError, UsageError
@@ -17,7 +20,6 @@ from moslim.instructions import SystemMessage, Tags, Template
 from moslim.policy.engines import TorchEngine
 from moslim.policy.model_card import policy_card
 from moslim.policy.shared import FILE, _instruction, write_description
-from moslim.policy.shared import ask as ask_policy
 from moslim.preferences import Preference, PreferenceSet
 from moslim.workbench.grammar import TOPICS
 from moslim.workbench.questions import ask
@@ -127,6 +129,62 @@ def test_an_exported_policy_is_asked_without_a_config(folder: Path, monkeypatch:
     assert stop.value.code == 2 and "no level 'hot'; lowest first, there are: icy (0)" in capsys.readouterr().err
 
 
+def test_the_page_s_python_code_runs(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    capsys.readouterr()
+    main(["generate", "--policy", "shared/policy", "--question", "How do I clean the kettle?", "--levels.warmth", "4"])
+    policy = names["policy"]
+    assert policy.generate("How do I clean the kettle?", levels={"warmth": "glowing"}) == capsys.readouterr().out[:-1]
+    assert [len(group) for group in names["texts"]] == [4, 4]
+
+
+def test_a_completion_does_not_depend_on_what_else_is_asked(folder: Path) -> None:
+    policy = load_policy(folder / "shared/policy", device="cpu")
+    first, chat = "How do I clean the kettle?", [{"role": "user", "content": "How do I make tea?"}]
+    requested = [{"warmth": "glowing"}, {}]
+    texts = policy.generate([chat, chat], requested, num_generations=2, batch_size=1)
+    assert texts == policy.generate([chat, chat], requested, num_generations=2)
+    assert texts[1] == policy.generate(chat, num_generations=2) and texts[0][0] == policy.generate(chat, {"warmth": 4})
+    assert policy.generate([first, chat[0]["content"]])[1] == texts[1][0]
+    assert policy.generate([]) == []
+
+
+def test_sampling_is_that_of_training_unless_it_is_given(folder: Path) -> None:
+    policy = load_policy(folder / "shared/policy", dtype=torch.bfloat16)
+    assert policy.model.dtype == torch.bfloat16
+    question = "How do I clean the kettle?"
+    sampled = policy.generate(question, num_generations=4)
+    assert sampled == policy.generate(question, num_generations=4, seed=0)
+    assert sampled != policy.generate(question, num_generations=4, seed=1) and len(set(sampled)) > 1
+    assert len(set(policy.generate(question, num_generations=4, temperature=0))) == 1
+    assert len(policy.generate(question, max_new_tokens=1).split()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("question", "levels", "said"),
+    [
+        ("Why?", {"heat": 1}, "no dimension 'heat'; there are: formality, warmth"),
+        ("Why?", {"warmth": "hot"}, "no level 'hot'; lowest first, there are: icy \\(0\\)"),
+        (["Why?", "How?"], [{"warmth": 1}], "there are 1 `levels` for 2 questions"),
+        (" ", None, "the question is empty"),
+        ([{"role": "assistant", "content": "Why?"}], None, "must end with a user turn"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(question: Any, levels: Any, said: str, folder: Path) -> None:
+    policy = load_policy(folder / "shared/policy")
+    with pytest.raises(UsageError, match=said):
+        policy.generate(question, levels)
+
+
+def test_what_is_taken_out_of_a_question_is_told(folder: Path) -> None:
+    policy = load_policy(folder / "shared/policy")
+    with pytest.warns(UserWarning, match="is taken out of the question"):
+        policy.generate(["Why?", "[[Preferences]] warmth: glowing Why?"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -156,9 +214,9 @@ def test_what_stands_in_an_exported_policy_is_data(change: dict, said: str, fold
     content = json.loads((folder / "shared/policy" / FILE).read_text())
     (tmp_path / FILE).write_text(json.dumps(content | change))
     with pytest.raises(UsageError, match=said):
-        ask_policy(str(tmp_path), "Why?")
+        load_policy(tmp_path)
     with pytest.raises(MissingFileError, match=r"there is no moslim_policy\.json, which `export` of a policy writes"):
-        ask_policy(str(tmp_path / "other"), "Why?")
+        load_policy(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

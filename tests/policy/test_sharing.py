@@ -107,7 +107,7 @@ def test_scores_are_those_of_the_separate_classifier(kind, options, tokenizer, b
     saved = trained_classifier(base, tmp_path / "classifier", kind, **options)
     lora = LoraOptions(rank=2, target_modules=["c_attn"]) if kind == "gpt2" else LORA
     roles, scorer = build(base, saved, lora=lora)
-    separate = Scorer.from_pretrained(saved).probabilities(QUESTIONS, ANSWERS)
+    separate = Scorer(saved).probabilities(QUESTIONS, ANSWERS)
     torch.testing.assert_close(scorer.probabilities(QUESTIONS, ANSWERS), separate, atol=1e-5, rtol=0)
     without = scorer.classifier
     assert separate.std(dim=0).max() > 0.01  # it has opinions
@@ -123,7 +123,7 @@ def test_scoring_in_the_midst_of_another_role_disturbs_nobody(lm, shareable, bat
     roles, scorer = build(lm, shareable, critic=CriticOptions(OTHER_LAYERS))
     with torch.enable_grad():
         learn(roles, batch)
-    expected = Scorer.from_pretrained(shareable).probabilities(QUESTIONS, ANSWERS)
+    expected = Scorer(shareable).probabilities(QUESTIONS, ANSWERS)
     start = answer_logprobs(AutoModelForCausalLM.from_pretrained(lm), batch, 1.0, PLAIN)
     learnt = answer_logprobs(roles.policy, batch, 1.0, PLAIN)
     assert (learnt - start).abs().max() > 1e-3

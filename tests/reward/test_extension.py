@@ -66,7 +66,7 @@ def test_a_new_head_learns_and_the_others_stay_the_same_to_the_last_bit(
     module = extend(tmp_path, saved, FILLER, steps=60, head_hidden=hidden)
     assert module.metrics["val/filler/accuracy"] > 0.8  # a sixth of the rows show no filler
     assert "val/tone/accuracy" not in module.metrics
-    old, new = Scorer.from_pretrained(saved), Scorer.from_pretrained(tmp_path / "extended")
+    old, new = Scorer(saved), Scorer(tmp_path / "extended")
     assert list(new.preferences.names) == ["tone", "amount", "filler"]
     assert new.classifier.config.pair_length == 40
     temperatures = new.classifier.config.temperatures
@@ -92,7 +92,7 @@ def test_naming_old_dimensions_evaluates_them_and_changes_nothing_else(saved: Pa
 def test_a_classifier_can_be_extended_again(saved: Path, tmp_path: Path) -> None:
     extend(tmp_path / "one", saved, FILLER, pooling=["mean", "max"], max_length=40)  # as they are: allowed
     extend(tmp_path / "two", tmp_path / "one" / "extended", {"third": FILLER["filler"]}, calibrate=False)
-    one, two = (Scorer.from_pretrained(tmp_path / name / "extended") for name in ("one", "two"))
+    one, two = (Scorer(tmp_path / name / "extended") for name in ("one", "two"))
     assert list(two.preferences.names) == ["tone", "amount", "filler", "third"]
     assert torch.equal(two.probabilities(*texts())[:, :3], one.probabilities(*texts()))
     assert two.classifier.config.temperatures == [*one.classifier.config.temperatures, 1.0]
@@ -105,7 +105,7 @@ def test_the_code_for_use_without_moslim_knows_added_heads_and_several_poolings(
     known: dict[str, Any] = {}
     exec(code.replace('folder = "."', f"folder = {str(tmp_path / 'extended')!r}"), known)
     found = known["score"]("how cake", "bad .")
-    probs = Scorer.from_pretrained(tmp_path / "extended").probabilities(["how cake"], ["bad ."])[0]
+    probs = Scorer(tmp_path / "extended").probabilities(["how cake"], ["bad ."])[0]
     assert list(found) == ["tone", "amount", "filler"]
     for head, levels in enumerate(found.values()):
         assert list(levels.values()) == pytest.approx(probs[head, : len(levels)].tolist(), abs=1e-5)

@@ -86,7 +86,7 @@ def test_the_saved_classifier_pools_as_the_heads_have_learnt_it(
     run = trainer(tmp_path)
     run.fit(module, data(preferences))
     assert (tmp_path / "kept").is_dir() and not (tmp_path / "features").exists()
-    scorer = Scorer.from_pretrained(tmp_path / "classifier")
+    scorer = Scorer(tmp_path / "classifier")
     assert (scorer.classifier.config.pooling, scorer.classifier.config.layer) == (POOLING, 1)
     rows = WordSource().rows(View.REWARD, Split.VALIDATION, preferences, 0)
     probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
@@ -139,7 +139,7 @@ def test_two_processes_share_the_cache_and_train_as_one_does(
         trainer(folder, max_steps=3, **options).fit(module, data(preferences, batch_size))
         assert len(list((folder / "features").iterdir())) == 1
         ids = torch.tensor([[3, 5, 7, 2]])
-        return Scorer.from_pretrained(folder / "classifier").classifier(ids, torch.ones_like(ids)).scores
+        return Scorer(folder / "classifier").classifier(ids, torch.ones_like(ids)).scores
 
     torch.testing.assert_close(train(6, devices=2, strategy="ddp_fork"), train(12))
 

@@ -129,12 +129,12 @@ def test_module_and_data_have_the_same_dimensions(preferences: PreferenceSet, ba
 def test_the_length_of_training_is_saved_and_compared(
     preferences: PreferenceSet, backbone: str, trained: Path, tmp_path: Path
 ) -> None:
-    assert Scorer.from_pretrained(trained.parent / "classifier").classifier.config.pair_length == 24
+    assert Scorer(trained.parent / "classifier").classifier.config.pair_length == 24
     module = RewardClassifier(preferences, backbone, **TRAINED)
     with pytest.raises(UsageError, match=r"data\.max_length: saved 24, now 64"):
         trainer(tmp_path).test(module, data(preferences, max_length=None), str(trained), verbose=False)
     trainer(tmp_path).export(module, data(preferences), str(tmp_path / "out"), ckpt_path=str(trained))
-    assert Scorer.from_pretrained(tmp_path / "out").classifier.config.pair_length == 24
+    assert Scorer(tmp_path / "out").classifier.config.pair_length == 24
     alone = RewardClassifier.load_from_checkpoint(trained, preferences=preferences, **TRAINED)
     assert alone.classifier.get_base_model().config.pair_length == 24
     with pytest.raises(UsageError, match=r"model\.max_length is 20, data\.max_length 24"):
@@ -146,7 +146,7 @@ def test_another_length_on_purpose_is_the_one_that_is_saved(
 ) -> None:
     module = RewardClassifier(preferences, backbone, **TRAINED, accept_changes=["data.max_length"])
     trainer(tmp_path).export(module, data(preferences, max_length=12), str(tmp_path / "out"), ckpt_path=str(trained))
-    assert Scorer.from_pretrained(tmp_path / "out").classifier.config.pair_length == 12
+    assert Scorer(tmp_path / "out").classifier.config.pair_length == 12
 
 
 def test_a_saved_classifier_is_used_with_its_own_length_or_on_purpose(
@@ -166,7 +166,7 @@ def test_a_saved_classifier_is_used_with_its_own_length_or_on_purpose(
     fit(RewardClassifier(preferences, classifier=folder), data(preferences, max_length=20), tmp_path).rename(
         tmp_path / "b.ckpt"
     )
-    assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.pair_length == 20
+    assert Scorer(tmp_path / "classifier").classifier.config.pair_length == 20
     assert torch.load(tmp_path / "b.ckpt", weights_only=True)["pair_length"] == 20
     further = RewardClassifier(preferences, classifier=folder)  # a checkpoint has the length that it was trained with
     trainer(tmp_path).test(further, data(preferences, max_length=20), str(tmp_path / "b.ckpt"), **options)
@@ -180,7 +180,7 @@ def test_a_saved_classifier_is_used_with_its_own_length_or_on_purpose(
 
 @pytest.fixture
 def calibrated(trained: Path, tmp_path: Path) -> str:
-    scorer = Scorer.from_pretrained(trained.parent / "classifier")
+    scorer = Scorer(trained.parent / "classifier")
     scorer.classifier.config.temperatures = [3.0, 0.5]
     scorer.classifier.save_pretrained(tmp_path / "calibrated")
     scorer.tokenizer.save_pretrained(tmp_path / "calibrated")
@@ -193,8 +193,8 @@ def test_new_weights_do_not_keep_old_temperatures(preferences: PreferenceSet, ca
         path = fit(module, data(preferences), tmp_path)
     assert len([w for w in warned if "were fitted to the weights before" in str(w.message)]) == 1
     assert torch.load(path, weights_only=True)["temperatures"] is None
-    assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures is None
-    assert Scorer.from_pretrained(calibrated).classifier.config.temperatures == [3.0, 0.5]
+    assert Scorer(tmp_path / "classifier").classifier.config.temperatures is None
+    assert Scorer(calibrated).classifier.config.temperatures == [3.0, 0.5]
 
 
 def test_heads_that_are_not_trained_keep_theirs(calibrated: str, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_heads_that_are_not_trained_keep_theirs(calibrated: str, tmp_path: Path)
 
     module = RewardClassifier(more, extend=calibrated, calibrate=False)
     fit(module, data(more, Sized()), tmp_path)
-    assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == [3.0, 0.5, 1.0]
+    assert Scorer(tmp_path / "classifier").classifier.config.temperatures == [3.0, 0.5, 1.0]
 
 
 def test_a_checkpoint_before_the_first_validation_is_not_calibrated_for_older_weights(

@@ -83,7 +83,7 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
     expected = []
     for name, (model, tokenizer) in models.items():
         export(tmp_path / name, trained(model), tokenizer, backbone)
-        probs = Scorer.from_pretrained(tmp_path / name).probabilities(*zip(*PAIRS, strict=True))
+        probs = Scorer(tmp_path / name).probabilities(*zip(*PAIRS, strict=True))
         assert probs.std(0).amax(-1).min() > 1e-4, name  # else any code would do
         expected.append(probs)
     card = (tmp_path / "bert" / "README.md").read_text()

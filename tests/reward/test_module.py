@@ -67,7 +67,7 @@ def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
     assert found["val/so/amount/mae"] < 0.2 and "val/very/mean/mae" in found
     assert found["train/tone/loss"] < 0.3 and {"train/loss", "train/amount/loss", "val/loss"} <= found.keys()
 
-    scorer = Scorer.from_pretrained(Path(run.log_dir) / "classifier")
+    scorer = Scorer(Path(run.log_dir) / "classifier")
     assert scorer.preferences == preferences and scorer.classifier.config.pair_length == 48
     rows = WordSource().rows(View.REWARD, Split.VALIDATION, preferences, 0)
     probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
@@ -94,7 +94,7 @@ def test_every_loss_and_kind_of_head_learns(
     run.fit(module, data(preferences))
     found = trainer(tmp_path).validate(module, data(preferences), verbose=False)[0]
     assert found["val/tone/accuracy"] > 0.9 and found["val/amount/accuracy"] > 0.8
-    saved = Scorer.from_pretrained(tmp_path / "classifier").classifier.config
+    saved = Scorer(tmp_path / "classifier").classifier.config
     assert (saved.link, saved.head_hidden, len(saved.temperatures)) == (loss.link, hidden, 2)
 
 
@@ -141,12 +141,12 @@ def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     kinds = [f"{name}/{stage}" for name in ("ece", "classwise_ece", "brier", "rps") for stage in ("before", "after")]
     wanted = {f"val/calibration/{dimension}/{kind}" for dimension in preferences.names for kind in kinds}
     assert wanted <= run.callback_metrics.keys()
-    assert Scorer.from_pretrained(tmp_path / "classifier").classifier.config.temperatures == temperatures
+    assert Scorer(tmp_path / "classifier").classifier.config.temperatures == temperatures
 
     checkpoint = run.checkpoint_callback.best_model_path
     again = RewardClassifier.load_from_checkpoint(checkpoint, preferences=preferences, loss=CrossEntropy())
     again.export(tmp_path / "exported")
-    loaded = Scorer.from_pretrained(tmp_path / "exported").classifier
+    loaded = Scorer(tmp_path / "exported").classifier
     assert loaded.config.temperatures == temperatures
     ids = torch.tensor([[3, 5, 7, 2]])
     scores = loaded(ids, torch.ones_like(ids)).scores
@@ -408,7 +408,7 @@ def test_an_adapter_in_shards_goes_on_from_a_checkpoint_and_is_saved_merged(
     module.on_load_checkpoint(kept)
     module.load_state_dict(kept["state_dict"])
     module.export(tmp_path / "exported")
-    exported, saved = (Scorer.from_pretrained(tmp_path / name) for name in ("exported", "then/classifier"))
+    exported, saved = (Scorer(tmp_path / name) for name in ("exported", "then/classifier"))
     questions, answers = ["a b", "c"], ["d e", "f"]
     torch.testing.assert_close(saved.probabilities(questions, answers), exported.probabilities(questions, answers))
     report = json.loads((tmp_path / "then" / "reward.json").read_text())

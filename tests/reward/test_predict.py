@@ -89,9 +89,7 @@ def test_a_saved_classifier_scores_as_its_scorer_does(
 ) -> None:
     records = predict(preferences, saved, Table(predict=str(table)), tmp_path / "scores.jsonl")
     assert [{key: record[key] for key in ("id", "question", "answer")} for record in records] == ROWS
-    probs = Scorer.from_pretrained(saved).probabilities(
-        *zip(*((r["question"], r["answer"]) for r in ROWS), strict=True)
-    )
+    probs = Scorer(saved).probabilities(*zip(*((r["question"], r["answer"]) for r in ROWS), strict=True))
     for record, row in zip(records, probs, strict=True):
         torch.testing.assert_close(torch.tensor(record["probabilities"]["tone"]), row[0, :2], atol=1e-5, rtol=0)
         torch.testing.assert_close(torch.tensor(record["probabilities"]["amount"]), row[1], atol=1e-5, rtol=0)
@@ -271,7 +269,7 @@ def test_a_saved_classifier_is_exported_without_a_checkpoint(
 ) -> None:
     trainer = MoslimTrainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
     trainer.export(RewardClassifier(preferences, classifier=saved), out=str(tmp_path / "again"))
-    before, after = (Scorer.from_pretrained(folder).classifier.state_dict() for folder in (saved, tmp_path / "again"))
+    before, after = (Scorer(folder).classifier.state_dict() for folder in (saved, tmp_path / "again"))
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
     assert "not trained any further" in capsys.readouterr().out
     with pytest.raises(ValueError, match="export needs a trained model"):

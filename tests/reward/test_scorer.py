@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, MambaConfig
 
 from moslim.data.prompts import PairEncoder
+from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
 from moslim.reward.scorer import Scorer, pair_limit
@@ -20,7 +21,7 @@ def scorer(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> Scorer:
     torch.manual_seed(0)
     PreferenceClassifier.from_backbone(backbone, preferences).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path)
-    return Scorer.from_pretrained(tmp_path)
+    return Scorer(tmp_path)
 
 
 def test_scores_are_those_of_each_pair_alone_in_the_order_given(scorer: Scorer, preferences: PreferenceSet) -> None:
@@ -31,6 +32,36 @@ def test_scores_are_those_of_each_pair_alone_in_the_order_given(scorer: Scorer, 
     for row, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS, strict=True)):
         alone = scorer.classifier.probabilities(*encoder.batch([question], [answer]))[0]
         torch.testing.assert_close(probs[row], alone)
+
+
+def test_a_pair_is_scored_by_names(scorer: Scorer) -> None:
+    names = ("tone", "amount")
+    assert scorer.preferences.names == names
+    one, two = scorer.score(list(zip(QUESTIONS[:2], ANSWERS[:2], strict=True)))
+    table = scorer.probabilities(QUESTIONS[:2], ANSWERS[:2]).double()
+    assert scorer(QUESTIONS[0], ANSWERS[0]).levels == one.levels
+    for row, scores in enumerate((one, two)):
+        for i, dimension in enumerate(scorer.preferences.dimensions):
+            probabilities = scores.probabilities[dimension.name]
+            assert tuple(probabilities) == dimension.levels
+            assert list(probabilities.values()) == table[row, i, : len(dimension.levels)].tolist()
+            assert scores.levels[dimension.name] == max(probabilities, key=probabilities.__getitem__)
+            mean = sum(level * p for level, p in enumerate(probabilities.values()))
+            assert scores.expected[dimension.name] == pytest.approx(mean)
+    assert scorer.score([]) == []
+
+
+def test_a_folder_is_loaded_in_a_given_type(scorer: Scorer, tmp_path: Path) -> None:
+    coarse = Scorer(tmp_path, device="cpu", dtype=torch.bfloat16)
+    assert coarse.classifier.dtype == torch.bfloat16
+    probs = coarse.probabilities(QUESTIONS, ANSWERS)
+    assert probs.dtype == torch.float32
+    torch.testing.assert_close(probs, scorer.probabilities(QUESTIONS, ANSWERS), atol=0.05, rtol=0.1)
+
+
+def test_an_object_needs_its_tokenizer(scorer: Scorer) -> None:
+    with pytest.raises(UsageError, match="needs its tokenizer"):
+        Scorer(scorer.classifier)
 
 
 def test_long_pairs_are_cut_as_in_training(scorer: Scorer) -> None:

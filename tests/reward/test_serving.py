@@ -92,9 +92,10 @@ def test_python_code_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(block, names)
-    assert isinstance(names["scorer"], Scorer) and names["probabilities"].shape == (1, 2, 3)
+    assert isinstance(names["scorer"], Scorer) and names["tensor"].shape == (1, 2, 3)
     again = names["scorer"].probabilities(["How do I make tea?"], ["Boil some water."])  # now the adapter form
-    torch.testing.assert_close(again, names["probabilities"])
+    torch.testing.assert_close(again, names["tensor"])
+    assert names["many"][0] == names["scores"] and set(names["scores"].levels) == {"tone", "amount"}
 
 
 def test_card_has_the_test_of_these_weights_only(folder: Path) -> None:

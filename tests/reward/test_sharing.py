@@ -157,7 +157,7 @@ def test_a_moved_base_is_found_where_one_says(adapted: torch.nn.Module, backbone
     with pytest.raises(FileNotFoundError, match=r"(?s)base model 'gone/model', which cannot be loaded .* base="):
         load_classifier(tmp_path)
     AutoTokenizer.from_pretrained(backbone).save_pretrained(tmp_path)
-    scorer = Scorer.from_pretrained(tmp_path, base=backbone)
+    scorer = Scorer(tmp_path, base=backbone)
     torch.testing.assert_close(scorer.classifier.probabilities(IDS, MASK), adapted.probabilities(IDS, MASK))
 
 

@@ -104,7 +104,7 @@ class ClassifierJudge(Judge):
 
         super().setup(preferences)
         if self._scorer is None:
-            self._scorer = Scorer.from_pretrained(self.path, device=self.device, base=self.base)
+            self._scorer = Scorer(self.path, device=self.device, base=self.base)
         self._columns = preferences.columns_in(self._scorer.preferences, f"judge in {self.path}")
 
     def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 
-from moslim.data.prompts import PromptRenderer
-from moslim.data.types import PromptBatch
+from moslim.data.prompts import PromptRenderer, pad, pad_id
+from moslim.data.types import Message, PromptBatch, Question
 from moslim.errors import MissingFileError, UsageError
 from moslim.instructions import PreferenceInstruction, SystemMessage, Tags, Template
-from moslim.models import eos_ids, load_causal_lm, load_tokenizer
+from moslim.literals import quoted
+from moslim.models import chosen_device, eos_ids, load_causal_lm, load_tokenizer
 from moslim.policy.answering import Answerer, Purpose
 from moslim.policy.engines import RolloutEngine, TorchEngine
-from moslim.preferences import PreferenceSet
+from moslim.preferences import Preference, PreferenceSet
 
+Levels = Mapping[str, int | str]
+"""Requested level by dimension name, by its name or its number (0 = lowest)."""
 FILE = "moslim_policy.json"
 _FORMAT = 1
 _SAMPLING = ("max_new_tokens", "temperature", "stop_strings", "stop_ids")
@@ -45,7 +49,196 @@ def write_description(renderer: PromptRenderer, engine: RolloutEngine, max_lengt
     (folder / FILE).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def ask(
+class ExportedPolicy:
+    """A policy that answers at requested levels, loaded by :func:`load_policy`.
+
+    Args:
+        model: Causal language model in the Hugging Face form; it is put into evaluation mode.
+        renderer: Writes questions and levels as prompts.
+        sampling: Arguments of the sampling of training: ``max_new_tokens``, ``temperature``, ``stop_strings`` and
+            ``stop_ids``.
+
+    Attributes:
+        preferences: The dimensions and their levels.
+        tokenizer: The policy's tokenizer.
+    """
+
+    def __init__(self, model: Any, renderer: PromptRenderer, sampling: Mapping[str, Any]) -> None:
+        self.model = model.eval()
+        self.tokenizer = renderer.tokenizer
+        self.preferences = renderer.preferences
+        self._renderer = renderer
+        self._sampling = dict(sampling)
+
+    @overload
+    def generate(
+        self,
+        question: str | list[Message],
+        levels: Levels | None = None,
+        *,
+        num_generations: None = None,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        question: str | list[Message],
+        levels: Levels | None = None,
+        *,
+        num_generations: int,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        question: list[str] | list[list[Message]],
+        levels: Levels | Sequence[Levels] | None = None,
+        *,
+        num_generations: None = None,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        question: list[str] | list[list[Message]],
+        levels: Levels | Sequence[Levels] | None = None,
+        *,
+        num_generations: int,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> list[list[str]]: ...
+
+    @torch.no_grad()
+    def generate(
+        self,
+        question: str | list[Message] | list[str] | list[list[Message]],
+        levels: Levels | Sequence[Levels] | None = None,
+        *,
+        num_generations: int | None = None,
+        temperature: float | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> str | list[str] | list[list[str]]:
+        """Answers one question, or several, at the requested levels.
+
+        On a CPU a completion depends on its question, its levels, its number and the seed alone, not on what else is
+        asked in the same call.
+
+        Args:
+            question: A text, a chat (a list of messages ``{"role": ..., "content": ...}`` that does not end with an
+                assistant's), or a list of texts or chats.
+            levels: Requested level by dimension name, each by its name or its number (0 = lowest), for all questions;
+                or one such dict per question. None or an empty dict gives an ordinary answer.
+            num_generations: Completions per question; None = one, returned without a list around it.
+            temperature: Sampling temperature, 0 for the most likely tokens; None = that of training.
+            max_new_tokens: Length limit of a completion; None = that of training.
+            seed: Seed of the completions.
+            batch_size: Questions that are sampled together.
+
+        Returns:
+            A text for one question, a list of texts for several; with ``num_generations``, a list in the place of each
+            text.
+
+        Raises:
+            UsageError: A dimension or level is unknown, a question is empty or no chat that can be answered, or a
+                number is out of range.
+        """
+        several = not isinstance(question, str) and not (question and isinstance(question[0], Mapping))
+        questions = cast("list[Question]", list(question) if several else [question])
+        requested = [levels or {}] * len(questions) if levels is None or isinstance(levels, Mapping) else list(levels)
+        if len(requested) != len(questions):
+            raise UsageError(
+                f"there are {len(requested)} `levels` for {len(questions)} questions: give one dict for all, or a list "
+                "with one dict per question"
+            )
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}: give 1 or more")
+        preferences = [self.preferences.requested(one) for one in requested]
+        sampling = self._sampling | {
+            name: value
+            for name, value in (("temperature", temperature), ("max_new_tokens", max_new_tokens))
+            if value is not None
+        }
+        answerer = Answerer(TorchEngine(**sampling), self.tokenizer, eos_ids(self.model, self.tokenizer))
+        count = 1 if num_generations is None else num_generations
+        texts: list[str] = []
+        for start in range(0, len(questions), batch_size):
+            part = slice(start, start + batch_size)
+            batch = self._batch(questions[part], preferences[part])
+            keys = [(seed, Purpose.PREDICT)] * len(batch.questions)
+            texts += answerer(self.model, batch, keys, count).texts
+        groups = [texts[i : i + count] for i in range(0, len(texts), count)]
+        if num_generations is not None:
+            return groups if several else groups[0]
+        return [group[0] for group in groups] if several else groups[0][0]
+
+    def _batch(self, questions: Sequence[Question], preferences: Sequence[Preference]) -> PromptBatch:
+        """Prompts of questions, left-padded."""
+        taken_out = [self._renderer.check(*asked) for asked in zip(questions, preferences, strict=True)]
+        if any(taken_out):
+            warnings.warn(
+                f"{quoted(questions[taken_out.index(True)])}: what reads as a control token, a turn or an instruction "
+                "is taken out of the question",
+                stacklevel=3,
+            )
+        rows = [self._renderer.ids(*asked) for asked in zip(questions, preferences, strict=True)]
+        ids, mask = (x.to(self.model.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
+        targets = torch.stack([self.preferences.encode(preference) for preference in preferences]).to(ids.device)
+        index = torch.arange(len(rows), device=ids.device)
+        return PromptBatch(ids, mask, targets, index, [self._renderer.question(q) for q in questions], [""] * len(rows))
+
+
+def load_policy(
+    folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> ExportedPolicy:
+    """Loads a policy that ``python main.py export`` wrote. The folder holds data only, and no code of it runs.
+
+    Args:
+        folder: Folder of an exported policy.
+        device: Device that it runs on; None = a GPU if there is one, else the CPU.
+        dtype: Type of the weights.
+
+    Raises:
+        MissingFileError: The folder is no exported policy.
+        UsageError: Its description cannot be used.
+    """
+    file = Path(folder) / FILE
+    content = _read(file)
+    try:
+        preferences = PreferenceSet({name: list(names) for name, names in content["dimensions"]})
+        instruction, described = _instruction(content["instruction"]), content["sampling"]
+        sampling = {
+            "max_new_tokens": int(described["max_new_tokens"]),
+            "temperature": float(described["temperature"]),
+            "stop_strings": [str(text) for text in described["stop_strings"]],
+            "stop_ids": [int(token) for token in described["stop_ids"]],
+        }
+        max_length = None if content["max_length"] is None else int(content["max_length"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{file}: it is damaged ({type(error).__name__}: {error})") from error
+    model: Any = load_causal_lm(folder, dtype=dtype)
+    renderer = PromptRenderer(load_tokenizer(folder), instruction, preferences, max_length)
+    return ExportedPolicy(model.to(chosen_device(device)), renderer, sampling)
+
+
+def generate(
     policy: str,
     question: str,
     levels: dict[str, int | str] | None = None,
@@ -71,44 +264,23 @@ def ask(
     """
     if not question.strip():
         raise UsageError("generate needs a question: --question 'How do I make tea?'")
-    content = _read(Path(policy) / FILE)
-    try:
-        preferences = PreferenceSet({name: list(names) for name, names in content["dimensions"]})
-        instruction, sampling = _instruction(content["instruction"]), content["sampling"]
-        engine = TorchEngine(
-            max_new_tokens=int(sampling["max_new_tokens"] if max_new_tokens is None else max_new_tokens),
-            temperature=float(sampling["temperature"] if temperature is None else temperature),
-            stop_strings=[str(text) for text in sampling["stop_strings"]],
-            stop_ids=[int(token) for token in sampling["stop_ids"]],
-        )
-        max_length = None if content["max_length"] is None else int(content["max_length"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{Path(policy) / FILE}: it is damaged ({type(error).__name__}: {error})") from error
-    preference = preferences.requested(levels or {})
-    model: Any = load_causal_lm(policy)
-    tokenizer = load_tokenizer(policy)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    renderer = PromptRenderer(tokenizer, instruction, preferences, max_length)
-    ids = torch.tensor([renderer.ids(question, preference)], device=device)
-    targets = preferences.encode(preference)[None].to(device)
-    index = torch.zeros(1, dtype=torch.long, device=device)
-    batch = PromptBatch(ids, torch.ones_like(ids), targets, index, [renderer.question(question)], [""])
-    with torch.no_grad():
-        answers = Answerer(engine, tokenizer, eos_ids(model, tokenizer))(
-            model, batch, [(seed, Purpose.PREDICT)], samples
-        )
-    print("\n\n".join(answers.texts))
-    return answers.texts
+    texts = load_policy(policy).generate(
+        question,
+        levels,
+        num_generations=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    print("\n\n".join(texts))
+    return texts
 
 
 def _read(file: Path) -> Mapping[str, Any]:
     if not file.exists():
         raise MissingFileError(
-            f"--policy {file.parent}: there is no {FILE}, which `export` of a policy writes; a checkpoint is asked "
-            "with --config FILE --ckpt_path last"
+            f"'{file.parent}': there is no {FILE}, which `export` of a policy writes; a checkpoint is asked with "
+            "generate --config FILE --ckpt_path last"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -96,7 +96,7 @@ def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrain
         UsageError: It shall share but cannot, for the reason given.
     """
     if share is False:
-        return Scorer.from_pretrained(classifier)
+        return Scorer(classifier, device="cpu")
     try:
         saved = _shareable(classifier, roles, tokenizer)
     except NotSharedError as reason:
@@ -106,7 +106,7 @@ def load_scorer(classifier: str, share: Share, roles: Roles, tokenizer: PreTrain
                 "backbone of its own"
             ) from None
         rank_zero_info(f"The classifier has a backbone of its own, since {reason}.")
-        return Scorer.from_pretrained(classifier)
+        return Scorer(classifier, device="cpu")
     roles.attach(saved)
     rank_zero_info(f"The classifier '{classifier}' is an adapter on the policy's base (model.share_backbone).")
     return Scorer(saved.classifier(SharedBackbone(roles)), load_tokenizer(saved.folder))

@@ -142,9 +142,9 @@ class ModelCard:
 
     def _use(self) -> str:
         scorer = (
-            "from moslim.reward.scorer import Scorer\n\n"
-            'scorer = Scorer.from_pretrained(".")  # this folder, or its name on the Hub\n'
-            'print(scorer.probabilities(["How do I make tea?"], ["Boil some water and pour it over the leaves."]))'
+            "from moslim import Scorer\n\n"
+            'scorer = Scorer(".")  # this folder, or its name on the Hub\n'
+            'print(scorer("How do I make tea?", "Boil some water and pour it over the leaves."))'
         )
         model = (
             "import moslim\nfrom transformers import AutoModelForSequenceClassification\n\n"

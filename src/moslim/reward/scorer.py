@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from moslim.data.neutralise import Pattern, TakenOut
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
+from moslim.errors import UsageError
+from moslim.levels import expected_level
 from moslim.limits import Positions, fit_tokenizer
-from moslim.models import load_tokenizer
+from moslim.models import chosen_device, load_tokenizer
 from moslim.packing import SharePrefixes, like_length, pass_tokens, worthwhile
 from moslim.precision import at_least_float32
 from moslim.preferences import PreferenceSet
@@ -27,37 +30,87 @@ _NO_LIMIT = 10**9
 """Tokenizers without a limit say a larger number than this."""
 
 
-class Scorer:
-    """A classifier with its tokenizer: question and answer in, level probabilities out.
+@dataclass(frozen=True)
+class Scores:
+    """Levels of one question-completion pair.
 
     Args:
-        classifier: The classifier; it is put into evaluation mode.
-        tokenizer: Its tokenizer.
+        probabilities: Probability of each level, by dimension name and level name.
+        levels: Name of the most probable level, by dimension name.
+        expected: Expected level as a number (0 = lowest), by dimension name.
     """
 
-    def __init__(self, classifier: PreferenceClassifier, tokenizer: PreTrainedTokenizerBase) -> None:
+    probabilities: dict[str, dict[str, float]]
+    levels: dict[str, str]
+    expected: dict[str, float]
+
+
+class Scorer:
+    """A reward classifier with its tokenizer: question and completion in, level probabilities out.
+
+    >>> scorer = Scorer("outputs/quickstart/reward/classifier")
+    >>> scorer("How do I make tea?", "Boil some water.").expected["formality"]
+
+    Args:
+        classifier: Folder or Hub name of a classifier, or of an adapter of one, with its tokenizer; or a classifier,
+            which is put into evaluation mode.
+        tokenizer: Tokenizer of a classifier that is given as an object.
+        device: Device that it runs on. None = for a folder a GPU if there is one, else the CPU; an object stays where
+            it is.
+        dtype: Type of the weights; None = as they are. Probabilities are float32 or finer either way.
+        base: Folder or Hub name of an adapter's base model, if it is not where it was in training.
+
+    Raises:
+        MissingFileError: There is no such classifier, or an adapter's base model is missing.
+        UsageError: A weight is missing or renamed, the base model is another one, or an object comes without a
+            tokenizer.
+    """
+
+    def __init__(
+        self,
+        classifier: str | Path | PreferenceClassifier,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        base: str | Path | None = None,
+    ) -> None:
+        if isinstance(classifier, str | Path):
+            tokenizer = tokenizer or load_tokenizer(classifier)
+            classifier, device = load_classifier(classifier, base), chosen_device(device)
+        elif tokenizer is None or base is not None:
+            raise UsageError("a classifier that is an object needs its tokenizer, and takes no `base`")
         self.classifier = classifier.eval()
+        if device is not None or dtype is not None:
+            self.classifier.to(device=device, dtype=dtype)
         self.tokenizer = tokenizer
         self._reader = getattr(classifier.backbone, "trunk", classifier.backbone)
         fit_tokenizer(tokenizer, self._reader, str(classifier.name_or_path))
         self._encoder = PairEncoder(tokenizer, pair_limit(classifier.config, tokenizer, self._reader))
 
-    @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", base: str | Path | None = None
-    ) -> Scorer:
-        """Loads a folder (or Hub name) that holds a classifier, or an adapter of one, and its tokenizer.
+    def __call__(self, question: Question, completion: str) -> Scores:
+        """Scores one pair; see :meth:`score`."""
+        return self.score([(question, completion)])[0]
+
+    def score(self, pairs: Sequence[tuple[Question, str]], batch_size: int | None = None) -> list[Scores]:
+        """Scores question-completion pairs, with the names of dimensions and levels.
 
         Args:
-            folder: Folder or Hub name.
-            device: Where it shall run.
-            base: Base model of an adapter, if it is not where it was in training.
-
-        Raises:
-            FileNotFoundError: There is no such classifier, or an adapter's base model is missing.
-            ValueError: A weight is missing or renamed, or the base model is another one.
+            pairs: Questions, as texts or chats and without any instruction, each with a completion.
+            batch_size: Pairs per forward pass; None = as many as fit.
         """
-        return cls(load_classifier(folder, base), load_tokenizer(folder)).to(device)
+        questions, completions = [question for question, _ in pairs], [completion for _, completion in pairs]
+        table = self.probabilities(questions, completions, batch_size).cpu().double()
+        most, expected = table.argmax(-1).tolist(), expected_level(table).tolist()
+        dimensions = self.preferences.dimensions
+        return [
+            Scores(
+                {d.name: dict(zip(d.levels, row[i], strict=False)) for i, d in enumerate(dimensions)},
+                {d.name: d.levels[most[n][i]] for i, d in enumerate(dimensions)},
+                {d.name: expected[n][i] for i, d in enumerate(dimensions)},
+            )
+            for n, row in enumerate(table.tolist())
+        ]
 
     def reserve(self, instruction: Sequence[Pattern]) -> None:
         """Takes out of questions and answers what reads as an instruction, too, which a policy could forge."""

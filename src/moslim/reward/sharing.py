@@ -175,7 +175,7 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
     except MissingFileError as error:
         raise MissingFileError(
             f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
-            f"where it is now with model.base, Scorer.from_pretrained(folder, base=...) or `name` in "
+            f"where it is now with model.base, Scorer(folder, base=...) or `name` in "
             f"{ADAPTER}/{BASE}, or use the merged form, which needs none"
         ) from error
 
