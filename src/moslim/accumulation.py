@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moslim.errors import UsageError
 from moslim.processes import mean_over_processes
+from moslim.training.lightning_compat import finished_batches
 
 
 @runtime_checkable
@@ -74,7 +75,7 @@ def check_accumulation(trainer: Trainer) -> None:
         UsageError: It would.
     """
     several = trainer.accumulate_grad_batches
-    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    done = finished_batches(trainer)
     if within_accumulation(trainer):
         raise UsageError(
             f"the checkpoint was written after batch {done} of an epoch, within the {several} batches that "
@@ -91,5 +92,5 @@ def check_accumulation(trainer: Trainer) -> None:
 
 def within_accumulation(trainer: Trainer) -> bool:
     """Whether gradients of finished batches wait for their optimizer step. An epoch's last batch always makes one."""
-    done: int = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    done = finished_batches(trainer)
     return done % trainer.accumulate_grad_batches > 0 and done < trainer.num_training_batches

@@ -26,6 +26,7 @@ from moslim.identity import Entries, check_identity, keep_identity, saved_entrie
 from moslim.jsonlines import JsonLines, finished, move_unfinished
 from moslim.optim import FiniteWeights, PlateauSteps
 from moslim.reporting import shown
+from moslim.training.lightning_compat import at_last_prediction, attached_trainer
 
 
 class RunModule(LightningModule):
@@ -86,7 +87,7 @@ class RunModule(LightningModule):
     @property
     def data(self) -> Any:
         """The data module, if there is one."""
-        return None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        return getattr(attached_trainer(self), "datamodule", None)
 
     def meaning(self) -> Entries:
         """Options that give this module's weights their meaning. A subclass adds its own."""
@@ -118,9 +119,10 @@ class RunModule(LightningModule):
         """
         saved = saved_entries(checkpoint)
         self.take_dates(saved)
-        resumes = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        trainer = attached_trainer(self)
+        resumes = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         run = self.resumed_with() if resumes else {}
-        path = None if self._trainer is None else self.trainer.ckpt_path
+        path = None if trainer is None else trainer.ckpt_path
         changed = check_identity(checkpoint, self.meaning(), run, self.accept_changes, self.never_accepted, path)
         if self.data is None and "data.template_args" in saved:  # there is nobody who could say otherwise
             pin_tokenizer(self.tokenizer, saved["data.template_args"], saved["data.template_date"])
@@ -277,8 +279,7 @@ class RunModule(LightningModule):
         if self._writer is None:
             return
         self._writer.write(outputs)
-        progress: Any = self.trainer.predict_loop.batch_progress
-        if self.trainer.received_sigterm and not progress.is_last_batch:
+        if self.trainer.received_sigterm and not at_last_prediction(self.trainer):
             rank_zero_info(f"stopped by SIGTERM: the same command goes on with {self._writer.path}.part")
             raise SIGTERMException
 

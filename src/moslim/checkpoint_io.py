@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 
 from moslim.checkpoint_files import RUN, check_checkpoint, explained, fitting, is_remote
+from moslim.training.lightning_compat import CheckpointConnector
 
 
 class DirectIO(TorchCheckpointIO):
@@ -35,7 +35,7 @@ class DirectIO(TorchCheckpointIO):
             os.fsync(file.fileno())
 
 
-class CheckedConnector(_CheckpointConnector):
+class CheckedConnector(CheckpointConnector):
     """Checks a file before it is loaded, and writes into each which run it belongs to."""
 
     def __init__(self, trainer: Any) -> None:
@@ -62,7 +62,7 @@ class CheckedConnector(_CheckpointConnector):
         Raises:
             UsageError: They have no place in it.
         """
-        with fitting(str(self._ckpt_path)):
+        with fitting(self.loading_path):
             super().restore_model()
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:

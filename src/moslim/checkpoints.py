@@ -13,7 +13,7 @@ from moslim.errors import UsageError
 from moslim.sharding import whole
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import LightningModule
 
 _KEY = "frozen_fingerprint"
 _SAMPLE = 4096
@@ -50,26 +50,6 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         )
     if "state_dict" in checkpoint:  # else the strategy has loaded the weights itself
         checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
-
-
-def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Records an epoch that the run's last step cut short as one still running.
-
-    Lightning counts it as done, and a longer run resumed from there would go on with the rows of the next epoch. The
-    step itself is recorded as one about to be counted: of one that is counted, and was followed by a validation, a
-    resumed run logs all further steps a number too high.
-    """
-    if "loops" not in checkpoint:  # weights only
-        return
-    loop = checkpoint["loops"]["fit_loop"]
-    batches = loop["epoch_loop.batch_progress"]
-    if 0 < batches["current"]["processed"] < trainer.num_training_batches and not batches["is_last_batch"]:
-        if loop["epoch_progress"]["current"]["processed"] == loop["epoch_progress"]["current"]["ready"]:
-            for counts in (batches["total"], batches["current"]):
-                counts["completed"] -= 1
-            loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-        for counts in loop["epoch_progress"].values():
-            counts["processed"] = counts["completed"] = counts["ready"] - 1
 
 
 def class_path(part: object) -> str:

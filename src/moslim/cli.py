@@ -38,6 +38,7 @@ from moslim.quiet import leave_out_noise, plain_warnings
 from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.run_folder import NewFolders
 from moslim.trainer import MoslimTrainer, given, untrained
+from moslim.training.lightning_compat import OpenCLI, set_option_type
 from moslim.trust import check_configs, imports_from_here, with_defaults
 from moslim.yaml_texts import install
 
@@ -53,7 +54,7 @@ _USES = ("validate", "test", "predict", "generate")
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
 
 
-class MoslimCLI(LightningCLI):
+class MoslimCLI(OpenCLI):
     """See ``python main.py fit --help``. Every key can stand in a YAML file; a later file or option wins.
 
     ``preferences`` and ``seed_everything`` are given once and linked to the model and the data module, where these
@@ -107,13 +108,10 @@ class MoslimCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(cast("list[str] | None", args))
 
-    def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning's own would put a checkpoint's hyper-parameters over the command line."""
-
     def before_instantiate_classes(self) -> None:
         self._refuse_early()
-        self._dump_config()
-        for message in dropped([str(file) for file in self._get(self.config, "config") or []], self.config_dump):
+        self.fill_config_dump()
+        for message in dropped([str(file) for file in self.option(self.config, "config") or []], self.config_dump):
             rank_zero_warn(message)
         for key, value in _leaves(self.config_dump):
             if isinstance(value, str) and value.startswith("Unable to serialize instance"):
@@ -128,11 +126,11 @@ class MoslimCLI(LightningCLI):
         Raises:
             UsageError: A level or dimension is unknown, or the weights would be untrained ones and nothing says so.
         """
-        if self.subcommand == "generate" and (levels := self._get(self.config, "levels", default=None)):
-            preferences = self._get(self.config, "preferences", default=None)
+        if self.subcommand == "generate" and (levels := self.option(self.config, "levels", default=None)):
+            preferences = self.option(self.config, "preferences", default=None)
             if preferences is not None:
                 PreferenceSet(**preferences.init_args.as_dict()).requested(levels)
-        ckpt_path, model = self._get(self.config, "ckpt_path"), self._get(self.config, "model")
+        ckpt_path, model = self.option(self.config, "ckpt_path"), self.option(self.config, "model")
         if self.subcommand in _USES and ckpt_path is None and model is not None:
             module, _, name = model.class_path.rpartition(".")
             kind = getattr(importlib.import_module(module), name)
@@ -142,12 +140,12 @@ class MoslimCLI(LightningCLI):
             elif kind.starts_untrained(model.get("init_args", {})):
                 raise UsageError(untrained(self.subcommand))
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    def run_subcommand(self, subcommand: str) -> None:
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
         folders = NewFolders([logger.log_dir for logger in loggers] or [self.trainer.default_root_dir])
         started = self.trainer.global_step
         try:
-            super()._run_subcommand(subcommand)
+            super().run_subcommand(subcommand)
         except BaseException:
             if self.trainer.is_global_zero and self.trainer.global_step == started:
                 folders.remove()
@@ -178,21 +176,21 @@ class MoslimCLI(LightningCLI):
             raise UsageError(shortened(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
+        config = self.option(self.config_init, "trainer")
         return super().instantiate_trainer(logger=_csv_first(config.logger, config.default_root_dir), **kwargs)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         if config["enable_checkpointing"] is False or config["fast_dev_run"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            return super().build_trainer(config, callbacks)
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             if in_own_code(error) or isinstance(error, UsageError):
                 raise
             raise UsageError(f"trainer: {error}") from error
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+    def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super().subcommand_arguments(subcommand)
         if kwargs["ckpt_path"] == "":
             raise UsageError("--ckpt_path is empty: give last, best, a file, or none")
         if subcommand in _LOOPS and not given(kwargs["ckpt_path"]):
@@ -240,9 +238,8 @@ def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
     ``typing`` takes ``Union[int, float]`` for the ``Union[float, int]`` that some package may have written before, and
     the parser tries the types in that order. ``int | float`` keeps its own.
     """
-    actions = {action.dest: action for action in parser._actions}
     for name, kinds in _NUMBER_OR_SHARE.items():
-        actions[f"trainer.{name}"]._typehint = kinds  # type: ignore[attr-defined]  # there is no public way
+        set_option_type(parser, f"trainer.{name}", kinds)
 
 
 def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:

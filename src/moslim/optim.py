@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from moslim.errors import UsageError
 from moslim.precision import at_least_float32
 from moslim.processes import any_process
+from moslim.training.lightning_compat import attached_trainer
 
 _NEVER = 2**62
 """A frequency that no count of epochs reaches."""
@@ -123,7 +124,7 @@ def configure(
         UsageError: Trained weights are held in bfloat16 or float16, or float16 is trained without loss scaling.
         UsageError: A ``ReduceLROnPlateau`` does not say which metric it watches.
     """
-    if module._trainer is not None:
+    if attached_trainer(module) is not None:
         check_precision(module)
     trained = [p for p in parameters if p.requires_grad]
     own = {id(p) for p in apart.parameters} if apart else set()

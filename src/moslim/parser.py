@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from moslim.errors import UsageError
 from moslim.failures import debugging, in_own_code
 from moslim.option_errors import shortened
+from moslim.training.lightning_compat import option_names
 
 _FILE: ContextVar[str] = ContextVar("file", default="")
 """The config that is being read."""
@@ -71,8 +72,7 @@ class MoslimParser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         place = f"{_FILE.get()}: " if _FILE.get() else ""
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        options = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[1], options, 1) if unknown else []
+        close = difflib.get_close_matches(unknown[1], option_names(parser), 1) if unknown else []
         meant = f"; did you mean {close[0]}?" if close else ""
         hint = f"{parser.prog.replace(' [options]', '')} --help lists the options"
         self.exit(2, f"error: {place}{shortened(message)}{meant}\n({hint})\n")

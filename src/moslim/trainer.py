@@ -21,7 +21,7 @@ from moslim.errors import UsageError
 from moslim.policy.module import PolicyTrainer
 from moslim.processes import any_process
 from moslim.restore import restore
-from moslim.signals import FlagOnly
+from moslim.training.lightning_compat import DeferredSigterm, install_connectors
 
 
 class MoslimTrainer(Trainer):
@@ -34,15 +34,14 @@ class MoslimTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._signal_connector = FlagOnly(self)
-        self._checkpoint_connector = CheckedConnector(self)
+        install_connectors(self, DeferredSigterm(self), CheckedConnector(self))
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = DirectIO()
 
     @property
     def received_sigterm(self) -> bool:
         """Whether one of the processes received SIGTERM; the loops ask in all of them at the same places."""
-        return any_process(self._signal_connector.received_sigterm, self.strategy.root_device)
+        return any_process(super().received_sigterm, self.strategy.root_device)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None

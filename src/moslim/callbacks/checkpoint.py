@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from moslim.accumulation import within_accumulation
 from moslim.callbacks.guards import GuardError
+from moslim.training.lightning_compat import OpenModelCheckpoint, finished_batches, started_batches
 
 
-class StepCheckpoint(ModelCheckpoint):
+class StepCheckpoint(OpenModelCheckpoint):
     """Lightning's, with the same options; the command line adds it to every run.
 
     A checkpoint does not hold half-summed gradients. So one that is due within ``trainer.accumulate_grad_batches`` is
@@ -25,13 +25,12 @@ class StepCheckpoint(ModelCheckpoint):
     _postponed = False
     _stepping = False
 
-    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
-        return super()._should_skip_saving_checkpoint(trainer) or within_accumulation(trainer)
+    def skips(self, trainer: Trainer) -> bool:
+        return super().skips(trainer) or within_accumulation(trainer)
 
-    def _should_save_on_exception(self, trainer: Trainer) -> bool:
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        changing = self._stepping and progress.processed < progress.ready  # by a batch that is not counted yet
-        return super()._should_save_on_exception(trainer) and not within_accumulation(trainer) and not changing
+    def saves_on_exception(self, trainer: Trainer) -> bool:
+        changing = self._stepping and finished_batches(trainer) < started_batches(trainer)  # by a batch not counted yet
+        return super().saves_on_exception(trainer) and not within_accumulation(trainer) and not changing
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, GuardError):
@@ -57,6 +56,5 @@ class StepCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if within_accumulation(trainer):
             return
-        if self._last_global_step_saved != trainer.global_step:
-            self._last_checkpoint_saved = ""  # what Lightning asks
+        self.forget_older(trainer)
         super().on_train_end(trainer, pl_module)

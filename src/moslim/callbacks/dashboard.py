@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from moslim.training.lightning_compat import set_wandb_run
+
 STEP = "trainer/global_step"
 RUN_FILE = "wandb_run.json"
 
@@ -131,8 +133,7 @@ def continue_run(loggers: Iterable[Logger], checkpoint: Path) -> None:
     places = [folder / RUN_FILE for folder in folders[: depth + 2] if (folder / RUN_FILE).exists()]
     for logger in loggers:
         if places and isinstance(logger, WandbLogger) and logger.version is None:
-            # The logger has no other way to be told after it was built; it always starts with resume="allow".
-            logger._id = logger._wandb_init["id"] = json.loads(places[0].read_text())["id"]
+            set_wandb_run(logger, json.loads(places[0].read_text())["id"])
 
 
 def _boards(trainer: Trainer) -> list[WandbLogger]:

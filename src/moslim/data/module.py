@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +33,7 @@ from moslim.instructions import PreferenceInstruction, Tags, sample_prompts
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import PreferenceSampler, Uniform
+from moslim.training.lightning_compat import close_finished_epoch, finished_batches, finished_epochs, started_epochs
 
 Batch = PairBatch | PromptBatch | TextBatch
 
@@ -235,7 +235,7 @@ class PreferenceDataModule(LightningDataModule):
         rows = [row for _, row in self._usable_rows(Split.TRAIN)]
         if self.trainer.limit_val_batches:  # type: ignore[union-attr]
             self._usable_rows(Split.VALIDATION)  # a bad row is said now, not when training has gone on for hours
-        self._close_finished_epoch()
+        close_finished_epoch(self.trainer)  # type: ignore[arg-type]
         dataset: SampledPrompts | Pairs
         lengths = start_epoch = budget = None
         if self._view is View.POLICY:
@@ -338,26 +338,12 @@ class PreferenceDataModule(LightningDataModule):
     def _epoch(self) -> int:
         """The epoch that Lightning gives to samplers; ``current_epoch`` is behind when an epoch's end is restored."""
         assert self.trainer is not None
-        return self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-
-    def _close_finished_epoch(self) -> None:
-        """Undoes a special case of Lightning 2.6 for runs with ``max_steps``.
-
-        Resumed from the end of an epoch, such a run takes that epoch for an unfinished one: it trains a batch too many
-        or, with validation, goes on with the order of the epoch after the next.
-        """
-        assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        current = loop.epoch_progress.current
-        if loop.restarting and current.ready == current.processed:  # type: ignore[attr-defined]
-            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # the loop's own setter would keep it
+        return finished_epochs(self.trainer)
 
     def _position(self) -> tuple[int, int]:
         """Epoch and finished batches; at its end, the start of the next epoch."""
         assert self.trainer is not None
-        loop = self.trainer.fit_loop
-        done: int = loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
-        ready: int = loop.epoch_progress.current.ready  # counts this epoch, whether or not its end is recorded yet
+        done, ready = finished_batches(self.trainer), started_epochs(self.trainer)
         return (ready - 1, done) if done < self.trainer.num_training_batches else (ready, 0)
 
     def teardown(self, stage: str) -> None:

@@ -244,7 +244,7 @@ class PolicyEvaluation(RunModule):
             ends, pad = self.answerer.eos_ids, self.answerer.pad_id
             save_as_trained(merged(self.policy), part, self.answerer.engine, ends, pad)
             self.tokenizer.save_pretrained(part)
-            data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+            data = self.data
             if data is not None:  # only it knows how levels are written
                 renderer = data.renderer(self.tokenizer)
                 card = policy_card(renderer, self.tokenizer, self.model_path, self.answerer.engine)

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
+from moslim.checkpoints import drop_frozen, keep_plain_hparams, restore_frozen
 from moslim.data.types import PromptBatch, View
 from moslim.errors import UsageError
 from moslim.evaluation.judges import Judge
@@ -48,6 +48,7 @@ from moslim.reporting import due
 from moslim.sampling import PreferenceSampler
 from moslim.sharding import shard_mesh
 from moslim.timing import Stopwatch
+from moslim.training.lightning_compat import keep_epoch_open
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 

@@ -10,6 +10,7 @@ from moslim.errors import UsageError
 from moslim.plugin import own_parts
 from moslim.policy.rollout import Rollout
 from moslim.processes import gathered, process_count
+from moslim.training.lightning_compat import attached_trainer
 
 if TYPE_CHECKING:
     from moslim.policy.module import PolicyTrainer
@@ -67,7 +68,8 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         rank = checkpoint[GUARD_RECORD].get("process", 0)
     if (replayed or len(rollouts) == process_count()) and rollouts[rank] is not None and not changed:
         # the module itself may be moved there only after this
-        device = module.device if module._trainer is None else module.trainer.strategy.root_device
+        trainer = attached_trainer(module)
+        device = module.device if trainer is None else trainer.strategy.root_device
         module.rollout = Rollout.from_state(rollouts[rank], device)
         if "ahead" in saved:
             module.training_answers.load(saved["ahead"][rank], device)

@@ -45,6 +45,7 @@ from moslim.reward.scorer import Scorer, pair_limit
 from moslim.reward.sharing import Form, is_classifier, save_adapter, save_merged
 from moslim.reward.training_record import save_record
 from moslim.sharding import is_sharded
+from moslim.training.lightning_compat import attached_trainer
 
 
 class ClassifierEvaluation(RunModule):
@@ -249,7 +250,8 @@ class ClassifierEvaluation(RunModule):
         """Adds to an exported classifier what people need to use it."""
         self.tokenizer.save_pretrained(folder)
         config = unwrapped(self.classifier).config
-        root = None if self._trainer is None else self.trainer.default_root_dir  # one may export without a Trainer
+        trainer = attached_trainer(self)  # there may be none
+        root = None if trainer is None else trainer.default_root_dir
         tested = find_result([place for place in (root, self.report) if place], self._weights())
         card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from moslim.checkpoints import drop_frozen, keep_epoch_open, keep_plain_hparams, restore_frozen
+from moslim.checkpoints import drop_frozen, keep_plain_hparams, restore_frozen
 from moslim.data.prompts import pad_id
 from moslim.data.types import PairBatch, View
 from moslim.errors import UsageError
@@ -45,6 +45,7 @@ from moslim.reward.sharing import local_folder
 from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
 from moslim.reward.training_record import Record, saved_record, training_record
 from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
+from moslim.training.lightning_compat import keep_epoch_open
 
 _TEMPERATURES = "temperatures"
 _RECORD = "training_record"

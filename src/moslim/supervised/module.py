@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moslim.accumulation import step_batches
 from moslim.adapters import adapter_base
 from moslim.base import RunModule
-from moslim.checkpoints import fingerprint, keep_epoch_open, keep_plain_hparams, plain_options
+from moslim.checkpoints import fingerprint, keep_plain_hparams, plain_options
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Example, PromptBatch, Question, TextBatch, View
 from moslim.errors import UsageError
@@ -37,6 +37,7 @@ from moslim.policy.saving import save_as_trained
 from moslim.precision import widened
 from moslim.processes import mean_over_processes
 from moslim.reward.sharing import is_classifier
+from moslim.training.lightning_compat import keep_epoch_open
 
 
 class SupervisedTrainer(RunModule):
@@ -182,7 +183,7 @@ class SupervisedTrainer(RunModule):
         """
         if not questions:
             return []
-        wanted = None if self._trainer is None else getattr(self.trainer.datamodule, "max_length", None)  # type: ignore[attr-defined]
+        wanted = getattr(self.data, "max_length", None)
         room = Positions.of(self.model).longest(None, self._name, self.engine.max_new_tokens)
         limits = [limit for limit in (wanted, room) if limit is not None]
         # Behind the prompt stands the end token of an empty answer.
