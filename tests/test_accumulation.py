@@ -14,7 +14,7 @@ from moslim.reward.comparisons import BradleyTerry
 from moslim.reward.losses import Corn, CrossEntropy, Regression, SoftOrdinal
 from moslim.reward.module import RewardClassifier
 from moslim.supervised.module import SupervisedTrainer
-from tests.reward.conftest import ComparedSource, save_backbone
+from tests.helpers.word_task import ComparedSource, save_backbone
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

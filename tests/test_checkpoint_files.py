@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_parts import Data, Plain
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from moslim.errors import MissingFileError, UsageError
 from moslim.preferences import PreferenceSet
 from moslim.restore import restore
 from moslim.trainer import MoslimTrainer
+from tests.helpers.cli_parts import Data, Plain
 
 PREFERENCES = PreferenceSet({"warmth": ["cold", "warm"]})
 

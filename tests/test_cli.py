@@ -8,40 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_parts import ByKeyword, Model, Plain
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from moslim.cli import SUBCOMMANDS, _keep_whole_numbers, main, run
 from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
+from tests.helpers.cli_folder import PARTS, folder  # noqa: F401  # a working folder for each test
+from tests.helpers.cli_parts import ByKeyword, Model, Plain
 
 ROOT = Path(__file__).parents[1]
-CONFIG = """
-preferences:
-  dimensions:
-    warmth: [cold, warm]
-    length: [short, middling, long]
-model: {class_path: cli_parts.Model}
-data: {class_path: cli_parts.Data}
-trainer:
-  max_epochs: 1
-  enable_progress_bar: false
-  enable_model_summary: false
-  log_every_n_steps: 1
-  accelerator: cpu
-"""
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A fresh working folder with ``config.yaml``."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    Path("config.yaml").write_text(CONFIG)
-    return tmp_path
 
 
 def fit(*options, config="config.yaml"):
@@ -87,7 +63,7 @@ def test_the_seed_reaches_model_and_data():
 
 
 def test_a_model_without_preferences_and_seed():
-    assert type(fit("--model", "cli_parts.Plain").model) is Plain
+    assert type(fit("--model", f"{PARTS}.Plain").model) is Plain
 
 
 def test_checkpoints_hold_plain_data_only():
@@ -135,7 +111,7 @@ def test_a_saved_fit_config_serves_every_command():
     ],
 )
 def test_misspelt_options_are_named(capsys, option, value, named):
-    given = ["--model.squash", "cli_parts.Squash"] if "squash" in option else []
+    given = ["--model.squash", f"{PARTS}.Squash"] if "squash" in option else []
     assert named in refused(capsys, "fit", "--config", "config.yaml", *given, option, value)
 
 
@@ -143,7 +119,7 @@ def test_misspelt_options_are_named(capsys, option, value, named):
     ("text", "named"),
     [
         ("model: {init_args: {scal: 3}}", "scal"),
-        ("model: {init_args: {squash: {class_path: cli_parts.Squash, init_args: {gian: 1}}}}", "gian"),
+        ("model: {init_args: {squash: {class_path: tests.helpers.cli_parts.Squash, init_args: {gian: 1}}}}", "gian"),
         ("trainer: {max_epoch: 3}", "max_epoch"),
         ("preferences: {dimension: {a: [b, c]}}", "dimension"),
         ("modle: {init_args: {scale: 3}}", "modle"),
@@ -162,16 +138,16 @@ def test_help_and_print_config(capsys, command):
     with pytest.raises(SystemExit) as stop:
         run([command, "--config", "config.yaml", "--print_config"])
     assert stop.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "cli_parts.Model"
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == f"{PARTS}.Model"
 
 
 def test_a_default_that_cannot_be_saved_is_refused():
     with pytest.raises(ValueError, match=r"model.init_args.squash` cannot be written"):
-        fit("--model", "cli_parts.Positional")
+        fit("--model", f"{PARTS}.Positional")
 
 
 def test_a_default_by_keyword_replays():
-    fit("--model", "cli_parts.ByKeyword")
+    fit("--model", f"{PARTS}.ByKeyword")
     again = fit(config="outputs/version_0/config.yaml").model
     assert type(again) is ByKeyword and again.squash.gain == 2.0
 
@@ -181,7 +157,7 @@ def test_a_default_by_keyword_replays():
 
 def test_classes_from_the_working_folder():
     Path("my_lab.py").write_text(
-        "import cli_parts\nclass Mine(cli_parts.Model): pass\nclass Half(cli_parts.Squash): pass\n"
+        "from tests.helpers import cli_parts\nclass Mine(cli_parts.Model): pass\nclass Half(cli_parts.Squash): pass\n"
     )
     cli = fit("--model", "my_lab.Mine", "--model.squash", "my_lab.Half", "--model.squash.gain", "4")
     assert (type(cli.model).__name__, type(cli.model.squash).__name__, cli.model.squash.gain) == ("Mine", "Half", 4.0)
@@ -189,7 +165,7 @@ def test_classes_from_the_working_folder():
 
 def test_two_classes_of_one_name_need_the_full_path(capsys):
     for lab in ("lab_one", "lab_two"):
-        Path(f"{lab}.py").write_text("import cli_parts\nclass Twin(cli_parts.Squash): pass\n")
+        Path(f"{lab}.py").write_text("from tests.helpers import cli_parts\nclass Twin(cli_parts.Squash): pass\n")
         fit("--model.squash", f"{lab}.Twin")
     said = refused(capsys, "fit", "--config", "config.yaml", "--model.squash", "Twin")
     assert "lab_one.Twin" in said and "lab_two.Twin" in said
@@ -198,14 +174,14 @@ def test_two_classes_of_one_name_need_the_full_path(capsys):
 
 def test_an_error_in_a_constructor_is_not_buried():
     with pytest.raises(RuntimeError, match=r"^gain is -1.0: it must not be negative$"):
-        fit("--model.squash", "cli_parts.Squash", "--model.squash.gain", "-1")
+        fit("--model.squash", f"{PARTS}.Squash", "--model.squash.gain", "-1")
     with pytest.raises(ValueError, match=r"^dimension 'warmth' names a level twice"):
         fit("--preferences.dimensions.warmth", "[a, a]")
 
 
 def test_a_function_needs_a_return_type(capsys):
-    fit("--model.function", "cli_parts.double")
-    refused(capsys, "fit", "--config", "config.yaml", "--model.function", "cli_parts.double_without_types")
+    fit("--model.function", f"{PARTS}.double")
+    refused(capsys, "fit", "--config", "config.yaml", "--model.function", f"{PARTS}.double_without_types")
 
 
 def test_another_optimizer_keeps_the_arguments_both_know():
@@ -227,7 +203,7 @@ def test_the_command_line_beats_the_checkpoint():
     checkpoint = "outputs/version_0/checkpoints/last.ckpt"
     resumed = fit("--model.scale", "9", "--ckpt_path", checkpoint, "--trainer.max_epochs", "2")
     assert (resumed.model.scale, resumed.trainer.global_step) == (9.0, 8)
-    other = run(["validate", "--config", "config.yaml", "--model", "cli_parts.Plain", "--ckpt_path", checkpoint])
+    other = run(["validate", "--config", "config.yaml", "--model", f"{PARTS}.Plain", "--ckpt_path", checkpoint])
     assert type(other.model) is Plain
 
 
@@ -290,9 +266,9 @@ def test_generate_prints_answers(capsys):
 @pytest.mark.parametrize(
     ("args", "error", "said"),
     [
-        (["export", "--ckpt_path", "last", "--model", "cli_parts.Plain"], UsageError, "Plain has no method `export`"),
+        (["export", "--ckpt_path", "last", "--model", f"{PARTS}.Plain"], UsageError, "Plain has no method `export`"),
         (["export", "--ckpt_path", "last", "--form", "adapter"], UsageError, "Model has no method `export_adapter`"),
-        (["generate", "--question", "Why?", "--model", "cli_parts.Plain"], UsageError, "Plain has no method `answer`"),
+        (["generate", "--question", "Why?", "--model", f"{PARTS}.Plain"], UsageError, "Plain has no method `answer`"),
         (["replay"], UsageError, "a step of a PolicyTrainer, not of a Model"),
         (["export"], ValueError, "--ckpt_path"),
         (["generate"], ValueError, "--question"),
@@ -332,7 +308,7 @@ def test_a_script_goes_on_with_the_weights_that_it_has_trained(capsys):
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "generate"])
 def test_a_module_of_ours_needs_a_checkpoint_before_it_is_built(command):
     with pytest.raises(UsageError, match=f"{command} needs a trained model"):
-        run([command, "--config", "config.yaml", "--model", "cli_parts.NeverBuilt"])
+        run([command, "--config", "config.yaml", "--model", f"{PARTS}.NeverBuilt"])
 
 
 def test_levels_are_checked_before_a_model_is_built(capsys):
@@ -340,7 +316,7 @@ def test_levels_are_checked_before_a_model_is_built(capsys):
     command = ["generate", "--config", "config.yaml", "--ckpt_path", "last", "--question", "Why?"]
     run([*command, "--levels.warmth", "warm"])
     assert "Why? {'warmth': 'warm'}" in capsys.readouterr().out
-    unbuilt = [*command, "--model", "cli_parts.NeverBuilt"]
+    unbuilt = [*command, "--model", f"{PARTS}.NeverBuilt"]
     with pytest.raises(UsageError, match=r"'warmth' has no level 'hot'; lowest first, there are: cold \(0\), warm"):
         run([*unbuilt, "--levels.warmth", "hot"])
     with pytest.raises(UsageError, match="no dimension 'heat'; there are: warmth, length"):
@@ -358,11 +334,11 @@ def test_a_failed_start_leaves_no_folder():
     with pytest.raises(FileNotFoundError):
         fit("--ckpt_path", "nowhere.ckpt", "--trainer.default_root_dir", "deep/outputs")
     with pytest.raises(RuntimeError):
-        fit("--data", "cli_parts.Failing")
+        fit("--data", f"{PARTS}.Failing")
     assert sorted(path.name for path in Path().iterdir()) == ["config.yaml"]
     fit()
     with pytest.raises(RuntimeError):
-        run(["test", "--config", "config.yaml", "--data", "cli_parts.Failing", "--ckpt_path", "last"])
+        run(["test", "--config", "config.yaml", "--data", f"{PARTS}.Failing", "--ckpt_path", "last"])
     assert [path.name for path in Path("outputs").iterdir()] == ["version_0"]
 
 

@@ -16,10 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from forked import in_two
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +34,8 @@ from moslim.data.types import Split, View
 from moslim.errors import UsageError
 from moslim.policy.optimizers import GRPO, PPO, OnlineDPO, ReinforcePlusPlus
 from moslim.reward.scorer import Scorer
+from tests.helpers.forked import in_two
+from tests.helpers.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 from moslim import PolicyTrainer, RewardClassifier
 from moslim.cli import MoslimCLI, run
@@ -21,6 +20,7 @@ from moslim.policy.optimizers import GroupScores, UpdateBatch
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.workbench.grammar import LEVELS
+from tests.helpers.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_parts import Data, Model
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -18,8 +17,9 @@ from moslim.errors import MissingFileError, UsageError
 from moslim.failures import failure
 from moslim.policy.engines.vllm_engine import ParityError
 from moslim.taste import main as fit_taste
-from tests.forked import in_two
-from tests.test_cli import CONFIG
+from tests.helpers.cli_folder import CONFIG, PARTS
+from tests.helpers.cli_parts import Data, Model
+from tests.helpers.forked import in_two
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +163,8 @@ def test_a_mistake_that_a_library_wraps():
         (["--trainer.strategy", "nonsense"], "trainer: You selected an invalid strategy name"),
         (["--trainer.max_epoch", "3"], "did you mean --trainer.max_epochs?"),
         (
-            ["--model.squash", "cli_parts.Squash", "--model.squash.gain", "x"],
-            "model.squash.gain (of cli_parts.Squash): exp",
+            ["--model.squash", f"{PARTS}.Squash", "--model.squash.gain", "x"],
+            "model.squash.gain (of tests.helpers.cli_parts.Squash): exp",
         ),
         (
             ["--preferences.dimensions", "5"],

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from moslim.cli import run
 from moslim.layers import dropped
-from tests.test_cli import folder, run  # noqa: F401  # the fixture that makes a working folder
+from tests.helpers.cli_folder import folder  # noqa: F401  # a working folder for each test
 
 GUARDS = "moslim.callbacks.guards.Guards"
 GATE = "moslim.callbacks.gate.Gate"

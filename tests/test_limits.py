@@ -28,7 +28,7 @@ from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 from moslim.supervised.module import SupervisedTrainer
-from tests.policy.runs import trainer
+from tests.helpers.policy_runs import trainer
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 GPT2 = {"vocab_size": 30, "n_embd": 16, "n_layer": 1, "n_head": 2}

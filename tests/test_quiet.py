@@ -1,13 +1,24 @@
 import warnings
 
+from moslim.cli import run
 from moslim.quiet import leave_out_noise, plain_warnings
-from tests.test_cli import folder, run  # noqa: F401  # the fixture that makes a working folder
+from tests.helpers.cli_folder import PARTS, folder  # noqa: F401  # a working folder for each test
 
 
 def test_only_what_matters_is_said(caplog, recwarn):
     leave_out_noise()
     caplog.set_level("INFO")
-    run(["fit", "--config", "config.yaml", "--model", "cli_parts.PartlyInEval", "--trainer.limit_train_batches", "2"])
+    run(
+        [
+            "fit",
+            "--config",
+            "config.yaml",
+            "--model",
+            f"{PARTS}.PartlyInEval",
+            "--trainer.limit_train_batches",
+            "2",
+        ]
+    )
     said = [record.getMessage() for record in caplog.records] + [str(one.message) for one in recwarn]
     assert said == ["`Trainer.fit` stopped: `max_epochs=1` reached."]
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny_world import save_world
 from transformers import AutoModelForCausalLM
 
 from moslim.cli import run
@@ -21,6 +20,7 @@ from moslim.reward.scorer import Scorer
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import LEVELS, TOPICS
 from moslim.workbench.questions import ask
+from tests.helpers.tiny_world import save_world
 
 PAGE = (Path(__file__).parents[1] / "docs" / "refresh.md").read_text(encoding="utf-8")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 6}

@@ -6,7 +6,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 
 from moslim.reporting import copy_report, log_pictures, markdown_table, number, plain, write_figures, write_texts
-from tests.callbacks.offline_board import summaries
+from tests.helpers.offline_board import summaries
 
 
 def test_plain():

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cli_parts import Data, Plain
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -18,7 +17,8 @@ from moslim.errors import MissingFileError, UsageError
 from moslim.preferences import PreferenceSet
 from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.trainer import MoslimTrainer
-from tests.test_cli import CONFIG
+from tests.helpers.cli_folder import CONFIG, PARTS
+from tests.helpers.cli_parts import Data, Plain
 
 PREFERENCES = PreferenceSet({"warmth": ["cold", "warm"]})
 
@@ -78,7 +78,7 @@ def test_a_copied_run_goes_on_from_its_last_step() -> None:
         "--config",
         "config.yaml",
         "--model",
-        "cli_parts.Plain",
+        f"{PARTS}.Plain",
         "--data.rows",
         "20",
         "--trainer.max_epochs",

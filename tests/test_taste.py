@@ -11,7 +11,7 @@ from moslim.mapping import TasteWeights
 from moslim.reward.scorer import Scorer
 from moslim.taste import foretold, logistic_weights, main, read_choices
 from moslim.workbench.tokenizer import build_tokenizer
-from tests.policy.conftest import save_classifier
+from tests.helpers.policy_models import save_classifier
 
 
 def choices(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ from moslim import template_limits
 from moslim.data.prompts import PairEncoder
 from moslim.models import load_tokenizer
 from moslim.template_limits import check_template, time_limit
-from tests.data.conftest import WITH_SYSTEM, build_tokenizer
+from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 
 ENDLESS = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}",

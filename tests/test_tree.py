@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel
 from moslim.models import checkpoint_activations
 from moslim.tree import grow, in_order
 from moslim.tree_attention import along, reads_trees
-from tests.policy.conftest import SMALL
+from tests.helpers.policy_models import SMALL
 
 ROWS = [[5, 6, 7], [9], [5, 6], [5, 6, 7, 8], [5, 4], [9], [5, 6, 7]]
 CPU = torch.device("cpu")

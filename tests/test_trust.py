@@ -9,9 +9,9 @@ import pytest
 from moslim.cli import main, run
 from moslim.errors import UsageError
 from moslim.trust import check_configs, imports_from_here, with_defaults
-from tests.test_cli import CONFIG
+from tests.helpers.cli_folder import CONFIG
 
-EVIL = "open('ran', 'w').close()\nimport cli_parts\nclass Model(cli_parts.Model): pass\n"
+EVIL = "open('ran', 'w').close()\nfrom tests.helpers import cli_parts\nclass Model(cli_parts.Model): pass\n"
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
     )
     for place in (shared / "deep", tmp_path / "elsewhere"):
         place.mkdir()
-        (place / "predict.yaml").write_text(CONFIG.replace("cli_parts.Model", "evil_lab.Model"))
+        (place / "predict.yaml").write_text(CONFIG.replace("tests.helpers.cli_parts.Model", "evil_lab.Model"))
     for name in ("part", "part.json"):
         (shared / "deep" / name).write_text('{"class_path": "evil_lab.Model"}')
     for place in (here, shared):

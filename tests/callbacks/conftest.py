@@ -1,5 +1,5 @@
 """The tiny policy of tests/policy."""
 
-from tests.policy.conftest import classifier, lm, preferences, tokenizer
+from tests.helpers.policy_models import classifier, lm, preferences, tokenizer
 
 __all__ = ["classifier", "lm", "preferences", "tokenizer"]

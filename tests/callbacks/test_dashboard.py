@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from moslim.callbacks.dashboard import METRICS, STEP
 from moslim.cli import run
-from tests.callbacks.offline_board import summaries
-from tests.callbacks.offline_wandb import read
-from tests.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
+from tests.helpers.offline_board import summaries
+from tests.helpers.offline_wandb import read
+from tests.helpers.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

@@ -18,7 +18,7 @@ from moslim.optim import nonfinite_weights
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import GRPO, RLOO
 from moslim.policy.rollout import nonfinite
-from tests.policy.runs import BATCH, SAMPLES, data, make, trainer, weights
+from tests.helpers.policy_runs import BATCH, SAMPLES, data, make, trainer, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

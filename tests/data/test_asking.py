@@ -8,7 +8,7 @@ from moslim.data.types import Example, Split, View
 from moslim.instructions import Tags
 from moslim.preferences import Preference
 from moslim.sampling import PreferenceSampler, Uniform
-from tests.data.conftest import Rows
+from tests.helpers.chats import Rows
 
 A, B, C, NONE = Preference({"size": 0}), Preference({"size": 1, "heat": 0}), Preference({"heat": 1}), Preference()
 

@@ -8,7 +8,7 @@ import torch
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.table import Table
 from moslim.data.types import View
-from tests.data.conftest import WITH_SYSTEM, build_tokenizer
+from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 
 ALTERNATING = (
     "{% for m in messages %}{% if m.role == 'user' and not loop.first and messages[loop.index0 - 1].role == 'user' %}"

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 from moslim.data.prompts import PairEncoder, PromptRenderer
 from moslim.instructions import SystemMessage, Tags, Template
 from moslim.preferences import Preference, PreferenceSet
-from tests.data.code_points import SOME
-from tests.data.conftest import build_tokenizer
+from tests.helpers.chats import build_tokenizer
+from tests.helpers.code_points import SOME
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
 CHATML = (

@@ -12,7 +12,7 @@ from moslim.data.prompts import PairEncoder
 from moslim.data.types import Example, Split, View
 from moslim.instructions import SystemMessage
 from moslim.sampling import Reachable
-from tests.data.conftest import Rows
+from tests.helpers.chats import Rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from moslim.data.neutralise import Neutraliser, Pattern, fold
-from tests.data.code_points import SOME
+from tests.helpers.code_points import SOME
 
 FORBIDDEN = ["<|end|>", "<|user|>"]
 TAG = Pattern("[[heat: very warm]]", "heat: very warm", "form")

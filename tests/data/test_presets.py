@@ -1,10 +1,7 @@
 """Every preset under ``configs/data``: its launch command parses, and it reads the schema that the data set has."""
 
 import contextlib
-import functools
-import io
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,49 +10,22 @@ from typing import Any
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
-from tiny_world import save_world
 
 from moslim.cli import run
 from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.base import Source
 from moslim.data.sources.several import ConcatSource
 from moslim.data.types import Example, Split, View
 from moslim.preferences import PreferenceSet
-from tests.data import published
+from tests.helpers import published
+from tests.helpers.presets import ROOT, built, command, parsed
+from tests.helpers.tiny_world import save_world
 
-ROOT = Path(__file__).parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "configs/data").glob("*.yaml"))
 CHAT = [
     {"role": "user", "content": "Name a river."},
     {"role": "assistant", "content": "The Danube."},
     {"role": "user", "content": "Another one."},
 ]
-
-
-def command(name: str) -> list[str]:
-    """The launch command in a preset's first lines."""
-    lines = (ROOT / f"configs/data/{name}.yaml").read_text().split("#\n")[0].replace("\\\n#", "").splitlines()
-    return shlex.split(lines[0].removeprefix("# python main.py ").split("  (")[0])
-
-
-@functools.cache
-def printed_config(*args: str) -> str:
-    printed = io.StringIO()
-    with contextlib.chdir(ROOT), contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as stop:
-        run([*args, "--print_config"])
-    assert stop.value.code == 0
-    return printed.getvalue()
-
-
-def parsed(args: list[str]) -> dict[str, Any]:
-    """The config that the command line makes of arguments, without building anything."""
-    return yaml.safe_load(printed_config(*args))
-
-
-def built(source: dict[str, Any]) -> Source:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--source", type=Source)
-    return parser.instantiate(parser.parse_object({"source": source})).source
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from moslim.data.encoding import ChatEncoder
 from moslim.data.prompts import PairEncoder, PromptRenderer, around, as_messages
 from moslim.instructions import SystemMessage, Tags, Template
 from moslim.preferences import Preference
-from tests.data.conftest import DROPS_SYSTEM, REFUSES_SYSTEM, WITH_SYSTEM, build_tokenizer
+from tests.helpers.chats import DROPS_SYSTEM, REFUSES_SYSTEM, WITH_SYSTEM, build_tokenizer
 
 WARM = Preference({"heat": 1})
 CHAT = [{"role": "system", "content": "you are kind ."}, {"role": "user", "content": "how to brew tea ?"}]

@@ -17,8 +17,8 @@ from moslim.data.sources.rivals import ComparisonsFromRatings
 from moslim.data.sources.votes import agreed_level
 from moslim.data.types import Example, Split, View
 from moslim.preferences import PreferenceSet
-from tests.data import published
-from tests.data.test_presets import ROOT, built, command, parsed
+from tests.helpers import published
+from tests.helpers.presets import ROOT, built, command, parsed
 
 FOLDER = Path(os.environ.get("MOSLIM_DATA", ROOT.parent / "shared/data"))
 FILES = {

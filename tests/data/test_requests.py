@@ -1,6 +1,6 @@
 from moslim.data.requests import combination_requests, sweep_requests
 from moslim.preferences import Preference, PreferenceSet
-from tests.data.conftest import Rows
+from tests.helpers.chats import Rows
 
 
 def test_sweep_is_every_level_of_every_dimension(preferences):

@@ -8,7 +8,7 @@ from moslim.data.module import PreferenceDataModule
 from moslim.data.prompts import PairEncoder
 from moslim.data.sources.base import Source
 from moslim.data.types import Example, View
-from tests.data.conftest import WITH_SYSTEM, build_tokenizer
+from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 
 
 @pytest.mark.filterwarnings("ignore:a question is cut")

@@ -10,7 +10,7 @@ from moslim.policy.answering import Purpose
 from moslim.policy.engines import TorchEngine
 from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import GRPO
-from tests.policy.runs import LORA, SAMPLES, Traced, data, make, trainer, weights
+from tests.helpers.policy_runs import LORA, SAMPLES, Traced, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

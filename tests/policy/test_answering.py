@@ -5,7 +5,7 @@ from moslim.data.types import PromptBatch
 from moslim.noise import derive_seed
 from moslim.policy.answering import Answerer, answer_seeds
 from moslim.policy.engines import TorchEngine
-from tests.policy.conftest import ENDS
+from tests.helpers.policy_models import ENDS
 
 EOS = [2, *ENDS]
 

@@ -9,8 +9,8 @@ from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
-from tests.policy.conftest import ARCHITECTURES, build_model
-from tests.policy.runs import LORA, PLAIN
+from tests.helpers.policy_models import ARCHITECTURES, build_model
+from tests.helpers.policy_runs import LORA, PLAIN
 
 FORMS = {
     "head, full": (None, CriticOptions()),

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback
 from moslim.mapping import MappingFunction
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
-from tests.policy.runs import LORA, Traced, data, make, trainer
+from tests.helpers.policy_runs import LORA, Traced, data, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

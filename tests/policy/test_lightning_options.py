@@ -16,7 +16,7 @@ from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
 from moslim.sampling import Curriculum, Reachable
-from tests.policy.runs import LORA, PLAIN, data, make, trainer, weights
+from tests.helpers.policy_runs import LORA, PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

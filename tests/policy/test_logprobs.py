@@ -7,7 +7,7 @@ from moslim.packing import AnswerBatch
 from moslim.policy.logprobs import answer_logprobs, plan
 from moslim.policy.passes import Passes
 from moslim.tree import Tree
-from tests.policy.conftest import ARCHITECTURES
+from tests.helpers.policy_models import ARCHITECTURES
 
 PLAIN = Passes(tokens=10**6, share_prefixes="never", chunked_logprobs=False)
 WAYS = {

@@ -16,7 +16,7 @@ from moslim.mapping import (
     Tchebycheff,
     Weighted,
 )
-from tests.policy.runs import data, make, trainer
+from tests.helpers.policy_runs import data, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

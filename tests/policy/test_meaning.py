@@ -16,8 +16,8 @@ from moslim.lora import LoraOptions
 from moslim.policy.engines import TorchEngine
 from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.scorer import Scorer
-from tests.policy.conftest import save_classifier
-from tests.policy.runs import BATCH, LIMIT, LORA, Traced, data, make, trainer
+from tests.helpers.policy_models import save_classifier
+from tests.helpers.policy_runs import BATCH, LIMIT, LORA, Traced, data, make, trainer
 
 WORDS = Template("{preferences} {question}")
 CHAT = """{%- set day = strftime_now('%d.%m.%Y') %}{{ day }} {% for m in messages %}{{ m.content }} {% endfor %}

@@ -24,7 +24,7 @@ from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPl
 from moslim.policy.roles import Roles
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
-from tests.policy.runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, Traced, data, make, trainer, weights
+from tests.helpers.policy_runs import BATCH, LIMIT, LORA, PLAIN, SAMPLES, Traced, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

@@ -20,8 +20,8 @@ from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 from moslim.supervised.module import SupervisedTrainer
 from moslim.workbench.grammar import LEVELS
-from tests.policy.conftest import ENDS
-from tests.policy.runs import PLAIN, data, make, trainer
+from tests.helpers.policy_models import ENDS
+from tests.helpers.policy_runs import PLAIN, data, make, trainer
 
 TEXT = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

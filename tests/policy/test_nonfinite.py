@@ -13,7 +13,7 @@ from moslim.policy.engines.decoding import Decoding
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
-from tests.policy.runs import data, make, trainer, weights
+from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

@@ -11,7 +11,7 @@ from moslim.errors import UsageError
 from moslim.policy.engines import TorchEngine
 from moslim.policy.off_policy import OffPolicy, rounded_anew
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
-from tests.policy.runs import LORA, data, make, trainer
+from tests.helpers.policy_runs import LORA, data, make, trainer
 
 LONG = 32
 SEQUENCE = {"ratio": "sequence", "kl_coef": 0.0}

@@ -23,7 +23,7 @@ from moslim.policy.shared import FILE, _instruction, write_description
 from moslim.preferences import Preference, PreferenceSet
 from moslim.workbench.grammar import TOPICS
 from moslim.workbench.questions import ask
-from tests.policy.conftest import save_classifier
+from tests.helpers.policy_models import save_classifier
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 SMALL = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 1, "enable_model_summary": False}

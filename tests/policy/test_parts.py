@@ -8,7 +8,7 @@ from moslim.evaluation.judges import GoldJudge
 from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO
-from tests.policy.runs import data, make, trainer
+from tests.helpers.policy_runs import data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
@@ -318,7 +318,7 @@ def test_one_trainer_runs_several_stages(world, preferences, tmp_path):
 
 
 def test_another_start_or_classifier_is_refused(world, preferences, tokenizer, lm, classifier, tmp_path):
-    from tests.policy.conftest import build_model, save_classifier
+    from tests.helpers.policy_models import build_model, save_classifier
 
     path, _ = saved(tmp_path, world(), preferences)
     build_model("grouped", tokenizer, seed=5).save_pretrained(tmp_path / "lm")

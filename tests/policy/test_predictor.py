@@ -11,7 +11,7 @@ from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor, last_layer
 from moslim.policy.statistics import Head
-from tests.policy.conftest import ARCHITECTURES, SMALL, build_model
+from tests.helpers.policy_models import ARCHITECTURES, SMALL, build_model
 
 BIASED = {"phi": {}, "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}}
 CHANGED = {  # and the scale and cap that its logits then have

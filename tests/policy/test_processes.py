@@ -16,8 +16,8 @@ from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
 from moslim.processes import averaged, gathered, mean_over_processes, process_count
-from tests.forked import in_two, sharded
-from tests.policy.runs import BATCH, LORA, data, make, trainer
+from tests.helpers.forked import in_two, sharded
+from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

@@ -21,8 +21,8 @@ from moslim.recurrence import carries_state, masks_left_padding
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.tree_attention import reads_trees
 from moslim.workbench.grammar import LEVELS
-from tests.policy.conftest import ENDS
-from tests.policy.runs import data, make, trainer, weights
+from tests.helpers.policy_models import ENDS
+from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

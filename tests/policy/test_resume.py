@@ -14,7 +14,7 @@ from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.preferences import Preference
-from tests.policy.runs import LORA, SAMPLES, data, make, trainer, weights
+from tests.helpers.policy_runs import LORA, SAMPLES, data, make, trainer, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

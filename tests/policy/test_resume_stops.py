@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from moslim.callbacks.checkpoint import StepCheckpoint
 from moslim.callbacks.dashboard import best_checkpoint
-from tests.policy.runs import data, make, trainer, weights
+from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

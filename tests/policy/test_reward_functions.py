@@ -13,7 +13,7 @@ from moslim.policy.optimizers.aggregation import normalize_then_sum
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.preferences import PreferenceSet
 from moslim.sampling import Reachable
-from tests.policy.runs import BATCH, SAMPLES, data, make, trainer
+from tests.helpers.policy_runs import BATCH, SAMPLES, data, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 NAN = math.nan

@@ -11,7 +11,7 @@ from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles, evaluating
-from tests.policy.conftest import build_model
+from tests.helpers.policy_models import build_model
 
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 BOTH = pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])

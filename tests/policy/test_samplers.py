@@ -6,7 +6,7 @@ from lightning.pytorch import Callback
 
 from moslim.data.asking import SampledPrompts
 from moslim.sampling import Curriculum, ErrorWeighted
-from tests.policy.runs import BATCH, data, make, trainer
+from tests.helpers.policy_runs import BATCH, data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

@@ -11,8 +11,8 @@ from moslim.models import Architecture, WorkbenchTokenizer
 from moslim.policy.engines import TorchEngine
 from moslim.policy.saving import generation_config
 from moslim.supervised.module import SupervisedTrainer
-from tests.policy.conftest import ARCHITECTURES, ENDS, build_model
-from tests.policy.runs import LORA, data, make, trainer
+from tests.helpers.policy_models import ARCHITECTURES, ENDS, build_model
+from tests.helpers.policy_runs import LORA, data, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

@@ -11,8 +11,8 @@ from moslim.policy.engines import VLLMEngine
 from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import PPO
 from moslim.sharding import shard
-from tests.forked import in_two, sharded
-from tests.policy.runs import BATCH, LORA, data, make, trainer
+from tests.helpers.forked import in_two, sharded
+from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),

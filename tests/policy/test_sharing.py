@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from moslim.callbacks.role_memory import FILE, RoleMemory
@@ -31,8 +30,9 @@ from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import save_adapter, save_merged
 from moslim.workbench.grammar import LEVELS
-from tests.policy.conftest import build_model
-from tests.policy.runs import LORA, PLAIN, data, make, trainer, weights
+from tests.helpers.policy_models import build_model
+from tests.helpers.policy_runs import LORA, PLAIN, data, make, trainer, weights
+from tests.helpers.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 

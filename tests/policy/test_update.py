@@ -9,8 +9,8 @@ from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
 from moslim.policy.update import forward
-from tests.policy.conftest import build_model
-from tests.policy.runs import PLAIN
+from tests.helpers.policy_models import build_model
+from tests.helpers.policy_runs import PLAIN
 
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 PASSES = [PLAIN, Passes(), Passes(tokens=9, share_prefixes="always"), Passes(tokens=20, share_prefixes="never")]

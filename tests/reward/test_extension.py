@@ -13,9 +13,7 @@ from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
-
-from .conftest import WordSource
-from .test_frozen import trainer
+from tests.helpers.word_task import WordSource, trainer
 
 FILLER = {"filler": [str(level) for level in range(20)]}  # more levels than the others have, and than fill a register
 

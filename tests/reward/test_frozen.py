@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch.optim import AdamW
 
 from moslim.data.module import PreferenceDataModule
@@ -13,8 +12,7 @@ from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.frozen import run_trunk
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
-
-from .conftest import ComparedSource, WordSource
+from tests.helpers.word_task import ComparedSource, WordSource, trainer
 
 POOLING = ["mean", "first", "max"]
 
@@ -29,12 +27,6 @@ def make(preferences: PreferenceSet, backbone: str, **options: object) -> Reward
 def data(preferences: PreferenceSet, batch_size: int = 12) -> PreferenceDataModule:
     source = ComparedSource(labelled=True)
     return PreferenceDataModule(preferences, source, batch_size=batch_size, eval_batch_size=16)
-
-
-def trainer(folder: Path, **options: object) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    plain = {"enable_checkpointing": False, "num_sanity_val_steps": 1, "use_distributed_sampler": False}
-    return Trainer(default_root_dir=folder, **{**quiet, **plain, "max_epochs": -1, "max_steps": 40, **options})
 
 
 def refuse(self: PreferenceClassifier, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from moslim.reward.losses import CrossEntropy, SoftOrdinal
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 from moslim.trainer import MoslimTrainer
-from tests.reward.conftest import WordSource
+from tests.helpers.word_task import WordSource
 
 LORA = {"rank": 2, "target_modules": ["q_proj"]}
 TRAINED = {"pooling": "max", "layer": 1, "head_hidden": 8, "loss": CrossEntropy(), "lora": LoraOptions(**LORA)}

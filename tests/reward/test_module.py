@@ -21,9 +21,8 @@ from moslim.reward.comparisons import BradleyTerry
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
-from tests.forked import in_two, sharded
-
-from .conftest import ComparedSource, WordSource, save_backbone
+from tests.helpers.forked import in_two, sharded
+from tests.helpers.word_task import ComparedSource, WordSource, save_backbone
 
 LORA = LoraOptions(rank=4, alpha=8.0, dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"])
 

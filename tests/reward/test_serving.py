@@ -12,8 +12,7 @@ import yaml
 
 from moslim.cli import run
 from moslim.reward.scorer import Scorer
-
-from .conftest import save_backbone
+from tests.helpers.word_task import save_backbone
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 LEVELS = {"tone": ["bad", "good"], "amount": ["none", "some", "much"]}

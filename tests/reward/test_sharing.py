@@ -12,8 +12,7 @@ from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import is_classifier, load_classifier, save_adapter, save_merged
-
-from .conftest import save_backbone
+from tests.helpers.word_task import save_backbone
 
 IDS = torch.tensor([[5, 6, 7, 2], [9, 10, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

@@ -10,9 +10,8 @@ from moslim.lora import add_lora
 from moslim.policy.engines import Decoding, TorchEngine, decoding
 from moslim.policy.engines.cache import GrowingCache
 from moslim.policy.engines.decoding import branches
-from tests.policy.conftest import ARCHITECTURES
-from tests.policy.engines.test_torch_engine import EOS, PAD, seeds
-from tests.policy.runs import LORA
+from tests.helpers.policy_models import ARCHITECTURES, EOS, PAD, seeds
+from tests.helpers.policy_runs import LORA
 
 PLAIN = Decoding(share_prompts=False, drop_finished=False, merge=False, cache="dynamic", inference_mode=False)
 WAYS = {

@@ -6,20 +6,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
 from moslim.policy.engines.decoding import Decoding
 from moslim.policy.engines.torch_engine import TorchEngine, survivors
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.passes import Passes
-from tests.policy.conftest import ARCHITECTURES, ENDS
-
-PAD, END = 0, 2
-EOS = [END, *ENDS]
-
-
-def seeds(rows: int, samples: int) -> torch.Tensor:
-    return torch.tensor([[derive_seed(5, row, sample) for sample in range(samples)] for row in range(rows)])
+from tests.helpers.policy_models import ARCHITECTURES, EOS, PAD, seeds
 
 
 def together(prompts, found):

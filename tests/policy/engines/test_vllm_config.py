@@ -9,8 +9,8 @@ import pytest
 
 from moslim.cli import run
 from moslim.policy.engines import VLLMEngine
-from tests.policy.engines.small_server import SmallServer
-from tests.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
+from tests.helpers.small_server import SmallServer
+from tests.helpers.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 ROOT = Path(__file__).parents[3]
 

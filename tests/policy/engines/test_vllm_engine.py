@@ -16,9 +16,9 @@ from moslim.policy.engines.vllm_engine import own_servers
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.off_policy import OffPolicy
 from moslim.policy.passes import Passes
-from tests.policy.conftest import ENDS, build_model
-from tests.policy.engines.small_server import SmallServer
-from tests.policy.runs import BATCH, LORA, data, make, trainer, weights
+from tests.helpers.policy_models import ENDS, build_model
+from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer, weights
+from tests.helpers.small_server import SmallServer
 
 PAD, END = 0, 2
 EOS = [END, *ENDS]

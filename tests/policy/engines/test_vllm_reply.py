@@ -15,9 +15,9 @@ from moslim.errors import UsageError
 from moslim.policy.engines import VLLMEngine
 from moslim.policy.engines.vllm_client import Client, ServerError
 from moslim.policy.engines.vllm_reply import Limits, Request, answers_of, largest_reply, models_of
-from tests.policy.engines.raw_server import RawServer, reply
-from tests.policy.engines.small_server import SmallServer
-from tests.policy.runs import data, make, trainer, weights
+from tests.helpers.policy_runs import data, make, trainer, weights
+from tests.helpers.raw_server import RawServer, reply
+from tests.helpers.small_server import SmallServer
 
 REQUEST, LIMITS = Request([5, 6, 7], 2, 0), Limits(4, 1.0, [2], 10)
 CLIENT = Client("http://127.0.0.1:9", "NO_KEY", 1.0, 0.0)

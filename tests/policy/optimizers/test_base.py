@@ -7,7 +7,7 @@ import torch
 from moslim.mapping.base import weighted_mean
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.policy.optimizers.aggregation import normalize_then_sum
-from tests.policy.optimizers.tables import scores
+from tests.helpers.optimizer_tables import scores
 
 NAN = math.nan
 ALL = [RLOO, GRPO, ReinforcePlusPlus, PPO, OnlineDPO]

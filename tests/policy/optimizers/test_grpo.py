@@ -6,7 +6,7 @@ import torch
 from moslim.policy.kl import k2, k3
 from moslim.policy.optimizers import GRPO
 from moslim.policy.optimizers.reductions import reduce_tokens
-from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, REDUCTIONS, REFERENCE, batch, scores
+from tests.helpers.optimizer_tables import ADVANTAGES, MASK, OLD, REDUCTIONS, REFERENCE, batch, scores
 
 
 def test_advantages_in_group_standard_deviations():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moslim.policy.optimizers import GRPO, PPO, RLOO, ReinforcePlusPlus
-from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, REFERENCE, batch
+from tests.helpers.optimizer_tables import ADVANTAGES, MASK, OLD, REFERENCE, batch
 
 SAMPLER = OLD - torch.tensor([[0.5, -0.25, 1.5], [-0.5, 9.0, 9.0]])
 """The policy makes tokens likelier by these, in log; behind the mask they do not matter."""

@@ -8,7 +8,7 @@ import torch
 
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.policy.optimizers.reductions import whiten
-from tests.policy.optimizers.tables import batch, scores
+from tests.helpers.optimizer_tables import batch, scores
 
 NAN = math.nan
 Plain = partial(ReinforcePlusPlus, std_floor=0.0)

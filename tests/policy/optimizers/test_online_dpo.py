@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moslim.policy.optimizers import OnlineDPO
-from tests.policy.optimizers.tables import batch, scores
+from tests.helpers.optimizer_tables import batch, scores
 
 ONE = torch.ones(6, 1, dtype=torch.bool)
 REFERENCE = torch.tensor([-1.0, -2.0, -1.0, -1.0, -1.0, -1.0])[:, None]

@@ -8,7 +8,7 @@ import torch
 from moslim.policy.kl import k2, k3
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, RLOO, ReinforcePlusPlus
-from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, REFERENCE, batch, scores
+from tests.helpers.optimizer_tables import ADVANTAGES, MASK, OLD, REFERENCE, batch, scores
 
 
 @pytest.mark.parametrize(

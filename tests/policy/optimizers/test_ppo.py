@@ -4,7 +4,7 @@ import torch
 from moslim.lora import LoraOptions
 from moslim.policy.critic import CriticOptions
 from moslim.policy.optimizers import PPO, RLOO
-from tests.policy.optimizers.tables import OLD, batch, scores
+from tests.helpers.optimizer_tables import OLD, batch, scores
 
 VALUES = torch.tensor([[[0.5, 2.0], [3.0, 0.0]]])
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moslim.policy.optimizers.reductions import moments, reduce_tokens, whiten
-from tests.policy.optimizers.tables import MASK, REDUCTIONS
+from tests.helpers.optimizer_tables import MASK, REDUCTIONS
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moslim.policy.optimizers import ReinforcePlusPlus
-from tests.policy.optimizers.tables import scores
+from tests.helpers.optimizer_tables import scores
 
 MASK = torch.tensor([[[True, True], [True, False]]])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moslim.policy.optimizers import RLOO
-from tests.policy.optimizers.tables import ADVANTAGES, MASK, OLD, batch, scores
+from tests.helpers.optimizer_tables import ADVANTAGES, MASK, OLD, batch, scores
 
 
 def test_each_answer_is_compared_with_the_others():

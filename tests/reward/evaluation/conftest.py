@@ -1,16 +1,13 @@
 """Rows whose measures can be computed by hand."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moslim.preferences import PreferenceSet
 from moslim.reward.evaluation.rows import ScoredPairs, ScoredRows
-
-Rows = Callable[..., ScoredRows]
-PREFERENCES = PreferenceSet({"two": ["no", "yes"], "three": ["a", "b", "c"]})
+from tests.helpers.scored_rows import Rows
 
 
 @pytest.fixture

@@ -18,8 +18,7 @@ from moslim.reward.evaluation.choices import Choice, read_choices
 from moslim.workbench.choices import best_of_records
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import LEVELS, TOPICS
-
-from .conftest import PREFERENCES
+from tests.helpers.scored_rows import PREFERENCES
 
 WORLD = PreferenceSet(LEVELS)
 LINE: dict[str, Any] = {"question": "q", "answers": ["a", "b"], "preference": {"three": 2}, "right": 1}

@@ -4,8 +4,7 @@ import torch
 from moslim.reporting import plain
 from moslim.reward.evaluation.pairs import complete_weights, pairwise
 from moslim.reward.evaluation.rows import ScoredPairs
-
-from .conftest import PREFERENCES
+from tests.helpers.scored_rows import PREFERENCES
 
 PAIRS = ScoredPairs(
     gaps=torch.tensor([[0.5, -1.0], [0.0, 2.0], [-0.5, 0.25], [0.25, 1.0]], dtype=torch.float64),

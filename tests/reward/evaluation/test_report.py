@@ -13,8 +13,7 @@ from moslim.reward.evaluation.report import scalars, write_report
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import ScoredPairs, ScoredRows
 from moslim.reward.evaluation.tables import markdown
-
-from .conftest import PREFERENCES
+from tests.helpers.scored_rows import PREFERENCES
 
 BEST_OF = {
     "mapping": "ExpectedDistance",

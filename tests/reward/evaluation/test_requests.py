@@ -3,8 +3,7 @@ import torch
 
 from moslim.reporting import plain
 from moslim.reward.evaluation.requests import proxy_and_gold
-
-from .conftest import Rows
+from tests.helpers.scored_rows import Rows
 
 NAMES = ("two", "three")
 

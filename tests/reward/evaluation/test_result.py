@@ -6,8 +6,7 @@ import torch
 from moslim.reward.calibration import brier_score, ranked_probability_score, top_reliability
 from moslim.reward.evaluation.result import SCHEMA, evaluate
 from moslim.reward.evaluation.rows import ScoredPairs, ScoredRows
-
-from .conftest import PREFERENCES
+from tests.helpers.scored_rows import PREFERENCES
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from tiny_world import save_world
 
 from moslim.cli import run
 from moslim.data.module import PreferenceDataModule
@@ -22,8 +21,8 @@ from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.module import RewardClassifier
 from moslim.workbench.choices import best_of_records
 from moslim.workbench.grammar import LEVELS, TOPICS
-
-from ..conftest import WordSource
+from tests.helpers.tiny_world import save_world
+from tests.helpers.word_task import WordSource
 
 CHOICES = [
     {
