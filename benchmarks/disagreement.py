@@ -39,8 +39,8 @@ ARMS = {
     "and comparisons": ["--model.pairs.margin_scale=0"],
     "with margins": ["--model.pairs.margin_scale=1"],
 }
-RIVALS = "moslim.data.sources.rivals.ComparisonsFromRatings"
-TABLE = "moslim.data.sources.table.Table"
+RIVALS = "moslim.data.ComparisonsFromRatings"
+TABLE = "moslim.data.Table"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def measured(task: Task, arm: str, seed: int, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     configs = ["--config", str(ROOT / "benchmarks" / task.config), *task.options, "--config", str(layer)]
     places = [f"--trainer.default_root_dir={folder}", f"--seed_everything={seed}"]
-    cli = run(["fit", *configs, "--model.pairs=moslim.reward.comparisons.BradleyTerry", *ARMS[arm], *places])
+    cli = run(["fit", *configs, "--model.pairs=moslim.reward.BradleyTerry", *ARMS[arm], *places])
     cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     result = json.loads((cli.model.run_folder / "reward.json").read_text(encoding="utf-8"))
     pairs, head = result["pairs"]["dimensions"][task.dimension], result["dimensions"][task.dimension]

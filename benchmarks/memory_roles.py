@@ -35,19 +35,17 @@ from lightning.pytorch import Trainer
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from moslim import PolicyTrainer, PreferenceDataModule, PreferenceSet
+from moslim.algorithms import PPO
 from moslim.callbacks.gauges import resident_bytes
 from moslim.callbacks.role_memory import FILE, RoleMemory
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.workbench import Workbench
+from moslim.data import Workbench
+from moslim.generation import TorchEngine
 from moslim.lora import LoraOptions, add_lora, merged
 from moslim.mapping import ExpectedDistance
-from moslim.models import Architecture, WorkbenchTokenizer
-from moslim.policy.engines import TorchEngine
-from moslim.policy.module import PolicyTrainer
-from moslim.policy.optimizers import PPO
-from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward import PreferenceClassifier
 from moslim.reward.sharing import save_adapter, save_merged
+from moslim.supervised import Architecture, WorkbenchTokenizer
 from moslim.workbench.grammar import LEVELS
 
 LORA = LoraOptions(rank=16, alpha=32.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])

@@ -21,10 +21,10 @@ from turn import Report, take_part, wait
 from worlds import KL, RATE, World, data_of
 
 from moslim import PolicyTrainer
+from moslim.algorithms import RLOO
+from moslim.generation import TorchEngine
 from moslim.mapping import ExpectedDistance
-from moslim.policy.engines import TorchEngine
-from moslim.policy.optimizers import RLOO
-from moslim.trainer import MoslimTrainer
+from moslim.training import MoslimTrainer
 
 
 class Turns(Callback):
@@ -62,9 +62,8 @@ class Turns(Callback):
 
 def ours(world: World, folder: Path, steps: int, callbacks: list[Callback], settings: dict[str, Any]) -> None:
     """This project's policy stage; the settings are of passes, decoding and off_policy, and a number of processes."""
-    from moslim.policy.engines import Decoding
-    from moslim.policy.off_policy import OffPolicy
-    from moslim.policy.passes import Passes
+    from moslim.generation import Decoding
+    from moslim.policy import OffPolicy, Passes
 
     options = {
         "engine": TorchEngine(world.new_tokens, decoding=Decoding(**settings.get("decoding", {}))),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertModel
 
-from moslim.data.types import Example
+from moslim.data import Example
 from moslim.workbench.choices import best_of_records
 from moslim.workbench.corruptions import corrupt
 from moslim.workbench.gold import gold_levels

@@ -23,10 +23,10 @@ from typing import Any
 from cells import REFRESH, quickstart_key
 from common import RESULTS, ROOT, circumstances, write
 
+from moslim import PreferenceSet
+from moslim.data import Workbench
 from moslim.data.requests import sweep_requests
-from moslim.data.sources.workbench import Workbench
 from moslim.data.types import Split, View
-from moslim.preferences import PreferenceSet
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import LEVELS
 
@@ -36,7 +36,7 @@ LAYERS = [*REWARD, REFRESH]
 FOLDER = ROOT / "outputs/quickstart/refresh"
 ANSWERS = ROOT / "outputs/quickstart/policy/answers.jsonl"
 CLASSIFIERS = {"before": "outputs/quickstart/reward/classifier", "after": "outputs/quickstart/refresh/classifier"}
-TABLE = "moslim.data.sources.table.Table"
+TABLE = "moslim.data.Table"
 
 
 def run(verb: str, layers: list[str], seed: int, *options: str) -> None:

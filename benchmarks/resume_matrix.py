@@ -54,7 +54,7 @@ class Run:
             batch_size=4 // processes,
             inner_epochs=2,
             minibatches=REPEATS // 2,
-            lr_scheduler={"class_path": "moslim.optim.WarmupDecay", "init_args": {"warmup_steps": 5, "final": 1.0}},
+            lr_scheduler={"class_path": "moslim.training.WarmupDecay", "init_args": {"warmup_steps": 5, "final": 1.0}},
         )
         config["trainer"] |= {
             "default_root_dir": str(folder),

@@ -15,9 +15,9 @@ from moslim.data.asking import SampledPrompts
 from moslim.data.loader import Draw
 from moslim.data.prompts import pad
 from moslim.data.types import Split, View
+from moslim.generation import Decoding, TorchEngine
 from moslim.models import eos_ids
 from moslim.noise import derive_seed
-from moslim.policy.engines import Decoding, TorchEngine
 
 WAYS = {
     "ours": Decoding(),

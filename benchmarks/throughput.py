@@ -34,8 +34,8 @@ from rollouts import rollouts
 from step_profile import profile
 from worlds import World, data_of, save, worlds
 
+from moslim import Scorer
 from moslim.data.types import Split, View
-from moslim.reward.scorer import Scorer
 
 OURS = Entrant("ours")
 PLAIN = Entrant(

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from moslim.models import Architecture, WorkbenchTokenizer
-from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim import PreferenceSet
+from moslim.reward import PreferenceClassifier
+from moslim.supervised import Architecture, WorkbenchTokenizer
 from moslim.workbench.grammar import LEVELS
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """By architecture. In float64, GPT-2 computes in it throughout; of Llama, transformers computes norms in float32."""
 
-_ADAPTIVE = {"class_path": "moslim.policy.kl_controllers.AdaptiveKL", "init_args": {"target": 0.01}}
+_ADAPTIVE = {"class_path": "moslim.algorithms.AdaptiveKL", "init_args": {"target": 0.01}}
 _PACKAGE = "moslim.policy.optimizers"
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "RLOO": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
@@ -63,20 +63,20 @@ def policy_config(models: Path, name: str, batch_size: int, **model: Any) -> dic
             "init_args": {"scope": "running", "min_count": 6},
         },
         "policy_optimizer": {"class_path": f"{_PACKAGE}.{name}", "init_args": OPTIMIZERS[name]},
-        "engine": {"class_path": "moslim.policy.engines.TorchEngine", "init_args": {"max_new_tokens": 8}},
+        "engine": {"class_path": "moslim.generation.TorchEngine", "init_args": {"max_new_tokens": 8}},
         "samples_per_prompt": 3,
         "default_kl_coef": 0.1,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.0}},
     }
     return {
         "preferences": {"dimensions": {name: list(LEVELS[name]) for name in ("warmth", "verbosity")}},
-        "model": {"class_path": "moslim.policy.module.PolicyTrainer", "init_args": {**options, **model}},
+        "model": {"class_path": "moslim.PolicyTrainer", "init_args": {**options, **model}},
         "data": {
-            "class_path": "moslim.data.module.PreferenceDataModule",
+            "class_path": "moslim.PreferenceDataModule",
             "init_args": {
-                "source": {"class_path": "moslim.data.sources.workbench.Workbench", "init_args": {"policy_rows": 48}},
+                "source": {"class_path": "moslim.data.Workbench", "init_args": {"policy_rows": 48}},
                 "sampler": {
-                    "class_path": "moslim.sampling.ErrorWeighted",
+                    "class_path": "moslim.data.ErrorWeighted",
                     "init_args": {"active": [0.25, 0.5, 0.25]},
                 },
                 "batch_size": batch_size,

@@ -25,9 +25,9 @@ import torch
 from common import RESULTS, circumstances, write
 from torch import Tensor
 
-from moslim.models import Architecture, WorkbenchTokenizer
+from moslim.algorithms import GRPO, RLOO, GroupScores, LossParts, OnlineDPO, PolicyOptimizer, UpdateBatch
 from moslim.policy.kl import k1
-from moslim.policy.optimizers import GRPO, RLOO, GroupScores, LossParts, OnlineDPO, PolicyOptimizer, UpdateBatch
+from moslim.supervised import Architecture, WorkbenchTokenizer
 
 PROMPTS, LENGTH = 6, 12
 WANTED = 1e-6

@@ -33,10 +33,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from transformers.utils import logging as transformers_logging
 
+from moslim import Scorer
 from moslim.cli import MoslimCLI, run
 from moslim.data.prompts import PairEncoder
 from moslim.reward.calibration import top_reliability
-from moslim.reward.scorer import Scorer
 
 CONFIG = ROOT / "benchmarks/truthfulqa.yaml"
 HEADS = ("truthful", "informative")

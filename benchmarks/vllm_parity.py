@@ -28,12 +28,12 @@ from vllm_quickstart import KINDS, LAYERS, QUIET
 from vllm_server import VLLMProcess, serving
 from vllm_server.models import STARTER, save_random_models
 
+from moslim import PolicyTrainer
 from moslim.cli import run
 from moslim.data.types import PromptBatch
-from moslim.policy.engines import Completions, ParityError
+from moslim.generation import Completions, ParityError
 from moslim.policy.engines.parity import logprob_difference
 from moslim.policy.engines.vllm_client import Client
-from moslim.policy.module import PolicyTrainer
 from moslim.policy.rollout import Rollout
 
 KEY = "VLLM_API_KEY"

@@ -19,13 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.base import Source
-from moslim.data.sources.workbench import Workbench
+from moslim import PreferenceDataModule, PreferenceSet
+from moslim.data import Source, Uniform, Workbench
 from moslim.data.types import Example, Split, View
-from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.sampling import Uniform
+from moslim.reward import PreferenceClassifier
 from moslim.workbench.grammar import LEVELS
 from moslim.workbench.tokenizer import PAD, ROLES, UNKNOWN, build_tokenizer, vocabulary
 

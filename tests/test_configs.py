@@ -259,8 +259,8 @@ def test_preferences_train_a_classifier(path: str, run_folder: RunFolder, tmp_pa
     with contextlib.chdir(run_folder.folder):
         cli = run(
             shlex.split(
-                f"fit --model moslim.reward.module.RewardClassifier --model.backbone outputs/quickstart/starter/model "
-                f"--data moslim.data.module.PreferenceDataModule --data.source moslim.data.sources.table.Table "
+                f"fit --model moslim.RewardClassifier --model.backbone outputs/quickstart/starter/model "
+                f"--data moslim.PreferenceDataModule --data.source moslim.data.Table "
                 f"--data.source.path {table} --data.source.test rows.jsonl --data.batch_size 4 --preferences {path} "
                 "--trainer.fast_dev_run true --trainer.accelerator cpu --trainer.logger false"
             )
@@ -418,7 +418,7 @@ def test_the_kl_s_options_on_the_command_line(run_folder: RunFolder, capsys: pyt
     key = "--model.policy_optimizer"
     adaptive = [
         f"{key}.kl_controller",
-        "moslim.policy.kl_controllers.AdaptiveKL",
+        "moslim.algorithms.AdaptiveKL",
         f"{key}.kl_controller.target",
         "1e-3",
     ]
@@ -537,7 +537,7 @@ def test_helpsteer2_s_variants_in_the_comments_work(run_folder: RunFolder) -> No
     assert reward.model.lora.rank == 4 and reward.trainer.optimizers[0].defaults["lr"] == 1e-4
     policy = run_folder.run(
         ["test", "--config", "configs/policy/helpsteer2_rloo.yaml", "--ckpt_path", "none"],
-        *["--model.dtype", "float32", "--model.judge", "moslim.evaluation.judges.ClassifierJudge"],
+        *["--model.dtype", "float32", "--model.judge", "moslim.evaluation.ClassifierJudge"],
         *["--model.judge.path", "outputs/other", "--model.report", "outputs/judged"],
     )
     assert policy.model.dtype == torch.float32

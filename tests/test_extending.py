@@ -219,7 +219,7 @@ def test_a_source_an_instruction_and_a_sampler(lab: Lab) -> None:
 
 def test_a_sampler_that_learns(lab: Lab) -> None:
     options = ["--trainer.default_root_dir", "outputs/errors", "--trainer.max_steps", "3"]
-    cli = lab.documented("moslim.sampling.ErrorWeighted", *options, "--trainer.limit_train_batches", "1")
+    cli = lab.documented("moslim.data.ErrorWeighted", *options, "--trainer.limit_train_batches", "1")
     shares = cli.datamodule.sampler.metrics()
     assert len(shares) == 20 and sum(shares.values()) == pytest.approx(1)
     assert "sampler/warmth/glowing" in cli.trainer.callback_metrics and len(set(shares.values())) > 4

@@ -94,7 +94,7 @@ class Shouting(PreferenceInstruction):
 def test_an_instruction_is_known_by_its_class_its_options_and_its_prompts() -> None:
     preferences = PreferenceSet({"tone": ["bad", "good"]})
     assert described(Tags()) == {"class": "Tags", "names": True} != described(Tags(names=False))
-    assert described(Shouting("?")) == {"class": "Shouting", "mark": "?", "pattern": "re.compile('a')"}
+    assert described(Shouting("?")) == {"class": f"{__name__}.Shouting", "mark": "?", "pattern": "re.compile('a')"}
     kinds = [Tags(), Tags(names=False), SystemMessage(), Shouting(), Shouting("?")]
     kinds += [Template("{preferences} {question}"), Template("{question} {preferences}")]
     samples = [sample_prompts(kind, preferences) for kind in kinds]
@@ -107,7 +107,7 @@ def test_an_instruction_is_known_by_its_class_its_options_and_its_prompts() -> N
 def test_plain_data_is_stable() -> None:
     assert plain({"b": {3, 1}, "a": (Path("x"), Shouting, None)}) == {
         "b": [1, 3],
-        "a": ["PosixPath('x')", "Shouting", None],
+        "a": ["PosixPath('x')", f"{__name__}.Shouting", None],
     }
 
 

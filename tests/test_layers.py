@@ -6,8 +6,8 @@ from moslim.cli import run
 from moslim.layers import dropped
 from tests.helpers.cli_folder import folder  # noqa: F401  # a working folder for each test
 
-GUARDS = "moslim.callbacks.guards.Guards"
-GATE = "moslim.callbacks.gate.Gate"
+GUARDS = "moslim.callbacks.Guards"
+GATE = "moslim.callbacks.Gate"
 
 
 def written(text: str, name: str) -> str:

@@ -10,12 +10,12 @@ NESTED = """Parser key "model":
   Does not validate against any of the Union subtypes
   Subtypes: [<class 'lightning.pytorch.core.module.LightningModule'>, <class 'NoneType'>]
   Errors:
-    - Problem with given class_path 'moslim.reward.module.RewardClassifier':
+    - Problem with given class_path 'moslim.RewardClassifier':
         Parser key "lora":
           Does not validate against any of the Union subtypes
-          Subtypes: [<class 'moslim.lora.LoraOptions'>, <class 'NoneType'>]
+          Subtypes: [<class 'moslim.ops.LoraOptions'>, <class 'NoneType'>]
           Errors:
-            - Problem with given class_path 'moslim.lora.LoraOptions':
+            - Problem with given class_path 'moslim.ops.LoraOptions':
                 Parser key "rank":
                   Expected a <class 'int'>. Got value: abc
             - Expected a <class 'NoneType'>
@@ -48,7 +48,7 @@ UNION = """Parser key "trainer.limit_train_batches":
   Given value: abc
 """
 OF_A_CALLABLE = """Parser key "model":
-  Problem with given class_path 'moslim.policy.module.PolicyTrainer':
+  Problem with given class_path 'moslim.PolicyTrainer':
     Parser key "optimizer":
       Does not validate against any of the Union subtypes
       Subtypes: [typing.Callable[[collections.abc.Iterable], torch.optim.optimizer.Optimizer], <class 'NoneType'>]
@@ -81,7 +81,7 @@ NOT_GIVEN = """Parser key "preferences":
 
 
 def test_the_innermost_key_says_what_is_wrong():
-    assert shortened(NESTED) == "model.lora.rank (of moslim.lora.LoraOptions): expected int, not abc"
+    assert shortened(NESTED) == "model.lora.rank (of moslim.ops.LoraOptions): expected int, not abc"
 
 
 def test_types_of_one_key_are_listed_once():
@@ -106,9 +106,9 @@ def test_a_huge_value_does_not_make_a_huge_message():
 
 def test_an_option_of_a_callable_is_named():
     said = shortened(OPTIONS_OF_A_CALLABLE)
-    assert said == "model.optimizer.lr (of moslim.policy.module.PolicyTrainer): expected float, not fast"
+    assert said == "model.optimizer.lr (of moslim.PolicyTrainer): expected float, not fast"
     said = shortened(OF_A_CALLABLE.format(reason="No module named 'lab'. Got value: lab.f"))
-    assert said == "model.optimizer (of moslim.policy.module.PolicyTrainer): No module named 'lab'"
+    assert said == "model.optimizer (of moslim.PolicyTrainer): No module named 'lab'"
 
 
 def test_a_part_that_is_not_given():
@@ -120,6 +120,6 @@ def test_the_null_of_a_nested_option_is_no_text(option):
     install()
     parser = MoslimParser(exit_on_error=False)
     parser.add_subclass_arguments(Source, "source")
-    given = ["--source=moslim.data.sources.table.Table", "--source.path=rows.csv", "--source.validation=held.csv"]
+    given = ["--source=moslim.data.Table", "--source.path=rows.csv", "--source.validation=held.csv"]
     made = parser.instantiate_classes(parser.parse_args([*given, *option]))
     assert made.source.others[Split.VALIDATION] is None and made.source.path == "rows.csv"

@@ -25,12 +25,12 @@ from tests.helpers.tiny_world import save_world
 PAGE = (Path(__file__).parents[1] / "docs" / "refresh.md").read_text(encoding="utf-8")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 6}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
-DATA = "moslim.data.module.PreferenceDataModule"
+DATA = "moslim.PreferenceDataModule"
 MINE = {
     "preferences": {"dimensions": LEVELS},
     "trainer": {**QUIET, "default_root_dir": "outputs/mine"},
     "model": {
-        "class_path": "moslim.reward.module.RewardClassifier",
+        "class_path": "moslim.RewardClassifier",
         "init_args": {
             "backbone": "outputs/quickstart/starter/model",
             "output": "outputs/mine/classifier",
@@ -41,7 +41,7 @@ MINE = {
         "class_path": DATA,
         "init_args": {
             "batch_size": 8,
-            "source": {"class_path": "moslim.data.sources.table.Table", "init_args": {"path": "train.jsonl"}},
+            "source": {"class_path": "moslim.data.Table", "init_args": {"path": "train.jsonl"}},
         },
     },
 }
@@ -49,19 +49,19 @@ POLICY = {
     "preferences": {"dimensions": LEVELS},
     "trainer": {**QUIET, "max_steps": 1, "default_root_dir": "outputs/policy"},
     "model": {
-        "class_path": "moslim.policy.module.PolicyTrainer",
+        "class_path": "moslim.PolicyTrainer",
         "init_args": {
             "model": "outputs/quickstart/starter/model",
             "classifier": "outputs/mine/classifier",
             "mapping": "moslim.mapping.ExpectedDistance",
-            "policy_optimizer": "moslim.policy.optimizers.RLOO",
-            "engine": {"class_path": "moslim.policy.engines.TorchEngine", "init_args": {"max_new_tokens": 6}},
+            "policy_optimizer": "moslim.algorithms.RLOO",
+            "engine": {"class_path": "moslim.generation.TorchEngine", "init_args": {"max_new_tokens": 6}},
             "samples_per_prompt": 2,
         },
     },
     "data": {
         "class_path": DATA,
-        "init_args": {"source": {"class_path": "moslim.data.sources.workbench.Workbench"}, "batch_size": 4},
+        "init_args": {"source": {"class_path": "moslim.data.Workbench"}, "batch_size": 4},
     },
 }
 REQUESTS = [

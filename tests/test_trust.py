@@ -98,6 +98,6 @@ def test_a_shared_classifier_needs_no_config():
     given = with_defaults(["predict", "--model.classifier", "shared", "--data.source.predict", "rows.jsonl"])
     assert given[0] == "predict" and given[-2:] == ["--data.source.predict", "rows.jsonl"]
     assert given[given.index("--preferences.dimensions") + 1] == '{"tone": ["bad", "good"]}'
-    assert given[given.index("--model") + 1] == "moslim.reward.module.RewardClassifier"
+    assert given[given.index("--model") + 1] == "moslim.RewardClassifier"
     own = ["predict", "--config", "config.yaml", "--model.classifier", "shared"]
     assert with_defaults(own) == own and with_defaults(["fit", *own[1:]]) == ["fit", *own[1:]]

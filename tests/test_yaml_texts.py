@@ -27,7 +27,7 @@ def test_texts_of_a_config_are_what_is_written(parser, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(
         "source:\n"
-        "  class_path: moslim.data.sources.table.Table\n"
+        "  class_path: moslim.data.Table\n"
         "  init_args:\n"
         "    where: {lang: [no, on], version: [1.10, 010, 1_000, 12:30, 2024-01-01], 1: yes}\n"
         "    constants: {lesson: off}\n"
@@ -54,7 +54,7 @@ def test_texts_of_a_config_are_what_is_written(parser, tmp_path):
     assert (found.flag, found.count, found.rate) == (False, 1000, 1e-4)
 
 
-TABLE = "--source=moslim.data.sources.table.Table"
+TABLE = "--source=moslim.data.Table"
 
 
 def test_options_are_read_so_too(parser):

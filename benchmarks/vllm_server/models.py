@@ -8,9 +8,9 @@ import torch
 import yaml
 from common import ROOT
 
-from moslim.models import Architecture, WorkbenchTokenizer
-from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim import PreferenceSet
+from moslim.reward import PreferenceClassifier
+from moslim.supervised import Architecture, WorkbenchTokenizer
 from moslim.workbench.grammar import LEVELS
 
 STARTER, CLASSIFIER = Path("outputs/quickstart/starter/model"), Path("outputs/quickstart/reward/classifier")

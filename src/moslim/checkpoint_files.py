@@ -47,7 +47,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 def check_checkpoint(path: str | Path, weights_only: bool = True, resume: bool = False) -> None:
-    """Raises an error if a checkpoint is not whole, or nothing that :class:`~moslim.trainer.MoslimTrainer` wrote.
+    """Raises an error if a checkpoint is not whole, or nothing that :class:`~moslim.training.MoslimTrainer` wrote.
 
     A file that was found whole is not read again while it stays as it is. Of a checkpoint that is a folder, as FSDP and
     DeepSpeed write them, the parts that ``torch.save`` wrote are read; the others (``*.distcp``) must not be empty.

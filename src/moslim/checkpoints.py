@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moslim.errors import UsageError
+from moslim.identity import class_key
 from moslim.sharding import whole
 
 if TYPE_CHECKING:
@@ -52,14 +53,9 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {**frozen, **checkpoint["state_dict"]}
 
 
-def class_path(part: object) -> str:
-    """Full path of an object's class, by which a checkpoint notices that another class has taken its place."""
-    return f"{type(part).__module__}.{type(part).__qualname__}"
-
-
 def plain_options(part: object) -> dict[str, Any]:
     """Class and public attributes of an object, as far as they are plain data or objects that hold such."""
-    found: dict[str, Any] = {"class": class_path(part)}
+    found: dict[str, Any] = {"class": class_key(type(part))}
     for name, value in vars(part).items():
         if not name.startswith("_"):
             if _plain(value):

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,20 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def class_key(part: type | Callable[..., Any]) -> str:
+    """Name under which checkpoints, records and exported folders know a class or function.
+
+    Of this package it is the bare name, which is unique in it, so that a class can move to another module. Of all other
+    code it is the full path.
+    """
+    of_package = part.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return part.__qualname__ if of_package else f"{part.__module__}.{part.__qualname__}"
+
+
 def plain(value: Any) -> Any:
     """Data that a checkpoint can hold and another process can compare.
 
-    A class or function becomes its name, an object what :func:`described` says of it.
+    A class or function becomes its :func:`class_key`, an object what :func:`described` says of it.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -159,20 +169,20 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
     if hasattr(value, "__qualname__"):
-        return value.__qualname__
+        return class_key(value)
     text = repr(value)
     return described(value) if " at 0x" in text else text
 
 
 def described(part: Any) -> Entries:
-    """The name of an object's class, without its module, and the arguments that it was made with and has kept."""
+    """The key of an object's class, and the arguments that it was made with and has kept."""
     options = {}
     for name in inspect.signature(type(part)).parameters:
         for attribute in (name, f"_{name}"):
             if hasattr(part, attribute):
                 options[name] = plain(getattr(part, attribute))
                 break
-    return {"class": type(part).__qualname__, **options}
+    return {"class": class_key(type(part)), **options}
 
 
 def rows_digest(rows: Iterable[Any]) -> str:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 
 from lightning.pytorch import Callback
 
-from moslim.checkpoints import class_path
 from moslim.errors import UsageError
+from moslim.identity import class_key
 
 
 class Plugin(Callback):
@@ -27,8 +27,8 @@ class Plugin(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint: role, place and full class path, so that another class is noticed."""
-        return f"{self.role}{self.place}:{class_path(self)}"
+        """Key of the state in a checkpoint: role, place and class, so that another class is noticed."""
+        return f"{self.role}{self.place}:{class_key(type(self))}"
 
     @property
     def children(self) -> Sequence[Plugin]:

@@ -72,9 +72,9 @@ def with_defaults(arguments: Sequence[str]) -> list[str]:
         "--preferences.dimensions": json.dumps(dimensions),
         "--trainer.logger": "false",
         "--trainer.default_root_dir": f"outputs/{given[0]}",
-        "--model": "moslim.reward.module.RewardClassifier",
-        "--data": "moslim.data.module.PreferenceDataModule",
-        "--data.source": "moslim.data.sources.table.Table",
+        "--model": "moslim.RewardClassifier",
+        "--data": "moslim.PreferenceDataModule",
+        "--data.source": "moslim.data.Table",
     }
     added = [part for name, value in defaults.items() if _value(given, name) is None for part in (name, value)]
     return [given[0], *added, *given[1:]]

@@ -81,7 +81,7 @@ def test_a_preset_takes_the_place_of_another_source_whole(name: str) -> None:
     parser.add_subclass_arguments(PreferenceDataModule, "data", skip={"preferences"})
     with contextlib.chdir(ROOT):
         alone = parser.parse_args(
-            ["--data", "moslim.data.module.PreferenceDataModule", "--data.source", f"configs/data/{name}.yaml"]
+            ["--data", "moslim.PreferenceDataModule", "--data.source", f"configs/data/{name}.yaml"]
         )
     assert over == yaml.safe_load(parser.dump(alone, skip_none=False))["data"]["init_args"]["source"]
 

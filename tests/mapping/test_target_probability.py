@@ -198,5 +198,5 @@ def test_state_key_tells_classes_apart() -> None:
     class Mine(TargetProbability):
         pass
 
-    assert TargetProbability().state_key == "mapping:moslim.mapping.target_probability.TargetProbability"
+    assert TargetProbability().state_key == "mapping:TargetProbability"
     assert Mine().state_key != TargetProbability().state_key

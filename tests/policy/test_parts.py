@@ -254,6 +254,10 @@ def test_a_critic_that_came_or_went(world, preferences, tmp_path):
 
 
 OTHERS = {"mapping": ExpectedDistance, "policy_optimizer": GRPO}
+KEYS = {
+    "mapping": ("mapping:TargetProbability", "mapping:ExpectedDistance"),
+    "policy_optimizer": (f"policy_optimizer:{__name__}.Counting", "policy_optimizer:GRPO"),
+}
 
 
 @pytest.mark.parametrize("role", OTHERS)
@@ -266,9 +270,7 @@ def test_a_checkpoint_of_another_class_is_refused_unless_its_state_is_given_up(r
         with pytest.raises(ValueError) as error:
             run = trainer(tmp_path, max_steps=3)
             getattr(run, stage)(world(**fresh), datamodule=data(preferences), ckpt_path=path, weights_only=True)
-        for part in (parts[role], fresh[role]):
-            assert f"{role}:{type(part).__module__}.{type(part).__qualname__}" in str(error.value)
-        assert "model.reset_state" in str(error.value)
+        assert all(part in str(error.value) for part in (*KEYS[role], "model.reset_state"))
     module = world(**fresh, reset_state=True)
     trainer(tmp_path, max_steps=3).fit(module, data(preferences), ckpt_path=path, weights_only=True)
     assert len(module.trace) == 1
@@ -281,7 +283,7 @@ def test_a_checkpoint_of_another_class_is_refused_unless_its_state_is_given_up(r
 def test_parts_inside_of_parts_keep_their_own_state(world, preferences, tmp_path):
     module = world(mapping=mixture())
     path, checkpoint = saved(tmp_path, module, preferences, steps=4)
-    name = "moslim.mapping.target_probability.TargetProbability"
+    name = "TargetProbability"
     found = checkpoint["callbacks"]
     assert found.keys() == {f"mapping.0:{name}", f"mapping.1.0:{name}"}  # the mixtures themselves have none
     assert found[f"mapping.0:{name}"] != found[f"mapping.1.0:{name}"]

@@ -103,7 +103,7 @@ def test_code_of_the_card_gives_our_probabilities_without_moslim(
 def card(preferences: PreferenceSet, backbone: str) -> ModelCard:
     classifier = PreferenceClassifier.from_backbone(backbone, preferences, max_length=64)
     tables = {"path": "nvidia/HelpSteer2", "train": "train"}, {"path": "mine.csv"}
-    sources = [{"class": "moslim.data.sources.table.Table", "options": options} for options in tables]
+    sources = [{"class": "Table", "options": options} for options in tables]
     validation = {"amount/accuracy": 0.8125, "tone/kappa": 0.5, "mean/mae": 0.25, "so/tone/accuracy": 0.1}
     labels = {"tone": [3, 4], "amount": [1, 0, 2]}
     record = {"steps": 12, "rows": 10, "sources": sources, "labels": labels, "validation": validation}

@@ -27,7 +27,7 @@ CONFIG = {
         "log_every_n_steps": 1,
     },
     "model": {
-        "class_path": "moslim.reward.module.RewardClassifier",
+        "class_path": "moslim.RewardClassifier",
         "init_args": {
             "backbone": "start",
             "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
@@ -35,11 +35,11 @@ CONFIG = {
         },
     },
     "data": {
-        "class_path": "moslim.data.module.PreferenceDataModule",
+        "class_path": "moslim.PreferenceDataModule",
         "init_args": {
             "batch_size": 4,
             "source": {
-                "class_path": "moslim.data.sources.table.Table",
+                "class_path": "moslim.data.Table",
                 "init_args": {"path": "train.jsonl", "validation": "train.jsonl", "test": "train.jsonl"},
             },
         },

@@ -21,7 +21,7 @@ class StyleProbe(Callback):
     """At the end of fit, measures how far each pair of style words moves its dimension's gold level.
 
     Logs ``style/{dimension}``: mean gold level with the high word less that with the low word, for a
-    :class:`~moslim.callbacks.gate.Gate` to compare. Held-out topics are not asked about. List it before the gate.
+    :class:`~moslim.callbacks.Gate` to compare. Held-out topics are not asked about. List it before the gate.
 
     Args:
         questions: Questions per style word.

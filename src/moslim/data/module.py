@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.chat_templates import as_day, pin_tokenizer, tokenizer_pins
-from moslim.checkpoints import class_path
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
 from moslim.data.checks import usable_rows
 from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
@@ -28,7 +27,7 @@ from moslim.data.sources.base import Source
 from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
 from moslim.errors import UsageError
-from moslim.identity import Entries, described, rows_digest
+from moslim.identity import Entries, class_key, described, rows_digest
 from moslim.instructions import PreferenceInstruction, Tags, sample_prompts
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
@@ -56,7 +55,7 @@ class PreferenceDataModule(LightningDataModule):
         preferences: The dimensions in use; the same as the module's.
         source: Where the rows come from.
         instruction: How a preference is written into a prompt. Default: :class:`~moslim.instructions.Tags`.
-        sampler: Which preferences are asked for in training. Default: :class:`~moslim.sampling.Uniform`.
+        sampler: Which preferences are asked for in training. Default: :class:`~moslim.data.Uniform`.
         batch_size: Rows of a training batch, per process.
         eval_batch_size: Rows of a batch in validation, test and predict, per process.
         max_length: Most tokens of a prompt (policy view) or pair (other views). The question loses its start. None =
@@ -304,11 +303,11 @@ class PreferenceDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler, with its class; empty where it has none."""
         state = self.sampler.state_dict()
-        return {"class": class_path(self.sampler), "sampler": state} if state else {}
+        return {"class": class_key(type(self.sampler)), "sampler": state} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of :meth:`state_dict`; another sampler than the checkpoint's starts anew."""
-        if state_dict.get("class") == class_path(self.sampler):
+        if state_dict.get("class") == class_key(type(self.sampler)):
             self.sampler.load_state_dict(state_dict["sampler"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -9,6 +9,7 @@ from moslim.mapping.target_probability import TargetProbability
 from moslim.mapping.taste import Taste, TasteWeights
 from moslim.mapping.tchebycheff import Tchebycheff
 from moslim.mapping.weighted import Weighted
+from moslim.running import RunningLevels
 
 __all__ = [
     "Constrained",
@@ -17,6 +18,7 @@ __all__ = [
     "LogProbability",
     "MappedReward",
     "MappingFunction",
+    "RunningLevels",
     "TargetProbability",
     "Taste",
     "TasteWeights",

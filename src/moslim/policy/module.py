@@ -414,7 +414,7 @@ class PolicyTrainer(PolicyEvaluation):
             raise UsageError(
                 f"step {self.global_step}: {reason or 'a rollout of another process is not finite'}. Go on from an "
                 "earlier checkpoint with a lower learning rate, or with trainer.gradient_clip_val; a reward or a level "
-                "probability is the fault of mapping or classifier. With moslim.callbacks.guards.Guards in "
+                "probability is the fault of mapping or classifier. With moslim.callbacks.Guards in "
                 "trainer.callbacks such a step is kept, to be seen with `replay`"
             )
 

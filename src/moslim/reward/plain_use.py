@@ -45,7 +45,7 @@ _LINKS = {
 def plain_use(config: PreferenceClassifierConfig, tokenizer: PreTrainedTokenizerBase, form: Form) -> str:
     """Returns Python code that defines ``score(question, answer)``, with torch, safetensors and transformers alone.
 
-    It gives what :class:`~moslim.reward.scorer.Scorer` gives, but for cutting long pairs and taking special tokens out
+    It gives what :class:`~moslim.Scorer` gives, but for cutting long pairs and taking special tokens out
     of texts.
 
     Args:

@@ -12,10 +12,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from moslim.checkpoints import class_path
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.types import Split, View
+from moslim.identity import class_key
 from moslim.preferences import PreferenceSet
 from moslim.reporting import replace_file
 
@@ -53,7 +53,7 @@ def training_record(
 
     Returns:
         ``steps``; ``validation``, the last validation's metrics and the calibration's, without ``val/``; and, if the
-        rows come from a :class:`~moslim.data.module.PreferenceDataModule`, ``sources``, ``rows`` and ``labels``: how
+        rows come from a :class:`~moslim.PreferenceDataModule`, ``sources``, ``rows`` and ``labels``: how
         often each level of each dimension was given. ``before``, if there is one, and
         ``added``, if not all was trained.
     """
@@ -102,5 +102,5 @@ def _described(source: Source) -> list[dict[str, Any]]:
         if isinstance(values[one.name], (str, int, float)) and values[one.name] != one.default
     }
     parts = source.parts()
-    own = [{"class": class_path(source), "options": options}] if options or not parts else []
+    own = [{"class": class_key(type(source)), "options": options}] if options or not parts else []
     return own + [described for one in parts for described in _described(one)]

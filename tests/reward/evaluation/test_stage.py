@@ -209,8 +209,8 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             },
         },
         "data": {
-            "class_path": "moslim.data.module.PreferenceDataModule",
-            "init_args": {"source": {"class_path": "moslim.data.sources.workbench.Workbench"}, "eval_batch_size": 8},
+            "class_path": "moslim.PreferenceDataModule",
+            "init_args": {"source": {"class_path": "moslim.data.Workbench"}, "eval_batch_size": 8},
         },
     }
     Path("config.yaml").write_text(yaml.safe_dump(config))

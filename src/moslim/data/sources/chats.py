@@ -117,7 +117,7 @@ def chat_in_text(value: Any) -> Any:
         form = "JSON written as JSON once more" if _TWICE.match(value) else "lists of role and text"
         raise UsageError(
             f"the question {quoted(value)} looks like a chat in {form}: write it with json.dumps as a list of objects "
-            "with `role` and `content`, or, if it is a plain text, set `chat` to moslim.data.sources.chats.PlainText"
+            "with `role` and `content`, or, if it is a plain text, set `chat` to moslim.data.PlainText"
         )
     if not looks_like_chat(value):
         return value
@@ -126,14 +126,14 @@ def chat_in_text(value: Any) -> Any:
     except UsageError as error:
         raise UsageError(
             f"{error}; the question {quoted(value)} looks like a chat: write it with json.dumps, or, if it is a plain "
-            "text, set `chat` to moslim.data.sources.chats.PlainText"
+            "text, set `chat` to moslim.data.PlainText"
         ) from None
     if value[end:].strip():  # a text that opens with JSON
         return value
     if not isinstance(chat, list):
         raise UsageError(
             f"the question {quoted(value)} is a JSON object, not a list of turns; if it is a plain text, set `chat` "
-            "to moslim.data.sources.chats.PlainText"
+            "to moslim.data.PlainText"
         )
     return chat
 

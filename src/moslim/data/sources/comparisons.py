@@ -14,7 +14,7 @@ from moslim.preferences import PreferenceSet
 
 
 class Comparison(NamedTuple):
-    """The part of an :class:`~moslim.data.types.Example` that compares two answers; by default there is none."""
+    """The part of an :class:`~moslim.data.Example` that compares two answers; by default there is none."""
 
     rejected: str | None = None
     compared: tuple[str, ...] = ()
@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
 
 
 class Comparisons:
-    """Reads comparisons of rows; the arguments are those of :class:`~moslim.data.sources.table.Table`."""
+    """Reads comparisons of rows; the arguments are those of :class:`~moslim.data.Table`."""
 
     def __init__(self, rejected: str | None, compared: str | list[str] | None, margin: str | None) -> None:
         if rejected is None and (compared or margin):

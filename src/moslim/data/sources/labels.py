@@ -24,7 +24,7 @@ _ROUNDING = Decimal("0.01")
 
 
 class Labels:
-    """Reads the labels of rows; the arguments are those of :class:`~moslim.data.sources.table.Table`."""
+    """Reads the labels of rows; the arguments are those of :class:`~moslim.data.Table`."""
 
     def __init__(
         self,

@@ -47,7 +47,7 @@ class TorchEngine(RolloutEngine):
         stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
         stop_ids: Tokens that end an answer, besides the model's own; they are left out of its text.
         top_k: Draw among this many of the most likely tokens only; None = among all. With this or ``top_p`` answers are
-            not the policy's own, which training corrects for (:class:`~moslim.policy.off_policy.OffPolicy`).
+            not the policy's own, which training corrects for (:class:`~moslim.policy.OffPolicy`).
         top_p: Draw among the most likely tokens that together have this probability; 1 = among all.
         decoding: How answers are computed; None = every fast way but compilation.
 

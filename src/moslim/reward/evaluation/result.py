@@ -13,7 +13,7 @@
 | ``correlation`` | :func:`~moslim.reward.evaluation.dependence.head_correlation`; null with one dimension |
 | ``pairs`` | :func:`~moslim.reward.evaluation.pairs.pairwise`; null without compared answers |
 | ``requests`` | :func:`~moslim.reward.evaluation.requests.proxy_and_gold`; null where no row was asked for |
-| ``best_of`` | :class:`~moslim.reward.evaluation.best_of.BestOf`; null without its file |
+| ``best_of`` | :class:`~moslim.reward.BestOf`; null without its file |
 | ``calibration`` | by dimension: :func:`~moslim.reward.evaluation.reliability.calibration_of` |
 | ``n_rows``, ``n_questions`` | labelled answers; questions that they, or compared answers, belong to |
 
@@ -53,7 +53,7 @@ def evaluate(
         pairs: Its expected levels of compared answers.
         preferences: The dimensions, in the order of the rows.
         pair_weights: See :func:`~moslim.reward.evaluation.pairs.pairwise`.
-        best_of: What :class:`~moslim.reward.evaluation.best_of.BestOf` found.
+        best_of: What :class:`~moslim.reward.BestOf` found.
 
     Returns:
         Plain data that :mod:`json` writes as it is; see the module. It does not depend on the order of rows and pairs.
