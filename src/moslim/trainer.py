@@ -172,7 +172,8 @@ class MoslimTrainer(Trainer):
             raise UsageError("replay takes one process: --trainer.devices 1")
         model.accept_changes = [*model.accept_changes, "data.batch_size"]  # that of several processes
         replay = Replay()
-        self.loggers, self.callbacks = [], [replay]  # what writes is left out
+        kept = [callback for callback in self.callbacks if getattr(callback, "replayed", False)]  # type: ignore[has-type]
+        self.loggers, self.callbacks = [], [*kept, replay]  # what writes is left out
         with warnings.catch_warnings(), contextlib.suppress(StepTaken):
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)

@@ -1,5 +1,3 @@
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -11,7 +9,6 @@ from moslim.data.loader import (
     ResumableLoader,
     TokenBudget,
     ordered_batches,
-    with_following,
 )
 
 
@@ -194,38 +191,3 @@ def test_a_row_beyond_the_budget_makes_a_batch_of_its_own():
     assert sorted(map(sorted, rows(RepeatBatchSampler(4, 1, budget=budget)))) == [[0], [1, 2], [3]]
     with pytest.raises(ValueError, match="too few for one batch of 1 on each of 5"):
         RepeatBatchSampler(4, 1, ranks=5, budget=budget)
-
-
-@dataclass
-class Numbered:
-    number: int
-    following: "Numbered | None" = None
-
-
-@pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize("first", [0, 1, 4, 5])
-def test_each_batch_knows_the_next_different_one(repeats, first):
-    read = []
-
-    def batches():
-        for number in range(first, 4 * repeats):
-            read.append(number)
-            yield Numbered(number // repeats)
-
-    found = []
-    for batch in with_following(batches(), first, repeats):
-        found.append((batch.number, None if batch.following is None else batch.following.number))
-        assert batch.following is None or batch.following.following is None
-        assert read[-1] == min((batch.number + 1) * repeats, 4 * repeats - 1)  # no further than it must
-    whole = [(i // repeats, i // repeats + 1 if i // repeats < 3 else None) for i in range(4 * repeats)]
-    assert found == whole[first:]
-
-
-def test_a_loader_that_looks_ahead_has_as_many_batches_and_resumes():
-    sampler = RepeatBatchSampler(8, 2, seed=1, repeats=2)
-    loader = ResumableLoader(Numbers(8), sampler, lambda items: Numbered(tuple(items)), lambda: (0, 0), look_ahead=True)
-    whole = list(loader)
-    assert len(whole) == len(loader) == 8
-    assert [b.following and b.following.number for b in whole[:4]] == [whole[2].number] * 2 + [whole[4].number] * 2
-    loader.load_state_dict({"epoch": 0, "done": 3})
-    assert list(loader) == whole[3:]

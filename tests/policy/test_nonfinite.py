@@ -11,7 +11,6 @@ from moslim.policy.engines import TorchEngine
 from moslim.policy.engines.choice import Choice
 from moslim.policy.engines.decoding import Decoding
 from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from tests.helpers.policy_runs import data, make, trainer, weights
 
@@ -91,12 +90,6 @@ def test_without_guards_it_is_an_error_and_nothing_is_learnt_from_it(what, prefe
     with pytest.raises(UsageError, match=rf"step 0: {SAID[what]} .*Guards"):
         run.fit(module, data(preferences))
     assert run.global_step == 0 and optimizer.kl_controller.factor == 1
-
-
-def test_answers_that_were_sampled_ahead_are_looked_at_too(preferences, lm, classifier, tmp_path):
-    module = broken(make(preferences, lm, classifier, off_policy=OffPolicy(overlap=True)), "policy", "all")
-    with pytest.raises(UsageError, match=SAID["policy"]):
-        trainer(tmp_path, max_steps=1).fit(module, data(preferences))
 
 
 @pytest.mark.parametrize("engine", ["inverse", "multinomial"])

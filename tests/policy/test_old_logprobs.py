@@ -128,17 +128,6 @@ def test_the_weight_that_is_logged_is_the_one_that_is_used(fit):
         assert "train/off_policy/weight" not in module.trainer.callback_metrics
 
 
-def test_the_logged_weight_of_the_sequence_form_is_that_of_answers(fit):
-    cap = 1.5
-    optimizer = watching(RLOO, **SEQUENCE)
-    module = fit(optimizer, 2, rate=0.05, off_policy=OffPolicy(overlap=True, cap=cap))
-    surplus = (module.rollout.old_logprobs - module.rollout.sampler_logprobs) * module.rollout.mask
-    weights = surplus.sum(dim=1).exp().clamp(max=cap)
-    logged = module.trainer.callback_metrics
-    assert logged["train/off_policy/weight"].item() == pytest.approx(weights.mean().item(), rel=1e-4)
-    assert logged["train/off_policy/capped"].item() == pytest.approx((weights == cap).float().mean().item())
-
-
 class Warmer(TorchEngine):
     """Samples at a temperature that is a little lower than it says: by less than the tolerance per token."""
 

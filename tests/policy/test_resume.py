@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from moslim.data.asking import CollatePrompts, Prompt
 from moslim.mapping import TargetProbability
 from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.preferences import Preference
 from tests.helpers.policy_runs import LORA, SAMPLES, data, make, trainer, weights
@@ -66,8 +65,6 @@ KINDS = {
     "one step each": {},
     "inner epochs": {"inner_epochs": 2},
     "minibatches": {"inner_epochs": 2, "minibatches": 2, "policy_optimizer": GRPO(kl_coef=0.1)},
-    "one step off": {"off_policy": OffPolicy(overlap=True), "inner_epochs": 2},
-    "one step off, lora": {"off_policy": OffPolicy(overlap=True), "lora": LORA},
     "lora": {"lora": LORA, "inner_epochs": 3, "policy_optimizer": RLOO(kl_coef=0.1, ratio="token")},
 }
 
@@ -160,9 +157,8 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, workers, w
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["ctrl-c", "error"])
 @pytest.mark.parametrize("at", [3, 4], ids=["middle of a rollout", "start of a rollout"])
-@pytest.mark.parametrize("overlap", [False, True], ids=["on policy", "one step off"])
-def test_a_run_stopped_in_a_step(overlap, at, stop, world, preferences, tmp_path):
-    options = {"inner_epochs": 2, "off_policy": OffPolicy(overlap=overlap)}
+def test_a_run_stopped_in_a_step(at, stop, world, preferences, tmp_path):
+    options = {"inner_epochs": 2}
     whole = world(**options)
     trainer(tmp_path, max_steps=6).fit(whole, data(preferences))
     first = world(**options)

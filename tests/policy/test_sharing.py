@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from moslim.packing import AnswerBatch
 from moslim.policy.critic import CriticOptions
 from moslim.policy.logprobs import answer_logprobs
 from moslim.policy.memory import resident_weights
-from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import PPO, RLOO
 from moslim.policy.roles import Roles, evaluating
 from moslim.policy.sharing import load_scorer
@@ -385,17 +383,3 @@ def test_the_file_names_weights_and_peaks_of_all_roles(lora, preferences, lm, sh
         assert int(row["peak"]) > total
     for model in (module.scorer.classifier, *module.policy.modules()):
         assert not model._forward_pre_hooks  # the watch is over
-
-
-def test_passes_of_a_copy_that_samples_ahead_are_not_counted(preferences, lm, shareable, tmp_path):
-    begun = []
-
-    class Noted(RoleMemory):
-        def _begin(self, role):
-            begun.append((threading.current_thread() is threading.main_thread(), role))
-            super()._begin(role)
-
-    module = make(preferences, lm, shareable, off_policy=OffPolicy(overlap=True))
-    trainer(tmp_path, max_steps=3, callbacks=[Noted()]).fit(module, data(preferences))
-    assert len(begun) > 3 and all(in_main for in_main, _ in begun)
-    assert begun[-1] == (True, None)  # nothing was watched after the first step

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -250,7 +247,6 @@ class ResumableLoader(DataLoader[Any]):
         workers: Number of worker processes.
         start_epoch: Told an epoch's number before its first draw and before its workers, which copy the data set, are
             started.
-        look_ahead: Whether each batch, a dataclass, is to hold the next different one as its ``following``.
     """
 
     batch_sampler: RepeatBatchSampler
@@ -263,19 +259,15 @@ class ResumableLoader(DataLoader[Any]):
         position: Callable[[], tuple[int, int]],
         workers: int = 0,
         start_epoch: Callable[[int], None] | None = None,
-        look_ahead: bool = False,
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
         self._position = position
         self._start_epoch = start_epoch
-        self._look_ahead = look_ahead
 
     def __iter__(self) -> Any:
         if self._start_epoch is not None:
             self._start_epoch(0 if self.batch_sampler.same_epochs else self.batch_sampler.epoch)
-        first, repeats = self.batch_sampler.start, self.batch_sampler.repeats
-        batches = super().__iter__()
-        return with_following(batches, first, repeats) if self._look_ahead else batches
+        return super().__iter__()
 
     def together(self, numbers: range) -> Any:
         """One batch, made in the main process, of all rows in those batches of the current epoch."""
@@ -292,24 +284,6 @@ class ResumableLoader(DataLoader[Any]):
         """Makes the next iteration start behind the finished batches."""
         self.batch_sampler.set_epoch(state["epoch"])  # at an epoch's end this is the next, which workers draw ahead
         self.batch_sampler.start = state["done"]
-
-
-def with_following(batches: Iterator[Any], first: int, repeats: int) -> Iterator[Any]:
-    """Gives each batch the next different one as its ``following``; the last has None.
-
-    Args:
-        batches: Dataclasses, each of them ``repeats`` times in a row.
-        first: Number of the first of them.
-        repeats: How often each batch comes.
-    """
-    read: deque[Any] = deque()
-    for number in itertools.count(first):
-        wanted = repeats - number % repeats + 1  # from this one to the first of the next
-        read.extend(itertools.islice(batches, wanted - len(read)))
-        if not read:
-            return
-        following = read[-1] if len(read) == wanted else None
-        yield dataclasses.replace(read.popleft(), following=following)
 
 
 class OrderedBatches:

@@ -41,10 +41,9 @@ class PreferenceDataModule(LightningDataModule):
     """Serves the rows of one source to whatever module is trained, so one ``data:`` block fits every config.
 
     The module says what it wants in its attribute ``batch_view``, and gives its ``tokenizer`` and, for a policy,
-    ``batch_repeats``: how often each training batch is to be yielded in a row, and ``look_ahead``: whether each is to
-    hold the one that follows. A classifier with a frozen backbone gives ``row_features``, a function from the ids of
-    all rows to what stands for them in batches. The Trainer must leave the sampler alone
-    (``use_distributed_sampler: false``): batches are shared out to processes here.
+    ``batch_repeats``: how often each training batch is to be yielded in a row. A classifier with a frozen backbone
+    gives ``row_features``, a function from the ids of all rows to what stands for them in batches. The Trainer must
+    leave the sampler alone (``use_distributed_sampler: false``): batches are shared out to processes here.
 
     | view | train | validation | test | predict |
     |---|---|---|---|---|
@@ -256,8 +255,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
         collate = self._collate(self.scramble)
-        ahead: bool = getattr(self._module, "look_ahead", False)
-        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch, ahead)
+        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""

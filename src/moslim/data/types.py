@@ -121,7 +121,6 @@ class PromptBatch:
         questions: The ``B`` neutralised questions, without the instruction.
         kinds: What each prompt is there for in evaluation (``sweep``, ``default``, ``seen``, ``unseen``);
             empty strings in training.
-        following: In training, the next batch of the epoch that holds other prompts, where the module asks for it.
         columns: In training, the ``B`` rows' own columns, see :class:`Example`; empty if no row has any.
     """
 
@@ -131,7 +130,6 @@ class PromptBatch:
     index: Tensor
     questions: list[Question]
     kinds: list[str]
-    following: PromptBatch | None = None
     columns: list[Mapping[str, Any]] = field(default_factory=list)
 
 

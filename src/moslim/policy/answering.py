@@ -48,6 +48,10 @@ class Answers:
     texts: list[str]
 
 
+BatchKey = tuple[int, int]
+"""A training batch of prompts: epoch, and batch number not counting repeats."""
+
+
 def answer_seeds(keys: Sequence[Sequence[int]], samples: int, device: torch.device) -> Tensor:
     """One seed per answer ``[B, n]``, from what identifies each of the ``B`` prompts and the sample's number."""
     rows = [[derive_seed(*key, sample) for sample in range(samples)] for key in keys]

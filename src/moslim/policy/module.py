@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import Callback
@@ -23,8 +23,7 @@ from moslim.models import eos_ids, fuse_kernels, load_causal_lm
 from moslim.optim import RateGroup, configure
 from moslim.packing import AnswerBatch
 from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
-from moslim.policy.ahead import TrainingAnswers
-from moslim.policy.answering import Answerer, Purpose
+from moslim.policy.answering import Answerer, Answers, BatchKey, Purpose
 from moslim.policy.critic import CRITIC_RATE
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.evaluation import PolicyEvaluation
@@ -53,6 +52,16 @@ from moslim.training.lightning_compat import keep_epoch_open
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 
+class CompletionSource(Protocol):
+    """A callback that gives the completions of training batches in place of :meth:`PolicyTrainer.sample`.
+
+    It sets the module's ``completion_source`` to itself.
+    """
+
+    def __call__(self, module: PolicyTrainer, batch: PromptBatch, key: BatchKey, /) -> tuple[Answers, int]:
+        """Returns the completions of a batch, and the optimizer steps that the policy that sampled them had made."""
+
+
 class PolicyTrainer(PolicyEvaluation):
     """Trains a policy whose prompts say which levels are wanted (MOSLIM, arXiv 2505.20336).
 
@@ -76,7 +85,7 @@ class PolicyTrainer(PolicyEvaluation):
         inner_epochs: Passes over a rollout.
         minibatches: Training steps per pass, each on all answers to some of the prompts.
         passes: How log-probabilities of answers are computed; None = every fast way that the model allows.
-        off_policy: What is done about answers that another policy sampled; None = corrected, and never asked for.
+        off_policy: What is done about answers that another policy sampled; None = corrected.
         default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
             keeps the behaviour that nobody asked to change.
         missing_end_penalty: What an answer's score loses when it is cut at the length limit.
@@ -196,12 +205,12 @@ class PolicyTrainer(PolicyEvaluation):
         self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
         self.policy, self.critic = self.roles.policy, self.roles.critic
         self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
-        self.training_answers = TrainingAnswers(self.answerer, samples_per_prompt, seed, self.off_policy.overlap)
         self.scorer = load_scorer(classifier, share_backbone, self.roles, self.tokenizer)
         self.columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         mapping.bind(preferences)
         if judge is not None:
             judge.setup(preferences)
+        self.completion_source: CompletionSource | None = None
         self.rollout: Rollout | None = None
         self.rows: Rollout | None = None  # the part of it that the current step learns from ...
         self.logprobs: Tensor | None = None  # ... its log-probabilities [N, T] under the current weights ...
@@ -216,11 +225,6 @@ class PolicyTrainer(PolicyEvaluation):
     def steps_per_rollout(self) -> int:
         """Optimizer steps that learn from each rollout."""
         return max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)
-
-    @property
-    def look_ahead(self) -> bool:
-        """Whether training batches must know those that follow."""
-        return self.off_policy.overlap
 
     def configure_callbacks(self) -> list[Callback]:
         """Also the mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
@@ -253,7 +257,6 @@ class PolicyTrainer(PolicyEvaluation):
         self.date_classifier()
         if stage == "fit":
             self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
-            self.training_answers.forget()
             check_accumulation_of_rollouts(self.trainer, self.batch_repeats)
 
     def teardown(self, stage: str) -> None:
@@ -270,11 +273,10 @@ class PolicyTrainer(PolicyEvaluation):
         mesh = shard_mesh(self)
         if mesh is None or self.roles.sharded:
             return
-        if self.off_policy.overlap or not self.engine.in_process:
-            copies = "off_policy.overlap" if self.off_policy.overlap else f"engine {type(self.engine).__name__}"
+        if not self.engine.in_process:
             raise UsageError(
-                f"{copies} samples with copies of the policy's weights, which the strategy keeps in shards: "
-                "take TorchEngine without overlap, or another strategy"
+                f"engine {type(self.engine).__name__} samples with copies of the policy's weights, which the strategy "
+                "keeps in shards: take TorchEngine, or another strategy"
             )
         self.roles.shard(mesh)
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
@@ -332,13 +334,19 @@ class PolicyTrainer(PolicyEvaluation):
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
         return rollout.minibatch(step, self.minibatches, self.samples_per_prompt, (self.seed, Purpose.SHUFFLE))
 
+    def sample(self, model: Any, batch: PromptBatch, key: BatchKey) -> Answers:
+        """Samples completions of a training batch with the policy or a copy of it."""
+        keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
+        return self.answerer(model, batch, keys, self.samples_per_prompt, finite=False)
+
     @torch.no_grad()
-    def _roll_out(self, batch: PromptBatch, key: tuple[int, int]) -> Rollout:
+    def _roll_out(self, batch: PromptBatch, key: BatchKey) -> Rollout:
         clock = Stopwatch(self.device)
-        if (key[1] + 1) * self.batch_repeats >= self.trainer.num_training_batches:
-            batch = replace(batch, following=None)  # the epoch is cut short: nobody would take answers to it
-        sampled = self.training_answers.take(self.policy, batch, key, self.global_step)
-        answers, staleness = sampled.answers, self.global_step - sampled.version
+        if self.completion_source is None:
+            answers, staleness = self.sample(self.policy, batch, key), 0
+        else:
+            answers, version = self.completion_source(self, batch, key)
+            staleness = self.global_step - version
         clock.lap("time/sample")
         probs = self.probabilities(answers)
         clock.lap("time/reward")
@@ -437,13 +445,6 @@ class PolicyTrainer(PolicyEvaluation):
     def settings(self) -> dict[str, Any]:
         """What a result is to be compared by; it goes into the report."""
         return settings(self)
-
-    def on_validation_epoch_start(self) -> None:
-        """Lets the engine finish what it samples for training."""
-        self.training_answers.wait()
-        super().on_validation_epoch_start()
-
-    on_test_epoch_start = on_validation_epoch_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""

@@ -1,9 +1,10 @@
 """Answers that were not drawn from the policy that learns from them: what it does about that, and how it is measured.
 
-The sampler's weights may be older (:mod:`moslim.policy.ahead`), top-k and top-p leave tokens out, and another program
-rounds in another way. Each token's, or answer's, part of the loss is then weighted by the ratio of its probabilities
-under policy and sampler, truncated from above (IMPALA, arXiv 1802.01561; TRL calls it ``vllm_importance_sampling``).
-Probability ratios, clips and KL estimates go on comparing with the policy at the start of the update.
+The sampler's weights may be older (a :class:`~moslim.policy.module.CompletionSource`), top-k and top-p leave tokens
+out, and another program rounds in another way. Each token's, or answer's, part of the loss is then weighted by the
+ratio of its probabilities under policy and sampler, truncated from above (IMPALA, arXiv 1802.01561; TRL calls it
+``vllm_importance_sampling``). Probability ratios, clips and KL estimates go on comparing with the policy at the start
+of the update.
 """
 
 from __future__ import annotations
@@ -27,9 +28,6 @@ class OffPolicy:
     """What is done about answers that another policy sampled.
 
     Args:
-        overlap: Sample the answers to the next batch while the current ones are learnt from, with the weights before
-            that update ("one step off"). The first batch of an epoch is sampled on the spot. It pays where the engine
-            has a device of its own; it takes a copy of the trained weights. Needs a PreferenceDataModule.
         cap: Largest weight of a token or answer by which its part of the loss is corrected; None corrects nothing.
         old_logprobs: What probability ratios compare with after the first optimizer step on a rollout; before it, the
             policy is compared with itself. ``auto`` takes the engine's log-probabilities wherever it had the current
@@ -40,7 +38,6 @@ class OffPolicy:
         UsageError: An option is out of range.
     """
 
-    overlap: bool = False
     cap: float | None = 2.0
     old_logprobs: OldLogprobs = "auto"
 

@@ -20,15 +20,13 @@ _BATCH_SIZE = "data.batch_size"
 
 
 def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
-    """Adds every process's rollout and answers sampled ahead, classes of plug-ins, fingerprints of frozen models."""
+    """Adds every process's rollout, classes of plug-ins, fingerprints of frozen models."""
     rollouts = gathered(module.rollout.state() if module.rollout else None)
-    ahead = gathered(module.training_answers.state())
     checkpoint[_KEY] = {
         "plugins": _plugins(module),
         "shares_classifier": module.roles.shares_classifier,
         "frozen": _fingerprints(module),
         "rollouts": rollouts,
-        "ahead": ahead,
     }
     module.keep_identity(checkpoint)
 
@@ -71,8 +69,6 @@ def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
         trainer = attached_trainer(module)
         device = module.device if trainer is None else trainer.strategy.root_device
         module.rollout = Rollout.from_state(rollouts[rank], device)
-        if "ahead" in saved:
-            module.training_answers.load(saved["ahead"][rank], device)
 
 
 def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:

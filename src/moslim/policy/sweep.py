@@ -102,6 +102,6 @@ def settings(module: PolicyTrainer) -> dict[str, Any]:
         "eval_samples": module.eval_samples,
         "temperature": module.engine.temperature,
         "max_new_tokens": module.engine.max_new_tokens,
-        "overlap": module.off_policy.overlap,
+        "completion_source": type(module.completion_source).__name__ if module.completion_source else None,
         "seed": module.seed,
     }

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from moslim.experimental import OneStepOff
 from moslim.lora import add_lora
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
@@ -14,7 +15,6 @@ from moslim.policy.engines.parity import spread
 from moslim.policy.engines.vllm_client import ServerError
 from moslim.policy.engines.vllm_engine import own_servers
 from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.off_policy import OffPolicy
 from moslim.policy.passes import Passes
 from tests.helpers.policy_models import ENDS, build_model
 from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer, weights
@@ -313,9 +313,8 @@ def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, pr
 
 def test_a_server_samples_ahead_with_the_weights_before_the_update(server, preferences, lm, classifier, tmp_path):
     engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=2e-5)
-    module = make(preferences, lm, classifier, engine=engine, lora=LORA, off_policy=OffPolicy(overlap=True))
-    trainer(tmp_path, max_steps=3).fit(module, data(preferences))
-    module.training_answers.wait()
+    module = make(preferences, lm, classifier, engine=engine, lora=LORA)
+    trainer(tmp_path, max_steps=3, callbacks=[OneStepOff()]).fit(module, data(preferences))
     assert len(server.bodies("/v1/completions")) == 4 * BATCH  # those of three steps, and of the next
     assert len(set(loads(server))) == 3  # the start, for two batches, and two updates
     assert engine.difference < 1e-5  # with the weights that the server was given, not with those learnt meanwhile

@@ -1,0 +1,210 @@
+"""One-step-off sampling: completions of the next batch are sampled while the policy learns from the current ones.
+
+Missing measurement: a run whose engine has a device of its own (vLLM servers beside the trainer). On shared cores it
+only takes turns with the update (``benchmarks/policy_stage.py``).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from moslim.accumulation import StepLoader
+from moslim.checkpoint_files import GUARD_RECORD
+from moslim.data.types import PromptBatch
+from moslim.errors import UsageError
+from moslim.policy.answering import Answers, BatchKey
+from moslim.policy.engines import Completions
+from moslim.policy.module import PolicyTrainer
+from moslim.processes import gathered, process_count
+
+
+@dataclass
+class Sampled:
+    """Completions of a training batch.
+
+    Args:
+        answers: The completions.
+        version: Optimizer steps that their policy had made.
+    """
+
+    answers: Answers
+    version: int
+
+    def state(self) -> dict[str, Any]:
+        """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""
+        fields = vars(self.answers)
+        tensors = {**vars(self.answers.completions), **{name: fields[name] for name in ("input_ids", "attention_mask")}}
+        return {
+            "version": self.version,
+            "questions": self.answers.questions,
+            "texts": self.answers.texts,
+            "tensors": {name: None if value is None else value.cpu() for name, value in tensors.items()},
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Sampled:
+        """Inverse of :meth:`state`."""
+        moved: dict[str, Any] = {
+            name: None if value is None else value.to(device) for name, value in state["tensors"].items()
+        }
+        ids, mask = moved.pop("input_ids"), moved.pop("attention_mask")
+        answers = Answers(Completions(**moved), ids, mask, state["questions"], state["texts"])
+        return cls(answers, state["version"])
+
+
+class OneStepOff(Callback):
+    """Samples the completions of each training batch one batch ahead, with the weights before the current update.
+
+    List it in ``trainer.callbacks``. The completions come from a copy of the trained weights, since the policy changes
+    meanwhile. Those of the first batch of an epoch are sampled when they are needed. Noise is a function of the batch,
+    and checkpoints hold the completions that are ready, so that a resumed run equals the uninterrupted one.
+    """
+
+    replayed = True
+    """``replay`` takes a step with this callback."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._kept: dict[BatchKey, Future[Sampled]] = {}
+        self._copy: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Becomes the module's source of completions.
+
+        Raises:
+            UsageError: The module is no PolicyTrainer.
+        """
+        if not isinstance(pl_module, PolicyTrainer):
+            raise UsageError(f"OneStepOff samples for a PolicyTrainer, not for a {type(pl_module).__name__}")
+        self._pool = self._pool or ThreadPoolExecutor(1)
+        if stage == "fit":
+            self.wait()
+            self._kept, self._copy = {}, None  # those of an earlier run; a checkpoint's are taken up after this
+        pl_module.completion_source = self
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses runs that it does not work in.
+
+        Raises:
+            UsageError: The strategy keeps weights in shards, or the loader does not know the batches still to come.
+        """
+        assert isinstance(pl_module, PolicyTrainer)
+        if pl_module.roles.sharded:
+            raise UsageError(
+                "OneStepOff samples with copies of the policy's weights, which the strategy keeps in shards: remove it "
+                "from trainer.callbacks, or take another strategy"
+            )
+
+    def __call__(self, module: PolicyTrainer, batch: PromptBatch, key: BatchKey) -> tuple[Answers, int]:
+        """Returns the completions of a batch and begins to sample those of the next; see ``CompletionSource``."""
+        ready = self._kept.get(key)
+        if ready is None:
+            self.wait()  # an epoch that was cut short may have left the engine busy
+            sampled = self._sampled(module, module.policy, batch, key, module.global_step)
+        else:
+            sampled = ready.result()
+        following = (key[0], key[1] + 1)
+        # A step that fails is taken again when the run goes on, and must then get the same completions.
+        self._kept = {at: self._kept[at] for at in (key, following) if at in self._kept}
+        first = following[1] * module.batch_repeats
+        if self._pool and following not in self._kept and first < module.trainer.num_training_batches:
+            coming = self._batch(module.trainer, first)
+            autocast = _autocast(coming.input_ids.device)
+            self._kept[following] = self._pool.submit(
+                self._sampled, module, self._copied(module.policy), coming, following, module.global_step, autocast
+            )
+        return sampled.answers, sampled.version
+
+    def wait(self) -> None:
+        """Waits until nothing is being sampled, so that the engine is free for others."""
+        for future in self._kept.values():
+            future.exception()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits."""
+        self.wait()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Waits, and is no longer the module's source of completions."""
+        self.wait()
+        if isinstance(pl_module, PolicyTrainer):
+            pl_module.completion_source = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Does what :meth:`teardown` does."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The completions of every process that have been sampled and may still be learned from.
+
+        A batch whose sampling failed is left out: it is sampled when it is needed.
+        """
+        self.wait()
+        done = {key: future for key, future in self._kept.items() if future.exception() is None}
+        return {"processes": gathered([(list(key), future.result().state()) for key, future in done.items()])}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up this process's completions, where the module has taken up its rollout."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        assert isinstance(pl_module, PolicyTrainer)
+        if saved is None or pl_module.rollout is None:
+            return
+        processes, rank = saved["processes"], pl_module.global_rank
+        if GUARD_RECORD in checkpoint and process_count() == 1:
+            rank = checkpoint[GUARD_RECORD].get("process", 0)
+        for (epoch, number), sampled in processes[rank]:
+            self._kept[epoch, number] = Future()
+            self._kept[epoch, number].set_result(Sampled.from_state(sampled, trainer.strategy.root_device))
+
+    def _batch(self, trainer: Trainer, number: int) -> PromptBatch:
+        """A batch of the current epoch that is still to come, on the device."""
+        loader = trainer.train_dataloader
+        if not isinstance(loader, StepLoader):
+            raise UsageError(
+                f"OneStepOff needs the next batch in advance, which a {type(loader).__name__} does not give: give the "
+                "rows as a PreferenceDataModule, or remove it from trainer.callbacks"
+            )
+        batch: PromptBatch = trainer.strategy.batch_to_device(loader.together(range(number, number + 1)))
+        return batch
+
+    def _sampled(
+        self,
+        module: PolicyTrainer,
+        model: Any,
+        batch: PromptBatch,
+        key: BatchKey,
+        version: int,
+        autocast: dict[str, Any] | None = None,
+    ) -> Sampled:
+        with torch.autocast(**autocast) if autocast else nullcontext():
+            return Sampled(module.sample(model, batch, key), version)
+
+    def _copied(self, policy: Any) -> Any:
+        """The policy at this moment; weights that are never trained are not copied."""
+        if self._copy is None:
+            frozen: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
+            self._copy = deepcopy(policy, frozen).requires_grad_(False)
+            for parameter in self._copy.parameters():
+                parameter.grad = None
+        with torch.no_grad():
+            for mine, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
+                if mine is not theirs:
+                    mine.copy_(theirs)
+        return self._copy
+
+
+def _autocast(device: torch.device) -> dict[str, Any]:
+    """Settings of mixed precision in this thread, for another one, which does not inherit them."""
+    kind = device.type
+    return {
+        "device_type": kind,
+        "dtype": torch.get_autocast_dtype(kind),
+        "enabled": torch.is_autocast_enabled(kind),
+    }
