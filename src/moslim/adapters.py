@@ -12,12 +12,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import find_adapter_config_file
 
 from moslim.errors import MissingFileError, UsageError
 from moslim.folders import check_files
 from moslim.loading import first_few, named, read_json, untie
 from moslim.lora import PEFT_PREFIX
+from moslim.ops.transformers_compat import found_file, matching_pattern
 from moslim.processes import inform
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -75,10 +76,7 @@ class AdapterFolder:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer was saved with the adapter."""
-        return any(
-            cached_file(self.path, file, _raise_exceptions_for_missing_entries=False) is not None
-            for file in ("tokenizer_config.json", "tokenizer.json")
-        )
+        return any(found_file(self.path, file) is not None for file in ("tokenizer_config.json", "tokenizer.json"))
 
     def merged(self, load_base: Callable[[str], PreTrainedModel], backbone_only: bool = False) -> PreTrainedModel:
         """Loads the base model and merges the adapter into it.
@@ -130,7 +128,7 @@ class AdapterFolder:
 
         with named(self.path):
             options: Any = PeftConfig.from_pretrained(self.path)
-            file = cached_file(self.path, _WEIGHTS, _raise_exceptions_for_missing_entries=False)
+            file = found_file(self.path, _WEIGHTS)
             if file is None:
                 raise MissingFileError(
                     f"the adapter in '{self.path}' has no {_WEIGHTS}: save it as safetensors; files of pickled weights "
@@ -251,8 +249,6 @@ def _aim_at_backbone(options: Any, tensors: Mapping[str, Tensor], backbone: PreT
 
     ``prefix`` is what stood before these names where the adapter was trained.
     """
-    from peft.utils.other import get_pattern_key
-
     modules, weights = dict(backbone.named_modules()), backbone.state_dict().keys()
     owners = {_owner(key, modules) for key in tensors if key not in weights}
     kept = options.modules_to_save or []
@@ -267,7 +263,7 @@ def _aim_at_backbone(options: Any, tensors: Mapping[str, Tensor], backbone: PreT
     for setting in ("rank_pattern", "alpha_pattern"):
         if given := getattr(options, setting, None):  # patterns of names in the whole model
             whole = {name: f"{prefix}{name}" for name in owners}
-            found = {name: get_pattern_key(given.keys(), place) for name, place in whole.items()}
+            found = {name: matching_pattern(given.keys(), place) for name, place in whole.items()}
             values = {f"^{re.escape(name)}": given[key] for name, key in found.items() if key in given}
             setattr(options, setting, values)
 

@@ -14,14 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
+
+from moslim.errors import MissingFileError, UsageError
+from moslim.folders import check_files, finish_exchange
+from moslim.ops.transformers_compat import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-
-from moslim.errors import MissingFileError, UsageError
-from moslim.folders import check_files, finish_exchange
 from moslim.precision import at_least_float32
 
 CLASSIFIER_TYPE = "moslim_preference_classifier"

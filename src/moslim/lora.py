@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moslim.errors import UsageError
 from moslim.loading import language_part
+from moslim.ops.transformers_compat import lora_targets
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -243,13 +244,10 @@ def _fits(name: str, wanted: Sequence[str] | str) -> bool:
 
 def _advised(model: Any) -> list[str] | str:
     """Layers that peft recommends for an architecture, or that of its language model; none if it has no advice."""
-    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
-
     config = getattr(model.config, "backbone", model.config)
     for kind in (config.model_type, config.get_text_config().model_type):
-        if kind in KNOWN:
-            known: Any = KNOWN[kind]
-            return known if isinstance(known, str) else [str(name) for name in known]
+        if (known := lora_targets(kind)) is not None:
+            return known
     return []
 
 

@@ -20,10 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from moslim.adapters import AdapterFolder
 from moslim.errors import UsageError
@@ -37,6 +33,11 @@ from moslim.loading import (
     seems,
     transformer_part,
     untie,
+)
+from moslim.ops.transformers_compat import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    apply_liger,
 )
 from moslim.template_limits import check_template
 
@@ -252,6 +253,4 @@ def fuse_kernels(model: PreTrainedModel) -> None:
         raise UsageError("model.liger is true, but Liger's kernels need a CUDA device, and there is none: leave it out")
     if find_spec("liger_kernel") is None:
         raise ModuleNotFoundError("model.liger is true, but liger-kernel is not installed: pip install 'moslim[liger]'")
-    from transformers.integrations.liger import apply_liger_kernel
-
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    apply_liger(model)

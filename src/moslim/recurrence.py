@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from moslim.ops.transformers_compat import is_stateful
 from moslim.packing import token_positions
 from moslim.processes import inform
 
@@ -19,7 +20,7 @@ _MASKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def carries_state(model: Any) -> bool:
     """Whether some layers of a model do not attend but carry a state; it must be without an adapter's wrapper."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-    return bool(getattr(model, "_is_stateful", False)) or not _ATTENTION.issuperset(kinds)
+    return is_stateful(model) or not _ATTENTION.issuperset(kinds)
 
 
 @cache

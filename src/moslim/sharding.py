@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moslim.errors import UsageError
+from moslim.ops.transformers_compat import block_kinds
 from moslim.processes import process_rank
 
 
@@ -46,9 +47,9 @@ def shard(model: nn.Module, mesh: DeviceMesh, between_passes: bool = True) -> No
     Raises:
         UsageError: A transformer does not say which of its modules are blocks.
     """
-    kinds = getattr(model, "_no_split_modules", ()) or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not blocks and hasattr(model, "_no_split_modules"):
+    kinds = block_kinds(model)
+    blocks = [module for module in model.modules() if type(module).__name__ in (kinds or ())]
+    if not blocks and kinds is not None:
         raise UsageError(
             f"{type(model).__name__} does not name its blocks (_no_split_modules), so that its weights cannot be "
             "sharded: take trainer.strategy ddp"

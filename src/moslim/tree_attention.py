@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from moslim.ops.transformers_compat import attention_replaced, sdpa_attention_forward
 from moslim.precision import at_least_float32
 from moslim.recurrence import carries_state
 from moslim.tree import Tree, grow
@@ -116,13 +116,12 @@ def along(trunk: Any, tree: Tree) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _reading(trunk: Any, tree: Tree) -> Iterator[_Reading]:
-    config, reading = trunk.config.get_text_config(), _Reading(tree)
-    before, token = config._attn_implementation, _READING.set(reading)
-    config._attn_implementation = _NAME
+    reading = _Reading(tree)
+    token = _READING.set(reading)
     try:
-        yield reading
+        with attention_replaced(trunk.config.get_text_config(), _NAME):
+            yield reading
     finally:
-        config._attn_implementation = before
         _READING.reset(token)
 
 

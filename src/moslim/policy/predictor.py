@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moslim.loading import transformer_part
+from moslim.ops.transformers_compat import has_forward_hooks
 from moslim.policy.statistics import Head, Statistics, of_hidden, of_logits
 from moslim.precision import at_least_float32
 
@@ -87,7 +88,7 @@ def last_layer(model: Any) -> Head | None:
     """
     inner = _inner(model)
     layer = inner.get_output_embeddings()
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or has_forward_hooks(layer):
         return None
     if type(layer.weight) is not nn.Parameter or layer.weight.shape != (layer.out_features, layer.in_features):
         return None

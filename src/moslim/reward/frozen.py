@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moslim.data.prompts import pad
 from moslim.errors import UsageError
+from moslim.ops.transformers_compat import own_settings
 from moslim.packing import like_length
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.features import FeatureCache, Ids, trunk_key
@@ -20,10 +21,6 @@ Trunk = Literal["tuned", "frozen"]
 
 _PADDED_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Padded tokens of a forward pass; on a CPU, small batches stay in the cache."""
-
-
-_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""Entries of a backbone's configuration that depend on where and how it was saved; its weights' type counts anyway."""
 
 
 def resolve_trunk(trunk: Trunk | None, extends: bool, adapts: bool) -> Trunk:
@@ -60,8 +57,7 @@ def cached_features(
         ``[N, H]`` float32 or finer, on the CPU.
     """
     config = classifier.config
-    backbone = {name: value for name, value in config.backbone.to_dict().items() if name not in _ABOUT_FILES}
-    settings = sorted(backbone.items()), config.pooling, config.layer, str(trainer.precision)
+    settings = sorted(own_settings(config.backbone).items()), config.pooling, config.layer, str(trainer.precision)
     key = trunk_key(classifier.backbone, *settings)
 
     def run() -> Tensor:

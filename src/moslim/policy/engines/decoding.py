@@ -16,6 +16,7 @@ from transformers.cache_utils import StaticLayer
 from moslim.errors import UsageError
 from moslim.loading import transformer_part
 from moslim.lora import unwrapped
+from moslim.ops.transformers_compat import attention_implementation
 from moslim.policy.engines.cache import GrowingCache, GrowingLayer, SelectingCache
 from moslim.policy.engines.choice import DrawMethod
 from moslim.policy.engines.continuation import Continuation, Prompts, Uncached, cache_argument, cached
@@ -229,7 +230,7 @@ class _Padding:
 def _as_they_are(model: Any, cache: Cache) -> bool:
     """Whether masks of four axes come to the model's attention as they are, and none of its layers needs another."""
     everything = all(type(layer) is GrowingLayer for layer in cache.layers)
-    by_torch = model.config.get_text_config()._attn_implementation == "sdpa"
+    by_torch = attention_implementation(model.config.get_text_config()) == "sdpa"
     return everything and by_torch and reads_trees(transformer_part(model), model.device)
 
 

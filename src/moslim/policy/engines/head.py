@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moslim.ops.transformers_compat import can_pack_linear, packed_linear
+
 _LARGE = 1 << 20
 """Weights from which on a copy pays. A smaller layer stays in a CPU's cache."""
 
@@ -30,13 +32,7 @@ def packed_head(model: Any, rows: int) -> Iterator[None]:
     if type(weight) is not nn.Parameter or not _packs(weight):
         yield
         return
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-
-    def forward(states: Tensor) -> Tensor:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(states, packed, None, "none", [], "")
-        return product
-
-    head.forward = forward
+    head.forward = packed_linear(weight, rows)
     try:
         yield
     finally:
@@ -46,4 +42,4 @@ def packed_head(model: Any, rows: int) -> Iterator[None]:
 def _packs(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     large = weight.dtype == torch.float32 and weight.numel() >= _LARGE
-    return on_cpu and large and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return on_cpu and large and can_pack_linear()
