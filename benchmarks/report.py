@@ -18,6 +18,7 @@ the command named beside it.
 
 BENCHMARKS = (
     "quickstart",
+    "unchanged",
     "refresh",
     "truthfulqa",
     "levels",

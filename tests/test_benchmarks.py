@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -93,6 +94,35 @@ def test_differences_are_paired_by_seed(ablation: ModuleType) -> None:
     factors["kl"]["kl/d"] = runs(0.6, 0.8, 1.3)
     said = ablation.verdict(factors)
     assert "beyond doubt: `kl/c`. Better with every seed, which may be chance: `kl/c`, `kl/d`. Worse" in said
+
+
+def test_results_of_two_checkouts_are_compared_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    unchanged = importlib.import_module("unchanged")
+    monkeypatch.setattr(unchanged, "RENAMES", ((r"\bold\b", "new"),))
+    runs = tmp_path / "algorithms/outputs/rloo/version_0"
+    (runs / "checkpoints").mkdir(parents=True)
+    weights = {"a.old": torch.tensor([0.1, 0.2]), "half": torch.ones(2, 2, dtype=torch.bfloat16), "none": torch.ones(0)}
+    torch.save({"state_dict": weights}, runs / "checkpoints/last.ckpt")
+    (runs / "metrics.csv").write_text("step,old,time/step,rare\n0,0.1,3,\n1,nan,4,0.3\n")
+    side = unchanged.Side(ROOT, tmp_path, unchanged.BEFORE, tmp_path, 0)
+    before = side.values("algorithms")
+    named = {"old at 0": [0.1], "rare at 1": [0.3]}
+    assert {f"rloo/metrics.csv: {name}": value for name, value in named.items()}.items() <= before.items()
+    assert len(before) == 6  # without the time
+
+    after = {unchanged.renamed(name): list(values) for name, values in before.items()}
+    equal = unchanged.compare(before, after)
+    assert (equal["numbers"], equal["different"], equal["only_before"], equal["only_after"]) == (9, [], [], [])
+    after["rloo/metrics.csv: new at 0"] = [0.1 + 2**-56]
+    after["rloo/metrics.csv: more at 0"] = after.pop("rloo/metrics.csv: rare at 1")
+    weights["a.old"][1] += 2**-25
+    torch.save({"state_dict": weights}, runs / "checkpoints/last.ckpt")
+    after["rloo/last.ckpt: a.new"] = side.values("algorithms")["rloo/last.ckpt: a.old"]
+    found = unchanged.compare(before, after)
+    assert [one["name"] for one in found["different"]] == ["rloo/last.ckpt: a.new", "rloo/metrics.csv: new at 0"]
+    assert found["only_before"] == ["rloo/metrics.csv: rare at 1"]
+    assert found["only_after"] == ["rloo/metrics.csv: more at 0"]
 
 
 def test_sections_and_results_belong_to_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
