@@ -15,6 +15,7 @@ from moslim.data.asking import SampledPrompts
 from moslim.data.loader import Draw
 from moslim.data.prompts import pad
 from moslim.data.types import Split, View
+from moslim.experimental import StaticTorchEngine
 from moslim.generation import Decoding, TorchEngine
 from moslim.models import eos_ids
 from moslim.noise import derive_seed
@@ -26,8 +27,6 @@ WAYS = {
     "cache of transformers": Decoding(cache="dynamic"),
     "last layer as torch has it": Decoding(pack_head=False),
     "torch.multinomial": Decoding(draw="multinomial"),
-    "static cache": Decoding(cache="static"),
-    "static cache, compiled": Decoding(cache="static", compiled=True),
 }
 """Everything fast, and one thing at a time changed."""
 
@@ -45,9 +44,7 @@ def rollouts(world: World, folder: Path, repeats: int) -> dict[str, Any]:
     ends = eos_ids(model, tokenizer)
     halves = Decoding(answers=world.prompts * world.samples // 2)
 
-    def by(decoding: Decoding) -> Callable[[int], object]:
-        engine = TorchEngine(world.new_tokens, decoding=decoding)
-
+    def by(engine: TorchEngine) -> Callable[[int], object]:
         def sample(number: int) -> None:
             seeds = [[derive_seed(number, row, i) for i in range(world.samples)] for row in range(world.prompts)]
             engine.sample(model, ids, mask, torch.tensor(seeds), ends, tokenizer.pad_token_id)
@@ -66,8 +63,11 @@ def rollouts(world: World, folder: Path, repeats: int) -> dict[str, Any]:
                 num_return_sequences=world.samples,
             )
 
-    ways = {**WAYS, "half of the prompts at a time": halves}
-    found = in_turns(repeats, generate=generate, **{name: by(way) for name, way in ways.items()})
+    ways = {name: TorchEngine(world.new_tokens, decoding=way) for name, way in WAYS.items()}
+    ways["static cache"] = StaticTorchEngine(world.new_tokens)
+    ways["static cache, compiled"] = StaticTorchEngine(world.new_tokens, compiled=True)
+    ways["half of the prompts at a time"] = TorchEngine(world.new_tokens, decoding=halves)
+    found = in_turns(repeats, generate=generate, **{name: by(engine) for name, engine in ways.items()})
     return {
         "rollout_s": round(found["ours"], 4),
         "generate_s": round(found["generate"], 4),

@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moslim import recurrence, tree_attention
-from moslim.errors import UsageError
 from moslim.packing import AnswerBatch
 from moslim.policy.critic import TrunkReader
 from moslim.policy.engines import TorchEngine
@@ -143,13 +142,6 @@ def test_what_minds_padding_is_found_out_and_said_once(models, monkeypatch):
     assert found == {kind: kind not in UNCACHED for kind in KINDS}
     continues(build("rwkv")), continues(build("rwkv"))
     assert sum("rwkv" in text for text in said) == 2 and any("is slow" in text for text in said)
-
-
-@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
-def test_a_static_cache_is_refused(kind, models, prompts):
-    engine = TorchEngine(4, decoding=Decoding(cache="static"))
-    with pytest.raises(UsageError, match="set it to growing"):
-        engine.sample(models[kind], *prompts, torch.zeros(3, 1, dtype=torch.long), [2], 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

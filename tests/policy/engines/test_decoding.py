@@ -24,8 +24,6 @@ WAYS = {
     "in turns": Decoding(answers=7),
     "without inference mode": Decoding(inference_mode=False),
     "one prompt at a time": Decoding(answers=1),
-    "static": Decoding(cache="static"),
-    "static, prompts computed for every answer": Decoding(cache="static", share_prompts=False),
 }
 
 
@@ -44,10 +42,6 @@ def assert_same(found, plain):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_gives_the_same_answers(models, prompts, way, kind, temperature):
-    if kind == "sliding" and WAYS[way].cache == "static":
-        with pytest.raises(ValueError, match=r"mistral.* growing"):
-            sampled(models[kind], prompts, WAYS[way])
-        return
     plain = sampled(models[kind], prompts, PLAIN, temperature)
     assert len(plain.mask.sum(dim=1).unique()) > 1  # some end before others
     assert_same(sampled(models[kind], prompts, WAYS[way], temperature), plain)
@@ -89,20 +83,6 @@ def test_masks_that_are_made_once_say_the_same(models, prompts, half, adapted, m
         assert_same(found, sampled(model, prompts, Decoding()))
 
 
-def test_a_static_cache_is_used_again_and_forgets_what_it_held(models, prompts):
-    ids, mask = prompts
-    first = sampled(models["llama"], prompts, WAYS["static"])
-    short = (ids[1:3, -7:], mask[1:3, -7:])
-    engine = TorchEngine(12, decoding=WAYS["static"])
-    engine.sample(models["llama"], *short, seeds(2, 3), EOS, PAD)
-    assert_same(sampled(models["llama"], prompts, WAYS["static"]), first)
-
-
-def test_a_compiled_step_gives_the_same_answers(models, prompts):
-    found = sampled(models["grouped"], prompts, Decoding(cache="static", compiled=True))
-    assert_same(found, sampled(models["grouped"], prompts, PLAIN))
-
-
 def test_multinomial_repeats_with_the_same_batch_and_has_no_log_probabilities_of_its_own(models, prompts):
     way = Decoding(draw="multinomial")
     found, again = (sampled(models["llama"], prompts, way) for _ in range(2))
@@ -122,7 +102,6 @@ def test_answers_cut_by_top_p_know_both_log_probabilities(models, prompts):
     ("options", "message"),
     [
         ({"cache": "big"}, "cache is 'big'"),
-        ({"compiled": True}, "set cache to static"),
         ({"answers": 0}, "answers is 0"),
     ],
 )

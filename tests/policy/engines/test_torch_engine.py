@@ -118,7 +118,7 @@ def test_the_model_is_left_without_gradients(models, prompts):
     assert not found.logprobs.requires_grad and all(p.grad is None for p in models["llama"].parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"decoding": Decoding(cache="static")}])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}])
 def test_what_was_sampled_can_take_part_in_a_loss(models, prompts, options):
     found = TorchEngine(3, **options).sample(models["llama"], *prompts, seeds(5, 1), EOS, PAD)
     values = [value for value in vars(found).values() if value is not None]

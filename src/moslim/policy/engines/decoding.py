@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
-from weakref import WeakKeyDictionary, ref
+from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers import Cache
 
 from moslim.errors import UsageError
 from moslim.loading import transformer_part
@@ -23,9 +21,7 @@ from moslim.policy.engines.continuation import Continuation, Prompts, Uncached, 
 from moslim.recurrence import agreement, carries_state, made_up_tokens, masks_left_padding, say_once
 from moslim.tree_attention import reads_trees
 
-CacheKind = Literal["growing", "dynamic", "static"]
-_ROUND = 64
-"""A static cache's length is a multiple of this: of one length for most batches, whatever their longest prompt."""
+CacheKind = Literal["growing", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +31,10 @@ class Decoding:
     Args:
         share_prompts: Compute each prompt once, and repeat its keys and values for its answers.
         drop_finished: Let an answer leave the batch as soon as it ends.
-        merge: Compute answers to one prompt once for as long as they are the same. Not with a static cache, nor where
-            each answer has its prompt computed for itself.
+        merge: Compute answers to one prompt once for as long as they are the same. Not where each
+            answer has its prompt computed for itself.
         cache: ``growing`` keeps keys and values where there is room for more; ``dynamic`` is transformers' own, which
-            copies them all for every token; ``static`` has one size from the start, and nothing leaves it.
-        compiled: Compile the step from token to token, on CUDA into a graph; needs ``cache: static``. Compiling takes
-            from seconds to minutes and is done again for other numbers of answers or much longer prompts.
+            copies them all for every token.
         pack_head: On a CPU, copy a large last layer into the order in which few rows read it fastest.
         draw: ``inverse_cdf`` takes one random number per token, a function of its answer's seed and of nothing else;
             ``multinomial`` is torch's own: its draws repeat only if the whole batch does. None = the first, but on CUDA
@@ -55,7 +49,6 @@ class Decoding:
     drop_finished: bool = True
     merge: bool = True
     cache: CacheKind = "growing"
-    compiled: bool = False
     pack_head: bool = True
     draw: DrawMethod | None = None
     answers: int | None = None
@@ -66,8 +59,6 @@ class Decoding:
             raise UsageError(f"engine.decoding.cache is '{self.cache}': give one of {', '.join(get_args(CacheKind))}")
         if self.draw not in (None, *get_args(DrawMethod)):
             raise UsageError(f"engine.decoding.draw is '{self.draw}': give one of {', '.join(get_args(DrawMethod))}")
-        if self.compiled and self.cache != "static":
-            raise UsageError(f"engine.decoding.compiled needs one size: set cache to static, not {self.cache}")
         if self.answers is not None and self.answers < 1:
             raise UsageError(f"engine.decoding.answers is {self.answers}: give 1 or more, or null for all at once")
 
@@ -91,16 +82,7 @@ def begin(
         decoding: How.
     """
     prompts = Prompts(model, input_ids, attention_mask, samples)
-    if not continues(model):
-        if decoding.cache == "static":
-            raise UsageError(
-                f"engine.decoding.cache is 'static', but this model ({model.config.model_type}) cannot go on from a "
-                "cache here: set it to growing, and compiled to false"
-            )
-        return Uncached(prompts)
-    if decoding.cache == "static":
-        return _Fixed(prompts, room, decoding)
-    return _Flexible(prompts, room, decoding)
+    return _Flexible(prompts, room, decoding) if continues(model) else Uncached(prompts)
 
 
 _CONTINUES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -263,81 +245,3 @@ def branches(rows: Tensor, tokens: Tensor, merge: bool) -> tuple[Tensor, Tensor,
     source, taken = torch.empty_like(parents), torch.empty_like(tokens)
     source[place], taken[place] = parents, tokens
     return source, taken, place[which]
-
-
-class _Fixed(Continuation):
-    """With tensors of one size, in one place, from the first token to the last, as graphs of computation need them."""
-
-    def __init__(self, prompts: Prompts, room: int, decoding: Decoding) -> None:
-        width = prompts.input_ids.shape[1]
-        length = -(-(width + room) // _ROUND) * _ROUND
-        filled = StaticCache(prompts.model.config, length)
-        if any(type(layer) is not StaticLayer for layer in filled.layers):
-            kind = prompts.model.config.model_type
-            raise UsageError(
-                f"engine.decoding.cache is 'static', but not all layers of this model ({kind}) attend to everything: "
-                "set it to growing, and compiled to false"
-            )
-        self.logits = prompts.computed(filled, decoding.share_prompts)
-        if decoding.share_prompts:
-            self.logits = prompts.repeated(self.logits)
-        total = len(self.logits)
-        self._step, cache = _static(prompts.model, total, length, decoding.compiled)
-        for layer, source in zip(cast(list[Any], cache.layers), cast(list[Any], filled.layers), strict=True):
-            parts = (source.keys, source.values)
-            keys, values = map(prompts.repeated, parts) if decoding.share_prompts else parts
-            if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
-            layer.keys.copy_(keys)
-            layer.values.copy_(values)
-            layer.cumulative_length.copy_(source.cumulative_length)
-        # What is not written yet is masked, since it comes later than the token that looks.
-        self._attention = prompts.attention_mask.new_ones(total, length)
-        self._attention[:, :width] = prompts.repeated(prompts.attention_mask)
-        self._position = prompts.repeated(prompts.positions[:, -1:])
-        self._places = torch.arange(total, device=self._position.device)
-
-    def feed(self, tokens: Tensor) -> None:
-        """See the base class."""
-        every = tokens.new_zeros(len(self._position), 1)
-        every[self._places, 0] = tokens
-        self._position += 1
-        self.logits = self._step(every, self._attention, self._position)[self._places]
-
-    def keep(self, rows: Tensor) -> None:
-        """See the base class."""
-        self._places = self._places[rows]
-
-
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
-_COMPILED: WeakKeyDictionary[nn.Module, dict[tuple[int, int], tuple[Step, StaticCache]]] = WeakKeyDictionary()
-"""A graph has addresses in it, so that step and cache are kept together and used again, for each of the last shapes."""
-_SHAPES = 4
-"""Shapes that are kept: two lengths of prompts in training, and two in evaluation."""
-
-
-def _static(model: Any, rows: int, length: int, compiled: bool) -> tuple[Step, StaticCache]:
-    """A model's step from token to token, and the cache that it works on."""
-    kept = _COMPILED.setdefault(model, {}) if compiled else {}
-    if (rows, length) in kept:
-        return kept[rows, length]
-    cache, owner = StaticCache(model.config, length), ref(model)
-
-    def step(tokens: Tensor, attention: Tensor, position: Tensor) -> Tensor:
-        logits: Tensor = cast(Any, owner())(
-            input_ids=tokens,
-            attention_mask=attention,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits
-
-    if not compiled:
-        return step, cache
-    while len(kept) >= _SHAPES:
-        kept.pop(next(iter(kept)))  # its keys and values take memory
-    mode = "reduce-overhead" if model.device.type == "cuda" else "default"
-    kept[rows, length] = torch.compile(step, dynamic=False, mode=mode), cache
-    return kept[rows, length]

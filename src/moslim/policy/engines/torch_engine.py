@@ -18,6 +18,7 @@ from torch import Tensor
 from moslim.noise import derive_seed, uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.choice import Choice, Chosen
+from moslim.policy.engines.continuation import Continuation
 from moslim.policy.engines.decoding import Decoding, begin
 from moslim.policy.engines.head import packed_head
 from moslim.precision import at_least_float32
@@ -49,7 +50,7 @@ class TorchEngine(RolloutEngine):
         top_k: Draw among this many of the most likely tokens only; None = among all. With this or ``top_p`` answers are
             not the policy's own, which training corrects for (:class:`~moslim.policy.OffPolicy`).
         top_p: Draw among the most likely tokens that together have this probability; 1 = among all.
-        decoding: How answers are computed; None = every fast way but compilation.
+        decoding: How answers are computed; None = every fast way.
 
     Raises:
         ValueError: An argument is out of range.
@@ -89,9 +90,9 @@ class TorchEngine(RolloutEngine):
         order = lengths.argsort(stable=True)
         together = len(order) if self.decoding.answers is None else max(1, self.decoding.answers // samples)
         parts = (torch.arange(len(order), device=device),) if together >= len(order) else order.split(together)
-        packs = self.decoding.pack_head and not self.decoding.compiled  # a graph has its addresses in it
+        packing = packed_head(model, seeds.numel()) if self.decoding.pack_head else nullcontext()
         # The table was made outside: unlike what is made in inference mode, it can take part in a loss.
-        with self.decoding.without_gradients(model), packed_head(model, seeds.numel()) if packs else nullcontext():
+        with self.decoding.without_gradients(model), packing:
             for part in parts:
                 columns = slice(input_ids.shape[1] - int(lengths[part].max()), None)
                 rows = (part[:, None] * samples + torch.arange(samples, device=device)).flatten()
@@ -116,7 +117,7 @@ class TorchEngine(RolloutEngine):
         if choice.method == "multinomial":
             generator = torch.Generator(seeds.device).manual_seed(derive_seed(*seeds.flatten().tolist()))
         going = torch.arange(len(rows), device=rows.device)  # which of them are not finished
-        answers = begin(model, input_ids, attention_mask, seeds.shape[1], self.max_new_tokens, self.decoding)
+        answers = self._begin(model, input_ids, attention_mask, seeds.shape[1])
         for step in range(self.max_new_tokens):
             chosen = choice(answers.logits, noise[going, step], generator)
             found.write(rows[going], step, chosen)
@@ -133,6 +134,10 @@ class TorchEngine(RolloutEngine):
                 answers.keep(keep)
             if step < self.max_new_tokens - 1:
                 answers.feed(tokens)
+
+    def _begin(self, model: Any, input_ids: Tensor, attention_mask: Tensor, samples: int) -> Continuation:
+        """Computes prompts; subclasses may go on from them in another way."""
+        return begin(model, input_ids, attention_mask, samples, self.max_new_tokens, self.decoding)
 
     @property
     def cuts(self) -> bool:
