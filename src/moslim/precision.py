@@ -52,3 +52,9 @@ def apply_wide(layer: nn.Module, inputs: Tensor) -> Tensor:
     with full_precision():
         found: Tensor = functional_call(layer, coarse, (inputs.to(dtype),)) if coarse else layer(inputs.to(dtype))
     return found
+
+
+def nonfinite(name: str, values: Tensor) -> str | None:
+    """Finds NaN and infinity in a tensor of any shape."""
+    bad = int((~values.isfinite()).sum())
+    return f"{name} is not finite in {bad} of {values.numel()} places" if bad else None

@@ -17,7 +17,7 @@ from moslim.mapping import ExpectedDistance
 from moslim.optim import nonfinite_weights
 from moslim.policy.engines import TorchEngine
 from moslim.policy.optimizers import GRPO, RLOO
-from moslim.policy.rollout import nonfinite
+from moslim.precision import nonfinite
 from tests.helpers.policy_runs import BATCH, SAMPLES, data, make, trainer, weights
 
 pytestmark = [

@@ -171,7 +171,7 @@ def test_passes_of_the_copy_are_not_counted(preferences, lm, classifier, tmp_pat
 
 def test_a_finished_run_gives_the_module_back(run):
     module = run(2)
-    assert module.completion_source is None
+    assert module.collector.completion_source is None
 
 
 def test_it_samples_for_a_policy_only_and_needs_batches_in_advance(preferences, lm, classifier, tmp_path):

@@ -15,7 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.war
 class Bandit(Traced):
     """The highest level of every dimension is as likely as the share of an answer's tokens that pay: one in four."""
 
-    def probabilities(self, answers):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.collector.scorer = self.paid
+
+    def paid(self, answers):
         found = answers.completions
         share = ((found.tokens % 4 == 0) & found.mask).sum(dim=1) / found.mask.sum(dim=1)
         probs = torch.zeros(len(share), len(self.preferences), 5)

@@ -252,7 +252,7 @@ def test_a_run_is_that_of_the_separate_form(optimizer, preferences, lm, shareabl
         runner.save_checkpoint(tmp_path / f"{share}.ckpt")
         checkpoints.append(torch.load(tmp_path / f"{share}.ckpt", weights_only=True)["state_dict"].keys())
         with torch.no_grad():
-            evaluated = [module.probabilities(answers) for answers in sampled(module, data(preferences))]
+            evaluated = [module.score(answers) for answers in sampled(module, data(preferences))]
         found.append((rewards(module), weights(module), evaluated))
     (separate, own, probs), (shared, others, shared_probs) = found
     for name, value in separate.items():

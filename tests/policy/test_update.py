@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from moslim.lora import LoraOptions
+from moslim.policy.engines import TorchEngine
 from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.optimizers import RLOO
 from moslim.policy.passes import Passes
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
-from moslim.policy.update import forward
+from moslim.policy.update import PolicyUpdate, mean_default_kl, policy_outputs
 from tests.helpers.policy_models import build_model
 from tests.helpers.policy_runs import PLAIN
 
@@ -43,7 +45,11 @@ def roles(request, tokenizer):
 
 
 def run(roles, rows, passes, temperature=1.0, **options):
-    return forward(roles, rows, [rows], length=4, samples=1, temperature=temperature, passes=passes, **options)
+    update = PolicyUpdate(roles, RLOO(), TorchEngine(4), passes, 1, default_kl_coef=0.0, importance_clip=None)
+    outputs = policy_outputs(roles, rows, temperature, passes, **options)
+    return update.loss_inputs(outputs, rows, [rows], scale=1, first=False), mean_default_kl(
+        outputs.default_kl, [rows], scale=1
+    )
 
 
 def all_logits(model, rows):

@@ -15,7 +15,7 @@ from moslim.checkpoint_files import GUARD_RECORD
 from moslim.errors import UsageError
 from moslim.optim import nonfinite_weights
 from moslim.policy.module import PolicyTrainer
-from moslim.policy.rollout import nonfinite
+from moslim.precision import nonfinite
 from moslim.processes import gathered
 
 Action = Literal["stop", "warn", "off"]

@@ -22,6 +22,7 @@ from moslim.errors import UsageError
 from moslim.policy.answering import Answers, BatchKey
 from moslim.policy.engines import Completions
 from moslim.policy.module import PolicyTrainer
+from moslim.policy.rollout import RolloutCollector
 from moslim.processes import gathered, process_count
 
 
@@ -74,6 +75,7 @@ class OneStepOff(Callback):
         self._pool: ThreadPoolExecutor | None = None
         self._kept: dict[BatchKey, Future[Sampled]] = {}
         self._copy: Any = None
+        self._module: PolicyTrainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Becomes the module's source of completions.
@@ -87,7 +89,8 @@ class OneStepOff(Callback):
         if stage == "fit":
             self.wait()
             self._kept, self._copy = {}, None  # those of an earlier run; a checkpoint's are taken up after this
-        pl_module.completion_source = self
+        pl_module.collector.completion_source = self
+        self._module = pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses runs that it does not work in.
@@ -102,12 +105,16 @@ class OneStepOff(Callback):
                 "from trainer.callbacks, or take another strategy"
             )
 
-    def __call__(self, module: PolicyTrainer, batch: PromptBatch, key: BatchKey) -> tuple[Answers, int]:
+    def __call__(
+        self, collector: RolloutCollector, batch: PromptBatch, key: BatchKey, step: int
+    ) -> tuple[Answers, int]:
         """Returns the completions of a batch and begins to sample those of the next; see ``CompletionSource``."""
+        module, policy = self._module, collector.models.policy
+        assert module is not None
         ready = self._kept.get(key)
         if ready is None:
             self.wait()  # an epoch that was cut short may have left the engine busy
-            sampled = self._sampled(module, module.policy, batch, key, module.global_step)
+            sampled = self._sampled(collector, policy, batch, key, step)
         else:
             sampled = ready.result()
         following = (key[0], key[1] + 1)
@@ -118,7 +125,7 @@ class OneStepOff(Callback):
             coming = self._batch(module.trainer, first)
             autocast = _autocast(coming.input_ids.device)
             self._kept[following] = self._pool.submit(
-                self._sampled, module, self._copied(module.policy), coming, following, module.global_step, autocast
+                self._sampled, collector, self._copied(policy), coming, following, step, autocast
             )
         return sampled.answers, sampled.version
 
@@ -135,7 +142,8 @@ class OneStepOff(Callback):
         """Waits, and is no longer the module's source of completions."""
         self.wait()
         if isinstance(pl_module, PolicyTrainer):
-            pl_module.completion_source = None
+            pl_module.collector.completion_source = None
+        self._module = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Does what :meth:`teardown` does."""
@@ -176,7 +184,7 @@ class OneStepOff(Callback):
 
     def _sampled(
         self,
-        module: PolicyTrainer,
+        collector: RolloutCollector,
         model: Any,
         batch: PromptBatch,
         key: BatchKey,
@@ -184,7 +192,7 @@ class OneStepOff(Callback):
         autocast: dict[str, Any] | None = None,
     ) -> Sampled:
         with torch.autocast(**autocast) if autocast else nullcontext():
-            return Sampled(module.sample(model, batch, key), version)
+            return Sampled(collector.sample(model, batch, key), version)
 
     def _copied(self, policy: Any) -> Any:
         """The policy at this moment; weights that are never trained are not copied."""

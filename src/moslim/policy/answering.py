@@ -17,7 +17,7 @@ from moslim.errors import UsageError
 from moslim.noise import derive_seed
 from moslim.policy.engines import Completions, RolloutEngine
 from moslim.policy.roles import evaluating
-from moslim.policy.rollout import nonfinite
+from moslim.precision import nonfinite
 
 
 class Purpose(IntEnum):

@@ -6,16 +6,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.chat_templates import asks_for_date, pin_tokenizer, tokenizer_pins
-from moslim.checkpoints import fingerprint, plain_options
+from moslim.checkpoints import fingerprint, keep_plain_hparams, plain_options
 from moslim.data.asking import Prompt
 from moslim.data.types import PromptBatch, Question
 from moslim.evaluation.judges import Judge
@@ -24,44 +23,82 @@ from moslim.evaluation.steerability import measures, steerability
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture
 from moslim.limits import Positions, fit_tokenizer
-from moslim.lora import adapter_scales, merged
-from moslim.models import eos_ids, load_tokenizer
-from moslim.policy.answering import Answerer, Answers, Purpose
+from moslim.lora import LoraOptions, adapter_scales, merged
+from moslim.models import eos_ids, fuse_kernels, load_causal_lm, load_tokenizer
+from moslim.policy.answering import Answerer, Purpose
+from moslim.policy.critic import CriticOptions
+from moslim.policy.engines import RolloutEngine
 from moslim.policy.model_card import policy_card
 from moslim.policy.passes import Passes
+from moslim.policy.reward_functions import LevelScorer
 from moslim.policy.roles import Roles
 from moslim.policy.saving import save_as_trained
 from moslim.policy.shared import write_description
+from moslim.policy.sharing import Share, load_scorer
 from moslim.policy.sweep import TRAINING_CLASSIFIER, Sweep, publish
 from moslim.preferences import PreferenceSet
-from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import is_classifier
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 
 _OF_CLASSIFIER = ("dimensions", "pooling", "layer", "link", "temperatures", "pair_length")
 
 
 class PolicyEvaluation(RunModule):
-    """The validation, test and use of a policy. :class:`PolicyTrainer` sets the attributes and adds training."""
+    """A policy with its reference and its classifier: validation, test, answers and export.
 
-    preferences: PreferenceSet
-    model_path: str
-    base: str | None
-    classifier_path: str
-    trust_remote_code: bool
-    policy: Any
-    roles: Roles
-    answerer: Answerer
-    scorer: Scorer
-    columns: list[int]
-    """Where the scorer has the dimensions of ``preferences``."""
-    judge: Judge | None
-    passes: Passes
-    eval_samples: int
-    report: str | None
-    seed: int
+    Args:
+        critic: Critic that the policy is trained with; None = none.
+        others: See :class:`~moslim.policy.module.PolicyTrainer`, whose hyper-parameters are saved here.
+    """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        preferences: PreferenceSet,
+        model: str,
+        classifier: str,
+        engine: RolloutEngine,
+        judge: Judge | None,
+        eval_samples: int,
+        lora: LoraOptions | None,
+        base: str | None,
+        dtype: Dtype,
+        trust_remote_code: bool,
+        passes: Passes,
+        gradient_checkpointing: bool,
+        liger: bool,
+        share_backbone: Share,
+        report: str | None,
+        predictions: str | None,
+        accept_changes: list[str] | None,
+        seed: int,
+        critic: CriticOptions | None,
+    ) -> None:
         super().__init__()
+        self.save_hyperparameters(ignore=["critic"])
+        keep_plain_hparams(self)
+        self.preferences = preferences
+        self.model_path = model
+        self.base = base
+        self.classifier_path = classifier
+        self.trust_remote_code = trust_remote_code
+        self.judge = judge
+        self.eval_samples = eval_samples
+        self.report = report
+        self.predictions = predictions
+        self.accept_changes = accept_changes or []
+        self.seed = seed
+        start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype), base)
+        if liger:
+            fuse_kernels(start)
+        self.roles = Roles(start, lora, gradient_checkpointing, critic)
+        self.policy, self.critic = self.roles.policy, self.roles.critic
+        self.answerer = Answerer(engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
+        self.scorer = load_scorer(classifier, share_backbone, self.roles, self.tokenizer)
+        columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
+        self.score = LevelScorer(self.scorer, columns, passes)
+        if judge is not None:
+            judge.setup(preferences)
         self._sweep = Sweep()
 
     @cached_property
@@ -128,20 +165,12 @@ class PolicyEvaluation(RunModule):
         """What a result is to be compared by; it goes into the report."""
         return {}
 
-    def probabilities(self, answers: Answers) -> Tensor:
-        """``[N, D, K]`` level probabilities by the training classifier, in the order of ``preferences``."""
-        how = self.passes
-        probs = self.scorer.probabilities(
-            answers.questions, answers.texts, share_prefixes=how.share_prefixes, tokens=how.tokens
-        )
-        return probs[:, self.columns]
-
     @torch.no_grad()
     def _evaluate(self, who: str, model: Any, batch: PromptBatch, judge: Judge | None) -> None:
         rows = zip(batch.index.tolist(), batch.targets.tolist(), strict=True)
         keys = [(self.seed, Purpose.EVALUATE, index, *(target + 1 for target in targets)) for index, targets in rows]
         answers = self.answerer(model, batch, keys, self.eval_samples)
-        self._sweep.add(who, batch, answers, self.probabilities(answers), judge)
+        self._sweep.add(who, batch, answers, self.score(answers), judge)
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an interrupted evaluation collected."""

@@ -74,3 +74,14 @@ def level_offsets(rollout: Rollout, preferences: PreferenceSet, judged: Tensor |
     rows = zip(preferences.names, offsets.tolist(), strict=True)
     found = {f"offset/{name}/{level}": value for name, row in rows for level, value in enumerate(row)}
     return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def staleness_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """Distance of the sampler from the policy; empty where they are the same."""
+    if rollout.sampler_logprobs is None:
+        return {}
+    surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[rollout.mask]
+    return {
+        "train/off_policy/staleness": surplus.new_tensor(rollout.staleness),
+        "train/off_policy/kl": k3(-surplus, torch.zeros_like(surplus)).mean(),  # KL(sampler || policy), nats per token
+    }

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback
@@ -12,54 +11,35 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from moslim.checkpoints import drop_frozen, keep_plain_hparams, restore_frozen
+from moslim.checkpoints import drop_frozen, restore_frozen
 from moslim.data.types import PromptBatch, View
 from moslim.errors import UsageError
 from moslim.evaluation.judges import Judge
 from moslim.identity import Entries
 from moslim.lora import LoraOptions
 from moslim.mapping.base import MappingFunction
-from moslim.models import eos_ids, fuse_kernels, load_causal_lm
 from moslim.optim import RateGroup, configure
-from moslim.packing import AnswerBatch
-from moslim.plugin import own_callbacks, own_parts, unchanged_on_failure
-from moslim.policy.answering import Answerer, Answers, BatchKey, Purpose
+from moslim.plugin import Plugin, own_callbacks, own_parts, unchanged_on_failure
+from moslim.policy.answering import BatchKey, Purpose
 from moslim.policy.critic import CRITIC_RATE
 from moslim.policy.engines import RolloutEngine, TorchEngine
-from moslim.policy.evaluation import PolicyEvaluation
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics
-from moslim.policy.off_policy import OffPolicy, reduced_precision, rounded_anew, staleness_metrics, with_logprobs
+from moslim.policy.evaluation import Dtype, PolicyEvaluation
+from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics, staleness_metrics
+from moslim.policy.off_policy import OffPolicy
 from moslim.policy.optimizers import PolicyOptimizer
 from moslim.policy.passes import Passes
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
-from moslim.policy.roles import Roles
-from moslim.policy.rollout import Rollout
-from moslim.policy.scoring import group_scores, map_rewards
-from moslim.policy.sharing import Share, load_scorer
-from moslim.policy.state import load_run, save_run
-from moslim.policy.sweep import settings
-from moslim.policy.update import check_accumulation_of_rollouts, forward, rollout_batches, warn_of_part_rollouts
-from moslim.precision import full_precision
+from moslim.policy.rollout import Rollout, RolloutCollector
+from moslim.policy.sharing import Share
+from moslim.policy.state import check_frozen, check_parts, rank_in, renew_critic, save_run, saved_run
+from moslim.policy.update import PolicyUpdate, check_accumulation_of_rollouts, rollout_batches, warn_of_part_rollouts
 from moslim.preferences import PreferenceSet
-from moslim.processes import any_process, averaged
+from moslim.processes import averaged
 from moslim.reporting import due
 from moslim.sampling import PreferenceSampler
 from moslim.sharding import shard_mesh
 from moslim.timing import Stopwatch
-from moslim.training.lightning_compat import keep_epoch_open
-
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-
-
-class CompletionSource(Protocol):
-    """A callback that gives the completions of training batches in place of :meth:`PolicyTrainer.sample`.
-
-    It sets the module's ``completion_source`` to itself.
-    """
-
-    def __call__(self, module: PolicyTrainer, batch: PromptBatch, key: BatchKey, /) -> tuple[Answers, int]:
-        """Returns the completions of a batch, and the optimizer steps that the policy that sampled them had made."""
+from moslim.training.lightning_compat import attached_trainer, keep_epoch_open
 
 
 class PolicyTrainer(PolicyEvaluation):
@@ -76,36 +56,50 @@ class PolicyTrainer(PolicyEvaluation):
         classifier: Folder or Hub name of a trained reward classifier.
         mapping: From level probabilities and requested levels to rewards.
         policy_optimizer: From rewards to advantages and loss.
-        engine: What samples answers; None = :class:`TorchEngine`.
-        judge: What measures achieved levels in the test; None = the training classifier, marked ``proxy``. One that
-            is not itself a model also judges training rollouts, beside the classifier.
-        reward_functions: Plain Python functions that reward answers beside the classifier.
-        samples_per_prompt: Answers to each training prompt, ``n``.
-        eval_samples: Answers to each prompt in validation and test.
-        inner_epochs: Passes over a rollout.
-        minibatches: Training steps per pass, each on all answers to some of the prompts.
-        passes: How log-probabilities of answers are computed; None = every fast way that the model allows.
-        off_policy: What is done about answers that another policy sampled; None = corrected.
-        default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
-            keeps the behaviour that nobody asked to change.
-        missing_end_penalty: What an answer's score loses when it is cut at the length limit.
+
+        Model:
         lora: Train a low-rank adapter; None = train all weights.
-        share_backbone: Whether the classifier stands on the policy's frozen base, by an adapter of its own, instead of
-            a second copy of it. It must have been trained with LoRA on the model that the policy starts from, and be
-            exported with ``--form adapter``; ``lora`` must be given. ``auto``: if all that is so.
-        optimizer: From parameters to optimizer; None = AdamW, rate 1e-6, or 1e-5 with LoRA.
-        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
-        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
-        predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
-        gradient_checkpointing: Save memory by computing activations twice.
-        liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
+        base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
+            the adapter names.
         dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too. Weights in
             ``bfloat16`` or ``float16`` cannot be trained, but low-rank adapters on them can, whose weights are float32;
             ``float16`` needs ``trainer.precision: 16-mixed`` besides.
-        reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
-        base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
-            the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
+
+        Generation:
+        engine: Samples the completions; None = :class:`TorchEngine`.
+        samples_per_prompt: Completions of each training prompt, ``n``.
+        off_policy: Treatment of completions that another policy sampled; None = corrected.
+
+        Reward:
+        reward_functions: Plain Python functions that reward completions beside the classifier.
+        missing_end_penalty: Loss of score of a completion that is cut at the length limit.
+
+        Optimisation:
+        default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
+            keeps the behaviour that nobody asked to change.
+        inner_epochs: Passes over a rollout.
+        minibatches: Training steps per pass, each on all completions of some of the prompts.
+        optimizer: From parameters to optimizer; None = AdamW, rate 1e-6, or 1e-5 with LoRA.
+        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
+
+        Evaluation:
+        judge: Measures achieved levels in the test; None = the training classifier, marked ``proxy``. A judge that is
+            not itself a model also judges training rollouts, beside the classifier.
+        eval_samples: Completions of each prompt in validation and test.
+        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
+        predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
+
+        Resources:
+        passes: How log-probabilities of completions are computed; None = every fast way that the model allows.
+        share_backbone: Whether the classifier stands on the policy's frozen base, by an adapter of its own, instead of
+            a second copy of it. It must have been trained with LoRA on the model that the policy starts from, and be
+            exported with ``--form adapter``; ``lora`` must be given. ``auto``: if all that is so.
+        gradient_checkpointing: Save memory by computing activations twice.
+        liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
+
+        Resuming:
+        reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
         accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.identity`); the error that
             compares them names them. A rollout in use is then made anew.
         seed: Seed of all that is drawn.
@@ -124,35 +118,32 @@ class PolicyTrainer(PolicyEvaluation):
         classifier: str,
         mapping: MappingFunction,
         policy_optimizer: PolicyOptimizer,
+        lora: LoraOptions | None = None,
+        base: str | None = None,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
         engine: RolloutEngine | None = None,
-        judge: Judge | None = None,
-        reward_functions: list[RewardFunction] | None = None,
         samples_per_prompt: int = 8,
-        eval_samples: int = 4,
+        off_policy: OffPolicy | None = None,
+        reward_functions: list[RewardFunction] | None = None,
+        missing_end_penalty: float = 1.0,
+        default_kl_coef: float = 0.0,
         inner_epochs: int = 1,
         minibatches: int = 1,
-        passes: Passes | None = None,
-        off_policy: OffPolicy | None = None,
-        default_kl_coef: float = 0.0,
-        missing_end_penalty: float = 1.0,
-        lora: LoraOptions | None = None,
-        share_backbone: Share = "auto",
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        judge: Judge | None = None,
+        eval_samples: int = 4,
         report: str | None = None,
         predictions: str | None = None,
+        passes: Passes | None = None,
+        share_backbone: Share = "auto",
         gradient_checkpointing: bool = False,
         liger: bool = False,
-        dtype: Dtype = "float32",
         reset_state: bool = False,
-        base: str | None = None,
-        trust_remote_code: bool = False,
         accept_changes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        keep_plain_hparams(self)
         counts = (samples_per_prompt, eval_samples, inner_epochs, minibatches)
         if min(counts) < 1:
             raise UsageError(
@@ -173,17 +164,32 @@ class PolicyTrainer(PolicyEvaluation):
                 "the weight of a long one, the product of what was left at each of its tokens, is nearly 0. Set "
                 "policy_optimizer.ratio to token, or top_p to 1 and top_k to null"
             )
-        self.preferences = preferences
-        self.model_path = model
-        self.base = base
-        self.classifier_path = classifier
+        super().__init__(
+            preferences,
+            model,
+            classifier,
+            engine or TorchEngine(),
+            judge,
+            eval_samples,
+            lora,
+            base,
+            dtype,
+            trust_remote_code,
+            passes or Passes(),
+            gradient_checkpointing,
+            liger,
+            share_backbone,
+            report,
+            predictions,
+            accept_changes,
+            seed,
+            policy_optimizer.critic,
+        )
         self.mapping = mapping
         self.policy_optimizer = policy_optimizer
-        self.engine = engine or TorchEngine()
-        self.judge = judge
+        self.engine = self.answerer.engine
         self.reward_functions = RewardFunctions(reward_functions or [], preferences)
         self.samples_per_prompt = samples_per_prompt
-        self.eval_samples = eval_samples
         self.inner_epochs = inner_epochs
         self.minibatches = minibatches
         self.passes = passes or Passes()
@@ -192,25 +198,30 @@ class PolicyTrainer(PolicyEvaluation):
         self.missing_end_penalty = missing_end_penalty
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.report = report
-        self.predictions = predictions
         self.reset_state = reset_state
-        self.trust_remote_code = trust_remote_code
-        self.accept_changes = accept_changes or []
-        self.seed = seed
-
-        start = load_causal_lm(model, trust_remote_code, getattr(torch, dtype), base)
-        if liger:
-            fuse_kernels(start)
-        self.roles = Roles(start, lora, gradient_checkpointing, policy_optimizer.critic)
-        self.policy, self.critic = self.roles.policy, self.roles.critic
-        self.answerer = Answerer(self.engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
-        self.scorer = load_scorer(classifier, share_backbone, self.roles, self.tokenizer)
-        self.columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         mapping.bind(preferences)
-        if judge is not None:
-            judge.setup(preferences)
-        self.completion_source: CompletionSource | None = None
+        self.collector = RolloutCollector(
+            models=self.roles,
+            generator=self.answerer,
+            scorer=self.score,
+            mapping=mapping,
+            reward_functions=self.reward_functions,
+            optimizer=policy_optimizer,
+            passes=self.passes,
+            off_policy=self.off_policy,
+            num_generations=samples_per_prompt,
+            missing_eos_penalty=missing_end_penalty,
+            seed=seed,
+        )
+        self.policy_update = PolicyUpdate(
+            models=self.roles,
+            optimizer=policy_optimizer,
+            engine=self.engine,
+            passes=self.passes,
+            num_generations=samples_per_prompt,
+            default_kl_coef=default_kl_coef,
+            importance_clip=self.off_policy.cap,
+        )
         self.rollout: Rollout | None = None
         self.rows: Rollout | None = None  # the part of it that the current step learns from ...
         self.logprobs: Tensor | None = None  # ... its log-probabilities [N, T] under the current weights ...
@@ -293,109 +304,43 @@ class PolicyTrainer(PolicyEvaluation):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
         self.roles.gather()
+        # 1. Collect a rollout when its batch comes for the first time.
         key = (self.current_epoch, batch_idx // self.batch_repeats)
         if self.rollout is None or self.rollout.key != key:
-            stateful = own_parts([self.mapping, self.policy_optimizer])
-            with unchanged_on_failure([*stateful, *([self._sampler] if self._sampler else [])]):
-                self.rollout = self._roll_out(batch, key)
-        numbers, parts = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
+            self.rollout = self._collect(batch, key)
+        # 2. Choose the minibatch, and all those of the rollout that make one optimizer step with it.
+        numbers, scale = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
         together = {number: self._minibatch(self.rollout, number % self.batch_repeats) for number in numbers}
-        rows = together[batch_idx]
+        self.rows = together[batch_idx]
+        # 3. Compute the loss. Lightning runs its backward pass and optimizer.step().
         clock = Stopwatch(self.device)
-        update, default_kl = forward(
-            self.roles,
-            rows,
-            list(together.values()),
-            parts=parts,
-            length=self.engine.max_new_tokens,
-            samples=self.samples_per_prompt,
-            temperature=self.engine.temperature,
-            passes=self.passes,
-            entropy=self.policy_optimizer.needs_entropy,
-            default_kl=self.default_kl_coef > 0,
-            cap=self.off_policy.cap,
-            untrained=self.rollout.version == self.global_step,
-            in_process=self.engine.in_process,
-        )
-        with full_precision():
-            found = self.policy_optimizer.loss(update)
-        loss, metrics = found.loss, {f"train/{name}": value for name, value in found.metrics.items()}
-        if default_kl is not None:
-            loss = loss + self.default_kl_coef * default_kl
-            metrics["train/default_kl"] = default_kl.detach()
+        first = self.rollout.version == self.global_step
+        step = self.policy_update.loss(self.rows, list(together.values()), scale, first)
         clock.lap("time/forward")
-        self.rows, self.logprobs, self.step_loss = rows, update.logprobs.detach(), loss.detach()
+        self.logprobs, self.step_loss = step.logprobs, step.loss.detach()
+        # 4. Log.
         if due(self.trainer):
-            metrics["train/loss"] = self.step_loss
-            self.record_part(averaged(metrics), batch_idx)
+            self.record_part(averaged(step.metrics), batch_idx)
             self.record(clock.laps)
-        return loss
+        return step.loss
 
     def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
         return rollout.minibatch(step, self.minibatches, self.samples_per_prompt, (self.seed, Purpose.SHUFFLE))
 
-    def sample(self, model: Any, batch: PromptBatch, key: BatchKey) -> Answers:
-        """Samples completions of a training batch with the policy or a copy of it."""
-        keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
-        return self.answerer(model, batch, keys, self.samples_per_prompt, finite=False)
+    def _collect(self, batch: PromptBatch, key: BatchKey) -> Rollout:
+        """Makes a rollout and logs it; if that fails, the statistics of all parts are what they were before."""
+        clock = Stopwatch(self.device)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        watched = any(getattr(callback, "sees_nonfinite", False) for callback in callbacks)
+        with unchanged_on_failure([*self._plugins, *([self._sampler] if self._sampler else [])]):
+            rollout = self.collector.collect(
+                batch, key, self.global_step, self.steps_per_rollout, self._sampler, watched, clock
+            )
+            self._log_rollout(rollout, clock)
+        return rollout
 
     @torch.no_grad()
-    def _roll_out(self, batch: PromptBatch, key: BatchKey) -> Rollout:
-        clock = Stopwatch(self.device)
-        if self.completion_source is None:
-            answers, staleness = self.sample(self.policy, batch, key), 0
-        else:
-            answers, version = self.completion_source(self, batch, key)
-            staleness = self.global_step - version
-        clock.lap("time/sample")
-        probs = self.probabilities(answers)
-        clock.lap("time/reward")
-        found, optimizer = answers.completions, self.policy_optimizer
-        rows, temperature = AnswerBatch(answers.input_ids, answers.attention_mask, found.mask), self.engine.temperature
-        by_engine: Tensor | None = None
-        if staleness or self.off_policy.old_logprobs == "recompute":
-            found = with_logprobs(found, answer_logprobs(self.policy, rows, temperature, self.passes))
-        elif self.steps_per_rollout > 1 and reduced_precision(self.policy):
-            by_engine, anew = found.logprobs, answer_logprobs(self.policy, rows, temperature, self.passes)
-            anew, sampler = rounded_anew(anew, by_engine, found.sampler_logprobs, self.engine.in_process)
-            found = replace(found, logprobs=anew, sampler_logprobs=sampler)
-        clock.lap("time/old")
-        with_reference = optimizer.needs_reference
-        reference = self.roles.reference_logprobs(rows, temperature, self.passes) if with_reference else None
-        clock.lap("time/reference")
-        critic = self.roles.values(rows, self.passes) if self.roles.critic is not None else None
-        clock.lap("time/critic")
-        targets = batch.targets.repeat_interleave(self.samples_per_prompt, dim=0)
-        mapped = map_rewards(self.mapping, self._sampler, probs, targets, self.samples_per_prompt)
-        with full_precision():
-            checked = self.reward_functions(answers, targets, batch.columns)
-            mapped = self.reward_functions.join(mapped, checked, self.mapping.is_mean)
-            scores = group_scores(mapped, found, reference, critic, self.missing_end_penalty, self.samples_per_prompt)
-            returns, advantages, used = optimizer.returns(scores), optimizer.advantages(scores), optimizer.used(scores)
-        rollout = Rollout(
-            key=key,
-            input_ids=answers.input_ids,
-            attention_mask=answers.attention_mask,
-            mask=found.mask,
-            old_logprobs=found.logprobs,
-            reference_logprobs=reference,
-            targets=targets,
-            probs=probs,
-            per_dimension=mapped.per_dimension,
-            rewards=mapped.total,
-            advantages=advantages.flatten(0, 1),
-            used=used.flatten(),
-            ended=found.ended,
-            questions=answers.questions,
-            answers=answers.texts,
-            values=critic,
-            returns=None if returns is None else returns.flatten(0, 1),
-            sampler_logprobs=found.sampler_logprobs,
-            engine_logprobs=by_engine,
-            version=self.global_step,
-        )
-        self._refuse_nonfinite(rollout)
-        optimizer.observe(scores)
+    def _log_rollout(self, rollout: Rollout, clock: Stopwatch) -> None:
         progress = averaged(progress_metrics(rollout))
         self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
         if due(self.trainer, self.steps_per_rollout):
@@ -404,27 +349,14 @@ class PolicyTrainer(PolicyEvaluation):
             metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
             metrics |= level_offsets(rollout, self.preferences, judged)
             metrics |= self.reward_functions.metrics(rollout.per_dimension)
-            metrics |= staleness_metrics(rollout, staleness)
-            asked = self._sampler.metrics() if self._sampler else {}
-            self.record({**progress, **averaged(metrics), **asked, **clock.laps})
-        return rollout
+            metrics |= staleness_metrics(rollout)
+            sampled = self._sampler.metrics() if self._sampler else {}
+            self.record({**progress, **averaged(metrics), **sampled, **clock.laps})
 
-    def _refuse_nonfinite(self, rollout: Rollout) -> None:
-        """Stops all processes where one has numbers that are not finite, unless a callback sees to that.
-
-        Raises:
-            UsageError: There are such numbers.
-        """
-        if any(getattr(callback, "sees_nonfinite", False) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            return
-        reason = rollout.nonfinite()
-        if any_process(reason is not None, self.device):
-            raise UsageError(
-                f"step {self.global_step}: {reason or 'a rollout of another process is not finite'}. Go on from an "
-                "earlier checkpoint with a lower learning rate, or with trainer.gradient_clip_val; a reward or a level "
-                "probability is the fault of mapping or classifier. With moslim.callbacks.Guards in "
-                "trainer.callbacks such a step is kept, to be seen with `replay`"
-            )
+    @property
+    def _plugins(self) -> list[Plugin]:
+        """Mapping function and policy optimizer, with their own parts."""
+        return own_parts([self.mapping, self.policy_optimizer])
 
     @property
     def _sampler(self) -> PreferenceSampler | None:
@@ -443,14 +375,31 @@ class PolicyTrainer(PolicyEvaluation):
         }
 
     def settings(self) -> dict[str, Any]:
-        """What a result is to be compared by; it goes into the report."""
-        return settings(self)
+        """Options that a result is compared by, for the report: no path, time or version."""
+        optimizer, source = self.policy_optimizer, self.collector.completion_source
+        options = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float))}
+        return {
+            "mapping": type(self.mapping).__name__,
+            "policy_optimizer": {"name": type(optimizer).__name__, **options},
+            "instruction": type(getattr(self.data, "instruction", None)).__name__,
+            "sampler": type(getattr(self.data, "sampler", None)).__name__,
+            "scramble": bool(getattr(self.data, "scramble", False)),
+            "default_kl_coef": self.default_kl_coef,
+            "missing_end_penalty": self.missing_end_penalty,
+            "samples_per_prompt": self.samples_per_prompt,
+            "eval_samples": self.eval_samples,
+            "temperature": self.engine.temperature,
+            "max_new_tokens": self.engine.max_new_tokens,
+            "completion_source": None if source is None else type(source).__name__,
+            "seed": self.seed,
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""
         keep_epoch_open(self.trainer, checkpoint)
         drop_frozen(self, checkpoint)
-        save_run(self, checkpoint)
+        save_run(checkpoint, self._plugins, self.roles, self.scorer.classifier, self.rollout)
+        self.keep_identity(checkpoint)
         self.roles.gather_again()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -460,7 +409,17 @@ class PolicyTrainer(PolicyEvaluation):
             UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
                 stands on another backbone; or its weights or rows mean something else than this run believes.
         """
-        load_run(self, checkpoint)
+        run, trainer = saved_run(checkpoint), attached_trainer(self)
+        check_parts(run, self._plugins, self.roles, self.reset_state)
+        changed = self.check_identity(checkpoint) - {"data.batch_size"}
+        check_frozen(run, self.roles, self.scorer.classifier)
+        if self.reset_state:
+            renew_critic(checkpoint, self.state_dict(), trainer is not None and trainer.state.fn == "fit")
+        rank = rank_in(checkpoint)
+        if rank is not None and run["rollouts"][rank] is not None and not changed:
+            # the module itself may be moved there only after this
+            device = self.device if trainer is None else trainer.strategy.root_device
+            self.rollout = Rollout.from_state(run["rollouts"][rank], device)
         restore_frozen(self, checkpoint)
 
 

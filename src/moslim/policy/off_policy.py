@@ -1,6 +1,6 @@
 """Answers that were not drawn from the policy that learns from them: what it does about that, and how it is measured.
 
-The sampler's weights may be older (a :class:`~moslim.policy.module.CompletionSource`), top-k and top-p leave tokens
+The sampler's weights may be older (a :class:`~moslim.policy.rollout.CompletionSource`), top-k and top-p leave tokens
 out, and another program rounds in another way. Each token's, or answer's, part of the loss is then weighted by the
 ratio of its probabilities under policy and sampler, truncated from above (IMPALA, arXiv 1802.01561; TRL calls it
 ``vllm_importance_sampling``). Probability ratios, clips and KL estimates go on comparing with the policy at the start
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from moslim.errors import UsageError
 from moslim.policy.engines import Completions
-from moslim.policy.kl import k3
-from moslim.policy.rollout import Rollout
 
 OldLogprobs = Literal["auto", "recompute"]
 
@@ -84,19 +82,3 @@ def rounded_anew(
 def reduced_precision(model: Any) -> bool:
     """Whether a model's passes round to fewer digits than float32 has, by its weights or by autocast."""
     return torch.is_autocast_enabled(model.device.type) or torch.finfo(model.dtype).eps > 1e-6
-
-
-def staleness_metrics(rollout: Rollout, steps: int) -> dict[str, Tensor]:
-    """How far the sampler is from the policy; empty where they are the same.
-
-    Args:
-        rollout: ``N`` answers.
-        steps: Optimizer steps between them.
-    """
-    if rollout.sampler_logprobs is None:
-        return {}
-    surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[rollout.mask]
-    return {
-        "train/off_policy/staleness": surplus.new_tensor(steps),
-        "train/off_policy/kl": k3(-surplus, torch.zeros_like(surplus)).mean(),  # KL(sampler || policy), nats per token
-    }

@@ -1,4 +1,4 @@
-"""Plain Python functions as rewards beside the classifier: format, length, whatever a program can check."""
+"""Scores of completions by the classifier, and by plain Python functions: whatever a program can check."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from moslim.data.prompts import as_messages
 from moslim.errors import UsageError
 from moslim.mapping.base import MappedReward, weighted_mean
 from moslim.policy.answering import Answers
+from moslim.policy.passes import Passes
 from moslim.preferences import PreferenceSet
+from moslim.reward.scorer import Scorer
 
 Function = Callable[..., Sequence[float | None]]
 
@@ -156,3 +158,24 @@ class RewardFunctions:
         means = per_dimension[:, len(self.preferences) :].nanmean(dim=0)
         named = zip(self.names, means, strict=True)
         return {f"train/reward/{name}": mean for name, mean in named if not mean.isnan()}
+
+
+class LevelScorer:
+    """Scores completions by the training classifier.
+
+    Args:
+        scorer: The classifier.
+        columns: Its columns that hold the ``D`` dimensions of the run, in the order of the run.
+        passes: How forward passes are made.
+    """
+
+    def __init__(self, scorer: Scorer, columns: Sequence[int], passes: Passes) -> None:
+        self._scorer, self._columns, self._passes = scorer, list(columns), passes
+
+    def __call__(self, answers: Answers) -> Tensor:
+        """Returns the level probabilities ``[N, D, K]`` of ``N`` completions."""
+        passes = self._passes
+        probs = self._scorer.probabilities(
+            answers.questions, answers.texts, share_prefixes=passes.share_prefixes, tokens=passes.tokens
+        )
+        return probs[:, self._columns]

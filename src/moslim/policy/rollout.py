@@ -1,20 +1,33 @@
-"""One rollout: what was asked, what was answered, and what it was worth."""
+"""Rollouts: completions to a batch of prompts, their rewards and advantages, and the collector that makes them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from moslim.data.types import Question
+from moslim.data.types import PromptBatch, Question
 from moslim.errors import UsageError
+from moslim.mapping.base import MappedReward, MappingFunction
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
-from moslim.processes import process_count, process_rank
+from moslim.policy.answering import Answerer, Answers, BatchKey, Purpose
+from moslim.policy.engines import Completions
+from moslim.policy.kl import k1
+from moslim.policy.logprobs import answer_logprobs
+from moslim.policy.off_policy import OffPolicy, reduced_precision, rounded_anew, with_logprobs
+from moslim.policy.optimizers import GroupScores, PolicyOptimizer
+from moslim.policy.passes import Passes
+from moslim.policy.reward_functions import RewardFunctions
+from moslim.policy.roles import Roles
+from moslim.precision import full_precision, nonfinite
+from moslim.processes import any_process, of_all_processes, process_count, process_rank
+from moslim.sampling import PreferenceSampler
+from moslim.timing import Stopwatch
 
 
 @dataclass
@@ -45,9 +58,10 @@ class Rollout:
         engine_logprobs: ``[N, T]`` by the engine with the policy's weights, where ``old_logprobs`` were computed anew;
             None = they are the engine's, or it had other weights.
         version: Optimizer steps that the policy had made when it began to learn from them.
+        staleness: Optimizer steps between the policy that they were drawn from and that one.
     """
 
-    key: tuple[int, int]
+    key: BatchKey
     input_ids: Tensor
     attention_mask: Tensor
     mask: Tensor
@@ -67,6 +81,7 @@ class Rollout:
     sampler_logprobs: Tensor | None = None
     engine_logprobs: Tensor | None = None
     version: int | None = None
+    staleness: int = 0
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -92,6 +107,21 @@ class Rollout:
     def batch(self) -> AnswerBatch:
         """What a model is run over."""
         return AnswerBatch(self.input_ids, self.attention_mask, self.mask)
+
+    def refuse_nonfinite(self) -> None:
+        """Stops all processes where one of them has numbers that are NaN or infinite.
+
+        Raises:
+            UsageError: There are such numbers.
+        """
+        reason = self.nonfinite()
+        if any_process(reason is not None, self.mask.device):
+            raise UsageError(
+                f"step {self.version}: {reason or 'a rollout of another process is not finite'}. Go on from an "
+                "earlier checkpoint with a lower learning rate, or with trainer.gradient_clip_val; a reward or a level "
+                "probability is the fault of mapping or classifier. With moslim.callbacks.Guards in "
+                "trainer.callbacks such a step is kept, to be seen with `replay`"
+            )
 
     def nonfinite(self) -> str | None:
         """Says which numbers of the rollout are NaN or infinite; None if all are finite."""
@@ -176,22 +206,243 @@ class Rollout:
         return cls(**moved)
 
 
-def nonfinite(name: str, values: Tensor) -> str | None:
-    """Finds NaN and infinity in a tensor of any shape."""
-    bad = int((~values.isfinite()).sum())
-    return f"{name} is not finite in {bad} of {values.numel()} places" if bad else None
+class CompletionSource(Protocol):
+    """A callback that gives the completions of training batches in place of :meth:`RolloutCollector.sample`.
+
+    It sets ``module.collector.completion_source`` to itself.
+    """
+
+    def __call__(
+        self, collector: RolloutCollector, batch: PromptBatch, key: BatchKey, step: int, /
+    ) -> tuple[Answers, int]:
+        """Returns the completions of a batch, and the optimizer steps that the policy that sampled them had made."""
+
+
+@dataclass
+class RolloutCollector:
+    """Makes rollouts; :meth:`collect` makes a whole one.
+
+    Args:
+        models: Policy, reference and critic.
+        generator: Samples and decodes completions.
+        scorer: From completions to level probabilities ``[N, D, K]``.
+        mapping: From level probabilities and requested levels to rewards.
+        reward_functions: Rewards beside the mapping's.
+        optimizer: The algorithm, from rewards to advantages.
+        passes: How forward passes are made.
+        off_policy: Treatment of completions that another policy sampled.
+        num_generations: Completions per prompt, ``n``.
+        missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
+        seed: Seed of the noise.
+        completion_source: Replacement of :meth:`sample`; None = none.
+    """
+
+    models: Roles
+    generator: Answerer
+    scorer: Callable[[Answers], Tensor]
+    mapping: MappingFunction
+    reward_functions: RewardFunctions
+    optimizer: PolicyOptimizer
+    passes: Passes
+    off_policy: OffPolicy
+    num_generations: int
+    missing_eos_penalty: float
+    seed: int
+    completion_source: CompletionSource | None = None
+
+    @torch.no_grad()
+    def collect(
+        self,
+        batch: PromptBatch,
+        key: BatchKey,
+        step: int,
+        steps_per_rollout: int,
+        sampler: PreferenceSampler | None,
+        allow_nonfinite: bool,
+        clock: Stopwatch,
+    ) -> Rollout:
+        """Makes one rollout with the current weights.
+
+        Args:
+            batch: ``G`` prompts.
+            key: Their place in training.
+            step: Optimizer steps that the policy has made.
+            steps_per_rollout: Optimizer steps that will learn from the rollout.
+            sampler: The source of the requests, for its statistics; None where there is none.
+            allow_nonfinite: Whether NaN and infinity are left to a callback.
+            clock: Receives the seconds of each phase.
+
+        Returns:
+            ``N = G * n`` completions and all that an update needs of them.
+
+        Raises:
+            UsageError: A number is not finite.
+        """
+        # 1. Generate completions.
+        if self.completion_source is None:
+            answers, version = self.sample(self.models.policy, batch, key), step
+        else:
+            answers, version = self.completion_source(self, batch, key, step)
+        clock.lap("time/sample")
+
+        # 2. Score them: level probabilities by the classifier.
+        probs = self.scorer(answers)
+
+        # 3. Map level probabilities and requested levels to rewards.
+        targets = batch.targets.repeat_interleave(self.num_generations, dim=0)
+        rewards = self.map_to_rewards(answers, probs, targets, batch.columns, sampler)
+        clock.lap("time/reward")
+
+        # 4. Log-probabilities of the tokens under the policy (old) and the reference; values of the critic.
+        staleness = step - version
+        completions, engine_logprobs = self.with_old_logprobs(answers, staleness, steps_per_rollout)
+        clock.lap("time/old")
+        tokens = AnswerBatch(answers.input_ids, answers.attention_mask, completions.mask)
+        ref_logprobs: Tensor | None = None
+        if self.optimizer.needs_reference:
+            ref_logprobs = self.models.reference_logprobs(tokens, self.generator.engine.temperature, self.passes)
+        clock.lap("time/reference")
+        values = None if self.models.critic is None else self.models.values(tokens, self.passes)
+        clock.lap("time/critic")
+
+        # 5. Advantages.
+        with full_precision():
+            inputs = advantage_inputs(
+                rewards, completions, ref_logprobs, values, self.missing_eos_penalty, self.num_generations
+            )
+            returns = self.optimizer.returns(inputs)
+            advantages, used = self.optimizer.advantages(inputs), self.optimizer.used(inputs)
+
+        rollout = Rollout(
+            key=key,
+            input_ids=answers.input_ids,
+            attention_mask=answers.attention_mask,
+            mask=completions.mask,
+            old_logprobs=completions.logprobs,
+            reference_logprobs=ref_logprobs,
+            targets=targets,
+            probs=probs,
+            per_dimension=rewards.per_dimension,
+            rewards=rewards.total,
+            advantages=advantages.flatten(0, 1),
+            used=used.flatten(),
+            ended=completions.ended,
+            questions=answers.questions,
+            answers=answers.texts,
+            values=values,
+            returns=None if returns is None else returns.flatten(0, 1),
+            sampler_logprobs=completions.sampler_logprobs,
+            engine_logprobs=engine_logprobs,
+            version=step,
+            staleness=staleness,
+        )
+        if not allow_nonfinite:
+            rollout.refuse_nonfinite()
+        self.optimizer.observe(inputs)
+        return rollout
+
+    def sample(self, model: Any, batch: PromptBatch, key: BatchKey) -> Answers:
+        """Samples ``n`` completions of each prompt with the policy or a copy of it."""
+        keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
+        return self.generator(model, batch, keys, self.num_generations, finite=False)
+
+    @full_precision()
+    def map_to_rewards(
+        self,
+        answers: Answers,
+        probs: Tensor,
+        targets: Tensor,
+        columns: Sequence[Any],
+        sampler: PreferenceSampler | None,
+    ) -> MappedReward:
+        """Rewards by the mapping function and the reward functions.
+
+        Mapping function and sampler see the completions of all processes.
+
+        Args:
+            answers: ``N`` completions.
+            probs: ``[N, D, K]`` level probabilities.
+            targets: ``[N, D]`` requested levels.
+            columns: The prompts' own data, for the reward functions.
+            sampler: The source of the requests, for its statistics.
+        """
+        all_probs, all_targets = of_all_processes(probs), of_all_processes(targets)
+        self.mapping.observe(all_probs, all_targets)
+        if sampler is not None:
+            sampler.observe(self.mapping.preferences, all_probs, all_targets)
+        groups = torch.arange(len(all_probs), device=probs.device) // self.num_generations
+        mapped = self.mapping(all_probs, all_targets, groups)
+        own = slice(process_rank() * len(probs), (process_rank() + 1) * len(probs))
+        mapped = MappedReward(mapped.total[own], mapped.per_dimension[own], mapped.weights[own])
+        values = self.reward_functions(answers, targets, columns)
+        return self.reward_functions.join(mapped, values, self.mapping.is_mean)
+
+    def with_old_logprobs(
+        self, answers: Answers, staleness: int, steps_per_rollout: int
+    ) -> tuple[Completions, Tensor | None]:
+        """Replaces the log-probabilities of the engine where they are not those of the current policy.
+
+        Args:
+            answers: ``N`` completions.
+            staleness: Optimizer steps since the weights that generated them.
+            steps_per_rollout: Optimizer steps that will learn from them.
+
+        Returns:
+            The completions, and the engine's log-probabilities where only their rounding is another.
+        """
+        completions, engine = answers.completions, self.generator.engine
+        recompute = staleness > 0 or self.off_policy.old_logprobs == "recompute"
+        if not recompute and not (steps_per_rollout > 1 and reduced_precision(self.models.policy)):
+            return completions, None
+        tokens = AnswerBatch(answers.input_ids, answers.attention_mask, completions.mask)
+        logprobs = answer_logprobs(self.models.policy, tokens, engine.temperature, self.passes)
+        if recompute:
+            return with_logprobs(completions, logprobs), None
+        by_engine = completions.logprobs
+        old, behavior = rounded_anew(logprobs, by_engine, completions.sampler_logprobs, engine.in_process)
+        return dataclasses.replace(completions, logprobs=old, sampler_logprobs=behavior), by_engine
+
+
+@full_precision()
+def advantage_inputs(
+    rewards: MappedReward,
+    completions: Completions,
+    ref_logprobs: Tensor | None,
+    values: Tensor | None,
+    missing_eos_penalty: float,
+    num_generations: int,
+) -> GroupScores:
+    """Arranges ``N = G * n`` completions by prompt, for the algorithm.
+
+    Args:
+        rewards: Their rewards.
+        completions: Their tokens, and the log-probabilities of these.
+        ref_logprobs: ``[N, T]`` under the reference, or None.
+        values: ``[N, T]`` by the critic, or None.
+        missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
+        num_generations: Completions per prompt, ``n``.
+    """
+    kl = torch.zeros_like(completions.logprobs)
+    if ref_logprobs is not None:
+        kl = k1(completions.logprobs, ref_logprobs) * completions.mask
+
+    def by_prompt(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, num_generations))
+
+    return GroupScores(
+        total=by_prompt(rewards.total),
+        per_dimension=by_prompt(rewards.per_dimension),
+        penalty=by_prompt(end_penalty(completions.ended, missing_eos_penalty)),
+        token_kl=by_prompt(kl),
+        mask=by_prompt(completions.mask),
+        values=None if values is None else by_prompt(values),
+        weights=by_prompt(rewards.weights),
+    )
 
 
 def end_penalty(ended: Tensor, penalty: float) -> Tensor:
-    """The one rule for answers that were cut at the length limit: they are scored as they are, less ``penalty``.
+    """Loss of score of ``N`` completions, those that did not end within the length limit; 0 for the others.
 
     They are neither masked from the loss, which would teach verbosity, nor dropped from the baseline.
-
-    Args:
-        ended: ``[N]`` bool.
-        penalty: In units of the score.
-
-    Returns:
-        ``[N]``, 0 for answers that ended.
     """
     return (~ended).float() * penalty

@@ -1,86 +1,118 @@
-"""What a policy's checkpoint holds beside weights: rollouts, and what the run must be resumed with."""
+"""The record of a policy's run in a checkpoint, beside weights: rollouts, parts and frozen models."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from moslim.checkpoint_files import GUARD_RECORD
 from moslim.checkpoints import fingerprint
 from moslim.errors import UsageError
-from moslim.plugin import own_parts
+from moslim.plugin import Plugin
+from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
-from moslim.processes import gathered, process_count
-from moslim.training.lightning_compat import attached_trainer
-
-if TYPE_CHECKING:
-    from moslim.policy.module import PolicyTrainer
+from moslim.processes import gathered, process_count, process_rank
+from moslim.reward.classifier import PreferenceClassifier
 
 _KEY = "policy_run"
-_BATCH_SIZE = "data.batch_size"
 
 
-def save_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
-    """Adds every process's rollout, classes of plug-ins, fingerprints of frozen models."""
-    rollouts = gathered(module.rollout.state() if module.rollout else None)
+def save_run(
+    checkpoint: dict[str, Any],
+    plugins: Sequence[Plugin],
+    models: Roles,
+    classifier: PreferenceClassifier,
+    rollout: Rollout | None,
+) -> None:
+    """Adds every process's rollout, the classes of plug-ins and the fingerprints of frozen models to a checkpoint."""
     checkpoint[_KEY] = {
-        "plugins": _plugins(module),
-        "shares_classifier": module.roles.shares_classifier,
-        "frozen": _fingerprints(module),
-        "rollouts": rollouts,
+        "plugins": [part.state_key for part in plugins],
+        "shares_classifier": models.shares_classifier,
+        "frozen": _fingerprints(models, classifier),
+        "rollouts": gathered(rollout.state() if rollout else None),
     }
-    module.keep_identity(checkpoint)
 
 
-def load_run(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
-    """Checks what :func:`save_run` recorded and takes up this process's rollout.
-
-    One process takes up, of a step that a guard has kept in several, that of the process in which it tripped.
+def saved_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The record that :func:`save_run` added.
 
     Raises:
-        UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or its weights or
-            rows mean something else than this run believes.
+        UsageError: There is none.
     """
-    saved = checkpoint.get(_KEY)
-    if saved is None:
+    if _KEY not in checkpoint:
         raise UsageError("this checkpoint was not written by a PolicyTrainer: name one of a policy's run")
-    if saved["plugins"] != _plugins(module) and not module.reset_state:
+    run: dict[str, Any] = checkpoint[_KEY]
+    return run
+
+
+def check_parts(run: Mapping[str, Any], plugins: Sequence[Plugin], models: Roles, reset_state: bool) -> None:
+    """Compares the parts of a saved run with those of this run.
+
+    Args:
+        run: From :func:`saved_run`.
+        plugins: Mapping function and policy optimizer, with their own parts.
+        models: Policy, reference and critic.
+        reset_state: Whether other plug-ins are accepted.
+
+    Raises:
+        UsageError: They differ.
+    """
+    names = [part.state_key for part in plugins]
+    if run["plugins"] != names and not reset_state:
         raise UsageError(
-            f"the checkpoint was trained with {', '.join(saved['plugins'])}; this run has "
-            f"{', '.join(_plugins(module))}; set model.reset_state to true to start their state anew"
+            f"the checkpoint was trained with {', '.join(run['plugins'])}; this run has {', '.join(names)}; "
+            "set model.reset_state to true to start their state anew"
         )
-    shared = saved.get("shares_classifier", False)
-    if shared != module.roles.shares_classifier:
+    shared = run.get("shares_classifier", False)
+    if shared != models.shares_classifier:
         raise UsageError(
             f"the checkpoint was trained with a classifier that {'shared' if shared else 'did not share'} the policy's "
             f"base: give the same classifier and set model.share_backbone to {str(shared).lower()}"
         )
-    changed = module.check_identity(checkpoint) - {_BATCH_SIZE}
-    for role, found in _fingerprints(module).items():
-        if saved["frozen"][role] != found:
+
+
+def check_frozen(run: Mapping[str, Any], models: Roles, classifier: PreferenceClassifier) -> None:
+    """Compares the weights of reference and classifier with those of a saved run.
+
+    Raises:
+        UsageError: They differ.
+    """
+    for role, value in _fingerprints(models, classifier).items():
+        if run["frozen"][role] != value:
             raise UsageError(f"the {role} has other weights than the one that this checkpoint was trained with")
-    if module.reset_state:
-        _renew_critic(module, checkpoint)
-    rollouts, rank = saved["rollouts"], module.global_rank
-    replayed = GUARD_RECORD in checkpoint and process_count() == 1
-    if replayed:
-        rank = checkpoint[GUARD_RECORD].get("process", 0)
-    if (replayed or len(rollouts) == process_count()) and rollouts[rank] is not None and not changed:
-        # the module itself may be moved there only after this
-        trainer = attached_trainer(module)
-        device = module.device if trainer is None else trainer.strategy.root_device
-        module.rollout = Rollout.from_state(rollouts[rank], device)
 
 
-def _renew_critic(module: PolicyTrainer, checkpoint: dict[str, Any]) -> None:
-    """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is."""
+def rank_in(checkpoint: Mapping[str, Any]) -> int | None:
+    """The process of a saved run that this process goes on from; None if the numbers of processes differ.
+
+    One process goes on from a step that a guard has kept in several: from the process in which it tripped.
+    """
+    if GUARD_RECORD in checkpoint and process_count() == 1:
+        return int(checkpoint[GUARD_RECORD].get("process", 0))
+    return process_rank() if len(checkpoint[_KEY]["rollouts"]) == process_count() else None
+
+
+def renew_critic(checkpoint: dict[str, Any], state_dict: Mapping[str, Tensor], fitting: bool) -> None:
+    """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is.
+
+    Args:
+        checkpoint: The checkpoint, which is changed.
+        state_dict: The module's.
+        fitting: Whether the checkpoint is loaded for ``fit``, which needs the gradient optimizer's state.
+
+    Raises:
+        UsageError: The weights or that state cannot be adapted.
+    """
     if "state_dict" not in checkpoint:
         raise UsageError(
             "model.reset_state does not work with weights in shards, which are loaded before it is looked at: resume "
             "with another strategy, or `export` the policy and start a new run from that folder (model.model)"
         )
-    own = {name: value for name, value in module.state_dict().items() if _of_critic(name)}
+    own = {name: value for name, value in state_dict.items() if _of_critic(name)}
     saved = checkpoint["state_dict"]
-    if own.keys() != {name for name in saved if _of_critic(name)} and module.trainer.state.fn == "fit":
+    if own.keys() != {name for name in saved if _of_critic(name)} and fitting:
         raise UsageError(
             "the checkpoint's policy optimizer has another critic than this run's, so that the state of the gradient "
             "optimizer does not fit: `export` the policy and start a new run from that folder (model.model)"
@@ -93,11 +125,7 @@ def _of_critic(name: str) -> bool:
     return name.startswith("critic.") or ".critic." in name
 
 
-def _plugins(module: PolicyTrainer) -> list[str]:
-    return [part.state_key for part in own_parts([module.mapping, module.policy_optimizer])]
-
-
-def _fingerprints(module: PolicyTrainer) -> dict[str, str]:
-    shared = {str(number): tensor for number, tensor in enumerate(module.roles.adapter("classifier"))}
-    classifier = {**module.scorer.classifier.state_dict(), **shared}
-    return {"reference": fingerprint(module.roles.frozen()), "classifier": fingerprint(classifier)}
+def _fingerprints(models: Roles, classifier: PreferenceClassifier) -> dict[str, str]:
+    shared = {str(number): tensor for number, tensor in enumerate(models.adapter("classifier"))}
+    weights = {**classifier.state_dict(), **shared}
+    return {"reference": fingerprint(models.frozen()), "classifier": fingerprint(weights)}

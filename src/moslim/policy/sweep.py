@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,9 +17,6 @@ from moslim.evaluation.tables import summary_table
 from moslim.policy.answering import Answers
 from moslim.processes import gathered
 from moslim.reporting import Result, copy_report
-
-if TYPE_CHECKING:
-    from moslim.policy.module import PolicyTrainer
 
 TRAINING_CLASSIFIER = JudgeInfo("training classifier", proxy=True)
 """The judge of last resort: the classifier that gave the rewards."""
@@ -83,25 +79,3 @@ def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
         paths = copy_report(paths, folder)
     print(summary_table(result))
     print("\n".join(f"{name}: {path}" for name, path in paths.items()))
-
-
-def settings(module: PolicyTrainer) -> dict[str, Any]:
-    """What a result is to be compared by: no path, time or version."""
-    data = getattr(module.trainer, "datamodule", None)
-    optimizer = module.policy_optimizer
-    options = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float))}
-    return {
-        "mapping": type(module.mapping).__name__,
-        "policy_optimizer": {"name": type(optimizer).__name__, **options},
-        "instruction": type(getattr(data, "instruction", None)).__name__,
-        "sampler": type(getattr(data, "sampler", None)).__name__,
-        "scramble": bool(getattr(data, "scramble", False)),
-        "default_kl_coef": module.default_kl_coef,
-        "missing_end_penalty": module.missing_end_penalty,
-        "samples_per_prompt": module.samples_per_prompt,
-        "eval_samples": module.eval_samples,
-        "temperature": module.engine.temperature,
-        "max_new_tokens": module.engine.max_new_tokens,
-        "completion_source": type(module.completion_source).__name__ if module.completion_source else None,
-        "seed": module.seed,
-    }

@@ -1,8 +1,9 @@
-"""The forward pass of an update: what the loss needs to know of the current policy, and what keeps its default."""
+"""The update: from a minibatch of a rollout to the loss of an optimizer step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from moslim.accumulation import step_batches
 from moslim.errors import UsageError
-from moslim.policy.logprobs import plan
+from moslim.policy.engines import RolloutEngine
+from moslim.policy.logprobs import AnswerPass, plan
 from moslim.policy.off_policy import rounded_anew
-from moslim.policy.optimizers import UpdateBatch
+from moslim.policy.optimizers import PolicyOptimizer, UpdateBatch
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor
 from moslim.policy.roles import Roles
 from moslim.policy.rollout import Rollout
+from moslim.precision import full_precision
 from moslim.processes import mean_over_processes
 
 
@@ -63,99 +66,198 @@ def warn_of_part_rollouts(trainer: Trainer, repeats: int) -> None:
         )
 
 
-def forward(
-    roles: Roles,
-    rows: Rollout,
-    together: Sequence[Rollout],
-    length: int,
-    samples: int,
+@dataclass
+class PolicyOutputs:
+    """Results of the forward passes of policy and critic over ``N`` completions.
+
+    Args:
+        logprobs: ``[N, T]`` under the current weights, with gradient; 0 where masked or not needed.
+        entropy: ``[N, T]`` nats, with gradient; None unless asked for.
+        values: ``[N, T]`` by the critic, with gradient; None without a critic.
+        default_kl: The sum over the tokens of prompts without instruction of the exact KL(policy || reference), with
+            gradient; None unless asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
+    default_kl: Tensor | None
+
+
+@dataclass
+class StepLoss:
+    """The loss of a minibatch.
+
+    Args:
+        loss: Scalar with gradient.
+        logprobs: ``[N, T]`` under the current weights, detached.
+        metrics: Detached scalars by name.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass
+class PolicyUpdate:
+    """Computes the loss of one training step. :meth:`loss` is the whole of it.
+
+    Args:
+        models: Policy, reference and critic.
+        optimizer: The algorithm, from advantages to loss.
+        engine: The engine of the completions; its temperature and length limit count.
+        passes: How forward passes are made.
+        num_generations: Completions per prompt.
+        default_kl_coef: Weight of the KL divergence on prompts without instruction.
+        importance_clip: Largest importance weight of completions that another policy sampled; None = all are 1.
+    """
+
+    models: Roles
+    optimizer: PolicyOptimizer
+    engine: RolloutEngine
+    passes: Passes
+    num_generations: int
+    default_kl_coef: float
+    importance_clip: float | None
+
+    def loss(self, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool) -> StepLoss:
+        """The loss of a minibatch under the current weights.
+
+        Args:
+            minibatch: ``N`` completions.
+            together: All minibatches of the rollout whose gradients make one optimizer step, ``minibatch`` among them.
+            scale: Factor of the loss, see :func:`rollout_batches`.
+            first: Whether no optimizer step lies between the rollout and this pass: the old log-probabilities are then
+                those of this pass.
+        """
+        # 1. Forward passes: log-probabilities, entropy and values under the current weights.
+        outputs = policy_outputs(
+            self.models,
+            minibatch,
+            self.engine.temperature,
+            self.passes,
+            entropy=self.optimizer.needs_entropy,
+            default_kl=self.default_kl_coef > 0,
+        )
+
+        # 2. Inputs of the loss: old log-probabilities, advantages, masks.
+        inputs = self.loss_inputs(outputs, minibatch, together, scale, first)
+
+        # 3. The algorithm's loss.
+        with full_precision():
+            output = self.optimizer.loss(inputs)
+        loss, metrics = output.loss, {f"train/{name}": value for name, value in output.metrics.items()}
+
+        # 4. KL divergence on prompts without instruction, which keeps the default behavior.
+        default_kl = mean_default_kl(outputs.default_kl, together, scale)
+        if default_kl is not None:
+            loss = loss + self.default_kl_coef * default_kl
+            metrics["train/default_kl"] = default_kl.detach()
+
+        # 5. Metrics.
+        metrics["train/loss"] = loss.detach()
+        return StepLoss(loss, outputs.logprobs.detach(), metrics)
+
+    def loss_inputs(
+        self, outputs: PolicyOutputs, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool
+    ) -> UpdateBatch:
+        """Puts together the inputs of the algorithm's loss; see :meth:`loss` for the arguments."""
+        old_logprobs, behavior_logprobs = minibatch.old_logprobs, minibatch.sampler_logprobs
+        if first:
+            old_logprobs, behavior_logprobs = rounded_anew(
+                outputs.logprobs.detach(), old_logprobs, behavior_logprobs, self.engine.in_process
+            )
+        return UpdateBatch(
+            logprobs=outputs.logprobs,
+            old=old_logprobs,
+            advantages=minibatch.advantages,
+            mask=minibatch.update_mask,
+            length=self.engine.max_new_tokens,
+            samples=self.num_generations,
+            reference=minibatch.reference_logprobs,
+            entropy=outputs.entropy,
+            values=outputs.values,
+            old_values=minibatch.values,
+            returns=minibatch.returns,
+            value_mask=minibatch.value_mask,
+            sampler=behavior_logprobs,
+            cap=self.importance_clip,
+            step_mask=torch.cat([part.update_mask for part in together]),
+            step_value_mask=torch.cat([part.value_mask for part in together]),
+            parts=scale,
+        )
+
+
+def policy_outputs(
+    models: Roles,
+    minibatch: Rollout,
     temperature: float,
     passes: Passes,
     entropy: bool = False,
     default_kl: bool = False,
-    cap: float | None = None,
-    parts: float = 1,
-    untrained: bool = False,
-    in_process: bool = True,
-) -> tuple[UpdateBatch, Tensor | None]:
-    """Runs policy and critic over a rollout. Answers that nothing needs are skipped.
+) -> PolicyOutputs:
+    """Runs policy and critic over a minibatch. Completions that nothing needs are skipped.
 
     Args:
-        roles: Policy, critic and reference.
-        rows: ``N`` answers.
-        together: All minibatches of the rollout whose gradients make one step, ``rows`` among them: what is averaged is
-            averaged over them all. (A step that learns from several rollouts takes the mean of theirs.)
-        length: The engine's length limit.
-        samples: Answers per prompt.
+        models: Policy, critic and reference.
+        minibatch: ``N`` completions.
         temperature: The sampler's.
-        passes: How the answers are computed.
+        passes: How forward passes are made.
         entropy: Whether to compute the entropy of the (tempered) distributions.
-        default_kl: Whether to compute the divergence on prompts without instruction.
-        cap: Largest importance weight of answers that another policy sampled; None = all are 1.
-        parts: How many losses Lightning takes the mean of for each rollout of the step.
-        untrained: Whether no optimizer step lies between the rollout and this pass: the old log-probabilities are then
-            those of this pass.
-        in_process: Whether the engine computed with the policy itself.
-
-    Returns:
-        What the loss needs, and, if asked for, a scalar with gradient: the mean over the answer tokens of prompts
-        without instruction of the exact KL(policy || reference), each process's part of it such that the mean over
-        processes is that over all tokens; None if no process has such prompts.
+        default_kl: Whether to compute the divergence from the reference on prompts without instruction.
     """
-    uninstructed = rows.uninstructed if default_kl else torch.zeros_like(rows.uninstructed)
-    needed = rows.used | uninstructed
+    uninstructed = minibatch.uninstructed if default_kl else torch.zeros_like(minibatch.uninstructed)
+    needed = minibatch.used | uninstructed
     if not needed.any():
         needed[0] = True  # its mask is empty, but every process must have a gradient, be it zero
-    predictor = Predictor(roles.policy, passes.chunked_logprobs)
-    logprobs = torch.zeros(rows.mask.shape, dtype=predictor.dtype, device=rows.mask.device)
+    predictor = Predictor(models.policy, passes.chunked_logprobs)
+    logprobs = torch.zeros(minibatch.mask.shape, dtype=predictor.dtype, device=minibatch.mask.device)
     entropies = torch.zeros_like(logprobs) if entropy else None
     # the states that predict tokens are what a critic on the policy's trunk reads, too
-    values = torch.zeros_like(logprobs) if roles.critic_shares_trunk and predictor.head is not None else None
+    values = torch.zeros_like(logprobs) if models.critic_shares_trunk and predictor.head is not None else None
     divergence = logprobs.new_zeros(())
     for group, compared in ((needed & ~uninstructed, False), (uninstructed, True)):
-        chosen = plan(roles.policy, rows.batch, passes, group.nonzero()[:, 0])
-        references: list[tuple[Predictor, Tensor]] = []
-        if compared:
-            with torch.no_grad(), roles.reference() as reference:
-                other = Predictor(reference, passes.chunked_logprobs)
-                references = [(other, one.states(other)) for one in chosen]
-        for number, one in enumerate(chosen):
-            states = one.states(predictor)
-            wanted = references[number] if compared else None
-            found = predictor.statistics(states, one.tokens, temperature, entropy, wanted)
-            one.put(logprobs, found.logprobs)
-            if entropies is not None and found.entropy is not None:
-                one.put(entropies, found.entropy)
-            if values is not None and roles.critic is not None:
-                one.put(values, roles.critic(states))
-            if found.kl is not None:
-                divergence = divergence + one.spread(found.kl).sum()
-    if roles.critic is not None and values is None:
-        values = roles.values(rows.batch, passes, needed.nonzero()[:, 0])
-    old, sampler = rows.old_logprobs, rows.sampler_logprobs
-    if untrained:
-        old, sampler = rounded_anew(logprobs.detach(), old, sampler, in_process)
-    update = UpdateBatch(
-        logprobs=logprobs,
-        old=old,
-        advantages=rows.advantages,
-        mask=rows.update_mask,
-        length=length,
-        samples=samples,
-        reference=rows.reference_logprobs,
-        entropy=entropies,
-        values=values,
-        old_values=rows.values,
-        returns=rows.returns,
-        value_mask=rows.value_mask,
-        sampler=sampler,
-        cap=cap,
-        step_mask=torch.cat([part.update_mask for part in together]),
-        step_value_mask=torch.cat([part.value_mask for part in together]),
-        parts=parts,
-    )
-    if not default_kl:
-        return update, None
-    asked_nothing = torch.cat([part.mask[part.uninstructed] for part in together])
-    tokens = mean_over_processes(asked_nothing.sum()) / parts
-    return update, divergence / tokens if tokens > 0 else None
+        answer_passes = plan(models.policy, minibatch.batch, passes, group.nonzero()[:, 0])
+        references = _reference_states(models, answer_passes, passes) if compared else [None] * len(answer_passes)
+        for answer_pass, reference in zip(answer_passes, references, strict=True):
+            states = answer_pass.states(predictor)
+            statistics = predictor.statistics(states, answer_pass.tokens, temperature, entropy, reference)
+            answer_pass.put(logprobs, statistics.logprobs)
+            if entropies is not None and statistics.entropy is not None:
+                answer_pass.put(entropies, statistics.entropy)
+            if values is not None and models.critic is not None:
+                answer_pass.put(values, models.critic(states))
+            if statistics.kl is not None:
+                divergence = divergence + answer_pass.spread(statistics.kl).sum()
+    if models.critic is not None and values is None:
+        values = models.values(minibatch.batch, passes, needed.nonzero()[:, 0])
+    return PolicyOutputs(logprobs, entropies, values, divergence if default_kl else None)
+
+
+def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], scale: float) -> Tensor | None:
+    """Averages the divergence over the tokens of prompts without instruction.
+
+    Args:
+        total: Its sum over those of this process's minibatch; None if it was not asked for.
+        together: All minibatches of the rollout whose gradients make one optimizer step.
+        scale: Factor of the loss.
+
+    Returns:
+        This process's part, such that the mean over processes and minibatches is that over all tokens; None if no
+        process has such prompts.
+    """
+    if total is None:
+        return None
+    uninstructed_mask = torch.cat([part.mask[part.uninstructed] for part in together])
+    tokens = mean_over_processes(uninstructed_mask.sum()) / scale
+    return total / tokens if tokens > 0 else None
+
+
+def _reference_states(
+    models: Roles, answer_passes: Sequence[AnswerPass], passes: Passes
+) -> list[tuple[Predictor, Tensor]]:
+    """The reference's states of all passes: in a row, as switching between policy and reference takes time."""
+    with torch.no_grad(), models.reference() as reference:
+        predictor = Predictor(reference, passes.chunked_logprobs)
+        return [(predictor, answer_pass.states(predictor)) for answer_pass in answer_passes]
