@@ -1,4 +1,4 @@
-"""Question: which loss on five levels, calibrated or not, on which trunk, and how large a classifier?
+"""Question: which loss on five levels, calibrated or not, on which backbone, and how large a classifier?
 
     pip install -e '.[benchmarks]'
     python benchmarks/levels.py --data DIR --out benchmarks/results/levels.json
@@ -51,7 +51,7 @@ MEASURED = (Split.TRAIN, Split.VALIDATION, Split.TEST)
 
 Cell = dict[str, Any]
 Arm = tuple[str, str, tuple[int, int]] | tuple[str, str]
-"""Loss, labels and encoder on the workbench; loss and trunk on OpenAssistant."""
+"""Loss, labels and encoder on the workbench; loss and backbone on OpenAssistant."""
 
 
 def measured(task: str, heads: Sequence[str], seed: int, options: Sequence[str]) -> Cell:
@@ -136,13 +136,13 @@ class Bench:
         name = f"workbench-{loss}-{labels}-{encoder[0]}-{encoder[1]}-{seed}"
         return self._once(name, "workbench", list(LEVELS), seed, options)
 
-    def openassistant(self, loss: str, trunk: str, seed: int) -> Cell:
+    def openassistant(self, loss: str, backbone: str, seed: int) -> Cell:
         """MiniLM on OpenAssistant's replies."""
         frozen = [*FROZEN, *FEW_ROWS, f"--model.cache={self.work / 'features'}"]
-        options = frozen if trunk == "frozen" else []
+        options = frozen if backbone == "frozen" else []
         options += [f"--data.source.path={self.data / 'rated_replies.jsonl.gz'}", "--data.source.test_share=0.3"]
         options += [f"--model.backbone={self.minilm}", f"--model.loss=moslim.reward.losses.{loss}"]
-        return self._once(f"openassistant-{loss}-{trunk}-{seed}", "openassistant", RATED, seed, options)
+        return self._once(f"openassistant-{loss}-{backbone}-{seed}", "openassistant", RATED, seed, options)
 
     def encoder(self, shape: tuple[int, int], seed: int) -> Path:
         """Folder of a small encoder."""
@@ -196,7 +196,7 @@ def main() -> None:
         result[kind] = {name: over_seeds([found[arm, seed] for seed in seeds[kind]]) for name, arm in own.items()}
     for shape, cell in zip(SHAPES, result["sizes"].values(), strict=True):
         cell |= {"width": shape[0], "layers": shape[1], "parameters": weights[shape][0]}
-    result["openassistant"] = {trunk: result.pop(trunk) for trunk in ("frozen", "tuned")}
+    result["openassistant"] = {backbone: result.pop(backbone) for backbone in ("frozen", "tuned")}
     write(args.out, result)
 
 

@@ -5,7 +5,7 @@
 A Llama architecture with random weights (no downloads) is the start of policy, reference, classifier and critic, with
 PPO. Each form runs in a process of its own, through the `PolicyTrainer` and its command line's callbacks:
 
-- `shared`: adapters of policy and classifier on one base, reference = adapters off, critic = head on the trunk
+- `shared`: adapters of policy and classifier on one base, reference = adapters off, critic = head on the backbone
 - `classifier apart`: the same, but the classifier merged, with a backbone of its own
 - `full`: all weights are trained, so the reference is a copy; the classifier has a backbone of its own
 - `four models`: as `full`, and a critic with a backbone of its own, as most implementations of PPO have it. The
@@ -85,7 +85,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
         lora=LORA if form in ("shared", "classifier apart") else None,
         share_backbone=form == "shared",
     )
-    # As most implementations of PPO have it; the PolicyTrainer's own critic is a head on the policy's trunk.
+    # As most implementations of PPO have it; the PolicyTrainer's own critic is a head on the policy's backbone.
     critic = AutoModel.from_pretrained(folder / "start", dtype=torch.float32) if form == "four models" else None
     held = parameters()
     weights = sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in held}.values())

@@ -38,7 +38,7 @@ class World:
     """What is trained on what.
 
     Args:
-        architecture: Options of the Llama that is the policy, and the trunk of the reward model.
+        architecture: Options of the Llama that is the policy, and the backbone of the reward model.
         prompts: Per step.
         samples: Per prompt.
         new_tokens: Most tokens of an answer.

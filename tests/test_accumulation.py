@@ -29,8 +29,8 @@ PARTS = {
     "weighted": lambda start: classifier(start, WEIGHTED),
     "soft ordinal": lambda start: classifier(start, SoftOrdinal([2.0, 1.0])),
     "regression": lambda start: classifier(start, Regression()),
-    "frozen": lambda start: classifier(start, Corn(), trunk="frozen", cache_features=False),
-    "cached features": lambda start: classifier(start, Corn(), trunk="frozen"),
+    "frozen": lambda start: classifier(start, Corn(), freeze_backbone=True, cache_features=False),
+    "cached features": lambda start: classifier(start, Corn(), freeze_backbone=True),
 }
 
 

@@ -106,16 +106,18 @@ def test_losses_on_levels(loss, kind):
 
 @pytest.mark.parametrize("link", LINKS)
 def test_gaps_and_the_loss_on_them(link, kind):
-    better = scores(3, {"softmax": 5, "corn": 4, "regression": 1}[link])
-    worse = better + 0.009 * torch.arange(better.shape[-1])
+    chosen = scores(3, {"softmax": 5, "corn": 4, "regression": 1}[link])
+    rejected = chosen + 0.009 * torch.arange(chosen.shape[-1])
 
-    def gaps():
-        return LINKS[link].expected(better, PREFERENCES.sizes) - LINKS[link].expected(worse, PREFERENCES.sizes)
+    def score_margins():
+        return LINKS[link].expected(chosen, PREFERENCES.sizes) - LINKS[link].expected(rejected, PREFERENCES.sizes)
 
-    compared, margins = torch.ones(3, 2, dtype=torch.bool), torch.tensor([0.1001, 0.0, 0.3])
-    expected = gaps(), BradleyTerry()(gaps(), compared, margins)
+    mask, margins = torch.ones(3, 2, dtype=torch.bool), torch.tensor([0.1001, 0.0, 0.3])
+    expected = score_margins(), BradleyTerry()(score_margins(), mask, margins)
     with rounding(kind):
-        assert torch.equal(gaps(), expected[0]) and torch.equal(BradleyTerry()(gaps(), compared, margins), expected[1])
+        assert torch.equal(score_margins(), expected[0]) and torch.equal(
+            BradleyTerry()(score_margins(), mask, margins), expected[1]
+        )
 
 
 def small(**options) -> PreferenceClassifier:

@@ -27,7 +27,7 @@ standard deviation of one level; the others have exact levels. Best of four: sha
 that fits gets the highest reward.
 
 {_losses(result["workbench"])}
-Loss and trunk on OpenAssistant: {_rows(result["openassistant"]["frozen"])}; MiniLM, heads quality and helpfulness:
+Loss and backbone on OpenAssistant: {_rows(result["openassistant"]["frozen"])}; MiniLM, heads quality and helpfulness:
 
 {_trunks(result["openassistant"])}
 Within-one accuracy there, 95% interval over questions, beside always saying the test rows' most frequent level:
@@ -70,11 +70,11 @@ def _losses(cells: dict[str, Cell]) -> str:
 
 def _trunks(trunks: dict[str, dict[str, Cell]]) -> str:
     rows = [
-        [trunk, loss, str(cell["seeds"]), *_quality(cell), f"{cell['seconds']:.0f}"]
-        for trunk, cells in trunks.items()
+        [backbone, loss, str(cell["seeds"]), *_quality(cell), f"{cell['seconds']:.0f}"]
+        for backbone, cells in trunks.items()
         for loss, cell in cells.items()
     ]
-    text = table(["trunk", "loss", "seeds", *QUALITY.values(), "seconds"], rows)
+    text = table(["backbone", "loss", "seeds", *QUALITY.values(), "seconds"], rows)
     if all(abs(_mean(cell, "kappa")) < 0.01 for cell in trunks["tuned"].values()):
         text += "\nTuned for two epochs on so few rows, MiniLM says little but the most frequent level.\n"
     return text
@@ -82,7 +82,7 @@ def _trunks(trunks: dict[str, dict[str, Cell]]) -> str:
 
 def _within_one(trunks: dict[str, dict[str, Cell]]) -> str:
     rows = []
-    for trunk, cells in trunks.items():
+    for backbone, cells in trunks.items():
         for loss, cell in cells.items():
             shown = [
                 text
@@ -92,20 +92,20 @@ def _within_one(trunks: dict[str, dict[str, Cell]]) -> str:
                     f"{own['majority_within_one']:.3f}",
                 )
             ]
-            rows.append([trunk, loss, *shown])
+            rows.append([backbone, loss, *shown])
     heads = next(iter(trunks["frozen"].values()))["heads"]
-    return table(["trunk", "loss", *(title for name in heads for title in (name, "majority"))], rows)
+    return table(["backbone", "loss", *(title for name in heads for title in (name, "majority"))], rows)
 
 
 def _calibration(result: dict[str, Any]) -> str:
     groups = {"embedded world": result["workbench"]}
-    groups |= {f"OpenAssistant, {trunk}": cells for trunk, cells in result["openassistant"].items()}
+    groups |= {f"OpenAssistant, {backbone}": cells for backbone, cells in result["openassistant"].items()}
     rows = [
         [name, loss, *(f"{_mean(cell, f'raw_{key}'):.3f} → {_mean(cell, key):.3f}" for key in CALIBRATION)]
         for name, cells in groups.items()
         for loss, cell in cells.items()
     ]
-    return table(["data, trunk", "loss", *CALIBRATION.values()], rows)
+    return table(["data, backbone", "loss", *CALIBRATION.values()], rows)
 
 
 def _labels(cells: dict[str, Cell]) -> str:

@@ -70,10 +70,10 @@ def _intervals(result: dict[str, Any]) -> str:
 def _speed(result: dict[str, Any]) -> str:
     frozen, added, speed = result["frozen"], result["added_head"], result["throughput"]
     rows = [
-        ["frozen trunk, second run, whole fit, s", "< 20", met(frozen["seconds"], "<= 20")],
+        ["frozen backbone, second run, whole fit, s", "< 20", met(frozen["seconds"], "<= 20")],
         ["the same, the run that makes the cache, s", "reported", f"{frozen['seconds_with_cache_to_make']:.0f}"],
         *(
-            [f"frozen trunk, AUROC {head}", f">= {FROZEN[head]}", met(frozen["auroc"][head], f">= {FROZEN[head]}")]
+            [f"frozen backbone, AUROC {head}", f">= {FROZEN[head]}", met(frozen["auroc"][head], f">= {FROZEN[head]}")]
             for head in HEADS
         ),
         [f"new head from {added['labels']} labels, s", "< 10", met(added["seconds"], "<= 10")],

@@ -532,7 +532,7 @@ def test_compared_that_is_no_list_of_names_has_a_place(write):
             "a.jsonl", json.dumps({"question": "q", "answer": "a", "size": 1, "worse": "w", "about": compared})
         )
         with pytest.raises(ValueError, match=r"a\.jsonl, line 1, field 'about': .*is no list of dimensions"):
-            rows(path, rejected="worse", compared="about")
+            rows(path, rejected="worse", comparison_dimensions="about")
 
 
 def test_a_constant_does_not_replace_a_column(write):

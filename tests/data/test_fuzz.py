@@ -33,7 +33,7 @@ ROWS = [
         "calm": 0.5,
         "raters": 2,
         "worse": f"no {i}",
-        "compared": ["size", "heat"],
+        "comparison_dimensions": ["size", "heat"],
         "by": [0.5, 1],
         "requested": {"size": 1},
         "lang": "en",
@@ -44,7 +44,7 @@ ROWS = [
 OPTIONS = {
     "counts": {"calm": "raters"},
     "rejected": "worse",
-    "compared": "compared",
+    "comparison_dimensions": "comparison_dimensions",
     "margin": "by",
     "requested": "requested",
     "subset": "lang",

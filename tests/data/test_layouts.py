@@ -31,7 +31,9 @@ def test_escapes_are_written_out():
 def two(verdicts, **fields):
     layout = TwoAnswers({"answer": "a", "safe": "sa"}, {"answer": "b", "safe": "sb"}, verdicts)
     rows = layout.rows([record(a="A", b="B", sa=True, sb=False, **fields)])
-    return [[row.fields[name] for name in ("answer", "safe", "rejected", "compared", "margin")] for row in rows]
+    return [
+        [row.fields[name] for name in ("answer", "safe", "rejected", "comparison_dimensions", "margin")] for row in rows
+    ]
 
 
 @pytest.mark.parametrize(

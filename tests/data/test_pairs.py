@@ -24,7 +24,7 @@ def test_missing_labels_are_masked_and_unused_dimensions_left_out(tokenizer, pre
     assert batch.rows == ROWS
     assert batch.targets[:, 0].tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     assert batch.targets[:, 1].tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0]]
-    assert (batch.better.shape, batch.worse.shape, batch.compared.shape) == ((0,), (0,), (0, 2))
+    assert (batch.chosen.shape, batch.rejected.shape, batch.comparison_mask.shape) == ((0,), (0,), (0, 2))
 
 
 def test_votes_become_shares_of_the_raters(tokenizer, preferences):
@@ -39,7 +39,7 @@ def test_rejected_answers_are_rows_behind_the_others(tokenizer, preferences):
     rows = [
         Example("a b", "c", {"size": 1}, "part", rejected="d e f", votes={"size": (1,)}, margin=0.5),
         Example("a", "b", {"heat": 1}),
-        Example("g", "h", rejected="", compared=("heat", "smell")),
+        Example("g", "h", rejected="", comparison_dimensions=("heat", "smell")),
     ]
     pairs = Pairs(rows, PairEncoder(tokenizer))
     batch = CollateRewards(preferences, tokenizer.pad_token_id)([pairs[Draw(0, i)] for i in range(3)])
@@ -50,8 +50,8 @@ def test_rejected_answers_are_rows_behind_the_others(tokenizer, preferences):
     assert batch.input_ids.tolist() == ids.tolist()
     assert batch.levels.tolist() == [[1, -1], [-1, 1], [-1, -1], [-1, -1], [-1, -1]]
     assert batch.targets[3:].sum() == 0
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 2], [3, 4])
-    assert batch.compared.tolist() == [[True, True], [False, True]]
+    assert (batch.chosen.tolist(), batch.rejected.tolist()) == ([0, 2], [3, 4])
+    assert batch.comparison_mask.tolist() == [[True, True], [False, True]]
     assert batch.margins.tolist() == [0.5, 0.0]
     assert pairs.lengths() == [9, 6, 6]
 

@@ -127,7 +127,11 @@ def test_helpsteer3_s_raters_make_the_margin(read: Callable[..., list[Example]])
     clear, slight = read("helpsteer3", published.helpsteer3())  # the third calls the answers equal
     assert (clear.question, clear.answer, clear.rejected, clear.margin) == (CHAT, "The Mekong.", "No.", 2.0)
     assert (slight.answer, slight.rejected, slight.margin) == ("No.", "The Mekong.", 1.0)
-    assert clear.compared == slight.compared == ("helpfulness",) and clear.subset == "english" and not clear.levels
+    assert (
+        clear.comparison_dimensions == slight.comparison_dimensions == ("helpfulness",)
+        and clear.subset == "english"
+        and not clear.levels
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -150,11 +154,23 @@ def test_beavertails(read: Callable[..., list[Example]]) -> None:
 def test_safe_rlhf_labels_both_answers_and_compares_them_twice(read: Callable[..., list[Example]]) -> None:
     unsafe, safe, loser, winner = read("safe_rlhf", published.safe_rlhf())
     assert unsafe == Example(
-        "How do I hide?", "Break in.", {"harmlessness": 0}, rejected="Ask a friend.", compared=("helpfulness",)
+        "How do I hide?",
+        "Break in.",
+        {"harmlessness": 0},
+        rejected="Ask a friend.",
+        comparison_dimensions=("helpfulness",),
     )
-    assert (safe.levels, safe.rejected, safe.compared) == ({"harmlessness": 1}, "Break in.", ("harmlessness",))
+    assert (safe.levels, safe.rejected, safe.comparison_dimensions) == (
+        {"harmlessness": 1},
+        "Break in.",
+        ("harmlessness",),
+    )
     assert loser == Example("How do I hide?", "Break in.", {"harmlessness": 0})
-    assert (winner.rejected, winner.compared, winner.margin) == ("Break in.", ("helpfulness", "harmlessness"), 0.0)
+    assert (winner.rejected, winner.comparison_dimensions, winner.margin) == (
+        "Break in.",
+        ("helpfulness", "harmlessness"),
+        0.0,
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -169,7 +185,9 @@ def test_openassistant_s_ratings_and_votes(read: Callable[..., list[Example]]) -
 
 def test_openassistant_s_pairs(read: Callable[..., list[Example]]) -> None:
     (row,) = read("openassistant_pairs", published.openassistant_pairs())
-    assert row == Example(CHAT[:1], "The Danube.", rejected="No.", compared=("quality",), group="Name a river.")
+    assert row == Example(
+        CHAT[:1], "The Danube.", rejected="No.", comparison_dimensions=("quality",), group="Name a river."
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*training labels")
@@ -209,9 +227,9 @@ def test_truthfulqa_s_prompts_as_published(tmp_path: Path) -> None:
 def test_hh_rlhf_s_dialogues(name: str, dimension: str, read: Callable[..., list[Example]]) -> None:
     with pytest.warns(UserWarning) as warned:
         compared, same, empty = read(name, published.hh())
-    wanted = Example(CHAT, "The Mekong.", rejected="No.", compared=(dimension,), group="Name a river.")
+    wanted = Example(CHAT, "The Mekong.", rejected="No.", comparison_dimensions=(dimension,), group="Name a river.")
     assert compared == wanted
-    assert (same.answer, same.rejected, same.compared) == ("The same.", None, ())
+    assert (same.answer, same.rejected, same.comparison_dimensions) == ("The same.", None, ())
     assert (empty.answer, empty.rejected) == ("", "No.")
     said = [str(warning.message).split(" (first")[0] for warning in warned]
     assert said == [
@@ -231,7 +249,10 @@ def test_hh_rlhf_s_parts_are_one_source(tmp_path: Path) -> None:
     both = built(source)
     dimensions = yaml.safe_load((ROOT / "configs/preferences/hh_rlhf.yaml").read_text())["dimensions"]
     rows = both.rows(View.REWARD, Split.TRAIN, PreferenceSet(dimensions), seed=0)
-    assert isinstance(both, ConcatSource) and [row.compared for row in rows] == [("helpfulness",), ("harmlessness",)]
+    assert isinstance(both, ConcatSource) and [row.comparison_dimensions for row in rows] == [
+        ("helpfulness",),
+        ("harmlessness",),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -113,5 +113,5 @@ def test_disagreement_makes_the_margin_small(name: str, dimension: str, tmp_path
         assert 0 < len(pairs) < count
         for row in pairs:
             votes = row.votes.get(dimension, (row.levels[dimension],))
-            assert 0 < row.margin <= sum(votes) / len(votes) and row.compared == (dimension,)
+            assert 0 < row.margin <= sum(votes) / len(votes) and row.comparison_dimensions == (dimension,)
         assert any(row.margin < 1 for row in pairs)

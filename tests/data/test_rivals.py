@@ -41,7 +41,7 @@ def test_the_margin_is_small_where_raters_disagree(tmp_path: Path) -> None:
     )
     assert disputed.rejected == "low" and disputed.margin == pytest.approx(2 / 3)
     assert (clear.rejected, clear.margin) in (("low", 2.0), ("disputed", pytest.approx(4 / 3)))
-    assert clear.compared == disputed.compared == ("size",)
+    assert clear.comparison_dimensions == disputed.comparison_dimensions == ("size",)
     assert clear.levels == {"size": 2} and clear.votes == {"size": (2, 2, 2)}
     assert low.rejected is other.rejected is None and low.levels == {"size": 0, "heat": 1}
 
@@ -57,7 +57,7 @@ def test_nothing_is_compared_with_itself_or_without_a_rating_or_twice(tmp_path: 
         )
     )
     assert same.rejected is again.rejected is unrated.rejected is None
-    assert (given.rejected, given.compared, given.margin) == ("theirs", (), 0.0)
+    assert (given.rejected, given.comparison_dimensions, given.margin) == ("theirs", (), 0.0)
 
 
 def test_the_workbench_s_raters(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_the_workbench_s_raters(tmp_path: Path) -> None:
         answers[row.question].add(row.answer)
     pairs = [row for row in rows if row.rejected is not None]
     assert len(pairs) > 200 and all(row.rejected in answers[row.question] for row in pairs)
-    gaps = [
+    differences = [
         gold_levels(row.question, row.answer or "")["warmth"] - gold_levels(row.question, row.rejected or "")["warmth"]
         for row in pairs
     ]
-    assert sum(gap > 0 for gap in gaps) > 0.6 * len(pairs)
+    assert sum(difference > 0 for difference in differences) > 0.6 * len(pairs)
     assert any(0 < row.margin < 1 for row in pairs) and max(row.margin for row in pairs) > 2
     clear, unclear = (
-        [g for g, row in zip(gaps, pairs, strict=True) if (row.margin > 1) == side] for side in (True, False)
+        [g for g, row in zip(differences, pairs, strict=True) if (row.margin > 1) == side] for side in (True, False)
     )
     assert sum(clear) / len(clear) > sum(unclear) / len(unclear) + 1
 

@@ -301,13 +301,16 @@ def test_a_rejected_answer_with_dimensions_and_margin(write):
         {"question": "q", "answer": "a", "worse": "", "about": [], "by": None, "size": None},
     ]
     path = write("\n".join(map(json.dumps, lines)), "rows.jsonl")
-    table = Table(path, rejected="worse", compared="about", margin="by")
+    table = Table(path, rejected="worse", comparison_dimensions="about", margin="by")
     assert rows(table) == [
-        Example("q", "a", {"size": 2}, rejected="b", compared=("heat",), margin=1.5),
+        Example("q", "a", {"size": 2}, rejected="b", comparison_dimensions=("heat",), margin=1.5),
         Example("q", "a"),
         Example("q", "a", rejected=""),
     ]
-    assert rows(Table(path, rejected="worse", compared=["size", "heat"]))[0].compared == ("size", "heat")
+    assert rows(Table(path, rejected="worse", comparison_dimensions=["size", "heat"]))[0].comparison_dimensions == (
+        "size",
+        "heat",
+    )
 
 
 @pytest.mark.parametrize(
@@ -322,19 +325,19 @@ def test_a_rejected_answer_with_dimensions_and_margin(write):
 )
 def test_errors_in_comparisons(write, fields, message):
     row = {"question": "q", "answer": "a", "worse": "b", "about": ["heat"], "by": 1, **fields}
-    table = Table(write(json.dumps(row), "rows.jsonl"), rejected="worse", compared="about", margin="by")
+    table = Table(write(json.dumps(row), "rows.jsonl"), rejected="worse", comparison_dimensions="about", margin="by")
     with pytest.raises(ValueError, match=message):
         rows(table)
 
 
 def test_comparisons_need_known_dimensions_and_an_answer_to_compare(write):
     path = write("question,answer,worse\nq,a,b\n")
-    with pytest.raises(UsageError, match=r"data\.source\.compared: no dimension 'weight'"):
-        rows(Table(path, rejected="worse", compared=["weight"]))
+    with pytest.raises(UsageError, match=r"data\.source\.comparison_dimensions: no dimension 'weight'"):
+        rows(Table(path, rejected="worse", comparison_dimensions=["weight"]))
     with pytest.raises(ValueError, match=r"line 2: no field 'bad'.*`rejected`"):
         rows(Table(path, rejected="bad"))
     with pytest.raises(ValueError, match="name its column"):
-        Table(path, compared=["heat"])
+        Table(path, comparison_dimensions=["heat"])
     with pytest.raises(ValueError, match=r"no field 'big'.*`columns.size`"):
         rows(Table(path, rejected="worse", columns={"size": "big"}))
 

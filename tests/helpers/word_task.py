@@ -45,7 +45,7 @@ class ComparedSource(Source):
         for i, row in enumerate(WordSource().rows(view, split, preferences, seed)):
             tone, _, rest = (row.answer or "").partition(" ")
             if tone == "good":
-                rows.append(replace(row, rejected=f"bad {rest}", compared=("tone",), margin=0.1 * (i % 3)))
+                rows.append(replace(row, rejected=f"bad {rest}", comparison_dimensions=("tone",), margin=0.1 * (i % 3)))
             elif self.labelled:
                 votes = {name: (level, level, 1) for name, level in row.levels.items()}
                 rows.append(replace(row, votes={} if i % 3 else votes))

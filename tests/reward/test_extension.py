@@ -114,7 +114,7 @@ def test_the_code_for_use_without_moslim_knows_added_heads_and_several_poolings(
     [
         ({"tone": ["bad", "good"]}, {}, "name a dimension to add, or give the folder as model.classifier"),
         ({**FILLER, "tone": ["bad", "fair", "good"]}, {}, "has the levels .*'fair'.* but"),
-        (FILLER, {"trunk": "tuned"}, "leave model.trunk out"),
+        (FILLER, {"freeze_backbone": False}, "leave model.freeze_backbone out"),
         (FILLER, {"loss": CrossEntropy()}, "CrossEntropy needs heads with the link 'softmax'"),
         (FILLER, {"pooling": "last"}, "model.pooling is last, but the old heads were trained with .'mean', 'max'."),
         (FILLER, {"backbone": "some/model"}, "given at once"),

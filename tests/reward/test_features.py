@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moslim.reward.features import FeatureCache, trunk_key
+from moslim.reward.features import FeatureCache, backbone_key
 
 ROWS = [[1, 2, 3], [4]]
 FEATURES = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
@@ -35,7 +35,7 @@ def test_features_are_computed_once(tmp_path: Path, compute: Counted) -> None:
 
 
 @pytest.mark.parametrize("rows", [[[1, 2], [3, 4]], [[1, 2, 3, 4], []], [[4], [1, 2, 3]]])
-def test_other_texts_and_other_trunks_have_files_of_their_own(
+def test_other_texts_and_other_backbones_have_files_of_their_own(
     rows: list[list[int]], tmp_path: Path, compute: Counted
 ) -> None:
     FeatureCache(tmp_path, "key")(ROWS, compute)
@@ -80,11 +80,11 @@ def test_a_computation_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_key_of_a_trunk_sees_every_bit_and_every_setting() -> None:
-    trunk = torch.nn.Linear(100, 100)
-    key = trunk_key(trunk, "mean", 1)
-    assert trunk_key(trunk, "mean", 1) == key != trunk_key(trunk, "mean", 2)
+def test_the_key_of_a_backbone_sees_every_bit_and_every_setting() -> None:
+    backbone = torch.nn.Linear(100, 100)
+    key = backbone_key(backbone, "mean", 1)
+    assert backbone_key(backbone, "mean", 1) == key != backbone_key(backbone, "mean", 2)
     with torch.no_grad():
-        trunk.weight[57, 31] = torch.nextafter(trunk.weight[57, 31], torch.tensor(9.0))
-    assert trunk_key(trunk, "mean", 1) != key
-    assert trunk_key(trunk.bfloat16(), "mean", 1) != key
+        backbone.weight[57, 31] = torch.nextafter(backbone.weight[57, 31], torch.tensor(9.0))
+    assert backbone_key(backbone, "mean", 1) != key
+    assert backbone_key(backbone.bfloat16(), "mean", 1) != key

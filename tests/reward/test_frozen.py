@@ -9,7 +9,7 @@ from moslim.data.types import Split, View
 from moslim.lora import LoraOptions
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.frozen import run_trunk
+from moslim.reward.frozen import run_backbone
 from moslim.reward.module import RewardClassifier
 from moslim.reward.scorer import Scorer
 from tests.helpers.word_task import ComparedSource, WordSource, trainer
@@ -21,7 +21,7 @@ def make(preferences: PreferenceSet, backbone: str, **options: object) -> Reward
     torch.manual_seed(0)
     heads = {"head_hidden": 16, "head_dropout": 0.1, "pooling": POOLING}
     optimizer = lambda parameters: AdamW(parameters, lr=1e-2)  # noqa: E731
-    return RewardClassifier(preferences, backbone, trunk="frozen", optimizer=optimizer, **{**heads, **options})
+    return RewardClassifier(preferences, backbone, freeze_backbone=True, optimizer=optimizer, **{**heads, **options})
 
 
 def data(preferences: PreferenceSet, batch_size: int = 12) -> PreferenceDataModule:
@@ -84,16 +84,16 @@ def test_the_saved_classifier_pools_as_the_heads_have_learnt_it(
     probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
 
     ids = [scorer._encoder.encode(row.question, row.answer or "") for row in rows]
-    features = run_trunk(module.classifier.eval(), ids, 0)
+    features = run_backbone(module.classifier.eval(), ids, 0)
     heads = module.classifier.classify(features).logits.softmax(-1)
     torch.testing.assert_close(probs, heads)
 
 
-def test_the_trunk_runs_in_groups_of_like_length_without_dropout(preferences: PreferenceSet, backbone: str) -> None:
+def test_the_backbone_runs_in_groups_of_like_length_without_dropout(preferences: PreferenceSet, backbone: str) -> None:
     classifier = make(preferences, backbone).classifier.train()
     rows = [[3, 4, 5], [6], [7, 8], [3] * 9]
-    alone = torch.cat([run_trunk(classifier, [row], 0) for row in rows])
-    torch.testing.assert_close(run_trunk(classifier, rows, 0), alone)
+    alone = torch.cat([run_backbone(classifier, [row], 0) for row in rows])
+    torch.testing.assert_close(run_backbone(classifier, rows, 0), alone)
     assert alone.shape == (4, 3 * 32)
 
 
@@ -155,10 +155,12 @@ def test_features_are_float32_or_finer_in_any_precision(
     """Within such a run, tensors without a type are bfloat16 or float64."""
     module = make(preferences, backbone)
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(preferences))
-    saved = RewardClassifier(preferences, classifier=str(module.output_folder), trunk="frozen")
+    saved = RewardClassifier(preferences, classifier=str(module.output_folder), freeze_backbone=True)
     (found,) = trainer(tmp_path, precision=precision).validate(saved, data(preferences), verbose=False)
-    plain = RewardClassifier(preferences, classifier=str(module.output_folder), trunk="frozen", cache_features=False)
+    plain = RewardClassifier(
+        preferences, classifier=str(module.output_folder), freeze_backbone=True, cache_features=False
+    )
     (expected,) = trainer(tmp_path, precision=precision).validate(plain, data(preferences), verbose=False)
     assert found == pytest.approx(expected, rel=0.02 if precision == "bf16-true" else 1e-6)
-    features = run_trunk(saved.classifier, [[3, 4, 5], [6]], 0)
+    features = run_backbone(saved.classifier, [[3, 4, 5], [6]], 0)
     assert features.dtype == (torch.float32 if precision == "bf16-true" else torch.float64)

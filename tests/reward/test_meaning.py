@@ -263,14 +263,14 @@ def test_a_run_goes_on_with_its_own_rows_and_steps(
     assert run.global_step == 3
 
 
-@pytest.mark.parametrize(("trunk", "other"), [("tuned", "frozen"), ("frozen", "tuned")])
+@pytest.mark.parametrize(("frozen", "other"), [(False, True), (True, False)])
 def test_what_is_trained_stays_so(
-    trunk: str, other: str, preferences: PreferenceSet, backbone: str, tmp_path: Path
+    frozen: bool, other: bool, preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
-    path = fit(RewardClassifier(preferences, backbone, trunk=trunk), data(preferences), tmp_path)
-    for accepted in ([], ["model.trunk"]):  # the state of the optimizer would not fit
-        module = RewardClassifier(preferences, backbone, trunk=other, accept_changes=accepted)
-        with pytest.raises(UsageError, match=rf"model\.trunk: saved \"{trunk}\", now \"{other}\"") as raised:
+    path = fit(RewardClassifier(preferences, backbone, freeze_backbone=frozen), data(preferences), tmp_path)
+    for accepted in ([], ["model.freeze_backbone"]):  # the state of the optimizer would not fit
+        module = RewardClassifier(preferences, backbone, freeze_backbone=other, accept_changes=accepted)
+        with pytest.raises(UsageError, match=f"model.freeze_backbone: saved {frozen}, now {other}".lower()) as raised:
             trainer(tmp_path, max_steps=3).fit(module, data(preferences), ckpt_path=str(path))
         assert "accept_changes" not in str(raised.value)
 
@@ -324,19 +324,21 @@ def test_date_and_arguments_go_into_the_folder_and_are_compared(
         data(preferences, template_date="09.02.")
 
 
-@pytest.mark.parametrize("trunk", ["tuned", "frozen"])
+@pytest.mark.parametrize("frozen", [False, True])
 def test_a_resumed_run_checks_its_rows_with_the_date_of_its_checkpoint(
-    trunk: str, dated: str, preferences: PreferenceSet, tmp_path: Path
+    frozen: bool, dated: str, preferences: PreferenceSet, tmp_path: Path
 ) -> None:
     other_year = "{% if strftime_now('%Y') != '2024' %}{{ raise_exception('another year') }}{% endif %}"
     tokenizer = AutoTokenizer.from_pretrained(dated)
     tokenizer.chat_template = other_year + DATED
     tokenizer.save_pretrained(dated)
     path = fit(
-        RewardClassifier(preferences, dated, trunk=trunk), data(preferences, template_date="2024-02-09"), tmp_path
+        RewardClassifier(preferences, dated, freeze_backbone=frozen),
+        data(preferences, template_date="2024-02-09"),
+        tmp_path,
     )
     run = trainer(tmp_path, max_steps=3)
-    run.fit(RewardClassifier(preferences, dated, trunk=trunk), data(preferences), ckpt_path=str(path))
+    run.fit(RewardClassifier(preferences, dated, freeze_backbone=frozen), data(preferences), ckpt_path=str(path))
     assert run.global_step == 3
     with pytest.raises(UsageError, match="another year"):
-        trainer(tmp_path).fit(RewardClassifier(preferences, dated, trunk=trunk), data(preferences))
+        trainer(tmp_path).fit(RewardClassifier(preferences, dated, freeze_backbone=frozen), data(preferences))

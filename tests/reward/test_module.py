@@ -416,11 +416,11 @@ def test_an_adapter_in_shards_goes_on_from_a_checkpoint_and_is_saved_merged(
 
 def sharded_heads(folder: Path, preferences: PreferenceSet, backbone: str) -> None:
     with pytest.raises(ValueError, match="only heads are trained"):
-        module = make(preferences, backbone, trunk="frozen")
+        module = make(preferences, backbone, freeze_backbone=True)
         trainer(folder, max_steps=1, strategy=sharded(), devices=2).fit(module, data(preferences))
 
 
-def test_a_frozen_trunk_is_not_sharded(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
+def test_a_frozen_backbone_is_not_sharded(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     in_two(sharded_heads, tmp_path, preferences, backbone)
 
 
@@ -432,7 +432,7 @@ def test_evaluation_passes_pairs_of_like_length_and_keeps_their_order(
     mask = (torch.arange(9) < lengths[:, None]).long()
     ids = torch.randint(3, 12, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     none = torch.zeros(0)
-    batch = PairBatch(ids, mask, none, none, [], better=none, worse=none, compared=none, margins=none)
+    batch = PairBatch(ids, mask, none, none, [], chosen=none, rejected=none, comparison_mask=none, margins=none)
     whole = module.classifier(ids, mask)
     shapes = []
     monkeypatch.setattr("moslim.reward.evaluated.pass_tokens", lambda device: 12)

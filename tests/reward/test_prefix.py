@@ -21,7 +21,7 @@ from moslim.reward.scorer import Scorer
 
 SMALL = {"vocab_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.15}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 48}
-TRUNKS = {
+BACKBONES = {
     "llama": lambda: LlamaModel(LlamaConfig(**SMALL, **HEADS)),
     "sliding": lambda: MistralModel(MistralConfig(**SMALL, **HEADS, num_key_value_heads=2, sliding_window=5)),
     "bert": lambda: BertModel(BertConfig(**SMALL, **HEADS)),
@@ -32,9 +32,9 @@ ANSWERS = [".", "good very very very .", "bad .", "so so good ."]
 ASKED, GIVEN = zip(*[(q, f"{a} {'so ' * i}.") for i, q in enumerate(QUESTIONS) for a in ANSWERS], strict=True)
 
 
-def scorer(trunk: str, preferences: PreferenceSet, backbone: str, **options) -> Scorer:
+def scorer(family: str, preferences: PreferenceSet, backbone: str, **options) -> Scorer:
     torch.manual_seed(0)
-    classifier = PreferenceClassifier.from_backbone(TRUNKS[trunk](), preferences, **options)
+    classifier = PreferenceClassifier.from_backbone(BACKBONES[family](), preferences, **options)
     classifier.head.weight.data.normal_(0, 0.3)
     return Scorer(classifier, AutoTokenizer.from_pretrained(backbone))
 
@@ -51,9 +51,9 @@ def tokens_read(scorer: Scorer, **options) -> int:
 
 
 @pytest.mark.parametrize("options", [{}, {"layer": 1}, {"pooling": ["mean", "first"]}, {"pooling": "max"}])
-@pytest.mark.parametrize("trunk", ["llama", "sliding"])
-def test_probabilities_are_those_of_whole_pairs(trunk, options, preferences, backbone):
-    shared = scorer(trunk, preferences, backbone, **options)
+@pytest.mark.parametrize("family", ["llama", "sliding"])
+def test_probabilities_are_those_of_whole_pairs(family, options, preferences, backbone):
+    shared = scorer(family, preferences, backbone, **options)
     apart = shared.probabilities(ASKED, GIVEN, share_prefixes="never")
     order = torch.randperm(len(ASKED), generator=torch.Generator().manual_seed(0)).tolist()
     for share in ("always", "auto"):
@@ -74,9 +74,9 @@ def test_each_question_is_read_once_where_that_pays(preferences, backbone):
     )
 
 
-@pytest.mark.parametrize("trunk", ["bert", "mamba"])
-def test_backbones_that_cannot_compute_whole_pairs(trunk, preferences, backbone):
-    own = scorer(trunk, preferences, backbone)
+@pytest.mark.parametrize("family", ["bert", "mamba"])
+def test_backbones_that_cannot_compute_whole_pairs(family, preferences, backbone):
+    own = scorer(family, preferences, backbone)
     assert not can_share(own.classifier)
     assert torch.equal(
         own.probabilities(ASKED, GIVEN, share_prefixes="always"),

@@ -42,7 +42,7 @@ METRICS = {
     "train/value_loss": Meaning("squared reward, of the critic"),
     "train/value_clip_fraction": Meaning("share of tokens whose value was clipped", "last,max"),
     "train/pairs": Meaning("share of prompts with a pair of answers to compare", "last,min"),
-    "train/accuracy": Meaning("share of pairs whose better answer is the likelier one", "last,max"),
+    "train/accuracy": Meaning("share of pairs whose chosen answer is the likelier one", "last,max"),
     "train/margin": Meaning("nats by which it is, times beta"),
     "train/multiplier*": Meaning("weight of the dimension that is held"),
     "train/off_policy/*": Meaning(

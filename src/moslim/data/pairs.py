@@ -125,8 +125,9 @@ class CollateRewards:
         else:
             ids, mask = pad([pair.texts[place] for pair, place in places], self.pad, left=False)
         rows = [pair.row for pair in pairs]
-        better = [rows[i] for i in rejected]
-        rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in better]
+        compared = [rows[i] for i in rejected]
+        rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in compared]
+        masks = [self._comparison_mask(row) for row in compared]
         levels = torch.stack([self.preferences.encode(known_levels(row.levels, self.preferences)) for row in rows])
         return PairBatch(
             ids,
@@ -134,15 +135,15 @@ class CollateRewards:
             levels,
             level_shares(rows, levels, self.preferences),
             rows,
-            better=torch.tensor(rejected, dtype=torch.long),
-            worse=torch.arange(len(pairs), len(rows)),
-            compared=torch.tensor([self._compared(row) for row in better], dtype=torch.bool).view(-1, levels.shape[1]),
-            margins=torch.tensor([row.margin for row in better], dtype=torch.float32),
+            chosen=torch.tensor(rejected, dtype=torch.long),
+            rejected=torch.arange(len(pairs), len(rows)),
+            comparison_mask=torch.tensor(masks, dtype=torch.bool).view(-1, levels.shape[1]),
+            margins=torch.tensor([row.margin for row in compared], dtype=torch.float32),
             features=features,
         )
 
-    def _compared(self, row: Example) -> list[bool]:
-        return [not row.compared or name in row.compared for name in self.preferences.names]
+    def _comparison_mask(self, row: Example) -> list[bool]:
+        return [not row.comparison_dimensions or name in row.comparison_dimensions for name in self.preferences.names]
 
 
 @dataclass
@@ -205,7 +206,7 @@ def unrounded(batch: PairBatch, preferences: PreferenceSet) -> PairBatch:
     if batch.targets.dtype == at_least_float32(batch.targets.dtype):
         return batch
     shares = level_shares(batch.rows, batch.levels.cpu(), preferences).to(batch.targets.device)
-    margins = [batch.rows[row].margin for row in batch.better.tolist()]
+    margins = [batch.rows[row].margin for row in batch.chosen.tolist()]
     return replace(
         batch, targets=shares, margins=torch.tensor(margins, dtype=torch.float32, device=batch.margins.device)
     )

@@ -50,7 +50,7 @@ class Example:
         votes: Level that each rater gave, by dimension name, where there were several; ``levels`` then holds what they
             come to.
         rejected: Another answer to the question, which people liked less than ``answer``.
-        compared: Dimensions that this comparison speaks about; empty = all.
+        comparison_dimensions: Dimensions that this comparison speaks about; empty = all.
         margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
         requested: Level by dimension name that a policy was asked for when it gave the answer.
         id: What the source calls the row, carried into predictions.
@@ -67,7 +67,7 @@ class Example:
     stage: int = 0
     votes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     rejected: str | None = None
-    compared: tuple[str, ...] = ()
+    comparison_dimensions: tuple[str, ...] = ()
     margin: float = 0.0
     requested: Mapping[str, int] = field(default_factory=dict)
     id: str | int | None = None
@@ -89,9 +89,9 @@ class PairBatch:
         levels: ``[B, D]`` int64, -1 = not labelled.
         targets: ``[B, D, K]`` float, share of the raters that gave each level; all 0 where not labelled.
         rows: The ``B`` examples.
-        better: ``[P]`` int64, row of the preferred answer.
-        worse: ``[P]`` int64, row of the rejected answer.
-        compared: ``[P, D]`` bool, the dimensions that each comparison speaks about.
+        chosen: ``[P]`` int64, row of the chosen answer.
+        rejected: ``[P]`` int64, row of the rejected answer.
+        comparison_mask: ``[P, D]`` bool, the dimensions that each comparison speaks about.
         margins: ``[P]`` float, how clearly the answer was preferred, in levels.
         features: ``[B, H]`` float32 or finer, pooled hidden states that a frozen backbone has made of the pairs; there
             are no tokens then (``T`` is 0).
@@ -102,9 +102,9 @@ class PairBatch:
     levels: Tensor
     targets: Tensor
     rows: list[Example]
-    better: Tensor
-    worse: Tensor
-    compared: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    comparison_mask: Tensor
     margins: Tensor
     features: Tensor | None = None
 

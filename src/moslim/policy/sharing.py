@@ -30,9 +30,9 @@ class NotSharedError(ValueError):
 
 
 class SharedBackbone(nn.Module):
-    """The policy's trunk in the classifier's role, as the backbone of a :class:`PreferenceClassifier`.
+    """The policy's transformer in the classifier's role, as the backbone of a :class:`PreferenceClassifier`.
 
-    The trunk is no part of it: it is neither moved, saved nor put into another mode with the classifier.
+    The transformer is no part of it: it is neither moved, saved nor put into another mode with the classifier.
 
     Args:
         roles: Roles with a classifier attached.
@@ -43,19 +43,19 @@ class SharedBackbone(nn.Module):
         self._roles = roles
 
     @property
-    def trunk(self) -> Any:
+    def transformer(self) -> Any:
         """The policy's transformer."""
         return transformer_part(self._roles.policy)
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The trunk's."""
-        config: PreTrainedConfig = self.trunk.config
+        """The transformer's."""
+        config: PreTrainedConfig = self.transformer.config
         return config
 
     @property
     def dtype(self) -> torch.dtype:
-        """The trunk's."""
+        """The transformer's."""
         found: torch.dtype = transformer_part(self._roles.policy).dtype
         return found
 

@@ -188,27 +188,27 @@ class PreferenceClassifier(PreTrainedModel):
             UsageError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
         """
         if isinstance(backbone, PreTrainedModel):
-            trunk, name = cast(PreTrainedModel, transformer_part(backbone)), type(backbone).__name__
+            transformer, name = cast(PreTrainedModel, transformer_part(backbone)), type(backbone).__name__
         else:
             name = str(backbone)
-            trunk = load_backbone(backbone, trust_remote_code, base)
-            align(trunk)
-        _refuse_unfit(trunk, name)
-        layers = trunk.config.get_text_config().num_hidden_layers
+            transformer = load_backbone(backbone, trust_remote_code, base)
+            align(transformer)
+        _refuse_unfit(transformer, name)
+        layers = transformer.config.get_text_config().num_hidden_layers
         if layer is not None and not 1 <= layer <= layers:
             raise UsageError(f"layer = {layer}: '{name}' has layers 1 to {layers}")
-        Positions.of(trunk).longest(max_length, name)
+        Positions.of(transformer).longest(max_length, name)
         config = PreferenceClassifierConfig(
-            backbone=trunk.config,
+            backbone=transformer.config,
             dimensions=[[d.name, list(d.levels)] for d in preferences.dimensions],
-            pooling=pooling or ("last" if is_causal(trunk.config) else "mean"),
+            pooling=pooling or ("last" if is_causal(transformer.config) else "mean"),
             layer=layer,
             pair_length=max_length,
             link=link,
             head_hidden=head_hidden,
             head_dropout=head_dropout,
         )
-        return cls(config, trunk)
+        return cls(config, transformer)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -309,18 +309,18 @@ def checked_temperatures(temperatures: Any, heads: int) -> list[float] | None:
     return list(temperatures)
 
 
-def _refuse_unfit(trunk: PreTrainedModel, name: str) -> None:
+def _refuse_unfit(transformer: PreTrainedModel, name: str) -> None:
     """Raises where a backbone does not read one text, or is not what its configuration builds when it is loaded."""
-    built: Any = MODEL_MAPPING.get(type(trunk.config), None)
-    if trunk.config.is_encoder_decoder or (built is not None and not isinstance(trunk, built)):
+    built: Any = MODEL_MAPPING.get(type(transformer.config), None)
+    if transformer.config.is_encoder_decoder or (built is not None and not isinstance(transformer, built)):
         raise UsageError(
-            f"backbone '{name}' ({type(trunk).__name__}) is an encoder-decoder or a part of one: take an encoder such "
-            "as ModernBERT, or a decoder such as Qwen"
+            f"backbone '{name}' ({type(transformer).__name__}) is an encoder-decoder or a part of one: take an encoder "
+            "such as ModernBERT, or a decoder such as Qwen"
         )
-    if needed_inputs(trunk) or not isinstance(language_part(trunk).get_input_embeddings(), nn.Embedding):
+    if needed_inputs(transformer) or not isinstance(language_part(transformer).get_input_embeddings(), nn.Embedding):
         raise UsageError(
-            f"backbone '{name}' ({type(trunk).__name__}) does not read texts, or not without something else: take an "
-            "encoder such as ModernBERT, or a decoder such as Qwen"
+            f"backbone '{name}' ({type(transformer).__name__}) does not read texts, or not without something else: "
+            "take an encoder such as ModernBERT, or a decoder such as Qwen"
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -29,7 +29,7 @@ from moslim.models import load_tokenizer
 from moslim.packing import like_length, pass_tokens
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifierOutput
-from moslim.reward.comparisons import BradleyTerry, comparisons
+from moslim.reward.comparisons import BradleyTerry, PairMetrics, num_comparisons
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.evaluation.choices import Choice
 from moslim.reward.evaluation.pairs import complete_weights
@@ -37,8 +37,8 @@ from moslim.reward.evaluation.report import find_result, publish, scalars
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import Scores
 from moslim.reward.links import LINKS
-from moslim.reward.losses import LevelLoss
-from moslim.reward.metrics import LossMean
+from moslim.reward.losses import LevelLoss, LossCounts
+from moslim.reward.metrics import LossMean, SubsetMetrics
 from moslim.reward.model_card import ModelCard
 from moslim.reward.predictions import carried, prediction_rows
 from moslim.reward.scorer import Scorer, pair_limit
@@ -46,6 +46,18 @@ from moslim.reward.sharing import Form, is_classifier, save_adapter, save_merged
 from moslim.reward.training_record import save_record
 from moslim.sharding import is_sharded
 from moslim.training.lightning_compat import attached_trainer
+
+
+class HeadOutput(NamedTuple):
+    """Output of the heads whose dimensions a run names.
+
+    Args:
+        logits: ``[B, D, K]``, with the temperatures in use; ``-inf`` on levels that a dimension lacks.
+        scores: ``[B, D, S]``, the heads' raw outputs.
+    """
+
+    logits: Tensor
+    scores: Tensor
 
 
 class ClassifierEvaluation(RunModule):
@@ -77,6 +89,8 @@ class ClassifierEvaluation(RunModule):
         self.preferences = preferences
         self.pair_weights = complete_weights(preferences, pair_weights)
         self._losses = LossMean(len(preferences) + 1)
+        self._metrics = SubsetMetrics(preferences)
+        self._pair_metrics = PairMetrics(preferences)
         self._as_saved: Entries = {}
         self._tested = Scores(preferences)
         self._choices: list[Choice] = []
@@ -108,7 +122,8 @@ class ClassifierEvaluation(RunModule):
         """Where the classifier is saved. Under several processes all must ask."""
         return Path(self.output) if self.output else self.run_folder / "classifier"
 
-    never_accepted = ("preferences", "model.trunk")  # heads of one width would change places; parameters would not fit
+    # Heads of one width would change places; parameters would not fit.
+    never_accepted = ("preferences", "model.freeze_backbone")
 
     def meaning(self) -> Entries:
         """Options that give the classifier's weights their meaning."""
@@ -166,9 +181,9 @@ class ClassifierEvaluation(RunModule):
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """See Lightning."""
-        logits, scores = self._output(batch)
-        self._add_loss(scores, batch)
-        self._tested.add(batch, logits.softmax(-1), self._logits(scores).softmax(-1))
+        output = self._output(batch)
+        self._add_loss(output.scores, batch)
+        self._tested.add(batch, output.logits.softmax(-1), self._logits(output.scores).softmax(-1))
 
     def on_test_epoch_start(self) -> None:
         """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
@@ -260,8 +275,8 @@ class ClassifierEvaluation(RunModule):
     def _weights(self) -> str:
         return fingerprint(self.classifier.state_dict())
 
-    def _output(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Logits ``[B, D, K]`` and raw scores ``[B, D, S]`` of the heads whose dimensions the run names."""
+    def _output(self, batch: PairBatch) -> HeadOutput:
+        """Output of the heads whose dimensions the run names."""
         if batch.features is not None:
             output = self.classifier.classify(batch.features)
         elif self.training:
@@ -270,7 +285,7 @@ class ClassifierEvaluation(RunModule):
             output = self._unpadded(batch)
         widest = max(map(LINKS[self.loss.link].width, self.preferences.sizes))
         levels = max(self.preferences.sizes)
-        return output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest]
+        return HeadOutput(output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest])
 
     def _unpadded(self, batch: PairBatch) -> PreferenceClassifierOutput:
         """What the classifier makes of a batch that is not trained on: pairs of like length go through it together."""
@@ -289,40 +304,53 @@ class ClassifierEvaluation(RunModule):
 
     def _scores(self, batch: PairBatch) -> Tensor:
         """The heads' raw outputs ``[B, D, S]``."""
-        return self._output(batch)[1]
+        return self._output(batch).scores
 
     def _logits(self, scores: Tensor) -> Tensor:
         """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
         return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
 
     def _add_loss(self, scores: Tensor, batch: PairBatch) -> Tensor:
-        """Counts a batch for the loss of the epoch, and returns its gaps ``[P, D]``."""
-        *labels, pairs, _ = self._counted(batch, scores.dtype)
+        """Counts a batch for the loss of the epoch, and returns its score margins ``[P, D]``."""
+        counts = self._loss_counts(batch, scores.dtype)
         one = scores.new_ones(())
-        _, heads = self.loss(scores, batch.targets, self.preferences.sizes, one.expand(len(labels)))
-        gaps = self._gaps(scores, batch)
-        compared = self.pairs(gaps, batch.compared, batch.margins, one)
-        self._losses.update(torch.stack([*heads, compared]), torch.stack([*labels, pairs]))
-        return gaps
+        _, head_losses = self.loss(scores, batch.targets, self.preferences.sizes, one.expand(len(counts.labels)))
+        score_margins = self._score_margins(scores, batch)
+        comparison_loss = self.pairs(score_margins, batch.comparison_mask, batch.margins, one)
+        sums = torch.cat([head_losses, comparison_loss[None]])
+        self._losses.update(sums, torch.cat([counts.labels, counts.comparisons[None].to(counts.labels.dtype)]))
+        return score_margins
+
+    def _evaluate(self, batch: PairBatch) -> Tensor:
+        """Counts a batch for the metrics, and returns the heads' scores."""
+        scores = self._scores(batch)
+        score_margins = self._add_loss(scores, batch)
+        self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
+        self._pair_metrics.update(score_margins, batch.comparison_mask)
+        return scores
+
+    def _report(self, stage: str) -> None:
+        """Logs the metrics of the epoch."""
+        metrics = self._metrics.compute(self.device) | self._pair_metrics.compute()
+        self.log_dict({f"{stage}/{key}": value for key, value in metrics.items()})
 
     def _log_loss(self, stage: str) -> None:
         """Logs the loss over all rows of the epoch, in all processes."""
-        *heads, pairs = self._losses.compute()
-        weights = self.loss.weights or [1.0] * len(heads)
-        labels = torch.stack([weight * head for weight, head in zip(weights, heads, strict=True)]).sum()
-        self.log(f"{stage}/loss", labels + self.pairs.weight * pairs)
+        *head_losses, comparison_loss = self._losses.compute()
+        weights = self.loss.weights or [1.0] * len(head_losses)
+        labels = torch.stack([weight * head for weight, head in zip(weights, head_losses, strict=True)]).sum()
+        self.log(f"{stage}/loss", labels + self.pairs.weight * comparison_loss)
         self._losses.reset()
 
-    def _counted(self, batch: PairBatch, dtype: torch.dtype) -> Tensor:
-        """What the parts of the loss are averaged over: each head's labels, then comparisons, then their dimensions."""
+    def _loss_counts(self, batch: PairBatch, dtype: torch.dtype) -> LossCounts:
+        """Denominators of a batch's losses."""
         labels = self.loss.counts(batch.targets.to(dtype), self.preferences.sizes).sum(0)
-        pairs = torch.stack([comparisons(batch.compared), batch.compared.sum()])
-        return torch.cat([labels, pairs.to(labels.dtype)])
+        return LossCounts(labels, num_comparisons(batch.comparison_mask), batch.comparison_mask.sum())
 
-    def _gaps(self, scores: Tensor, batch: PairBatch) -> Tensor:
-        """Expected level of the better answers less that of the worse, ``[P, D]``."""
+    def _score_margins(self, scores: Tensor, batch: PairBatch) -> Tensor:
+        """Expected level of the chosen completions less that of the rejected, ``[P, D]``."""
         expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
-        return expected[batch.better] - expected[batch.worse]
+        return expected[batch.chosen] - expected[batch.rejected]
 
     def _scorer(self) -> Scorer:
         """Scores texts with the classifier as it is, and as the data module encodes them."""

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
-from moslim.reward.losses import LevelLoss
+from moslim.reward.losses import Corn, LevelLoss
+from moslim.reward.pooling import Pooling
 from moslim.reward.sharing import load_classifier
-from moslim.reward.starting import refuse_other_link
+from moslim.reward.starting import DEFAULT_LOSSES, refuse_other_link, saved_classifier
+
+
+class HeadOptions(NamedTuple):
+    """Options of new heads, see :class:`~moslim.reward.module.RewardClassifier`."""
+
+    pooling: Pooling | list[Pooling] | None
+    layer: int | None
+    head_hidden: int | None
+    head_dropout: float
 
 
 def extended_classifier(
@@ -92,3 +102,51 @@ def frozen_temperatures(classifier: PreferenceClassifier) -> dict[str, float]:
         for name, temperature, head in zip(names, temperatures, heads, strict=True)
         if not any(parameter.requires_grad for parameter in head.parameters())
     }
+
+
+def starting_classifier(
+    start: str,
+    kind: Literal["backbone", "classifier", "extend"],
+    preferences: PreferenceSet,
+    loss: LevelLoss | None,
+    heads: HeadOptions,
+    max_length: int | None,
+    base: str | None,
+    trust_remote_code: bool,
+) -> tuple[PreferenceClassifier, LevelLoss]:
+    """Returns the classifier that a run starts with, and its loss on levels.
+
+    Args:
+        start: Hub name or folder.
+        kind: Option of :class:`~moslim.reward.module.RewardClassifier` that names the start.
+        preferences: The dimensions of the run.
+        loss: The run's loss; None = the default of new heads, or the one that fits the heads of a saved classifier.
+        heads: Options of new heads.
+        max_length: Most tokens of a pair.
+        base: Base model of a start that is an adapter, where it is not where it was in training.
+        trust_remote_code: Whether code from the backbone's repository may run.
+
+    Raises:
+        UsageError: Options do not fit the start.
+    """
+    if kind == "backbone":
+        loss = loss or Corn()
+        model = PreferenceClassifier.from_backbone(
+            start,
+            preferences,
+            pooling=heads.pooling,
+            layer=heads.layer,
+            max_length=max_length,
+            link=loss.link,
+            head_hidden=heads.head_hidden,
+            head_dropout=heads.head_dropout,
+            trust_remote_code=trust_remote_code,
+            base=base,
+        )
+        return model, loss
+    if kind == "extend":
+        model = extended_classifier(start, preferences, loss, heads.head_hidden, heads.head_dropout, base)
+        refuse_change(model, {"pooling": heads.pooling, "layer": heads.layer, "max_length": max_length})
+    else:
+        model = saved_classifier(start, preferences, loss, heads._asdict(), base)
+    return model, loss or DEFAULT_LOSSES[model.config.link]()

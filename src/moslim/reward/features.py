@@ -25,8 +25,8 @@ class FeatureCache:
 
     Args:
         folder: Where the files are.
-        key: Hash of what turns token ids into features, see :func:`trunk_key`. Tokenizer and length limit count through
-            the ids that they lead to.
+        key: Hash of what turns token ids into features, see :func:`backbone_key`. Tokenizer and length limit count
+            through the ids that they lead to.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -59,7 +59,7 @@ class FeatureCache:
         return digest.hexdigest()
 
 
-def trunk_key(backbone: nn.Module, *settings: Any) -> str:
+def backbone_key(backbone: nn.Module, *settings: Any) -> str:
     """Hash of a backbone, every bit of it, and of settings as plain data."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(backbone.state_dict().items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -15,30 +14,30 @@ from moslim.errors import UsageError
 from moslim.ops.transformers_compat import own_settings
 from moslim.packing import like_length
 from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.features import FeatureCache, Ids, trunk_key
-
-Trunk = Literal["tuned", "frozen"]
+from moslim.reward.features import FeatureCache, Ids, backbone_key
 
 _PADDED_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Padded tokens of a forward pass; on a CPU, small batches stay in the cache."""
 
 
-def resolve_trunk(trunk: Trunk | None, extends: bool, adapts: bool) -> Trunk:
-    """Returns whether the backbone is trained.
+def resolve_freeze(freeze: bool | None, extends: bool, adapts: bool) -> bool:
+    """Returns whether the backbone is frozen.
 
     Args:
-        trunk: What the run says; None = it follows from the rest.
+        freeze: What the run says; None = it follows from the rest.
         extends: Whether heads are added to a saved classifier.
         adapts: Whether the backbone gets low-rank adapters.
 
     Raises:
         UsageError: A backbone that must stay as it is would be trained.
     """
-    if extends and trunk == "tuned":
-        raise UsageError("model.extend leaves the backbone as it is, for the old heads: leave model.trunk out")
-    if adapts and (extends or trunk == "frozen"):
+    if extends and freeze is False:
+        raise UsageError(
+            "model.extend leaves the backbone as it is, for the old heads: leave model.freeze_backbone out"
+        )
+    if adapts and (extends or freeze):
         raise UsageError("model.lora trains the backbone, which is frozen here: set model.lora to null")
-    return "frozen" if extends else trunk or "tuned"
+    return extends or bool(freeze)
 
 
 def cached_features(
@@ -58,11 +57,11 @@ def cached_features(
     """
     config = classifier.config
     settings = sorted(own_settings(config.backbone).items()), config.pooling, config.layer, str(trainer.precision)
-    key = trunk_key(classifier.backbone, *settings)
+    key = backbone_key(classifier.backbone, *settings)
 
     def run() -> Tensor:
         with trainer.precision_plugin.forward_context():
-            return run_trunk(classifier, rows, pad_id)
+            return run_backbone(classifier, rows, pad_id)
 
     cache = FeatureCache(folder, key)
     if trainer.local_rank > 0:
@@ -74,7 +73,7 @@ def cached_features(
 
 
 @torch.no_grad()
-def run_trunk(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int) -> Tensor:
+def run_backbone(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: int) -> Tensor:
     """Runs the backbone once over texts, without dropout.
 
     Args:

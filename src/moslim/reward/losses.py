@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,29 @@ from moslim.reward.links import LINKS, LinkName, lacking
 
 MISSING = -1
 """Entry of a level tensor where a row carries no label for a dimension."""
+
+
+class LossCounts(NamedTuple):
+    """Denominators of the averages in a classifier's loss, over a batch or over an optimizer step.
+
+    Args:
+        labels: ``[D]``, sum of :meth:`LevelLoss.counts` for each head.
+        comparisons: Number of comparisons, a scalar.
+        comparison_cells: Number of dimensions that the comparisons speak about, a scalar.
+    """
+
+    labels: Tensor
+    comparisons: Tensor
+    comparison_cells: Tensor
+
+    def stacked(self) -> Tensor:
+        """``[D + 2]``, in the type of ``labels``."""
+        return torch.cat([self.labels, torch.stack([self.comparisons, self.comparison_cells]).to(self.labels.dtype)])
+
+    @classmethod
+    def from_stacked(cls, counts: Tensor) -> Self:
+        """Inverse of :meth:`stacked`."""
+        return cls(counts[:-2], counts[-2], counts[-1])
 
 
 class LevelLoss(ABC):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -31,18 +31,17 @@ from moslim.preferences import PreferenceSet
 from moslim.processes import averaged
 from moslim.reporting import due
 from moslim.reward.calibration import calibrate
-from moslim.reward.classifier import PreferenceClassifier, checked_temperatures
-from moslim.reward.comparisons import BradleyTerry, PairMetrics, credit
+from moslim.reward.classifier import checked_temperatures
+from moslim.reward.comparisons import BradleyTerry, credit
 from moslim.reward.evaluated import ClassifierEvaluation
 from moslim.reward.evaluation.best_of import BestOf
-from moslim.reward.extension import extended_classifier, frozen_temperatures, refuse_change
-from moslim.reward.frozen import Trunk, cached_features, resolve_trunk
+from moslim.reward.extension import HeadOptions, frozen_temperatures, starting_classifier
+from moslim.reward.frozen import cached_features, resolve_freeze
 from moslim.reward.held_out import HeldOut
-from moslim.reward.losses import Corn, LevelLoss
-from moslim.reward.metrics import SubsetMetrics
+from moslim.reward.losses import LevelLoss, LossCounts
 from moslim.reward.pooling import Pooling
 from moslim.reward.sharing import local_folder
-from moslim.reward.starting import DEFAULT_LOSSES, saved_classifier, start_name
+from moslim.reward.starting import start_name
 from moslim.reward.training_record import Record, saved_record, training_record
 from moslim.sharding import fill, is_sharded, outline, shard, shard_mesh
 from moslim.training.lightning_compat import keep_epoch_open
@@ -57,6 +56,8 @@ class RewardClassifier(ClassifierEvaluation):
 
     Args:
         preferences: The dimensions; each gets a head.
+
+        Model:
         backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads. An adapter
             (LoRA) is merged into its base model.
         classifier: Hub name or folder of a saved classifier to score with or train on, instead of a backbone. Heads,
@@ -64,14 +65,14 @@ class RewardClassifier(ClassifierEvaluation):
         extend: Hub name or folder of a saved classifier that gets a head for each dimension it lacks, instead of a
             backbone. Nothing else of it is trained: its own heads go on as they are, and keep their temperatures.
             ``preferences`` names the new dimensions; old ones that it names too are evaluated.
-        trunk: Whether the backbone is trained. ``frozen``: it runs over every row once, its pooled hidden states are
-            kept in ``cache``, and heads train on these in seconds. None = frozen with ``extend``, else tuned.
+        base: Folder or Hub name of the base model of a start that is an adapter, where it is not at the place that the
+            adapter names.
+        trust_remote_code: Whether code from the backbone's repository may run.
+        freeze_backbone: Train the heads only. The backbone runs over every row once, its pooled hidden states are kept
+            in ``cache``, and the heads train on these in seconds. None = true with ``extend``, else false.
         cache: Folder of those hidden states; None = ``features`` in ``trainer.default_root_dir``.
         cache_features: Whether they are kept at all; without, a frozen backbone runs over every batch, and nothing is
             written.
-        loss: What is minimised on rows with levels; None = :class:`Corn`, whose probabilities are
-            the best of those compared in docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
-        pairs: What is minimised, besides, on rows with a rejected answer; None = :class:`BradleyTerry`.
         pooling: What the heads read: the hidden state of the ``last`` or ``first`` token, the ``mean`` or ``max`` over
             tokens, which find and count things in the text with far less training, or several of these side by side,
             which helps heads on a frozen backbone; None = last for decoders, mean for encoders.
@@ -79,23 +80,34 @@ class RewardClassifier(ClassifierEvaluation):
             backbone often learn more than from the last; None = the last.
         head_hidden: Width of a hidden layer that each head gets for itself; None = linear heads.
         head_dropout: Dropout on the hidden layers.
-        calibrate: Fit one temperature per head on the validation rows, with which the saved classifier comes.
         lora: Train low-rank adapters and the heads; None = train all weights.
+        max_length: Most tokens of a pair when the saved classifier scores texts; None = the data module's in training.
+
+        Loss:
+        loss: Loss on rows with levels; None = :class:`Corn`, whose probabilities are the best of those compared in
+            docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
+        pairs: Loss on rows with a rejected completion, added to ``loss``; None = :class:`BradleyTerry`.
+
+        Optimisation:
         optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, 1e-4 with LoRA, 1e-3 for heads alone.
         lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
-        pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
-        best_of: A best-of-n evaluation that the test runs, besides; None = none.
-        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
-        output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
-        predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
-        max_length: Most tokens of a pair when the saved classifier scores texts; None = the data module's in training.
         gradient_checkpointing: Save memory by computing activations twice.
-        base: Folder or Hub name of the base model of a start that is an adapter, where it is not at the place that the
-            adapter names.
-        trust_remote_code: Whether code from the backbone's repository may run.
         accept_changes: Options in which a checkpoint, or a saved classifier, may differ from this run
             (:mod:`moslim.identity`); the error that compares them names them.
         seed: Seed of dropout, which is a function of the step and not of what ran before it.
+
+        Calibration:
+        calibrate: Fit one temperature per head on the validation rows, with which the saved classifier comes.
+
+        Evaluation:
+        pair_weights: Weight by dimension of the expected levels whose sum the test compares completions by; None = 1
+            each.
+        best_of: Best-of-n evaluation that the test runs as well; None = none.
+        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
+
+        Output:
+        output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
+        predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
     """
 
     batch_view = View.REWARD
@@ -106,7 +118,7 @@ class RewardClassifier(ClassifierEvaluation):
         backbone: str | None = None,
         classifier: str | None = None,
         extend: str | None = None,
-        trunk: Trunk | None = None,
+        freeze_backbone: bool | None = None,
         cache: str | None = None,
         cache_features: bool = True,
         loss: LevelLoss | None = None,
@@ -136,7 +148,7 @@ class RewardClassifier(ClassifierEvaluation):
         keep_plain_hparams(self)
         self.start = start_name(backbone, classifier, extend)
         self.starts_trained = classifier is not None
-        self.trunk = resolve_trunk(trunk, extend is not None, lora is not None)
+        self.freeze_backbone = resolve_freeze(freeze_backbone, extend is not None, lora is not None)
         self.cache = cache
         self.cache_features = cache_features
         self.pairs = pairs or BradleyTerry()
@@ -154,39 +166,18 @@ class RewardClassifier(ClassifierEvaluation):
         self.max_length = max_length
         self.extends = extend is not None
         self.seed = seed
-        if extend is not None:
-            model = extended_classifier(extend, preferences, loss, head_hidden, head_dropout, base)
-            refuse_change(model, {"pooling": pooling, "layer": layer, "max_length": max_length})
-            self.loss = loss or DEFAULT_LOSSES[model.config.link]()
-        elif classifier is not None:
-            for_new_heads = {
-                "pooling": pooling,
-                "layer": layer,
-                "head_hidden": head_hidden,
-                "head_dropout": head_dropout,
-            }
-            model = saved_classifier(classifier, preferences, loss, for_new_heads, base)
-            self.loss = loss or DEFAULT_LOSSES[model.config.link]()
-        else:
-            self.loss = loss or Corn()
-            model = PreferenceClassifier.from_backbone(
-                self.start,
-                preferences,
-                pooling=pooling,
-                layer=layer,
-                max_length=max_length,
-                link=self.loss.link,
-                head_hidden=head_hidden,
-                head_dropout=head_dropout,
-                trust_remote_code=trust_remote_code,
-                base=base,
-            )
+        kind: Literal["backbone", "classifier", "extend"]
+        kind = "extend" if self.extends else "classifier" if self.starts_trained else "backbone"
+        heads = HeadOptions(pooling, layer, head_hidden, head_dropout)
+        model, self.loss = starting_classifier(
+            self.start, kind, preferences, loss, heads, max_length, base, trust_remote_code
+        )
         self._before = {} if backbone is not None else saved_record(local_folder(self.start))
         self._record = self._before
         torch.nn.Module.to(model, at_least_float32(model.dtype))  # a saved one may be in 16 bits, which do not learn
         freeze_unread(model.backbone)
         model.train()  # it is loaded in evaluation mode, without dropout
-        if self.trunk == "frozen":
+        if self.freeze_backbone:
             model.backbone.requires_grad_(False).eval()
         self._columns = preferences.columns_in(model.preferences, "classifier")
         self._kept_temperatures = frozen_temperatures(model)
@@ -197,8 +188,6 @@ class RewardClassifier(ClassifierEvaluation):
         if classifier is not None:
             self._as_saved = self._as_it_is()
             model.config.pair_length = max_length or model.config.pair_length
-        self._metrics = SubsetMetrics(preferences)
-        self._pair_metrics = PairMetrics(preferences)
         self._held_out = HeldOut()
         self._calibrated_at = 0
         self._validated = False
@@ -216,8 +205,8 @@ class RewardClassifier(ClassifierEvaluation):
         mesh = shard_mesh(self)
         if mesh is None or is_sharded(self.classifier):
             return
-        if self.trunk == "frozen":
-            raise UsageError("model.trunk is frozen, so that only heads are trained: take trainer.strategy ddp")
+        if self.freeze_backbone:
+            raise UsageError("model.freeze_backbone is true, so that only heads are trained: take trainer.strategy ddp")
         if self.best_of is not None:
             raise UsageError("model.best_of does not work with weights in shards: test in one process, or with ddp")
         self._collect = partial(fill, outline(self.classifier))
@@ -250,11 +239,11 @@ class RewardClassifier(ClassifierEvaluation):
 
     def resumed_with(self) -> Entries:
         """See the base class."""
-        return {"model.trunk": self.trunk, "model.seed": self.seed, **super().resumed_with()}
+        return {"model.freeze_backbone": self.freeze_backbone, "model.seed": self.seed, **super().resumed_with()}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See Lightning."""
-        rate = 1e-3 if self.trunk == "frozen" else 1e-4 if self.lora else 1e-5
+        rate = 1e-3 if self.freeze_backbone else 1e-4 if self.lora else 1e-5
         return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
 
     def on_fit_start(self) -> None:
@@ -287,25 +276,28 @@ class RewardClassifier(ClassifierEvaluation):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """See Lightning."""
         scores = self._scores(batch)
-        counts = self.step_counts(self.trainer, batch, batch_idx, partial(self._counted, dtype=scores.dtype))
-        labels, pairs, choices = counts.split([len(self.preferences), 1, 1])
-        total, heads = self.loss(scores, batch.targets, self.preferences.sizes, labels)
-        shown = due(self.trainer)
-        parts: dict[str, Tensor] = {}
-        if shown:
-            names = zip(self.preferences.names, heads, labels.tolist(), strict=True)
-            parts = {f"train/{name}/loss": head for name, head, count in names if count}
-            if pairs > 0:  # also in a process, or a batch of the step, that has none
-                parts["train/pairs/loss"] = parts["train/pairs/accuracy"] = total.new_zeros(())
-        if len(batch.worse):
-            gaps = self._gaps(scores, batch)
-            loss = self.pairs(gaps, batch.compared, batch.margins, pairs[0])
-            total = total + self.pairs.weight * loss
-            if shown and pairs > 0:
-                parts["train/pairs/loss"] = loss.detach()
-                parts["train/pairs/accuracy"] = (credit(gaps) * batch.compared).sum() / choices[0]
-        if shown:
-            self.record_part(averaged({"train/loss": total.detach(), **parts}), batch_idx)
+        step_counts = self.step_counts(
+            self.trainer, batch, batch_idx, lambda part: self._loss_counts(part, scores.dtype).stacked()
+        )
+        counts = LossCounts.from_stacked(step_counts)
+        total, head_losses = self.loss(scores, batch.targets, self.preferences.sizes, counts.labels)
+        logs = due(self.trainer)
+        metrics: dict[str, Tensor] = {}
+        if logs:
+            names = zip(self.preferences.names, head_losses, counts.labels.tolist(), strict=True)
+            metrics = {f"train/{name}/loss": head for name, head, count in names if count}
+            if counts.comparisons > 0:  # also in a process, or a batch of the step, that has none
+                metrics["train/pairs/loss"] = metrics["train/pairs/accuracy"] = total.new_zeros(())
+        if len(batch.rejected):
+            score_margins = self._score_margins(scores, batch)
+            comparison_loss = self.pairs(score_margins, batch.comparison_mask, batch.margins, counts.comparisons)
+            total = total + self.pairs.weight * comparison_loss
+            if logs and counts.comparisons > 0:
+                metrics["train/pairs/loss"] = comparison_loss.detach()
+                right = (credit(score_margins) * batch.comparison_mask).sum()
+                metrics["train/pairs/accuracy"] = right / counts.comparison_cells
+        if logs:
+            self.record_part(averaged({"train/loss": total.detach(), **metrics}), batch_idx)
         if batch.features is None:
             size = batch.attention_mask.numel()
             padding = 1 - batch.attention_mask.sum() / size
@@ -362,7 +354,7 @@ class RewardClassifier(ClassifierEvaluation):
     def train(self, mode: bool = True) -> Self:
         """See torch. A frozen backbone has no dropout, so that its features are the same in every epoch."""
         super().train(mode)
-        if self.trunk == "frozen":
+        if self.freeze_backbone:
             self.classifier.backbone.eval()
         return self
 
@@ -370,7 +362,7 @@ class RewardClassifier(ClassifierEvaluation):
     def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
         """What makes the features of all rows at once, if the backbone is frozen; in a dry run, batches do."""
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set dynamically
-        if self.trunk == "tuned" or dry or not self.cache_features:
+        if not self.freeze_backbone or dry or not self.cache_features:
             return None
         folder = Path(self.cache or Path(self.trainer.default_root_dir) / "features")
         return partial(cached_features, self.classifier, pad_id(self.tokenizer), folder, self.trainer)
@@ -421,18 +413,6 @@ class RewardClassifier(ClassifierEvaluation):
         config.temperatures = checked_temperatures(checkpoint.get(_TEMPERATURES), len(config.dimensions))
         self._record = checkpoint.get(_RECORD, {})
         restore_frozen(self, checkpoint)
-
-    def _evaluate(self, batch: PairBatch) -> Tensor:
-        """Counts a batch for the metrics, and returns the heads' scores."""
-        scores = self._scores(batch)
-        gaps = self._add_loss(scores, batch)
-        self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
-        self._pair_metrics.update(gaps, batch.compared)
-        return scores
-
-    def _report(self, stage: str) -> None:
-        found = self._metrics.compute(self.device) | self._pair_metrics.compute()
-        self.log_dict({f"{stage}/{key}": value for key, value in found.items()})
 
     @property
     def _calibrates(self) -> bool:

@@ -84,7 +84,7 @@ class Scorer:
         if device is not None or dtype is not None:
             self.classifier.to(device=device, dtype=dtype)
         self.tokenizer = tokenizer
-        self._reader = getattr(classifier.backbone, "trunk", classifier.backbone)
+        self._reader = getattr(classifier.backbone, "transformer", classifier.backbone)
         fit_tokenizer(tokenizer, self._reader, str(classifier.name_or_path))
         self._encoder = PairEncoder(tokenizer, pair_limit(classifier.config, tokenizer, self._reader))
 

@@ -7,8 +7,8 @@ from moslim.reward.evaluation.rows import ScoredPairs
 from tests.helpers.scored_rows import PREFERENCES
 
 PAIRS = ScoredPairs(
-    gaps=torch.tensor([[0.5, -1.0], [0.0, 2.0], [-0.5, 0.25], [0.25, 1.0]], dtype=torch.float64),
-    compared=torch.tensor([[True, True], [True, True], [True, False], [False, False]]),
+    score_margins=torch.tensor([[0.5, -1.0], [0.0, 2.0], [-0.5, 0.25], [0.25, 1.0]], dtype=torch.float64),
+    comparison_mask=torch.tensor([[True, True], [True, True], [True, False], [False, False]]),
     question=torch.tensor([1, 1, 2, 2]),
     subsets=["en", "de", "en", None],
 )

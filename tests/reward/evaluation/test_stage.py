@@ -43,7 +43,7 @@ class Compared(WordSource):
     def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         rows = {(row.question, row.answer): row for row in super().rows(view, split, preferences, seed)}.values()
         return [
-            replace(row, rejected="bad .", compared=("tone",) if i % 2 else ()) if i % 3 == 0 else row
+            replace(row, rejected="bad .", comparison_dimensions=("tone",) if i % 2 else ()) if i % 3 == 0 else row
             for i, row in enumerate(rows)
         ]
 
@@ -85,12 +85,12 @@ def test_figures_are_those_of_the_predictions(preferences: PreferenceSet, backbo
     so = [hit for hit, row in zip(right, rows, strict=True) if row.subset == "so"]
     assert result["subsets"]["so"]["dimensions"]["amount"]["accuracy"] == pytest.approx(sum(so) / len(so), abs=1e-6)
     expected = {(record["question"], record["answer"]): record["expected"] for record in records}
-    gaps = [
+    margins = [
         expected[row.question, row.answer]["tone"] - expected[row.question, "bad ."]["tone"]
         for row in rows
         if row.rejected
     ]
-    credits = [0.5 if abs(gap) < 1e-5 else float(gap > 0) for gap in gaps]
+    credits = [0.5 if abs(margin) < 1e-5 else float(margin > 0) for margin in margins]
     assert result["pairs"]["dimensions"]["tone"]["accuracy"] == pytest.approx(sum(credits) / 7, abs=1e-6)
     assert result["pairs"]["dimensions"]["amount"]["n_pairs"] == 4
     assert logged["test/amount/accuracy"] == pytest.approx(sum(right) / 20)

@@ -17,23 +17,27 @@ class Comparison(NamedTuple):
     """The part of an :class:`~moslim.data.Example` that compares two answers; by default there is none."""
 
     rejected: str | None = None
-    compared: tuple[str, ...] = ()
+    comparison_dimensions: tuple[str, ...] = ()
     margin: float = 0.0
 
 
 class Comparisons:
     """Reads comparisons of rows; the arguments are those of :class:`~moslim.data.Table`."""
 
-    def __init__(self, rejected: str | None, compared: str | list[str] | None, margin: str | None) -> None:
-        if rejected is None and (compared or margin):
-            raise UsageError("compared and margin say more about a `rejected` answer: name its column")
+    def __init__(self, rejected: str | None, comparison_dimensions: str | list[str] | None, margin: str | None) -> None:
+        if rejected is None and (comparison_dimensions or margin):
+            raise UsageError("comparison_dimensions and margin say more about a `rejected` answer: name its column")
         self.rejected = rejected
-        self.compared = compared or []
+        self.comparison_dimensions = comparison_dimensions or []
         self.margin = margin
 
     def check(self, preferences: PreferenceSet) -> None:
-        """Raises an error that lists the known dimensions if ``compared`` names another one."""
-        check_names("data.source.compared", [] if isinstance(self.compared, str) else self.compared, preferences)
+        """Raises an error that lists the known dimensions if ``comparison_dimensions`` names another one."""
+        check_names(
+            "data.source.comparison_dimensions",
+            [] if isinstance(self.comparison_dimensions, str) else self.comparison_dimensions,
+            preferences,
+        )
 
     def read(self, record: Record, preferences: PreferenceSet) -> Comparison:
         """Returns a row's comparison.
@@ -51,12 +55,12 @@ class Comparisons:
         return Comparison(rejected, self._dimensions(record, preferences), self._margin(record))
 
     def _dimensions(self, record: Record, preferences: PreferenceSet) -> tuple[str, ...]:
-        if not isinstance(self.compared, str):
-            return tuple(self.compared)
-        named = require(record, self.compared, "compared")
+        if not isinstance(self.comparison_dimensions, str):
+            return tuple(self.comparison_dimensions)
+        named = require(record, self.comparison_dimensions, "comparison_dimensions")
         if not isinstance(named, list) or not all(isinstance(n, str) and n in preferences.names for n in named):
             raise UsageError(
-                f"{record.place}, field '{self.compared}': {quoted(named)} is no list of dimensions; "
+                f"{record.place}, field '{self.comparison_dimensions}': {quoted(named)} is no list of dimensions; "
                 f"there are: {', '.join(preferences.names)}"
             )
         return tuple(named)

@@ -70,7 +70,7 @@ class ComparisonsFromRatings(Source):
         if not lower:
             return row
         mean, rejected = rng.choice(lower)
-        return replace(row, rejected=rejected, compared=(self.dimension,), margin=own - mean)
+        return replace(row, rejected=rejected, comparison_dimensions=(self.dimension,), margin=own - mean)
 
     def _mean(self, row: Example) -> float:
         votes = row.votes.get(self.dimension, (row.levels[self.dimension],))

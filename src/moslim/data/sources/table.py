@@ -40,6 +40,7 @@ class Table(Source):
     raters: the row's level is what they come to (:func:`~moslim.data.sources.votes.agreed_level`), and the votes stay.
 
     Args:
+        Files and splits:
         path: Table of the training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``, ``.json``, ``.parquet``;
             text also as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``), a pattern for the files of one table
             (``part-*.parquet``), or the name of a Hub data set or of a folder in its layout. None where only
@@ -51,37 +52,43 @@ class Table(Source):
         validation_share: Share of the training table's questions kept for validation, if ``validation`` is not
             given. A question is on one side only, with all its answers, whatever the seed.
         test_share: The same for the test.
-        question: Column of the question.
-        answer: Column of the answer.
-        columns: Column of a dimension's labels, where it does not have the dimension's name; a list of columns where
-            each rater has one.
-        scales: How the values of a dimension's column become levels, where they are not levels already.
-        subset: Column with the part that metrics are reported for separately, e.g. a language; blank = in no part.
-        only_observed: Whether only combinations of levels that some training row has count as reachable.
+        shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
+            ``drop`` the held-out rows, or ``error``.
+        group: Column whose equal values stay on one side of a split, and count together in intervals, by default the
+            question; ``context.0.text``, the first turn, keeps together what was said in one conversation.
         folder: Folder of the Hub data set to read, if not the whole.
         config_name: Configuration of the Hub data set, where it has several.
-        rejected: Column of another answer, which people liked less; null in a row that compares nothing. With it, only
-            dimensions in ``columns`` must have labels: comparisons can teach the others.
-        compared: Dimensions that the comparisons speak about, or the column that lists them; None = all.
-        margin: Column with how clearly the answer was preferred, in levels; of a list, one entry per rater, the mean
-            counts, so that disagreement makes the margin small.
-        counts: Column with the number of raters, for a dimension of two levels whose label is the share of raters
-            who said yes: their votes follow from it.
+        encoding: Encoding of the text files, e.g. ``cp1252``; None = what a byte order mark says, else UTF-8.
+
+        Columns:
+        question: Column of the question.
+        answer: Column of the answer.
         chat: How the question column writes a conversation, where it is neither text nor the messages above.
-        layout: What makes rows of one question and one answer, where the table has others; the arguments above then
+        layout: What makes rows of one question and one answer, where the table has others; the other arguments then
             name the columns that it makes.
+        id: Column that tells rows apart, carried into predictions; the table need not have it.
+        subset: Column with the part that metrics are reported for separately, e.g. a language; blank = in no part.
         where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out. Compared as
             :func:`~moslim.literals.is_same` says.
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
         requested: Column with the levels that a policy was asked for when it gave the answer, by dimension name, as its
             ``predict`` writes them; a test then tells how far they were met by the labels, and by the classifier.
-        group: Column whose equal values stay on one side of a split, and count together in intervals, by default the
-            question; ``context.0.text``, the first turn, keeps together what was said in one conversation.
-        id: Column that tells rows apart, carried into predictions; the table need not have it.
         keep: Columns that reward functions are given as they are, e.g. a reference answer; None in rows without.
-        shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
-            ``drop`` the held-out rows, or ``error``.
-        encoding: Encoding of the text files, e.g. ``cp1252``; None = what a byte order mark says, else UTF-8.
+
+        Labels:
+        columns: Column of a dimension's labels, where it does not have the dimension's name; a list of columns where
+            each rater has one.
+        scales: How the values of a dimension's column become levels, where they are not levels already.
+        counts: Column with the number of raters, for a dimension of two levels whose label is the share of raters
+            who said yes: their votes follow from it.
+        only_observed: Whether only combinations of levels that some training row has count as reachable.
+
+        Comparisons:
+        rejected: Column of another answer, which people liked less; null in a row that compares nothing. With it, only
+            dimensions in ``columns`` must have labels: comparisons can teach the others.
+        comparison_dimensions: Dimensions that the comparisons speak about, or the column that lists them; None = all.
+        margin: Column with how clearly the answer was preferred, in levels; of a list, one entry per rater, the mean
+            counts, so that disagreement makes the margin small.
     """
 
     def __init__(
@@ -102,7 +109,7 @@ class Table(Source):
         folder: str | None = None,
         config_name: str | None = None,
         rejected: str | None = None,
-        compared: str | list[str] | None = None,
+        comparison_dimensions: str | list[str] | None = None,
         margin: str | None = None,
         counts: dict[str, str] | None = None,
         chat: ChatFormat | None = None,
@@ -133,7 +140,7 @@ class Table(Source):
         self.question = question
         self.answer = answer
         self.labels = Labels(columns, scales, counts)
-        self.comparisons = Comparisons(rejected, compared, margin)
+        self.comparisons = Comparisons(rejected, comparison_dimensions, margin)
         self.subset = subset
         self.only_observed = only_observed
         self.chat = chat
@@ -307,11 +314,11 @@ class Table(Source):
         if self.subset is not None:
             subset = require(record, self.subset, "subset")
             example.subset = None if is_missing(subset) else str(subset)
-        rejected, compared, margin = self.comparisons.read(record, preferences)
+        rejected, dimensions, margin = self.comparisons.read(record, preferences)
         if rejected is not None and rejected == answer:
             notices.add("the rejected answer is the answer, so nothing is compared", record.place)
         elif rejected is not None:
-            example.rejected, example.compared, example.margin = rejected, compared, margin
+            example.rejected, example.comparison_dimensions, example.margin = rejected, dimensions, margin
         return example
 
     def _id(self, record: Record) -> str | int | None:

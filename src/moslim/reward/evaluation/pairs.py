@@ -40,16 +40,16 @@ def pairwise(pairs: ScoredPairs, preferences: PreferenceSet, weights: Mapping[st
 
 
 def _pairwise(pairs: ScoredPairs, preferences: PreferenceSet, used: dict[str, float]) -> Result:
-    factors = torch.tensor(list(used.values()), dtype=torch.float64) * pairs.compared
+    factors = torch.tensor(list(used.values()), dtype=torch.float64) * pairs.comparison_mask
     return {
         "n_pairs": len(pairs),
         "dimensions": {
-            name: _accuracy(pairs.gaps[:, d], pairs.compared[:, d], pairs.question)
+            name: _accuracy(pairs.score_margins[:, d], pairs.comparison_mask[:, d], pairs.question)
             for d, name in enumerate(preferences.names)
         },
         "weighted": {
             "weights": used,
-            **_accuracy((pairs.gaps * factors).sum(1), (factors != 0).any(1), pairs.question),
+            **_accuracy((pairs.score_margins * factors).sum(1), (factors != 0).any(1), pairs.question),
         },
     }
 
@@ -67,9 +67,9 @@ def complete_weights(preferences: PreferenceSet, weights: Mapping[str, float] | 
     return {name: float(weights.get(name, 0.0)) for name in preferences.names}
 
 
-def _accuracy(gaps: Tensor, counted: Tensor, question: Tensor) -> Result:
+def _accuracy(score_margins: Tensor, counted: Tensor, question: Tensor) -> Result:
     questions, question = question[counted].unique(return_inverse=True)
-    right = credit(gaps[counted])
+    right = credit(score_margins[counted])
     sums = right.new_zeros(2, len(questions)).index_add_(1, question, torch.stack([right, torch.ones_like(right)]))
 
     def accuracy(weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a test measures from: level probabilities beside labels, and gaps between compared answers."""
+"""What a test measures from: level probabilities beside labels, and score margins of comparisons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moslim.processes import gathered
 from moslim.reward.held_out import question_number
 
 _ROUNDING = 1e-5
-"""Gaps up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
+"""Score margins up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
 
 
 class _Stacked:
@@ -75,14 +75,14 @@ class ScoredPairs(_Stacked):
     """``P`` comparisons of two answers to one question.
 
     Args:
-        gaps: ``[P, D]`` float64, expected level of the better answer less that of the worse.
-        compared: ``[P, D]`` bool, the dimensions that each comparison speaks about.
+        score_margins: ``[P, D]`` float64, expected level of the chosen completion less that of the rejected.
+        comparison_mask: ``[P, D]`` bool, the dimensions that each comparison speaks about.
         question: ``[P]`` int64, equal for comparisons of the same question.
         subsets: Named part of the data that each comparison belongs to.
     """
 
-    gaps: Tensor
-    compared: Tensor
+    score_margins: Tensor
+    comparison_mask: Tensor
     question: Tensor
     subsets: list[str | None]
 
@@ -120,11 +120,11 @@ class Scores:
         requested = torch.stack(asked)
         rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, requested, question, length, subsets)
         self._rows.append(rows.select(targets.any(-1).any(-1)))
-        expected, better, worse = expected_level(probs), batch.better.cpu(), batch.worse.cpu()
-        gaps = expected[better] - expected[worse]
-        gaps = gaps.where(gaps.abs() > _ROUNDING, 0.0)
-        parts = [subsets[row] for row in better.tolist()]
-        self._pairs.append(ScoredPairs(gaps, batch.compared.cpu(), question[better], parts))
+        expected, chosen, rejected = expected_level(probs), batch.chosen.cpu(), batch.rejected.cpu()
+        score_margins = expected[chosen] - expected[rejected]
+        score_margins = score_margins.where(score_margins.abs() > _ROUNDING, 0.0)
+        parts = [subsets[row] for row in chosen.tolist()]
+        self._pairs.append(ScoredPairs(score_margins, batch.comparison_mask.cpu(), question[chosen], parts))
 
     def gathered(self) -> tuple[ScoredRows, ScoredPairs]:
         """The rows and pairs of all processes; every process must ask."""

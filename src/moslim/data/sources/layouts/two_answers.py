@@ -50,9 +50,9 @@ class Verdict:
 class TwoAnswers(Layout):
     """Each of two answers becomes a row of its own; one that a verdict calls better has the other to compare with.
 
-    The new rows have the columns ``answer``, ``rejected`` (null where the answer won nothing), ``compared`` (the
-    dimensions on which it won; empty = all) and ``margin``, and what else ``first`` and ``second`` name. An answer
-    that won nothing and has no column of its own is left out: nothing is said about it.
+    The new rows have the columns ``answer``, ``rejected`` (null where the answer won nothing),
+    ``comparison_dimensions`` (the dimensions on which it won; empty = all) and ``margin``, and what else ``first`` and
+    ``second`` name. An answer that won nothing and has no column of its own is left out: nothing is said about it.
 
     Args:
         first: New column to field of the first answer: ``{answer: response_0, safe: is_response_0_safe}``.
@@ -90,9 +90,10 @@ class TwoAnswers(Layout):
         if not won and len(columns) == 1:
             return None
         margins = [lead for verdict, lead in won if verdict.graded]
+        about_all = any(not v.dimensions for v, _ in won)
         comparison = {
             "rejected": other if won else None,
-            "compared": [] if any(not v.dimensions for v, _ in won) else [d for v, _ in won for d in v.dimensions],
+            "comparison_dimensions": [] if about_all else [d for v, _ in won for d in v.dimensions],
             "margin": sum(margins) / len(margins) if margins else 0.0,
         }
         return Record(f"{record.place}, {which} answer", {**record.fields, **columns, **comparison})
