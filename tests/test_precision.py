@@ -17,7 +17,7 @@ from moslim.reporting import plain
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.comparisons import BradleyTerry, PairMetrics
 from moslim.reward.evaluation.best_of import best_of_n
-from moslim.reward.evaluation.choices import Choice
+from moslim.reward.evaluation.choices import Candidates
 from moslim.reward.links import LINKS
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 from moslim.reward.metrics import LevelMetrics
@@ -185,7 +185,7 @@ def test_mapping_functions(kind):
 
 def test_best_of_n(kind):
     asked = [torch.tensor([i % 2, i % 5]) for i in range(301)]
-    choices = [Choice((f"q{i}", f"again {i}"), ("a", "b", "c"), asked[i], i % 3) for i in range(301)]
+    choices = [Candidates((f"q{i}", f"again {i}"), ("a", "b", "c"), asked[i], i % 3) for i in range(301)]
     probs, mapping = drawn(602, 3, 2, 5).softmax(-1), Tilted()
     mapping.bind(PREFERENCES)
     expected = plain(best_of_n(choices, probs, mapping))

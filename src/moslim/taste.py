@@ -32,7 +32,7 @@ _TOLERANCE = 1e-10
 
 
 @dataclass
-class Choice:
+class UserChoice:
     """One answer was preferred to another."""
 
     question: Question
@@ -40,7 +40,7 @@ class Choice:
     rejected: str
 
 
-def read_choices(path: str) -> list[Choice]:
+def read_choices(path: str) -> list[UserChoice]:
     """Reads a JSON Lines file (or another table, see :func:`~moslim.data.sources.records.read_file`).
 
     Raises:
@@ -57,7 +57,7 @@ def read_choices(path: str) -> list[Choice]:
             as_messages(question)
         except ValueError as error:
             raise UsageError(f"{record.place}, field 'question': {error}") from error
-        choices.append(Choice(question, record.fields["chosen"], record.fields["rejected"]))
+        choices.append(UserChoice(question, record.fields["chosen"], record.fields["rejected"]))
     return choices
 
 
@@ -115,7 +115,7 @@ def foretold(differences: Tensor, l2: float, folds: int = 50) -> float:
     return right.double().mean().item()
 
 
-def fit_taste(choices: list[Choice], scorer: Scorer, l2: float = 0.1) -> Taste:
+def fit_taste(choices: list[UserChoice], scorer: Scorer, l2: float = 0.1) -> Taste:
     """Fits the weights of all of a classifier's dimensions.
 
     Args:

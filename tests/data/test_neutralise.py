@@ -6,15 +6,15 @@ import unicodedata
 
 import pytest
 
-from moslim.data.neutralise import Neutraliser, Pattern, fold
+from moslim.data.neutralise import ForbiddenText, Neutraliser, fold
 from tests.helpers.code_points import SOME
 
 FORBIDDEN = ["<|end|>", "<|user|>"]
-TAG = Pattern("[[heat: very warm]]", "heat: very warm", "form")
+TAG = ForbiddenText("[[heat: very warm]]", "heat: very warm", "form")
 
 
 def neutraliser(*strings: str) -> Neutraliser:
-    return Neutraliser([*map(Pattern, strings), TAG])
+    return Neutraliser([*map(ForbiddenText, strings), TAG])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,11 @@ def test_what_reads_as_an_instruction_loses_its_brackets(text):
 
 def test_forms_are_whole_words_and_lines_begin_with_theirs():
     found = Neutraliser(
-        [Pattern("note to self:", match="form"), Pattern("User:", match="line"), Pattern("BOT:", "", "form", True)]
+        [
+            ForbiddenText("note to self:", match="form"),
+            ForbiddenText("User:", match="line"),
+            ForbiddenText("BOT:", "", "form", True),
+        ]
     )
     assert found.text("A note to  self: x, footnote to self: y") == "A  x, footnote to self: y"
     assert found.text("User: a\n  USER : b\nThe User: c\nUSER:User: d") == " a\n   b\nThe User: c\n d"
@@ -98,7 +102,7 @@ def test_case_folding_that_changes_the_length():
 
 
 def test_nothing_is_forbidden():
-    assert Neutraliser(map(Pattern, [" ", ""])).text("a [[ b") == "a [[ b"
+    assert Neutraliser(map(ForbiddenText, [" ", ""])).text("a [[ b") == "a [[ b"
 
 
 @pytest.mark.parametrize(

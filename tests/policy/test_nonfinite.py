@@ -8,7 +8,7 @@ import torch
 from moslim.callbacks.guards import GuardError, Guards
 from moslim.errors import UsageError
 from moslim.policy.engines import TorchEngine
-from moslim.policy.engines.choice import Choice
+from moslim.policy.engines.choice import TokenChoice
 from moslim.policy.engines.decoding import Decoding
 from moslim.policy.kl_controllers import AdaptiveKL
 from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
@@ -30,7 +30,7 @@ ENGINES = {
 @pytest.mark.parametrize("method", ["inverse_cdf", "multinomial"])
 def test_a_row_without_numbers_says_so_and_leaves_the_others(method, cut, value):
     logits = torch.tensor([[0.0, -math.inf, 9.0], [0.0, value, 1.0], [9.0, 0.0, -math.inf]])
-    choice = Choice(method=method, **cut)
+    choice = TokenChoice(method=method, **cut)
     found = choice(logits, torch.tensor([0.3, 0.5, 0.7]), torch.Generator().manual_seed(0))
     assert found.logprobs.isfinite().tolist() == [True, False, True]
     assert found.tokens[[0, 2]].tolist() == [2, 0] and 0 <= found.tokens[1] < 3

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.markers import Control, normaliser, pieces, render
-from moslim.data.neutralise import Neutraliser, Pattern
+from moslim.data.neutralise import ForbiddenText, Neutraliser
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
 
@@ -32,7 +32,9 @@ class ChatEncoder:
         instruction: What reads as an instruction.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: Frame, instruction: Sequence[Pattern] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, frame: Frame, instruction: Sequence[ForbiddenText] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         control = Control.of(tokenizer)
         self._forbidden = control.ids

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from moslim import template_limits
-from moslim.data.neutralise import Pattern
+from moslim.data.neutralise import ForbiddenText
 from moslim.data.types import Message
 from moslim.errors import UsageError
 
@@ -84,7 +84,7 @@ class Control:
     """
 
     ids: frozenset[int]
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[ForbiddenText, ...]
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Control:
@@ -99,7 +99,7 @@ class Control:
         normal = {normalise(token) for token in tokens} if normalise else set()
         strings = tokens | {text for text in normal if len(text) > 2 and not text.isalnum()}
         markers = [marker for before, piece in probes for marker in _markers(piece, tokens, whole=before)]
-        return cls(frozenset(ids), (*map(Pattern, sorted(strings)), *dict.fromkeys(markers)))
+        return cls(frozenset(ids), (*map(ForbiddenText, sorted(strings)), *dict.fromkeys(markers)))
 
 
 def normaliser(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str] | None:
@@ -144,7 +144,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, probes: list[tuple[bool,
     return {token for token in special if token.strip()}
 
 
-def _markers(piece: str, tokens: set[str], whole: bool) -> Iterator[Pattern]:
+def _markers(piece: str, tokens: set[str], whole: bool) -> Iterator[ForbiddenText]:
     """Markers of turns in what the template writes between two turns, or, if not ``whole``, before the first one.
 
     Of the latter only the end counts: there may be a preamble or a default system message before it.
@@ -157,16 +157,16 @@ def _markers(piece: str, tokens: set[str], whole: bool) -> Iterator[Pattern]:
         for line_number, line in enumerate(chunk.splitlines()):
             for bracketed in _BRACKETED.findall(line):
                 if any(character.isalnum() for character in bracketed):
-                    yield Pattern(bracketed)
+                    yield ForbiddenText(bracketed)
                 if sum(character.isalnum() for character in bracketed) > 2:  # "a < s > b" is no "<s>"
-                    yield Pattern(bracketed, match="form")
+                    yield ForbiddenText(bracketed, match="form")
             rest = _BRACKETED.sub(" ", line).strip()
             if not any(character.isalnum() for character in rest) or len(rest.split()) > _LONGEST_MARKER:
                 continue
             if re.match(r"[^\w\s]{2}|[^\w\s]+\s", rest):  # "### User:", "**User**"
-                yield Pattern(rest)
-                yield Pattern(rest, match="form")
+                yield ForbiddenText(rest)
+                yield ForbiddenText(rest, match="form")
             elif not rest[-1].isalnum():  # "User:"
-                yield Pattern(rest, match="line")
+                yield ForbiddenText(rest, match="line")
                 if whole and number == line_number == 0:  # in the middle of a line
-                    yield Pattern(rest, match="form", cased=True)
+                    yield ForbiddenText(rest, match="form", cased=True)

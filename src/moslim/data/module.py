@@ -19,7 +19,7 @@ from moslim.chat_templates import as_day, pin_tokenizer, tokenizer_pins
 from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
 from moslim.data.checks import usable_rows
 from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
-from moslim.data.neutralise import Pattern
+from moslim.data.neutralise import ForbiddenText
 from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
 from moslim.data.prompts import PairEncoder, PromptRenderer, instruction_patterns, pad_id
 from moslim.data.requests import Request, combination_requests, sweep_requests
@@ -197,7 +197,7 @@ class PreferenceDataModule(LightningDataModule):
         return entries
 
     @property
-    def instruction_patterns(self) -> tuple[Pattern, ...]:
+    def instruction_patterns(self) -> tuple[ForbiddenText, ...]:
         """Patterns that read as an instruction in a question or an answer."""
         return instruction_patterns(self.instruction, self.preferences)
 

@@ -26,7 +26,7 @@ _ROUNDS = 8
 
 
 @dataclass(frozen=True)
-class Pattern:
+class ForbiddenText:
     """What must not be left in a text.
 
     Args:
@@ -88,7 +88,7 @@ class Neutraliser:
         normalise: The tokenizer's normaliser, if it has one.
     """
 
-    def __init__(self, forbidden: Iterable[Pattern], normalise: Callable[[str], str] | None = None) -> None:
+    def __init__(self, forbidden: Iterable[ForbiddenText], normalise: Callable[[str], str] | None = None) -> None:
         patterns = [pattern for pattern in dict.fromkeys(forbidden) if pattern.text.strip()]
         self._normalise = normalise
         self._views = [view for view in _views(patterns) if view.patterns]
@@ -319,7 +319,7 @@ def _is_word(symbol: str) -> bool:
     return symbol.isalnum() or symbol == "_"
 
 
-def _views(patterns: list[Pattern]) -> list[_View]:
+def _views(patterns: list[ForbiddenText]) -> list[_View]:
     """The views that are needed, with their patterns."""
     exact, plain = _View(_EXACT), _View(_SKELETON)
     spaced, lines = _View(_SKELETON, spaced=True), _View(_BARE, spaced=True, lines=True)

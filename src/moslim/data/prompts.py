@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.encoding import ChatEncoder, Frame
-from moslim.data.neutralise import Pattern, TakenOut
+from moslim.data.neutralise import ForbiddenText, TakenOut
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
 from moslim.instructions import PreferenceInstruction, readings
@@ -85,11 +85,13 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise UsageError("the tokenizer has no end-of-sequence token, so no answer can end: set tokenizer.eos_token")
 
 
-def instruction_patterns(instruction: PreferenceInstruction, preferences: PreferenceSet) -> tuple[Pattern, ...]:
+def instruction_patterns(instruction: PreferenceInstruction, preferences: PreferenceSet) -> tuple[ForbiddenText, ...]:
     """Returns what must not be left in questions and answers, as it would read as an instruction."""
-    strings = [pattern for text in instruction.reserved for pattern in (Pattern(text), Pattern(text, match="form"))]
+    strings = [
+        pattern for text in instruction.reserved for pattern in (ForbiddenText(text), ForbiddenText(text, match="form"))
+    ]
     forms = readings(instruction, preferences)
-    return (*strings, *(Pattern(text, left, "form") for text, left in forms.items()))
+    return (*strings, *(ForbiddenText(text, left, "form") for text, left in forms.items()))
 
 
 class PromptRenderer:
@@ -199,7 +201,7 @@ class PairEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
-        instruction: Sequence[Pattern] = (),
+        instruction: Sequence[ForbiddenText] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length

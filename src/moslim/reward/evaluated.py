@@ -31,11 +31,11 @@ from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifierOutput
 from moslim.reward.comparisons import BradleyTerry, PairMetrics, num_comparisons
 from moslim.reward.evaluation.best_of import BestOf
-from moslim.reward.evaluation.choices import Choice
+from moslim.reward.evaluation.choices import Candidates
 from moslim.reward.evaluation.pairs import complete_weights
 from moslim.reward.evaluation.report import find_result, publish, scalars
 from moslim.reward.evaluation.result import evaluate
-from moslim.reward.evaluation.rows import Scores
+from moslim.reward.evaluation.rows import ScoreCollector
 from moslim.reward.links import LINKS
 from moslim.reward.losses import LevelLoss, LossCounts
 from moslim.reward.metrics import LossMean, SubsetMetrics
@@ -92,8 +92,8 @@ class ClassifierEvaluation(RunModule):
         self._metrics = SubsetMetrics(preferences)
         self._pair_metrics = PairMetrics(preferences)
         self._as_saved: Entries = {}
-        self._tested = Scores(preferences)
-        self._choices: list[Choice] = []
+        self._tested = ScoreCollector(preferences)
+        self._choices: list[Candidates] = []
         self._record: dict[str, Any] = {}  # what the model card says of the training
 
     @cached_property

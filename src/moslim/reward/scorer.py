@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from moslim.data.neutralise import Pattern, TakenOut
+from moslim.data.neutralise import ForbiddenText, TakenOut
 from moslim.data.prompts import PairEncoder, pad, pad_id
 from moslim.data.types import Question
 from moslim.errors import UsageError
@@ -112,7 +112,7 @@ class Scorer:
             for n, row in enumerate(table.tolist())
         ]
 
-    def reserve(self, instruction: Sequence[Pattern]) -> None:
+    def reserve(self, instruction: Sequence[ForbiddenText]) -> None:
         """Takes out of questions and answers what reads as an instruction, too, which a policy could forge."""
         limit = pair_limit(self.classifier.config, self.tokenizer, self._reader)
         self._encoder = PairEncoder(self.tokenizer, limit, instruction)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from moslim.policy.engines.choice import Choice, cut
+from moslim.policy.engines.choice import TokenChoice, cut
 
 NOISE = torch.rand(20000, generator=torch.Generator().manual_seed(3))
 PROBABILITIES = torch.tensor([0.05, 0.0, 0.4, 0.25, 0.3, 0.0])
@@ -14,7 +14,7 @@ PROBABILITIES = torch.tensor([0.05, 0.0, 0.4, 0.25, 0.3, 0.0])
 
 def drawn(**options):
     generator = torch.Generator().manual_seed(4)
-    return Choice(**options)(PROBABILITIES.log().expand(20000, -1), NOISE, generator)
+    return TokenChoice(**options)(PROBABILITIES.log().expand(20000, -1), NOISE, generator)
 
 
 def chi_square(tokens, wanted):
@@ -63,10 +63,10 @@ def test_what_is_cut_is_what_generate_cuts(top_k, top_p):
 
 def test_the_extremes_of_the_noise_draw_possible_tokens():
     logits = torch.tensor([-math.inf, 0.0, -math.inf, 1.0, -math.inf]).expand(3, -1)
-    assert Choice()(logits, torch.tensor([0.0, 0.5, 1 - 2.0**-24])).tokens.tolist() == [3, 3, 1]
+    assert TokenChoice()(logits, torch.tensor([0.0, 0.5, 1 - 2.0**-24])).tokens.tolist() == [3, 3, 1]
 
 
 def test_temperature_zero_takes_the_most_likely_token_with_its_logprob_at_one():
-    found = Choice(temperature=0, top_k=1)(torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([0.01]))
+    found = TokenChoice(temperature=0, top_k=1)(torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([0.01]))
     assert found.tokens.tolist() == [1] and found.logprobs.item() == pytest.approx(math.log(0.75))
     assert found.sampler_logprobs is None

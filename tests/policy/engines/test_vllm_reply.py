@@ -14,12 +14,12 @@ import torch
 from moslim.errors import UsageError
 from moslim.policy.engines import VLLMEngine
 from moslim.policy.engines.vllm_client import Client, ServerError
-from moslim.policy.engines.vllm_reply import Limits, Request, answers_of, largest_reply, models_of
+from moslim.policy.engines.vllm_reply import CompletionRequest, Limits, answers_of, largest_reply, models_of
 from tests.helpers.policy_runs import data, make, trainer, weights
 from tests.helpers.raw_server import RawServer, reply
 from tests.helpers.small_server import SmallServer
 
-REQUEST, LIMITS = Request([5, 6, 7], 2, 0), Limits(4, 1.0, [2], 10)
+REQUEST, LIMITS = CompletionRequest([5, 6, 7], 2, 0), Limits(4, 1.0, [2], 10)
 CLIENT = Client("http://127.0.0.1:9", "NO_KEY", 1.0, 0.0)
 SECRET = "sk-a/b&c-0123456789"
 
@@ -209,7 +209,7 @@ def test_an_answer_larger_than_what_was_asked_for_is_not_read_to_its_end():
     assert "longer than 131072 bytes" in str(error.value)
     time.sleep(0.05)
     assert server.sent < 20 << 20  # of 50 MB: what fits between two sockets
-    many = largest_reply(Request([1] * 1000, 8, 0), Limits(256, 1.0, [], 10))
+    many = largest_reply(CompletionRequest([1] * 1000, 8, 0), Limits(256, 1.0, [], 10))
     assert 1 << 20 < many < 10 << 20
 
 

@@ -14,7 +14,7 @@ from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability
 from moslim.preferences import PreferenceSet
 from moslim.reporting import Result, plain
 from moslim.reward.evaluation.best_of import BestOf, Score, best_of_n, right_picks
-from moslim.reward.evaluation.choices import Choice, read_choices
+from moslim.reward.evaluation.choices import Candidates, read_choices
 from moslim.workbench.choices import best_of_records
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import LEVELS, TOPICS
@@ -60,9 +60,9 @@ def test_the_highest_reward_wins_and_a_tie_is_shared(mapping) -> None:
 def test_paraphrases_are_counted_apart() -> None:
     target = torch.tensor([1, -1])
     choices = [
-        Choice(("a", "a1", "a2"), ("x", "y"), target, 1),
-        Choice(("b", "b1"), ("x", "y"), target, 0),
-        Choice(("c",), ("x", "y"), target, 0),
+        Candidates(("a", "a1", "a2"), ("x", "y"), target, 1),
+        Candidates(("b", "b1"), ("x", "y"), target, 0),
+        Candidates(("c",), ("x", "y"), target, 0),
     ]
     picked = [1, 1, 0, 0, 0, 1]  # which answer is seen as level 1 of the first dimension, form by form
     probs = torch.stack([certain([[int(p == i), 0] for i in (0, 1)], 3) for p in picked])

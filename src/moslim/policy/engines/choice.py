@@ -30,7 +30,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """How tokens are drawn.
 
     Args:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moslim.noise import derive_seed, uniforms
 from moslim.policy.engines.base import Completions, RolloutEngine
-from moslim.policy.engines.choice import Choice, Chosen
+from moslim.policy.engines.choice import Chosen, TokenChoice
 from moslim.policy.engines.continuation import Continuation
 from moslim.policy.engines.decoding import Decoding, begin
 from moslim.policy.engines.head import packed_head
@@ -106,7 +106,7 @@ class TorchEngine(RolloutEngine):
         input_ids: Tensor,
         attention_mask: Tensor,
         seeds: Tensor,
-        choice: Choice,
+        choice: TokenChoice,
         found: _Table,
         rows: Tensor,
         eos: Tensor,
@@ -144,9 +144,9 @@ class TorchEngine(RolloutEngine):
         """Whether ``top_k`` or ``top_p`` leaves tokens out."""
         return self._choice(torch.device("cpu")).cuts
 
-    def _choice(self, device: torch.device) -> Choice:
+    def _choice(self, device: torch.device) -> TokenChoice:
         method = self.decoding.draw or ("multinomial" if device.type == "cuda" else "inverse_cdf")
-        return Choice(self.temperature, self.top_k, self.top_p, method)
+        return TokenChoice(self.temperature, self.top_k, self.top_p, method)
 
     def _stopped(self, tokens: Tensor) -> Tensor:
         """``[B]`` bool: the end of the answers ``[B, t]`` so far holds a stop string."""

@@ -14,7 +14,7 @@ from moslim.errors import UsageError
 from moslim.policy.engines.base import Completions, RolloutEngine
 from moslim.policy.engines.parity import logprob_difference, spread
 from moslim.policy.engines.vllm_client import Client, ServerError
-from moslim.policy.engines.vllm_reply import Answer, Limits, Request
+from moslim.policy.engines.vllm_reply import Answer, CompletionRequest, Limits
 from moslim.policy.engines.vllm_server import VLLMServer
 from moslim.policy.engines.vllm_weights import WeightFolder
 from moslim.processes import process_count, process_rank
@@ -92,7 +92,9 @@ class VLLMEngine(RolloutEngine):
     ) -> Completions:
         samples = seeds.shape[1]
         prompts = [row[keep].tolist() for row, keep in zip(input_ids, attention_mask.bool(), strict=True)]
-        requests = [Request(prompt, samples, _seed(row)) for prompt, row in zip(prompts, seeds.tolist(), strict=True)]
+        requests = [
+            CompletionRequest(prompt, samples, _seed(row)) for prompt, row in zip(prompts, seeds.tolist(), strict=True)
+        ]
         version = self._weights.save(model)
         adapted = version is None or version.adapter
         servers = own_servers(self.servers, process_count(), process_rank(), adapted)[: len(requests)]

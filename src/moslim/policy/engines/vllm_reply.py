@@ -15,7 +15,7 @@ _BYTES_PER_TOKEN, _BYTES_PER_PROMPT_TOKEN, _BYTES = 2048, 16, 1 << 18
 
 
 @dataclass(frozen=True)
-class Request:
+class CompletionRequest:
     """One prompt.
 
     Args:
@@ -54,13 +54,13 @@ class Answer:
     logprobs: list[float]
 
 
-def largest_reply(request: Request, limits: Limits) -> int:
+def largest_reply(request: CompletionRequest, limits: Limits) -> int:
     """Bytes that the reply to a request may take, with room for long tokens in several places of it."""
     answers = request.samples * limits.max_new_tokens * _BYTES_PER_TOKEN
     return answers + (request.samples + 1) * len(request.prompt) * _BYTES_PER_PROMPT_TOKEN + _BYTES
 
 
-def answers_of(reply: Any, request: Request, limits: Limits, client: Client) -> list[Answer]:
+def answers_of(reply: Any, request: CompletionRequest, limits: Limits, client: Client) -> list[Answer]:
     """Reads the reply of ``/v1/completions`` to one prompt.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moslim.policy.engines.vllm_client import Client, Refused, ServerError, Unavailable
-from moslim.policy.engines.vllm_reply import Answer, Limits, Request, answers_of, largest_reply, models_of
+from moslim.policy.engines.vllm_reply import Answer, CompletionRequest, Limits, answers_of, largest_reply, models_of
 from moslim.policy.engines.vllm_weights import Version
 
 _CONNECTIONS = 64
@@ -34,7 +34,9 @@ class VLLMServer:
         """Its address."""
         return self.client.url
 
-    def answers(self, version: Version | None, requests: Sequence[Request], limits: Limits) -> list[list[Answer]]:
+    def answers(
+        self, version: Version | None, requests: Sequence[CompletionRequest], limits: Limits
+    ) -> list[list[Answer]]:
         """Answers prompts with the given weights, which are brought to the server first where it lacks them.
 
         When the server goes away in between, everything is done anew once it is back: it may have been restarted, and
@@ -115,7 +117,7 @@ class VLLMServer:
                 "(engine.server_folder), and be started with VLLM_SERVER_DEV_MODE=1; or train an adapter (lora)"
             ) from error
 
-    def _complete(self, model: str, request: Request, limits: Limits) -> list[Answer]:
+    def _complete(self, model: str, request: CompletionRequest, limits: Limits) -> list[Answer]:
         greedy = limits.temperature == 0  # of which vLLM gives one answer only
         sent = replace(request, samples=1) if greedy else request
         try:
@@ -128,7 +130,7 @@ class VLLMServer:
         return answers * request.samples if greedy else answers
 
 
-def _body(model: str, request: Request, limits: Limits) -> dict[str, Any]:
+def _body(model: str, request: CompletionRequest, limits: Limits) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": request.prompt,

@@ -19,7 +19,7 @@ from moslim.mapping.expected_distance import ExpectedDistance
 from moslim.preferences import PreferenceSet
 from moslim.processes import gathered, process_count, process_rank
 from moslim.reporting import Result
-from moslim.reward.evaluation.choices import Choice, read_choices
+from moslim.reward.evaluation.choices import Candidates, read_choices
 from moslim.reward.held_out import question_number
 from moslim.statistics import bootstrap_interval
 
@@ -40,11 +40,11 @@ class BestOf:
     path: str
     mapping: MappingFunction | None = None
 
-    def choices(self, preferences: PreferenceSet) -> list[Choice]:
+    def choices(self, preferences: PreferenceSet) -> list[Candidates]:
         """Reads the file; see :func:`~moslim.reward.evaluation.choices.read_choices`."""
         return read_choices(self.path, preferences)
 
-    def __call__(self, choices: Sequence[Choice], score: Score, preferences: PreferenceSet) -> Result:
+    def __call__(self, choices: Sequence[Candidates], score: Score, preferences: PreferenceSet) -> Result:
         """Scores the answers, each process its share, and measures; every process must call it.
 
         Args:
@@ -63,7 +63,7 @@ class BestOf:
         return {"mapping": type(mapping).__name__, **best_of_n(choices, probs, mapping)}
 
 
-def best_of_n(choices: Sequence[Choice], probs: Tensor, mapping: MappingFunction) -> Result:
+def best_of_n(choices: Sequence[Candidates], probs: Tensor, mapping: MappingFunction) -> Result:
     """Best-of-n accuracy over the questions as they were asked, and under their paraphrases.
 
     Args:
@@ -125,7 +125,7 @@ def right_picks(probs: Tensor, targets: Tensor, right: Tensor, mapping: MappingF
     return best.gather(1, right[:, None])[:, 0].double() / best.sum(1)
 
 
-def _scored(choices: Sequence[Choice], shape: tuple[int, int, int], score: Score) -> Tensor:
+def _scored(choices: Sequence[Candidates], shape: tuple[int, int, int], score: Score) -> Tensor:
     """``[F, n, D, K]`` on CPU, given ``n, D, K``; empty where a process has no prompts."""
     asked = [(q, answer) for choice in choices for q in choice.questions for answer in choice.answers]
     probs = score([q for q, _ in asked], [answer for _, answer in asked])

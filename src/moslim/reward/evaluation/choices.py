@@ -17,7 +17,7 @@ from moslim.preferences import Preference, PreferenceSet
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidates:
     """One prompt of a best-of-n evaluation.
 
     Args:
@@ -33,7 +33,7 @@ class Choice:
     right: int
 
 
-def read_choices(path: str, preferences: PreferenceSet) -> list[Choice]:
+def read_choices(path: str, preferences: PreferenceSet) -> list[Candidates]:
     """Reads JSON Lines, one prompt a line.
 
         {"question": "How do I grow the fern?", "paraphrases": ["What is the best way to grow the fern?"],
@@ -58,7 +58,7 @@ def read_choices(path: str, preferences: PreferenceSet) -> list[Choice]:
     return choices
 
 
-def _choice(record: Record, preferences: PreferenceSet) -> Choice:
+def _choice(record: Record, preferences: PreferenceSet) -> Candidates:
     fields = record.fields
     asked: Any = fields.get("question")
     answers: Any = fields.get("answers")
@@ -79,7 +79,7 @@ def _choice(record: Record, preferences: PreferenceSet) -> Choice:
         _check(0 <= right < len(answers), "right", right, f"0 to {len(answers) - 1}")
     except (KeyError, ValueError) as error:
         raise UsageError(f"{record.place}: {error.args[0]}") from None
-    return Choice(tuple(questions), tuple(answers), target, right)
+    return Candidates(tuple(questions), tuple(answers), target, right)
 
 
 def _check(holds: bool, field: str, value: Any, wanted: str) -> None:

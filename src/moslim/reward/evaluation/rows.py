@@ -90,7 +90,7 @@ class ScoredPairs(_Stacked):
         return len(self.question)
 
 
-class Scores:
+class ScoreCollector:
     """Collects what a test sees, batch by batch.
 
     Args:
