@@ -17,6 +17,7 @@ PACKAGES = (
     "moslim.callbacks",
     "moslim.data",
     "moslim.evaluation",
+    "moslim.experimental",
     "moslim.generation",
     "moslim.mapping",
     "moslim.ops",

@@ -49,7 +49,7 @@ class PolicyEvaluation(RunModule):
 
     Args:
         critic: Critic that the policy is trained with; None = none.
-        others: See :class:`~moslim.policy.module.PolicyTrainer`, whose hyper-parameters are saved here.
+        others: See :class:`~moslim.PolicyTrainer`, whose hyper-parameters are saved here.
     """
 
     def __init__(
