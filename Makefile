@@ -1,5 +1,6 @@
 # make quickstart   the whole path on the embedded world: starter, classifier, policy, test
 # make test         the test suite
+# make test-fast    the test suite without what is marked as slow
 # make ablation     each part of the quickstart's policy exchanged for another; goes on where it stopped
 # make lint         ruff and mypy
 # make vllm-test    the policy stage through a real vLLM server, in an environment of its own
@@ -12,7 +13,7 @@ RUN := $(BIN)/python main.py
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: help quickstart test ablation vllm-test lint format clean
+.PHONY: help quickstart test test-fast ablation vllm-test lint format clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 14
@@ -33,6 +34,9 @@ quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the 
 
 test: $(READY)  ## The test suite, a process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+test-fast: $(READY)  ## The test suite without what is marked as slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 ablation: $(READY)  ## Each part of the quickstart's policy exchanged for another, three seeds (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/ablation.py

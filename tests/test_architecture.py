@@ -36,7 +36,6 @@ def level(module: str) -> int:
 
 
 def test_every_module_is_in_the_table() -> None:
-    assert len(set(LEVELS.values())) > 5
     missing = [module for module in FILES if not any(f"{module}.".startswith(f"{name}.") for name in LEVELS)]
     assert missing == ["moslim"]  # the public names, imported when they are asked for
     assert [name for name in LEVELS if name not in FILES] == []

@@ -33,7 +33,6 @@ def every(cells: ModuleType, seed: int = 0, fold: int = 0, rollouts: int | None 
 def test_arms_are_the_files_of_configs(cells: ModuleType) -> None:
     files = {path for path in (ROOT / "configs/experiment").rglob("*.yaml") if path.name != "sweep.yaml"}
     assert {ROOT / cell.layers[-1] for cell in every(cells)[1:]} == files
-    assert len(files) > 15
 
 
 @pytest.mark.parametrize("rollouts", [None, 88])

@@ -17,6 +17,8 @@ from moslim.preferences import PreferenceSet
 from tests.helpers.cli_folder import PARTS, folder  # noqa: F401  # a working folder for each test
 from tests.helpers.cli_parts import ByKeyword, Model, Plain
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -37,6 +37,8 @@ from moslim.reward.scorer import Scorer
 from tests.helpers.forked import in_two
 from tests.helpers.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]

@@ -41,7 +41,7 @@ def public() -> dict[str, list[str]]:
 
 def test_every_public_name_stands_for_one_class_in_one_package() -> None:
     names = public()
-    assert len(names) > 50
+    assert {"PolicyTrainer", "RLOO"} <= names.keys()
     assert {name: packages for name, packages in names.items() if len(packages) > 1} == {}
 
 

@@ -21,6 +21,8 @@ from tests.helpers.cli_folder import CONFIG, PARTS
 from tests.helpers.cli_parts import Data, Model
 from tests.helpers.forked import in_two
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):

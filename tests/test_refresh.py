@@ -22,6 +22,8 @@ from moslim.workbench.grammar import LEVELS, TOPICS
 from moslim.workbench.questions import ask
 from tests.helpers.tiny_world import save_world
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[1] / "docs" / "refresh.md").read_text(encoding="utf-8")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "max_steps": 6}
 ADAMW = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}

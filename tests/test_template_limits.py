@@ -8,6 +8,8 @@ from moslim.models import load_tokenizer
 from moslim.template_limits import check_template, time_limit
 from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
     "{{ 'a' * 10 ** 11 }}",

@@ -17,6 +17,7 @@ from tests.helpers.offline_wandb import read
 from tests.helpers.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:guard `truncated`"),  # answers of six tokens
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),

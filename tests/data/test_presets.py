@@ -20,6 +20,8 @@ from tests.helpers import published
 from tests.helpers.presets import ROOT, built, command, parsed
 from tests.helpers.tiny_world import save_world
 
+pytestmark = pytest.mark.slow
+
 PRESETS = sorted(path.stem for path in (ROOT / "configs/data").glob("*.yaml"))
 CHAT = [
     {"role": "user", "content": "Name a river."},

@@ -40,7 +40,7 @@ MADE_UP = {
     "hh_helpful": (published.hh, 3),
     "hh_harmless": (published.hh, 3),
 }
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 class Rows(Source):

@@ -10,6 +10,7 @@ from tests.helpers.policy_runs import LORA, data, make, trainer
 from tests.policy.test_resume import SaveEachStep, SaveWhenStopped, assert_same_from
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]

@@ -25,6 +25,8 @@ from moslim.workbench.grammar import TOPICS
 from moslim.workbench.questions import ask
 from tests.helpers.policy_models import save_classifier
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text(encoding="utf-8")
 SMALL = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 1, "enable_model_summary": False}
 

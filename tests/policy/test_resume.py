@@ -16,6 +16,7 @@ from moslim.preferences import Preference
 from tests.helpers.policy_runs import LORA, SAMPLES, data, make, trainer, weights
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]

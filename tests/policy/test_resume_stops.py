@@ -11,6 +11,7 @@ from moslim.callbacks.dashboard import best_checkpoint
 from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*The dirpath has changed.*"),

@@ -14,6 +14,7 @@ from tests.helpers.forked import in_two, sharded
 from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
 ]

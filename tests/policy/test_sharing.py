@@ -32,7 +32,10 @@ from tests.helpers.policy_models import build_model
 from tests.helpers.policy_runs import LORA, PLAIN, data, make, trainer, weights
 from tests.helpers.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
-pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 OTHER_LAYERS = LoraOptions(rank=2, alpha=8.0, target_modules=["k_proj", "v_proj", "up_proj"])

@@ -12,8 +12,7 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
-from moslim.loading import unwrapped
-from moslim.lora import LoraOptions, add_lora
+from moslim.lora import LoraOptions, add_lora, unwrapped
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.model_card import ModelCard

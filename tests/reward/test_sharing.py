@@ -14,6 +14,8 @@ from moslim.reward.scorer import Scorer
 from moslim.reward.sharing import is_classifier, load_classifier, save_adapter, save_merged
 from tests.helpers.word_task import save_backbone
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 6, 7, 2], [9, 10, 2, 0]])
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
 

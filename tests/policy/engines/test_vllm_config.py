@@ -12,6 +12,8 @@ from moslim.policy.engines import VLLMEngine
 from tests.helpers.small_server import SmallServer
 from tests.helpers.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -24,6 +24,8 @@ from moslim.workbench.grammar import LEVELS, TOPICS
 from tests.helpers.tiny_world import save_world
 from tests.helpers.word_task import WordSource
 
+pytestmark = pytest.mark.slow
+
 CHOICES = [
     {
         "question": "how cake",
