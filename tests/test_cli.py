@@ -425,3 +425,21 @@ def test_a_whole_number_of_batches_stays_one_whatever_typing_remembers():
     _keep_whole_numbers(parser)
     found = parser.parse_args([*given, "--trainer.overfit_batches=0.5", "--trainer.val_check_interval=100"]).trainer
     assert all(type(found[name]) is int for name in (*names, "val_check_interval")) and found.overfit_batches == 0.5
+
+
+# --- tables of metrics
+
+
+@pytest.mark.parametrize(("command", "name"), [("validate", "val"), ("test", "test")])
+def test_metrics_are_one_table_with_three_decimals(capsys, monkeypatch, command, name):
+    monkeypatch.setenv("COLUMNS", "40")
+    cli = run([command, "--config", "config.yaml"])
+    table = capsys.readouterr().out.rstrip().splitlines()[-4:]
+    assert table[0] == f"{command}: metrics"
+    assert table[1].split() == ["metric", "value"]
+    assert table[3].split() == [name, f"{float(cli.trainer.callback_metrics[name]):.3f}"]
+
+
+def test_a_table_of_metrics_can_be_left_out(capsys):
+    run(["validate", "--config", "config.yaml", "--verbose", "false"])
+    assert "metric" not in capsys.readouterr().out

@@ -5,7 +5,17 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 
-from moslim.reporting import copy_report, log_pictures, markdown_table, number, plain, write_figures, write_texts
+from moslim.reporting import (
+    console_table,
+    copy_report,
+    log_pictures,
+    markdown_table,
+    metrics_table,
+    number,
+    plain,
+    write_figures,
+    write_texts,
+)
 from tests.helpers.offline_board import summaries
 
 
@@ -23,6 +33,25 @@ def test_numbers_as_text():
 
 def test_a_cell_cannot_break_a_table():
     assert markdown_table(["a|b", "c"], [["x", "1"]]) == "| a&#124;b | c |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_a_table_for_the_console():
+    long = "a_very_long_name_of_a_dimension_" * 4
+    text = console_table("Title [x]", ["name", "x"], {"": [[long, "1"]], "before": [["[red]", "0.5"]]})
+    title, header, _, first, heading, last = text.splitlines()
+    assert [title, heading] == ["Title [x]", "before"]
+    assert header == f"{'name':{len(long)}}     x"
+    assert first == f"{long}     1"
+    assert last == f"{'[red]':{len(long)}}   0.5"
+
+
+def test_a_table_of_metrics_has_three_decimals():
+    text = metrics_table("validate: metrics", {"val/spearman": torch.tensor(0.98765), "val/loss": 2})
+    assert [line.split() for line in text.splitlines()[1:2] + text.splitlines()[3:]] == [
+        ["metric", "value"],
+        ["val/loss", "2.000"],
+        ["val/spearman", "0.988"],
+    ]
 
 
 def test_files_are_whole_and_copied(tmp_path):

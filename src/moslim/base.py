@@ -41,6 +41,9 @@ class RunModule(LightningModule):
     never_accepted: ClassVar[tuple[str, ...]] = ()
     """Options in which it may not, whatever is accepted."""
 
+    reports_test: ClassVar[bool] = False
+    """Whether ``test`` prints a table of its own, so that the command line need not list the metrics."""
+
     rows_kept: int = 0
     """Rows that this ``predict`` leaves out, since an interrupted one has finished them."""
 

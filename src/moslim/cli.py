@@ -35,6 +35,7 @@ from moslim.parser import MoslimParser, refuse_dangerous_names
 from moslim.policy.shared import generate
 from moslim.preferences import PreferenceSet
 from moslim.quiet import leave_out_noise, plain_warnings
+from moslim.reporting import metrics_table
 from moslim.restore import best_checkpoint_of, newest_checkpoint
 from moslim.run_folder import NewFolders
 from moslim.trainer import MoslimTrainer, given, untrained
@@ -49,6 +50,8 @@ _NUMBER_OR_SHARE: dict[str, Any] = {
 }
 _LOOPS = ("fit", "validate", "test", "predict")
 """Commands of Lightning, which does not know the checkpoint ``none``."""
+_MEASURES = ("validate", "test")
+"""Commands after which a table of the metrics is printed."""
 _USES = ("validate", "test", "predict", "generate")
 """Commands that use weights and do not train them."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
@@ -150,6 +153,10 @@ class MoslimCLI(OpenCLI):
             if self.trainer.is_global_zero and self.trainer.global_step == started:
                 folders.remove()
             raise
+        own_table = subcommand == "test" and getattr(self.model, "reports_test", False)
+        metrics = self.trainer.callback_metrics
+        if subcommand in _MEASURES and self._verbose and metrics and not own_table and self.trainer.is_global_zero:
+            print(metrics_table(f"{subcommand}: metrics", metrics))
 
     def instantiate_classes(self) -> None:
         raised: list[Exception] = []
@@ -201,6 +208,8 @@ class MoslimCLI(OpenCLI):
             continue_run(self.trainer.loggers, Path(kwargs["ckpt_path"]))
         if kwargs["weights_only"] is None:
             kwargs["weights_only"] = True
+        if subcommand in _MEASURES:  # Lightning's table cuts names and shows 16 digits
+            self._verbose, kwargs["verbose"] = kwargs["verbose"], False
         if subcommand == "predict" and kwargs["return_predictions"] is None:
             kwargs["return_predictions"] = False  # they are in a file, and kept they would fill the memory
         return kwargs

@@ -19,6 +19,9 @@ from moslim.accumulation import within_accumulation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_WIDEST = 10_000
+"""Characters of a console wider than any table."""
+
 Result = dict[str, Any]
 """A report's figures as plain data."""
 
@@ -61,6 +64,39 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose first column stands left and whose others stand right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def console_table(title: str, header: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """A plain-text table that is as wide as its content, so that no name is cut.
+
+    Args:
+        title: Line above the table.
+        header: Titles of the columns; the first column is left-aligned, the others are right-aligned.
+        parts: Rows by heading; an empty heading is not shown.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for place, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if place else "left", no_wrap=True)
+    for heading, rows in parts.items():
+        if heading:
+            table.add_row(Text(heading))
+        for row in rows:
+            table.add_row(*map(Text, row))
+    text = io.StringIO()
+    Console(file=text, width=_WIDEST, color_system=None).print(table)
+    lines = [line.rstrip() for line in text.getvalue().strip("\n").splitlines()]
+    return "\n".join([title, *filter(None, lines)]) + "\n"
+
+
+def metrics_table(title: str, metrics: Mapping[str, Tensor | float]) -> str:
+    """A plain-text table of named figures with three decimals, in the order of the names."""
+    rows = [[name, number(float(value))] for name, value in sorted(metrics.items())]
+    return console_table(title, ["metric", "value"], {"": rows})
 
 
 def markdown_pictures(names: Sequence[str]) -> list[str]:

@@ -6,10 +6,9 @@ import difflib
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
 from moslim.errors import UsageError
+from moslim.reporting import console_table
 
 
 class GateError(RuntimeError):
@@ -65,7 +64,5 @@ def _fault(metrics: dict[str, float], name: str, sign: str, bound: float) -> str
 
 @rank_zero_only
 def _print(metrics: dict[str, float], bounds: list[tuple[str, str, float]]) -> None:
-    table = Table("metric", "value", "wanted", title="gate passed")
-    for name, sign, bound in bounds:
-        table.add_row(name, f"{metrics[name]:.4g}", f"{sign} {bound:g}")
-    Console().print(table)
+    rows = [[name, f"{metrics[name]:.4g}", f"{sign} {bound:g}"] for name, sign, bound in bounds]
+    print(console_table("gate passed", ["metric", "value", "wanted"], {"": rows}))

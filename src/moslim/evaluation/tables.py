@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moslim.reporting import Result, markdown_pictures, markdown_table, number
+from moslim.reporting import Result, console_table, markdown_pictures, markdown_table, number
 
 TITLES = {
     "spearman": "Spearman",
@@ -77,33 +76,26 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
 
 def summary_table(result: Result) -> str:
     """The main figures as a plain-text table for the console."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     judge = result["judge"]["name"] + (" (proxy)" if result["judge"]["proxy"] else "")
-    table = Table(
-        title=escape(f"Steerability, {result['n_questions']} questions, judge: {judge}"),
-        caption="in brackets: the policy before training",
-        box=box.SIMPLE_HEAD,
+    trained, base = {**result["dimensions"], "mean": result["mean"]}, result["base"]
+    before = {**base["dimensions"], "mean": base["mean"]}
+    table = console_table(
+        f"Steerability, {result['n_questions']} questions, judge: {judge}",
+        ["dimension", *TITLES.values()],
+        {
+            heading: [[name, *(number(values[measure]) for measure in TITLES)] for name, values in figures.items()]
+            for heading, figures in (("", trained), ("before training", before))
+        },
     )
-    table.add_column("dimension", no_wrap=True)
-    for title in TITLES.values():
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in _control_rows(result, "mean", digits=2):
-        table.add_row(*map(escape, row))
-    text = io.StringIO()
-    Console(file=text, width=100, color_system=None).print(table)
     gap = result["reward"]["gap"]["after"]
     met = "what the judge, a classifier itself, finds met" if result["judge"]["proxy"] else "gold"
-    return f"{text.getvalue().rstrip()}\n\nproxy minus {met}: {number(gap)}\n"
+    return f"{table}\nproxy minus {met}: {number(gap)}\n"
 
 
-def _control_rows(result: Result, mean: str, digits: int = 3) -> list[list[str]]:
+def _control_rows(result: Result, mean: str) -> list[list[str]]:
     pairs = [(name, values, result["base"]["dimensions"][name]) for name, values in result["dimensions"].items()]
     pairs.append((mean, result["mean"], result["base"]["mean"]))
-    return [[name, *(f"{number(a[m], digits)} ({number(b[m], digits)})" for m in TITLES)] for name, a, b in pairs]
+    return [[name, *(f"{number(a[m])} ({number(b[m])})" for m in TITLES)] for name, a, b in pairs]
 
 
 def _pair(result: Result, kind: str, key: str) -> str:

@@ -52,6 +52,8 @@ class PolicyEvaluation(RunModule):
         others: See :class:`~moslim.PolicyTrainer`, whose hyper-parameters are saved here.
     """
 
+    reports_test = True
+
     def __init__(
         self,
         preferences: PreferenceSet,

@@ -79,6 +79,7 @@ class ClassifierEvaluation(RunModule):
     pairs: BradleyTerry
     best_of: BestOf | None
     report: str | None
+    reports_test = True
     output: str | None
     trust_remote_code: bool
     _columns: list[int]

@@ -12,7 +12,7 @@ from moslim.reward.evaluation import plots
 from moslim.reward.evaluation.report import scalars, write_report
 from moslim.reward.evaluation.result import evaluate
 from moslim.reward.evaluation.rows import ScoredPairs, ScoredRows
-from moslim.reward.evaluation.tables import markdown
+from moslim.reward.evaluation.tables import markdown, summary_table
 from tests.helpers.scored_rows import PREFERENCES
 
 BEST_OF = {
@@ -144,3 +144,23 @@ def test_scalars(result: Result) -> None:
         0.25,
     )
     assert found["calibration/two/rps"] == result["calibration"]["two"]["rps"]
+
+
+def test_the_summary_fits_a_console_of_80_columns(result: Result) -> None:
+    lines = summary_table(result).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "Reward classifier, 6 labelled answers, 4 questions"
+    assert lines[1].split() == "dimension rows accuracy within one MAE QW kappa Spearman AUROC".split()
+    assert [line.split()[:3] for line in lines[3:5]] == [["two", "5", "0.600"], ["three", "6", "0.667"]]
+    assert lines[5].split()[:2] == ["mean", "0.633"]
+    assert lines[6:] == [
+        "compared answers, weighted sum of the heads: accuracy 1.000",
+        "answers to requests: proxy 0.217, gold 0.333",
+        "best of 4: accuracy 0.750, by chance 0.250",
+    ]
+
+
+def test_the_summary_of_a_test_without_labels(least: Result) -> None:
+    lines = summary_table(least).splitlines()
+    assert lines[3].split() == ["two", "0", *["-"] * 6]
+    assert lines[-1].split() == ["mean", *["-"] * 6]

@@ -12,13 +12,13 @@ from moslim.reporting import Result, copy_report, log_pictures, write_figures, w
 from moslim.reward import metrics
 from moslim.reward.evaluation import plots
 from moslim.reward.evaluation.levels import MEASURES
-from moslim.reward.evaluation.tables import markdown
+from moslim.reward.evaluation.tables import markdown, summary_table
 
 _PLACES = ("reward.json", "version_*/reward.json")
 
 
 def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
-    """Writes the report into folders, sends its pictures to the loggers and prints where it is; for rank 0.
+    """Writes the report into folders, sends its pictures to the loggers and prints its table; for rank 0.
 
     Args:
         trainer: Whose loggers to use.
@@ -30,6 +30,7 @@ def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
     log_pictures(trainer.loggers, paths, "test", trainer.global_step)
     for folder in copies:
         paths = copy_report(paths, folder)
+    print(summary_table(result))
     print("\n".join(f"{name}: {path}" for name, path in paths.items()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moslim.reporting import Result, markdown_pictures, markdown_table, number
+from moslim.reporting import Result, console_table, markdown_pictures, markdown_table, number
 
 TITLES = {
     "accuracy": "accuracy",
@@ -18,6 +18,29 @@ TITLES = {
 }
 """Measures in the order in which people should read them."""
 _CALIBRATION = {"ece": "ECE", "classwise_ece": "classwise ECE", "brier": "Brier", "rps": "RPS"}
+
+
+_CONSOLE = ("accuracy", "within_one", "mae", "kappa", "spearman", "auroc")
+"""Measures that fit a console of 80 columns."""
+
+
+def summary_table(result: Result) -> str:
+    """The main figures as plain text for the console: a table of the heads, and a line for each further measurement."""
+    parts = {**result["dimensions"], "mean": result["mean"]}
+    rows = [[name, str(part.get("n_rows", "")), *(number(part[m]) for m in _CONSOLE)] for name, part in parts.items()]
+    title = f"Reward classifier, {result['n_rows']} labelled answers, {result['n_questions']} questions"
+    lines = [console_table(title, ["dimension", "rows", *(TITLES[m] for m in _CONSOLE)], {"": rows})]
+    if pairs := result["pairs"]:
+        accuracy = number(pairs["weighted"]["accuracy"])
+        lines.append(f"compared answers, weighted sum of the heads: accuracy {accuracy}\n")
+    if asked := result["requests"]:
+        mean = asked["mean"]
+        lines.append(f"answers to requests: proxy {number(mean['proxy'])}, gold {number(mean['gold'])}\n")
+    if found := result["best_of"]:
+        lines.append(
+            f"best of {found['n_answers']}: accuracy {number(found['accuracy'])}, by chance {number(found['chance'])}\n"
+        )
+    return "".join(lines)
 
 
 def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
