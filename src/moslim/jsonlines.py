@@ -12,6 +12,7 @@ from typing import IO, Any
 from lightning.pytorch.utilities import rank_zero_warn
 
 from moslim.errors import UsageError
+from moslim.utils.files import write_text
 
 
 class JsonLines:
@@ -37,7 +38,7 @@ class JsonLines:
             raise UsageError(f"{self._part}: another process is writing it; wait for it, or name another file")
         if not keep:
             self._file.truncate(0)  # never old records beside a new note
-            self._note.write_text(json.dumps(depends_on or {}, indent=1), encoding="utf-8")
+            write_text(self._note, json.dumps(depends_on or {}, indent=1))
         for _ in range(keep):
             self._file.readline()
         self._file.truncate()

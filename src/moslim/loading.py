@@ -159,9 +159,14 @@ def hidden_width(config: Any) -> int:
     return width
 
 
+def unwrapped(model: Any) -> Any:
+    """Returns the model without peft's wrapper; the adapter's layers are still in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def language_part(model: Any) -> Any:
     """The part of a model, without an adapter's wrapper, that reads texts: not all of one that sees images, too."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = unwrapped(model)
     text = whole.config.get_text_config()
     if text is whole.config:
         return whole
@@ -174,7 +179,7 @@ def transformer_part(model: Any) -> Any:
 
     Transformers' own name for it leads nowhere in some families, such as Llama 4.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = unwrapped(model)
     found = whole.base_model
     if found.get_output_embeddings() is None or found.config.is_encoder_decoder:
         return found

@@ -151,11 +151,6 @@ def _targets(options: LoraConfig) -> list[str] | str | None:
     return targets if targets is None or isinstance(targets, str) else sorted(targets)
 
 
-def unwrapped(model: Any) -> Any:
-    """Returns the model without peft's wrapper; the adapter's layers are still in it."""
-    return model.get_base_model() if is_adapted(model) else model
-
-
 def _add(model: PeftModel, config: LoraConfig, name: str) -> list[nn.Parameter]:
     before = {id(p) for p in model.parameters()}
     model.add_adapter(name, config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
 
 from moslim.accumulation import within_accumulation
+from moslim.utils.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,20 +111,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes beside the target, then renames: a reader or a crash never meets half a file."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
     """Draws ``<name>.png`` for every figure that there is; returns path by name. The folder must exist."""
     paths = {}
     for name, figure in figures.items():
         if figure is not None:
             paths[name] = folder / f"{name}.png"
-            replace_file(paths[name], png(figure))
+            write_bytes(paths[name], png(figure))
     return paths
 
 
@@ -136,8 +129,8 @@ def write_texts(folder: Path, name: str, result: Result, page: str) -> dict[str,
     """
     paths = {"json": folder / f"{name}.json", "report": folder / "report.md"}
     document = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    replace_file(paths["json"], document.encode())
-    replace_file(paths["report"], page.encode())
+    write_text(paths["json"], document)
+    write_text(paths["report"], page)
     return paths
 
 
@@ -146,7 +139,7 @@ def copy_report(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     copies = {name: folder / path.name for name, path in paths.items()}
     for name, copy in copies.items():
-        replace_file(copy, paths[name].read_bytes())
+        write_bytes(copy, paths[name].read_bytes())
     return copies
 
 

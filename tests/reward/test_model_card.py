@@ -12,7 +12,8 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
-from moslim.lora import LoraOptions, add_lora, unwrapped
+from moslim.loading import unwrapped
+from moslim.lora import LoraOptions, add_lora
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.model_card import ModelCard

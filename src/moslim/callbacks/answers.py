@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +13,8 @@ from torch import Tensor
 
 from moslim.data.types import Question
 from moslim.preferences import INACTIVE, PreferenceSet
+from moslim.utils.files import whole_file
+from moslim.utils.sequences import evenly_spaced
 
 Row = dict[str, Any]
 
@@ -43,9 +44,8 @@ def answer_rows(rollout: JudgedAnswers, preferences: PreferenceSet, step: int, c
     ``requested`` and ``rewards`` leave out a dimension that was not asked for; ``probabilities`` holds all of them.
     """
     names, total = preferences.names, len(rollout.answers)
-    count = min(count, total)
     rows = []
-    for i in (total * k // count for k in range(count)):
+    for i in evenly_spaced(total, count):
         targets, rewards = rollout.targets[i].tolist(), rollout.per_dimension[i].tolist()
         asked = [d for d, target in enumerate(targets) if target != INACTIVE]
         levels = zip(preferences.dimensions, rollout.probs[i].tolist(), strict=True)
@@ -87,9 +87,9 @@ def write_parquet(lines: Path, names: Sequence[str]) -> Path:
     with lines.open(encoding="utf-8") as stream:  # not splitlines(), which cuts at more than line ends
         rows = [flat(json.loads(line), names) for line in stream]
     schema = pyarrow.schema([(column, types.get(column, pyarrow.string())) for column in rows[0]])
-    path, part = lines.with_suffix(".parquet"), lines.with_suffix(".parquet.part")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
-    os.replace(part, path)
+    path = lines.with_suffix(".parquet")
+    with whole_file(path) as part:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
     return path
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from moslim.training.lightning_compat import set_wandb_run
+from moslim.utils.files import write_text
 
 STEP = "trainer/global_step"
 RUN_FILE = "wandb_run.json"
@@ -85,7 +86,7 @@ class Dashboard(Callback):
             run.config.update({"units": {name: meaning.unit for name, meaning in METRICS.items()}}, True)
             if stage == "fit" and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                (Path(folder) / RUN_FILE).write_text(json.dumps({"id": run.id}) + "\n")
+                write_text(Path(folder) / RUN_FILE, json.dumps({"id": run.id}) + "\n")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = best_checkpoint(trainer.checkpoint_callback)

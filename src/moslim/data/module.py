@@ -33,6 +33,7 @@ from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import PreferenceSampler, Uniform
 from moslim.training.lightning_compat import close_finished_epoch, finished_batches, finished_epochs, started_epochs
+from moslim.utils.sequences import evenly_spaced
 
 Batch = PairBatch | PromptBatch | TextBatch
 
@@ -462,8 +463,7 @@ class PreferenceDataModule(LightningDataModule):
 
 def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:
     """Returns ``count`` rows at equal distances, or all if there are fewer, each with its index."""
-    count = min(count, len(rows))
-    return [(i, rows[i]) for i in (k * len(rows) // count for k in range(count))]
+    return [(index, rows[index]) for index in evenly_spaced(len(rows), count)]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -473,6 +473,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             setattr(moved, field.name, value.to(device))
-        elif isinstance(value, PromptBatch):
-            setattr(moved, field.name, to_device(value, device))
     return moved

@@ -15,7 +15,7 @@ from moslim.levels import expected_level
 from moslim.literals import as_number
 from moslim.mapping.base import MappingFunction
 from moslim.preferences import PreferenceSet
-from moslim.reporting import replace_file
+from moslim.utils.files import write_text
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Taste:
     def save(self, path: str | Path) -> None:
         """Writes a JSON file."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replace_file(Path(path), (json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n").encode())
+        write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Taste:

@@ -62,6 +62,11 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return (-x).exp() - 1 + x
 
 
+def probability_ratio(log_ratio: Tensor) -> Tensor:
+    """Ratio of probabilities from its log, which is clamped to +-20 against overflow; shape as given."""
+    return log_ratio.clamp(-_LIMIT, _LIMIT).exp()
+
+
 def kl_loss(estimator: KLEstimator, logprobs: Tensor, reference: Tensor, log_ratio: Tensor) -> Tensor:
     """A per-token loss whose gradient, under answers sampled by an earlier policy too, is that of the divergence.
 
@@ -75,7 +80,7 @@ def kl_loss(estimator: KLEstimator, logprobs: Tensor, reference: Tensor, log_rat
         UsageError: The estimator has no place in a loss.
     """
     check_kl("loss", estimator)
-    ratio = log_ratio.clamp(-_LIMIT, _LIMIT).exp()
+    ratio = probability_ratio(log_ratio)
     if estimator == "k2":
         return ratio.detach() * k2(logprobs, reference)
     return ratio * k3(logprobs, reference)

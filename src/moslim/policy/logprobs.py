@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moslim.loading import transformer_part
-from moslim.lora import unwrapped
+from moslim.loading import transformer_part, unwrapped
 from moslim.packing import AnswerBatch, Chunk, chunks_by_length, token_positions, worthwhile
 from moslim.policy.passes import Passes
 from moslim.policy.predictor import Predictor

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from moslim.loading import transformer_part
+from moslim.loading import transformer_part, unwrapped
 from moslim.ops.transformers_compat import has_forward_hooks
 from moslim.policy.statistics import Head, Statistics, of_hidden, of_logits
 from moslim.precision import at_least_float32
@@ -86,7 +86,7 @@ def last_layer(model: Any) -> Head | None:
     adapter, hooks or a sharded weight on it. So the layer's kind is looked at, and the model is tried once with made-up
     logits.
     """
-    inner = _inner(model)
+    inner = unwrapped(model)
     layer = inner.get_output_embeddings()
     if type(layer) is not nn.Linear or has_forward_hooks(layer):
         return None
@@ -124,8 +124,3 @@ def _nothing_else_happens(model: Any, head: Head) -> bool:
     hidden = transformer_part(model)(input_ids=ids, use_cache=False).last_hidden_state
     expected = head.finish(made_up)
     return torch.allclose(logits, expected, rtol=1e-2) and torch.allclose(hidden, given[0], rtol=1e-3, atol=1e-5)
-
-
-def _inner(model: Any) -> Any:
-    """The model under an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

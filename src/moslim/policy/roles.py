@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moslim.errors import UsageError
-from moslim.loading import freeze_unread, hidden_width, transformer_part
-from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights, unwrapped
+from moslim.loading import freeze_unread, hidden_width, transformer_part, unwrapped
+from moslim.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
 from moslim.models import checkpoint_activations
 from moslim.packing import AnswerBatch
 from moslim.policy.critic import CriticOptions, TrunkReader, ValueHead

@@ -24,7 +24,8 @@ from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture, check_identity, keep_identity
 from moslim.limits import Positions, fit_tokenizer
-from moslim.lora import adapter_scales, is_adapted, merged, unwrapped
+from moslim.loading import unwrapped
+from moslim.lora import adapter_scales, is_adapted, merged
 from moslim.models import load_tokenizer
 from moslim.packing import like_length, pass_tokens
 from moslim.preferences import PreferenceSet

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moslim.errors import UsageError
+from moslim.utils.files import whole_file
 
 Ids = Sequence[int]
 
@@ -80,9 +80,8 @@ def _read(file: Path, key: str, count: int) -> Tensor:
 
 def _write(file: Path, key: str, features: Tensor) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    save_file({"features": features}, part, metadata={"key": key, "checksum": _checksum(features)})
-    os.replace(part, file)
+    with whole_file(file) as part:
+        save_file({"features": features}, part, metadata={"key": key, "checksum": _checksum(features)})
 
 
 def _checksum(features: Tensor) -> str:

@@ -12,12 +12,9 @@ from torch import Tensor
 from moslim.data.prompts import pad
 from moslim.errors import UsageError
 from moslim.ops.transformers_compat import own_settings
-from moslim.packing import like_length
+from moslim.packing import like_length, pass_tokens
 from moslim.reward.classifier import PreferenceClassifier
 from moslim.reward.features import FeatureCache, Ids, backbone_key
-
-_PADDED_TOKENS = {"cpu": 2048, "cuda": 65536}
-"""Padded tokens of a forward pass; on a CPU, small batches stay in the cache."""
 
 
 def resolve_freeze(freeze: bool | None, extends: bool, adapts: bool) -> bool:
@@ -88,7 +85,8 @@ def run_backbone(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: 
     classifier.backbone.eval()
     device = classifier.device
     features = torch.empty(0)
-    for chosen in like_length(list(map(len, rows)), _PADDED_TOKENS.get(device.type, _PADDED_TOKENS["cuda"])):
+    # Nothing is kept for a backward pass: there is room for twice as many tokens.
+    for chosen in like_length(list(map(len, rows)), 2 * pass_tokens(device)):
         ids, mask = pad([rows[i] for i in chosen], pad_id, left=False)
         found = classifier.features(ids.to(device), mask.to(device)).cpu()
         if not len(features):

@@ -21,8 +21,8 @@ from moslim.data.types import PairBatch, View
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources
 from moslim.identity import Entries
-from moslim.loading import freeze_unread
-from moslim.lora import LoraOptions, add_lora, unwrapped
+from moslim.loading import freeze_unread, unwrapped
+from moslim.lora import LoraOptions, add_lora
 from moslim.models import checkpoint_activations
 from moslim.noise import derive_seed
 from moslim.optim import configure

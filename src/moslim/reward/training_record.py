@@ -17,7 +17,7 @@ from moslim.data.sources.base import Source
 from moslim.data.types import Split, View
 from moslim.identity import class_key
 from moslim.preferences import PreferenceSet
-from moslim.reporting import replace_file
+from moslim.utils.files import write_text
 
 Record = dict[str, Any]
 _FILE = "training.json"
@@ -25,7 +25,7 @@ _FILE = "training.json"
 
 def save_record(record: Record, folder: Path) -> None:
     """Puts a record into a classifier's folder, for the cards of those that are made of it."""
-    replace_file(folder / _FILE, (json.dumps(record, indent=1, allow_nan=True) + "\n").encode())
+    write_text(folder / _FILE, json.dumps(record, indent=1, allow_nan=True) + "\n")
 
 
 def saved_record(folder: Path) -> Record:

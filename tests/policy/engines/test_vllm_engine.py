@@ -11,7 +11,6 @@ from moslim.lora import add_lora
 from moslim.noise import derive_seed
 from moslim.packing import AnswerBatch
 from moslim.policy.engines import ParityError, TorchEngine, VLLMEngine
-from moslim.policy.engines.parity import spread
 from moslim.policy.engines.vllm_client import ServerError
 from moslim.policy.engines.vllm_engine import own_servers
 from moslim.policy.logprobs import answer_logprobs
@@ -275,14 +274,6 @@ def test_processes_share_the_servers():
     assert [own_servers(list("ab"), 3, rank, adapted=True) for rank in range(3)] == [["a"], ["b"], ["a"]]
     with pytest.raises(ValueError, match=r"3 processes train all weights, but engine\.urls names 2 servers"):
         own_servers(list("ab"), 3, 0, adapted=False)
-
-
-def test_answers_to_compare_are_chosen_alike_in_every_precision():
-    torch.set_default_dtype(torch.bfloat16)  # as Lightning does within a step of bf16-true
-    try:
-        assert spread(0, 512, 5).tolist() == [0, 128, 256, 383, 511]
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("arguments", [{"urls": []}, {"urls": ["localhost:8000"]}, {"parity_answers": 0}])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from moslim.lora import unwrapped
+from moslim.loading import unwrapped
 from moslim.packing import token_positions
 
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from moslim.errors import UsageError
-from moslim.loading import transformer_part
-from moslim.lora import unwrapped
+from moslim.loading import transformer_part, unwrapped
 from moslim.ops.transformers_compat import attention_implementation
 from moslim.policy.engines.cache import GrowingCache, GrowingLayer, SelectingCache
 from moslim.policy.engines.choice import DrawMethod

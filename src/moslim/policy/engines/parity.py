@@ -35,8 +35,3 @@ def logprob_difference(
     attention = torch.cat([attention_mask[owners], mask.to(attention_mask.dtype)], dim=1)
     own = answer_logprobs(model, AnswerBatch(ids, attention, mask), temperature, Passes(share_prefixes="never"))
     return float((own - found.logprobs[rows])[mask].abs().max())
-
-
-def spread(start: int, end: int, count: int) -> Tensor:
-    """At most ``count`` whole numbers, spread evenly over ``start .. end - 1``."""
-    return torch.linspace(start, end - 1, min(count, end - start), dtype=torch.float64).round().long()

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from moslim.errors import UsageError
 from moslim.policy.engines.base import Completions, RolloutEngine
-from moslim.policy.engines.parity import logprob_difference, spread
+from moslim.policy.engines.parity import logprob_difference
 from moslim.policy.engines.vllm_client import Client, ServerError
 from moslim.policy.engines.vllm_reply import Answer, CompletionRequest, Limits
 from moslim.policy.engines.vllm_server import VLLMServer
 from moslim.policy.engines.vllm_weights import WeightFolder
 from moslim.processes import process_count, process_rank
+from moslim.utils.sequences import evenly_spaced
 
 
 class ParityError(ServerError):
@@ -110,7 +111,8 @@ class VLLMEngine(RolloutEngine):
         completions = _completions(answers, eos_ids, pad_id, input_ids.device)
         self.difference = 0.0
         for server, (start, end) in zip(servers, pairwise(bounds), strict=True):
-            rows = spread(start * samples, end * samples, self.parity_answers)
+            chosen = evenly_spaced((end - start) * samples, self.parity_answers)
+            rows = torch.tensor([start * samples + index for index in chosen], dtype=torch.long)
             difference = logprob_difference(model, input_ids, attention_mask, completions, rows, self.temperature)
             if not difference <= self.tolerance:  # so written, NaN fails too
                 raise ParityError(self._disagreement(server.url, difference))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moslim.errors import UsageError
 from moslim.plugin import Plugin
-from moslim.policy.kl import KLEstimator, KLPlace, check_kl, kl_loss
+from moslim.policy.kl import KLEstimator, KLPlace, check_kl, kl_loss, probability_ratio
 from moslim.policy.kl_controllers import KLController
 from moslim.policy.optimizers.base import GroupScores, LossParts, PolicyOptimizer, UpdateBatch
 from moslim.policy.optimizers.reductions import Reduction
@@ -111,7 +111,7 @@ class PolicyGradient(PolicyOptimizer):
 
     def clipped(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """PPO's pessimistic objective (arXiv 1707.06347, eq. 7), and where a clip was active; shapes as given."""
-        ratio = log_ratio.clamp(-20, 20).exp()
+        ratio = probability_ratio(log_ratio)
         bounded = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
         objective = torch.minimum(ratio * advantages, bounded * advantages)
         if self.dual_clip is not None:
