@@ -30,7 +30,7 @@ from rated_answers import save_encoder, save_rated
 from transformers.utils import logging as transformers_logging
 
 from moslim.cli import run
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.workbench.grammar import LEVELS
 
 LOSSES = ("CrossEntropy", "SoftOrdinal", "Corn", "Regression")
@@ -67,7 +67,7 @@ def measured(task: str, heads: Sequence[str], seed: int, options: Sequence[str])
     return {
         "heads": {name: head_figures(result, name) for name in heads},
         "best_of": best_of and {"as asked": best_of["accuracy"], "paraphrased": best_of["paraphrases"]["accuracy"]},
-        "rows": {split.value: len(cli.datamodule.rows(View.REWARD, split)) for split in MEASURED},
+        "rows": {split.value: len(cli.datamodule.rows(RowKind.LABELLED, split)) for split in MEASURED},
         "seconds": time.perf_counter() - start,
     }
 

@@ -24,7 +24,7 @@ from worlds import KL, RATE, World, data_of
 
 from moslim.data.asking import SampledPrompts
 from moslim.data.loader import RepeatBatchSampler
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 
 HERE = Path(__file__).resolve().parent
 
@@ -106,7 +106,7 @@ def asked(world: World, folder: Path, steps: int) -> list[list[dict[str, str]]]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     data = data_of(world)
     renderer = data.renderer(tokenizer)
-    rows = data.rows(View.POLICY, Split.TRAIN)
+    rows = data.rows(RowKind.PROMPTS, Split.TRAIN)
     prompts = SampledPrompts(rows, data.preferences, data.sampler, data.source, data.seed)
     order = RepeatBatchSampler(len(rows), data.batch_size, data.seed)
     chats = []

@@ -25,8 +25,8 @@ from common import RESULTS, ROOT, circumstances, write
 
 from moslim import PreferenceSet
 from moslim.data import Workbench
-from moslim.data.requests import sweep_requests
-from moslim.data.types import Split, View
+from moslim.data.requests import Sweep
+from moslim.data.types import RowKind, Split
 from moslim.workbench.gold import gold_levels
 from moslim.workbench.grammar import LEVELS
 
@@ -62,8 +62,8 @@ def save(file: Path, rows: list[dict[str, Any]]) -> Path:
 def requests() -> list[dict[str, Any]]:
     """The level sweep of the policy's own test, on questions about held-out topics."""
     preferences = PreferenceSet(LEVELS)
-    questions = Workbench().rows(View.POLICY, Split.TEST, preferences, 0)
-    sweep = [request.preference.levels for request in sweep_requests(preferences)]
+    questions = Workbench().rows(RowKind.PROMPTS, Split.TEST, preferences, 0)
+    sweep = [wanted.levels for wanted in Sweep().preferences(preferences, Workbench(), 0)]
     return [{"question": row.question, **levels} for row in questions for levels in sweep]
 
 

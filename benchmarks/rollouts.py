@@ -14,7 +14,7 @@ from worlds import World, data_of
 from moslim.data.asking import SampledPrompts
 from moslim.data.loader import Draw
 from moslim.data.prompts import pad
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.experimental import StaticTorchEngine
 from moslim.generation import Decoding, TorchEngine
 from moslim.models import eos_ids
@@ -36,7 +36,7 @@ def rollouts(world: World, folder: Path, repeats: int) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder / "policy")
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     data = data_of(world)
-    rows = data.rows(View.POLICY, Split.TRAIN)
+    rows = data.rows(RowKind.PROMPTS, Split.TRAIN)
     prompts = SampledPrompts(rows, data.preferences, data.sampler, data.source, data.seed)
     renderer = data.renderer(tokenizer)
     chosen = [prompts[Draw(0, row)] for row in range(world.prompts)]

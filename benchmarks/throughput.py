@@ -35,7 +35,7 @@ from step_profile import profile
 from worlds import World, data_of, save, worlds
 
 from moslim import Scorer
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 
 OURS = Entrant("ours")
 PLAIN = Entrant(
@@ -133,7 +133,7 @@ def heads(world: World, counts: tuple[int, int], repeats: int) -> dict[str, Any]
     for count in counts:
         with models_of(replace(world, heads=count)) as folder:
             scorers[f"{count} heads"] = Scorer(folder / "classifier", device="cpu")
-    questions = [row.question for row in data_of(world).rows(View.POLICY, Split.TRAIN)[: world.prompts]]
+    questions = [row.question for row in data_of(world).rows(RowKind.PROMPTS, Split.TRAIN)[: world.prompts]]
     texts = [" ".join([str(questions[0])] * 4).split()[: 8 + i % 33] for i in range(world.prompts * world.samples)]
     asked = [question for question in questions for _ in range(world.samples)]
     answers = [" ".join(words) for words in texts]

@@ -21,7 +21,7 @@ from transformers import (
 
 from moslim import PreferenceDataModule, PreferenceSet
 from moslim.data import Source, Uniform, Workbench
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.reward import PreferenceClassifier
 from moslim.workbench.grammar import LEVELS
 from moslim.workbench.tokenizer import PAD, ROLES, UNKNOWN, build_tokenizer, vocabulary
@@ -94,7 +94,7 @@ class RandomQuestions(Source):
         self.words = words
         self.length = length
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         """See the base class."""
         draw = random.Random(seed)
         least = len(vocabulary())

@@ -30,7 +30,7 @@ from transformers import (
 
 from moslim.callbacks.gate import GateError
 from moslim.cli import MoslimCLI, run
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.errors import UsageError
 from moslim.policy.optimizers import GRPO, PPO, OnlineDPO, ReinforcePlusPlus
 from moslim.reward.scorer import Scorer
@@ -466,7 +466,7 @@ def test_helpsteer2_trains_five_heads_on_ratings(run_folder: RunFolder) -> None:
     fitted, tested = run_folder.launched("configs/reward/helpsteer2.yaml")
     table, preferences = fitted.datamodule.source, fitted.datamodule.preferences
     with contextlib.chdir(run_folder.folder):
-        splits = {split: table.rows(View.REWARD, split, preferences, 0) for split in Split}
+        splits = {split: table.rows(RowKind.LABELLED, split, preferences, 0) for split in Split}
     expected = ratings(48)
     assert len(splits[Split.TRAIN]) + len(splits[Split.VALIDATION]) == 48 and len(splits[Split.TEST]) == 8
     texts = {row.question for row in splits[Split.TRAIN] if isinstance(row.question, str)}

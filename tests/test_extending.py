@@ -228,9 +228,9 @@ def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: An
     assert cli.trainer.global_step == 2
     assert "train/formality/loss" in cli.trainer.callback_metrics
     assert "train/warmth/loss" not in cli.trainer.callback_metrics  # nobody labelled it
-    from moslim.data.types import Split, View
+    from moslim.data.types import RowKind, Split
 
-    asked = [row.question for row in classes.Greetings().rows(View.POLICY, Split.TEST, PreferenceSet(LEVELS), 0)]
+    asked = [row.question for row in classes.Greetings().rows(RowKind.PROMPTS, Split.TEST, PreferenceSet(LEVELS), 0)]
     assert set(asked) == {"Greet Ada!", "Greet Grace!"}
 
 

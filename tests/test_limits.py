@@ -16,7 +16,7 @@ from transformers import (
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.limits import Positions, fit_tokenizer
 from moslim.mapping import ExpectedDistance
 from moslim.models import load_tokenizer
@@ -98,7 +98,7 @@ class Words(Source):
     def __init__(self, length: int) -> None:
         self.length = length
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         return [Example("cake " * (self.length - i % 3) + "how", "good .", {"tone": i % 2}) for i in range(4)]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moslim.cli import run
 from moslim.data.sources.table import Table
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
 from moslim.workbench.gold import gold_levels
@@ -157,7 +157,7 @@ def test_the_gap_before_and_after_is_that_of_the_two_classifiers(folder: Path) -
 def held_out(folder: Path) -> list[dict[str, Any]]:
     """The labelled rows that the page's split leaves for the test."""
     table = Table(str(folder / "labelled.jsonl"), requested="requested", validation_share=0.1, test_share=0.4)
-    kept = {row.question for row in table.rows(View.REWARD, Split.TEST, PreferenceSet(LEVELS), 0)}
+    kept = {row.question for row in table.rows(RowKind.LABELLED, Split.TEST, PreferenceSet(LEVELS), 0)}
     return [row for row in lines(folder / "labelled.jsonl") if row["question"] in kept]
 
 

@@ -15,7 +15,7 @@ PREFERENCES = PreferenceSet({"a": ["0", "1"], "b": ["0", "1", "2"], "c": ["0", "
 class Empty(Source):
     """Holds out a=1 with b=2; a=0 with b=0 cannot be reached."""
 
-    def rows(self, view, split, preferences, seed):
+    def rows(self, kind, split, preferences, seed):
         return []
 
     def held_out(self, preference):

@@ -4,7 +4,7 @@ from moslim.data.asking import CollatePrompts, Prompt, SampledPrompts, exchanged
 from moslim.data.loader import Draw
 from moslim.data.prompts import PromptRenderer
 from moslim.data.requests import Request
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.instructions import Tags
 from moslim.preferences import Preference
 from moslim.sampling import PreferenceSampler, Uniform
@@ -15,7 +15,7 @@ A, B, C, NONE = Preference({"size": 0}), Preference({"size": 1, "heat": 0}), Pre
 
 def sampled(preferences, sampler=None, seed=0):
     source = Rows()
-    rows = source.rows(View.POLICY, Split.TRAIN, preferences, seed)
+    rows = source.rows(RowKind.PROMPTS, Split.TRAIN, preferences, seed)
     return SampledPrompts(rows, preferences, sampler or Uniform(), source, seed)
 
 

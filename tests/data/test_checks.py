@@ -7,9 +7,10 @@ import torch
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.table import Table
-from moslim.data.types import View
+from moslim.data.views import InstructedTextView, PolicyView, RewardView, ServedModule, TextView
 from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 
+VIEWS = [PolicyView(), TextView(), InstructedTextView(), RewardView()]
 ALTERNATING = (
     "{% for m in messages %}{% if m.role == 'user' and not loop.first and messages[loop.index0 - 1].role == 'user' %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + WITH_SYSTEM
@@ -38,7 +39,7 @@ BAD = {
 }
 
 
-class Module(pl.LightningModule):
+class Module(pl.LightningModule, ServedModule):
     """Takes batches of a view and does nothing with them."""
 
     def __init__(self, view, template):
@@ -83,7 +84,7 @@ GOOD = [f"{a} {b}" for a in "abcd" for b in "efgh"]
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 
-@pytest.mark.parametrize("view", [View.POLICY, View.TEXT, View.REWARD])
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_row_is_named_before_the_first_step(tmp_path, preferences, view, name):
     template, question, fault = BAD[name]
@@ -95,7 +96,7 @@ def test_a_bad_row_is_named_before_the_first_step(tmp_path, preferences, view, n
     assert "1 of 17 train rows cannot be used" in str(error.value) and "data.skip_bad_rows = 0.0" in str(error.value)
 
 
-@pytest.mark.parametrize("view", [View.POLICY, View.TEXT, View.REWARD])
+@pytest.mark.parametrize("view", VIEWS)
 def test_a_share_of_bad_rows_is_left_out_and_counted(tmp_path, preferences, view):
     bad = [user("a"), user("b")]
     source = Table(table(tmp_path / "rows.jsonl", [bad, *GOOD, bad]))
@@ -113,7 +114,7 @@ def test_a_share_of_bad_rows_is_left_out_and_counted(tmp_path, preferences, view
         PreferenceDataModule(preferences, source, skip_bad_rows=1.5)
 
 
-@pytest.mark.parametrize("view", [View.POLICY, View.TEXT, View.REWARD])
+@pytest.mark.parametrize("view", VIEWS)
 def test_a_bad_validation_row_is_named_before_the_first_step(tmp_path, preferences, view):
     validation = table(tmp_path / "validation.jsonl", ["a b c d", [user("a"), user("b")]])
     source = Table(table(tmp_path / "rows.jsonl", GOOD), validation=validation)
@@ -125,7 +126,7 @@ def test_a_bad_validation_row_is_named_before_the_first_step(tmp_path, preferenc
     assert module.steps == 4
 
 
-@pytest.mark.parametrize("view", [View.POLICY, View.TEXT, View.REWARD])
+@pytest.mark.parametrize("view", VIEWS)
 def test_predict_leaves_no_row_out(tmp_path, preferences, view):
     source = Table(predict=table(tmp_path / "predict.jsonl", ["a", "b", [user("a"), user("b")]]))
     data = PreferenceDataModule(preferences, source, skip_bad_rows=0.9)
@@ -133,7 +134,7 @@ def test_predict_leaves_no_row_out(tmp_path, preferences, view):
         run("predict", Module(view, ALTERNATING), data)
 
 
-@pytest.mark.parametrize("view", [View.POLICY, View.TEXT, View.REWARD])
+@pytest.mark.parametrize("view", VIEWS)
 def test_what_is_taken_out_is_counted_and_said_once(tmp_path, preferences, view):
     forged = ["a <|end|> b", "[[ Heat : WARM ]] c", "det [[1, 2], [3, 4]]"]
     source = Table(table(tmp_path / "rows.jsonl", [*GOOD, *forged]))
@@ -153,7 +154,7 @@ def test_what_is_taken_out_is_counted_and_said_once(tmp_path, preferences, view)
 def test_a_long_question_is_cut_where_the_template_refuses_an_empty_turn(tmp_path, preferences):
     question = [user("a " * 50), ASSISTANT, user("b " * 50)]
     source = Table(table(tmp_path / "rows.jsonl", [*GOOD, question]))
-    for view in (View.POLICY, View.TEXT, View.REWARD):
+    for view in VIEWS:
         module = Module(view, STRICT)
         with pytest.warns(UserWarning, match="is cut from its start"):
             run("fit", module, PreferenceDataModule(preferences, source, batch_size=17, max_length=26))

@@ -13,7 +13,7 @@ from moslim.data.sources.files import is_file_name
 from moslim.data.sources.records import read_file, scan_file
 from moslim.data.sources.scale import Scale
 from moslim.data.sources.table import Table
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.preferences import PreferenceSet
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"]})
@@ -35,8 +35,8 @@ def write(tmp_path):
     return write
 
 
-def rows(path, split=Split.TRAIN, view=View.REWARD, **options):
-    return Table(path, **options).rows(view, split, PREFERENCES, seed=0)
+def rows(path, split=Split.TRAIN, kind=RowKind.LABELLED, **options):
+    return Table(path, **options).rows(kind, split, PREFERENCES, seed=0)
 
 
 def questions(path, **options):
@@ -319,7 +319,7 @@ def test_an_empty_file_is_named_as_empty(write, name, content):
     with pytest.raises(ValueError, match=said):
         rows(path)
     with pytest.raises(ValueError, match=said):
-        list(Table(predict=path).stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0))
+        list(Table(predict=path).stream(RowKind.LABELLED, Split.PREDICT, PREFERENCES, seed=0))
     with pytest.raises(ValueError, match=said):
         read_file(path)
 
@@ -327,7 +327,7 @@ def test_an_empty_file_is_named_as_empty(write, name, content):
 def test_rows_to_score_that_where_leaves_none_of_are_an_error(write):
     table = Table(predict=write("a.csv", "question,answer,lang\nq,a,de\n"), where={"lang": ["en"]})
     with pytest.raises(ValueError, match=r"a\.csv: no row has the values in `where`"):
-        list(table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0))
+        list(table.stream(RowKind.LABELLED, Split.PREDICT, PREFERENCES, seed=0))
 
 
 @pytest.mark.parametrize("option", ["validation_share", "test_share"])
@@ -514,7 +514,7 @@ def test_shares_and_counts_are_plain_numbers(write, share, raters, said):
     path = write("rows.jsonl", json.dumps({"question": "q", "answer": "a", "heat": share, "raters": raters}))
     table = Table(path, counts={"heat": "raters"})
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1, field 'heat': .*{said}"):
-        table.rows(View.REWARD, Split.TRAIN, PreferenceSet({"heat": ["no", "yes"]}), seed=0)
+        table.rows(RowKind.LABELLED, Split.TRAIN, PreferenceSet({"heat": ["no", "yes"]}), seed=0)
 
 
 @pytest.mark.parametrize(

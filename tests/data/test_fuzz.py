@@ -17,7 +17,7 @@ import pytest
 from moslim.data.sources.layouts import TwoAnswers, Verdict
 from moslim.data.sources.scale import Scale
 from moslim.data.sources.table import Table
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.reward.evaluation.choices import read_choices
@@ -212,7 +212,7 @@ def reader(name: str, path: str) -> Callable[[], object]:
         options = {**OPTIONS, "layout": layout, "rejected": "rejected", "margin": "margin"}
     if name == "rows.parquet":
         options = {**options, "scales": {"size": Scale(bins=[0.5, 1.5])}, "where": {"lang": "en"}}
-    return lambda: Table(path, **options).rows(View.REWARD, Split.TRAIN, PREFERENCES, seed=0)
+    return lambda: Table(path, **options).rows(RowKind.LABELLED, Split.TRAIN, PREFERENCES, seed=0)
 
 
 NAMES = (

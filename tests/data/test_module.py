@@ -7,9 +7,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from moslim.data.module import PreferenceDataModule, spread, to_device
+from moslim.data.module import PreferenceDataModule
 from moslim.data.prompts import PairEncoder
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split, to_device
+from moslim.data.views import InstructedTextView, PolicyView, RewardView, ServedModule, TextView, spread
 from moslim.instructions import SystemMessage
 from moslim.sampling import Reachable
 from tests.helpers.chats import Rows
@@ -17,8 +18,10 @@ from tests.helpers.chats import Rows
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
 
 
-class Recorder(pl.LightningModule):
+class Recorder(pl.LightningModule, ServedModule):
     """Keeps a trace of every batch it gets; ``stop`` raises in that training step."""
+
+    batch_repeats = 1
 
     def __init__(self, view, tokenizer, batch_repeats=1, stop=None):
         super().__init__()
@@ -69,7 +72,7 @@ def data(preferences, **options):
     return PreferenceDataModule(preferences, options.pop("source", Rows()), **{"batch_size": 3, **options})
 
 
-@pytest.mark.parametrize("view", list(View))
+@pytest.mark.parametrize("view", [RewardView(), PolicyView(), TextView(), InstructedTextView()])
 def test_fit_test_and_predict_in_every_view(view, tokenizer, preferences):
     module = Recorder(view, tokenizer)
     module_data = data(preferences, eval_batch_size=2)
@@ -82,22 +85,22 @@ def test_fit_test_and_predict_in_every_view(view, tokenizer, preferences):
     assert {type(batch) for batch in module.batches} == {type(predictions[0])}
 
 
-@pytest.mark.parametrize("view", [View.REWARD, View.TEXT])
+@pytest.mark.parametrize("view", [RewardView(), TextView(), InstructedTextView()])
 def test_pairs_come_in_order_in_evaluation(view, tokenizer, preferences):
     module = Recorder(view, tokenizer)
     trainer().test(module, data(preferences, eval_batch_size=2), verbose=False)
     rows = [row for batch in module.batches for row in batch.rows]
-    assert rows == Rows().rows(view, Split.TEST, preferences, 0)
+    assert rows == Rows().rows(view.row_kind(Split.TEST), Split.TEST, preferences, 0)
 
 
 def test_no_validation_rows_means_no_validation(tokenizer, preferences):
-    module = Recorder(View.REWARD, tokenizer)
+    module = Recorder(RewardView(), tokenizer)
     trainer().fit(module, data(preferences, source=Rows(others=0)))
     assert len(module.batches) == len(module.trace) == 4
 
 
 def test_policy_batches_are_repeated(tokenizer, preferences):
-    module = Recorder(View.POLICY, tokenizer, batch_repeats=3)
+    module = Recorder(PolicyView(), tokenizer, batch_repeats=3)
     trainer(limit_val_batches=0).fit(module, data(preferences))
     ids = [ids for _, _, ids in module.trace]
     assert len(ids) == 12
@@ -108,11 +111,11 @@ def test_policy_batches_are_repeated(tokenizer, preferences):
 @pytest.mark.parametrize(
     ("view", "options"),
     [
-        (View.POLICY, {}),
-        (View.POLICY, {"workers": 1}),
-        (View.REWARD, {}),
-        (View.REWARD, {"workers": 1, "group_by_length": False}),
-        (View.TEXT, {}),
+        (PolicyView(), {}),
+        (PolicyView(), {"workers": 1}),
+        (RewardView(), {}),
+        (RewardView(), {"workers": 1, "group_by_length": False}),
+        (TextView(), {}),
     ],
 )
 def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(tmp_path, view, options, tokenizer, preferences):
@@ -134,23 +137,23 @@ def test_a_resumed_run_sees_the_batches_that_the_whole_run_saw(tmp_path, view, o
 
 
 def test_workers_tokenise_nothing(tokenizer, preferences, monkeypatch, tmp_path):
-    def noted(self, question, answer, spans=PairEncoder.spans):
+    def noted(self, question, answer, preference, spans=PairEncoder.spans):
         with open(tmp_path / str(os.getpid()), "a") as file:
             file.write("x")
-        return spans(self, question, answer)
+        return spans(self, question, answer, preference)
 
     monkeypatch.setattr(PairEncoder, "spans", noted)
-    module, pairs = Recorder(View.REWARD, tokenizer), data(preferences, workers=2, group_by_length=False)
+    module, pairs = Recorder(RewardView(), tokenizer), data(preferences, workers=2, group_by_length=False)
     trainer(max_epochs=3, limit_val_batches=0).fit(module, pairs)
     (own,) = tmp_path.iterdir()  # of this process alone
-    assert own.name == str(os.getpid()) and len(own.read_text()) == len(pairs.rows(View.REWARD, Split.TRAIN))
+    assert own.name == str(os.getpid()) and len(own.read_text()) == len(pairs.rows(RowKind.LABELLED, Split.TRAIN))
 
 
 @pytest.mark.parametrize("limits", [{"max_steps": 7, "max_epochs": -1}, {"max_steps": 7, "max_epochs": 4}])
 @pytest.mark.parametrize("validation", [0, 1])
 def test_a_run_limited_in_steps_goes_on_from_the_end_of_an_epoch(limits, validation, tmp_path, tokenizer, preferences):
     def run(**options):
-        module = Recorder(View.TEXT, tokenizer)
+        module = Recorder(TextView(), tokenizer)
         settings = {"limit_train_batches": 4, "limit_val_batches": validation, "num_sanity_val_steps": 0, **limits}
         trainer(callbacks=options.pop("callbacks", None), **settings).fit(module, data(preferences), **options)
         return module
@@ -162,20 +165,20 @@ def test_a_run_limited_in_steps_goes_on_from_the_end_of_an_epoch(limits, validat
 
 
 def test_a_run_interrupted_in_an_epoch_goes_on_there(tmp_path, tokenizer, preferences):
-    whole = Recorder(View.POLICY, tokenizer, batch_repeats=2)
+    whole = Recorder(PolicyView(), tokenizer, batch_repeats=2)
     trainer(max_epochs=2).fit(whole, data(preferences))
-    first = Recorder(View.POLICY, tokenizer, batch_repeats=2, stop=(1, 3))
+    first = Recorder(PolicyView(), tokenizer, batch_repeats=2, stop=(1, 3))
     interrupted = trainer(max_epochs=2)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         interrupted.fit(first, data(preferences))
     interrupted.save_checkpoint(tmp_path / "stopped.ckpt")
-    second = Recorder(View.POLICY, tokenizer, batch_repeats=2)
+    second = Recorder(PolicyView(), tokenizer, batch_repeats=2)
     trainer(max_epochs=2).fit(second, data(preferences), ckpt_path=tmp_path / "stopped.ckpt")
     assert first.trace + second.trace == whole.trace
 
 
 def test_validation_sweeps_a_few_questions(tokenizer, preferences):
-    module = Recorder(View.POLICY, tokenizer)
+    module = Recorder(PolicyView(), tokenizer)
     trainer().validate(module, data(preferences, validation_questions=2), verbose=False)
     (batch,) = module.batches
     assert batch.index.tolist() == [0] * 5 + [1] * 5
@@ -184,14 +187,14 @@ def test_validation_sweeps_a_few_questions(tokenizer, preferences):
 
 
 def test_validation_falls_back_to_training_questions(tokenizer, preferences):
-    module = Recorder(View.POLICY, tokenizer)
+    module = Recorder(PolicyView(), tokenizer)
     source = Rows(others=0)
     trainer().validate(module, data(preferences, source=source, validation_questions=3), verbose=False)
     assert module.batches[0].index.unique().tolist() == [0, 4, 8]
 
 
 def test_test_asks_for_sweeps_the_default_and_combinations(tokenizer, preferences):
-    module = Recorder(View.POLICY, tokenizer)
+    module = Recorder(PolicyView(), tokenizer)
     source = Rows()
     trainer().test(
         module, data(preferences, source=source, test_questions=2, instruction=SystemMessage()), verbose=False
@@ -208,14 +211,14 @@ def test_test_asks_for_sweeps_the_default_and_combinations(tokenizer, preference
 
 
 def test_prediction_asks_for_the_levels_of_the_rows(tokenizer, preferences):
-    (batch,) = trainer().predict(Recorder(View.POLICY, tokenizer), data(preferences))
+    (batch,) = trainer().predict(Recorder(PolicyView(), tokenizer), data(preferences))
     assert batch.targets.tolist() == [[-1, 1], [1, -1], [-1, 1]]
     assert batch.kinds == ["", "", ""]
 
 
 def test_scramble_changes_targets_in_training_only(tokenizer, preferences):
     def run(scramble):
-        module = Recorder(View.POLICY, tokenizer)
+        module = Recorder(PolicyView(), tokenizer)
         module_data = data(preferences, scramble=scramble, batch_size=6, sampler=Reachable([0, 1]))
         trainer(num_sanity_val_steps=0).fit(module, module_data)
         return module.batches
@@ -240,7 +243,7 @@ def test_a_module_outside_a_trainer_is_an_error(preferences):
 
 def test_renderer_is_the_one_of_training(tokenizer, preferences):
     module_data = data(preferences, sampler=Reachable([0, 1]))
-    module = Recorder(View.POLICY, tokenizer)
+    module = Recorder(PolicyView(), tokenizer)
     trainer(limit_val_batches=0).fit(module, module_data)
     batch = module.batches[0]
     for i, question in enumerate(batch.questions):
@@ -256,7 +259,7 @@ def test_spread_takes_rows_at_equal_distances():
 
 
 def test_to_device_moves_tensors_and_shares_the_rest(tokenizer, preferences):
-    (batch,) = trainer().predict(Recorder(View.POLICY, tokenizer), data(preferences))
+    (batch,) = trainer().predict(Recorder(PolicyView(), tokenizer), data(preferences))
     before = copy.copy(batch)
     moved = to_device(batch, torch.device("meta"))
     assert {t.device.type for t in (moved.input_ids, moved.attention_mask, moved.targets, moved.index)} == {"meta"}
@@ -266,7 +269,7 @@ def test_to_device_moves_tensors_and_shares_the_rest(tokenizer, preferences):
 
 def test_a_token_budget_makes_batches_of_like_cost_and_a_run_is_resumed_in_them(tokenizer, preferences, tmp_path):
     options = {"token_budget": 24, "batch_size": 99}
-    module = Recorder(View.REWARD, tokenizer)
+    module = Recorder(RewardView(), tokenizer)
     fit = trainer(max_epochs=2, limit_val_batches=0, callbacks=[Save(tmp_path)])
     fit.fit(module, data(preferences, **options))
     assert all(batch.input_ids.numel() <= 24 for batch in module.batches)
@@ -274,7 +277,7 @@ def test_a_token_budget_makes_batches_of_like_cost_and_a_run_is_resumed_in_them(
     assert len(rows) == 24 and len({len(batch.rows) for batch in module.batches}) > 1
     assert sum((batch.attention_mask == 0).sum() for batch in module.batches) < 24
 
-    again = Recorder(View.REWARD, tokenizer)
+    again = Recorder(RewardView(), tokenizer)
     fit = trainer(max_epochs=2, limit_val_batches=0)
     fit.fit(again, data(preferences, **options), ckpt_path=tmp_path / "step-02.ckpt")
     assert again.trace == module.trace[2:]

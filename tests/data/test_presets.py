@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from moslim.cli import run
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.several import ConcatSource
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 from tests.helpers import published
 from tests.helpers.presets import ROOT, built, command, parsed
@@ -32,16 +32,16 @@ CHAT = [
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., list[Example]]:
-    """Reads made-up rows with a preset, all of them as training rows, from the classifier's view."""
+    """Reads made-up rows with a preset, all of them as training rows, as the classifier reads them."""
 
-    def read(name: str, rows: list[dict[str, Any]] | str, view: View = View.REWARD) -> list[Example]:
+    def read(name: str, rows: list[dict[str, Any]] | str, kind: RowKind = RowKind.LABELLED) -> list[Example]:
         config = parsed(command(name))
         file = tmp_path / ("rows.tsv" if isinstance(rows, str) else "rows.jsonl")
         file.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
         source = config["data"]["init_args"]["source"]
         source["init_args"] |= {"path": str(file), "validation": None, "test": None}
         source["init_args"] |= {"validation_share": 0.0, "test_share": 0.0}
-        return built(source).rows(view, Split.TRAIN, PreferenceSet(**config["preferences"]["init_args"]), seed=0)
+        return built(source).rows(kind, Split.TRAIN, PreferenceSet(**config["preferences"]["init_args"]), seed=0)
 
     return read
 
@@ -112,7 +112,7 @@ def test_helpsteer2_s_prompts_of_several_turns(read: Callable[..., list[Example]
     one_turn, _, chat = read("helpsteer2", published.helpsteer2())
     assert one_turn.question == "Name a river."
     assert chat.question == [*CHAT[:2], {"role": "user", "content": "Another one:\nin Asia."}]
-    assert [row.question for row in read("helpsteer2", published.helpsteer2(), View.POLICY)] == [
+    assert [row.question for row in read("helpsteer2", published.helpsteer2(), RowKind.PROMPTS)] == [
         one_turn.question,
         chat.question,
     ]
@@ -212,7 +212,7 @@ def test_truthfulqa_s_prompts_as_published(tmp_path: Path) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in published.truthfulqa_prompts(kind)))
         part["init_args"] |= {"path": str(file), "validation_share": 0.0, "test_share": 0.0}
     preferences = PreferenceSet(**config["preferences"]["init_args"])
-    assert built(source).rows(View.REWARD, Split.TRAIN, preferences, seed=0) == [
+    assert built(source).rows(RowKind.LABELLED, Split.TRAIN, preferences, seed=0) == [
         Example("Is the earth flat?", "No.\nIt is round.", {"truthful": 1}),
         Example("Is the earth flat?", "", {"truthful": 0}),
         Example("Is the earth flat?", "No.\nIt is round.", {"informative": 1}),
@@ -222,7 +222,7 @@ def test_truthfulqa_s_prompts_as_published(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"finetune_info.jsonl, line 1, field 'prompt': 'Is the earth flat\?' is not like"
     ):
-        built(source).rows(View.REWARD, Split.TRAIN, preferences, seed=0)
+        built(source).rows(RowKind.LABELLED, Split.TRAIN, preferences, seed=0)
 
 
 @pytest.mark.parametrize(("name", "dimension"), [("hh_helpful", "helpfulness"), ("hh_harmless", "harmlessness")])
@@ -250,7 +250,7 @@ def test_hh_rlhf_s_parts_are_one_source(tmp_path: Path) -> None:
         part["init_args"] |= {"path": str(file), "test": str(file), "validation_share": 0.0}
     both = built(source)
     dimensions = yaml.safe_load((ROOT / "configs/preferences/hh_rlhf.yaml").read_text())["dimensions"]
-    rows = both.rows(View.REWARD, Split.TRAIN, PreferenceSet(dimensions), seed=0)
+    rows = both.rows(RowKind.LABELLED, Split.TRAIN, PreferenceSet(dimensions), seed=0)
     assert isinstance(both, ConcatSource) and [row.comparison_dimensions for row in rows] == [
         ("helpfulness",),
         ("harmlessness",),

@@ -15,7 +15,7 @@ from moslim.data.pairs import known_levels, level_shares
 from moslim.data.sources.base import Source
 from moslim.data.sources.rivals import ComparisonsFromRatings
 from moslim.data.sources.votes import agreed_level
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 from tests.helpers import published
 from tests.helpers.presets import ROOT, built, command, parsed
@@ -49,7 +49,7 @@ class Rows(Source):
     def __init__(self, given: list[Example]) -> None:
         self.given = given
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         return self.given
 
 
@@ -64,7 +64,7 @@ def read(name: str, file: Path) -> list[Example]:
     source = parsed(command(name))["data"]["init_args"]["source"]
     source["init_args"] |= {"path": str(file), "validation": None, "test": None}
     source["init_args"] |= {"validation_share": 0.0, "test_share": 0.0}
-    return built(source).rows(View.REWARD, Split.TRAIN, preferences(name), seed=0)
+    return built(source).rows(RowKind.LABELLED, Split.TRAIN, preferences(name), seed=0)
 
 
 def files(name: str, folder: Path) -> Iterator[tuple[list[Example], int]]:
@@ -108,7 +108,7 @@ def test_votes_become_soft_targets(name: str, tmp_path: Path) -> None:
 def test_disagreement_makes_the_margin_small(name: str, dimension: str, tmp_path: Path) -> None:
     for rows, count in files(name, tmp_path):
         given = [*rows, Example(rows[0].question, "An answer like no other.", {dimension: 0})]
-        found = ComparisonsFromRatings(Rows(given), dimension).rows(View.REWARD, Split.TRAIN, preferences(name), 0)
+        found = ComparisonsFromRatings(Rows(given), dimension).rows(RowKind.LABELLED, Split.TRAIN, preferences(name), 0)
         pairs = [row for row in found if row.rejected is not None]
         assert 0 < len(pairs) < count
         for row in pairs:

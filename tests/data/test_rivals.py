@@ -10,7 +10,7 @@ from moslim.data.sources.base import Source
 from moslim.data.sources.rivals import ComparisonsFromRatings
 from moslim.data.sources.table import Table
 from moslim.data.sources.workbench import Workbench
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
 from moslim.workbench.gold import gold_levels
@@ -26,7 +26,7 @@ def table(folder: Path, *records: dict) -> Table:
 
 
 def compared(source: Source, split: Split = Split.TRAIN, seed: int = 0) -> list[Example]:
-    return ComparisonsFromRatings(source, "size").rows(View.REWARD, split, PREFERENCES, seed)
+    return ComparisonsFromRatings(source, "size").rows(RowKind.LABELLED, split, PREFERENCES, seed)
 
 
 def test_the_margin_is_small_where_raters_disagree(tmp_path: Path) -> None:
@@ -64,10 +64,10 @@ def test_the_workbench_s_raters(tmp_path: Path) -> None:
     """Rivals follow from the seed, stand in the same split, and mostly differ as the gold scorer says."""
     preferences = PreferenceSet(LEVELS)
     source = ComparisonsFromRatings(Workbench(reward_rows=300, bare_rows=0, raters=3), "warmth")
-    rows = source.rows(View.REWARD, Split.TRAIN, preferences, 0)
-    assert rows == source.rows(View.REWARD, Split.TRAIN, preferences, 0)
+    rows = source.rows(RowKind.LABELLED, Split.TRAIN, preferences, 0)
+    assert rows == source.rows(RowKind.LABELLED, Split.TRAIN, preferences, 0)
     assert [row.rejected for row in rows] != [
-        row.rejected for row in source.rows(View.REWARD, Split.TRAIN, preferences, 1)
+        row.rejected for row in source.rows(RowKind.LABELLED, Split.TRAIN, preferences, 1)
     ]
     answers = defaultdict(set)
     for row in rows:
@@ -89,8 +89,8 @@ def test_the_workbench_s_raters(tmp_path: Path) -> None:
 def test_other_views_and_an_unknown_dimension(tmp_path: Path) -> None:
     source = table(tmp_path, {"question": "a", "answer": "x", "size": 1}, {"question": "a", "answer": "y", "size": 0})
     rivals = ComparisonsFromRatings(source, "size")
-    for view in (View.POLICY, View.TEXT):
-        expected = source.rows(view, Split.TRAIN, PREFERENCES, 0)
-        assert rivals.rows(view, Split.TRAIN, PREFERENCES, 0) == expected
+    for kind in (RowKind.PROMPTS, RowKind.TEXTS):
+        expected = source.rows(kind, Split.TRAIN, PREFERENCES, 0)
+        assert rivals.rows(kind, Split.TRAIN, PREFERENCES, 0) == expected
     with pytest.raises(UsageError, match="no dimension 'tone'; there are: size, heat"):
-        ComparisonsFromRatings(source, "tone").rows(View.REWARD, Split.TRAIN, PREFERENCES, 0)
+        ComparisonsFromRatings(source, "tone").rows(RowKind.LABELLED, Split.TRAIN, PREFERENCES, 0)

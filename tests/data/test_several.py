@@ -7,7 +7,7 @@ import pytest
 
 from moslim.data.sources.several import ConcatSource
 from moslim.data.sources.table import Table
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.preferences import Preference, PreferenceSet
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"]})
@@ -25,7 +25,7 @@ def test_rows_stand_one_source_after_the_other(tmp_path: Path) -> None:
     second.held_out = lambda preference: bool(preference)  # type: ignore[method-assign]
     first.reachable = lambda preference: False  # type: ignore[method-assign]
     both = ConcatSource([first, second])
-    rows = both.rows(View.REWARD, Split.TRAIN, PREFERENCES, 0)
+    rows = both.rows(RowKind.LABELLED, Split.TRAIN, PREFERENCES, 0)
     assert [(row.question, row.answer) for row in rows] == [
         ("a", "first"),
         ("b", "first"),
@@ -45,11 +45,11 @@ def test_questions_that_another_source_trains_on_are_said(tmp_path: Path, recwar
     others = table(tmp_path, "others", "abc")
     both = ConcatSource([mine, others])
     with pytest.warns(UserWarning, match=r"^3 of 4 held-out rows ask 2 questions that another source trains on.*'a'"):
-        assert len(both.rows(View.REWARD, Split.TEST, PREFERENCES, 0)) == 4
+        assert len(both.rows(RowKind.LABELLED, Split.TEST, PREFERENCES, 0)) == 4
     recwarn.clear()
-    both.rows(View.REWARD, Split.TRAIN, PREFERENCES, 0)
-    ConcatSource([mine]).rows(View.REWARD, Split.TEST, PREFERENCES, 0)
-    ConcatSource([mine, table(tmp_path, "apart", "uvw")]).rows(View.REWARD, Split.TEST, PREFERENCES, 0)
+    both.rows(RowKind.LABELLED, Split.TRAIN, PREFERENCES, 0)
+    ConcatSource([mine]).rows(RowKind.LABELLED, Split.TEST, PREFERENCES, 0)
+    ConcatSource([mine, table(tmp_path, "apart", "uvw")]).rows(RowKind.LABELLED, Split.TEST, PREFERENCES, 0)
     assert not [warning for warning in recwarn if "another source" in str(warning.message)]
 
 
@@ -57,7 +57,7 @@ def test_rows_to_be_scored_are_read_one_at_a_time(tmp_path: Path) -> None:
     first, second = (table(tmp_path, name, "ab") for name in ("first", "second"))
     first.others[Split.PREDICT] = first.path
     second.others[Split.PREDICT] = str(tmp_path / "absent.jsonl")
-    rows = ConcatSource([first, second]).stream(View.REWARD, Split.PREDICT, PREFERENCES, 0)
+    rows = ConcatSource([first, second]).stream(RowKind.LABELLED, Split.PREDICT, PREFERENCES, 0)
     assert [next(rows).answer, next(rows).answer] == ["first", "first"]
     with pytest.raises(FileNotFoundError, match="absent"):  # only now is the second asked
         next(rows)

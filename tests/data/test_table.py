@@ -6,7 +6,7 @@ import pytest
 
 from moslim.data.sources.scale import Scale, is_missing
 from moslim.data.sources.table import Table
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
@@ -28,8 +28,8 @@ def write(tmp_path):
     return write
 
 
-def rows(table, view=View.REWARD, split=Split.TRAIN, preferences=PREFERENCES):
-    return table.rows(view, split, preferences, seed=0)
+def rows(table, kind=RowKind.LABELLED, split=Split.TRAIN, preferences=PREFERENCES):
+    return table.rows(kind, split, preferences, seed=0)
 
 
 def test_csv_with_missing_labels_and_line_breaks(write):
@@ -49,7 +49,7 @@ def test_rows_know_their_group_where_they_are_measured(write):
 def test_kept_columns_are_handed_on_by_path(write):
     lines = [{"question": "q", "answer": "a", "size": 1, "facts": {"year": 1912}}, {"question": "r", "answer": "b"}]
     path = write("\n".join(map(json.dumps, lines)), "rows.jsonl")
-    found = rows(Table(path, keep=["facts.year", "size"]), View.POLICY)
+    found = rows(Table(path, keep=["facts.year", "size"]), RowKind.PROMPTS)
     assert [row.columns for row in found] == [{"facts.year": 1912, "size": 1}, {"facts.year": None, "size": None}]
 
 
@@ -115,7 +115,7 @@ def test_helpsteer2(tmp_path):
     first, second = rows(table, preferences=HELPSTEER)
     assert first.levels == {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 0}
     assert (second.answer, second.levels["verbosity"]) == ("s", 4)
-    assert [row.question for row in rows(table, View.POLICY, preferences=HELPSTEER)] == ["p"]
+    assert [row.question for row in rows(table, RowKind.PROMPTS, preferences=HELPSTEER)] == ["p"]
 
 
 def test_columns_and_scales(write):
@@ -222,18 +222,22 @@ def test_a_file_of_its_own_takes_the_place_of_a_share(write):
 def test_policy_rows_are_questions_and_predict_rows_are_kept(write):
     path = write("question,size\nQ,0\nq ,1\nr,2\n")
     table = Table(path, predict=path)
-    assert [row.question for row in rows(table, View.POLICY)] == ["Q", "r"]
-    assert [row.levels for row in rows(table, View.POLICY, Split.PREDICT)] == [{"size": 0}, {"size": 1}, {"size": 2}]
+    assert [row.question for row in rows(table, RowKind.PROMPTS)] == ["Q", "r"]
+    assert [row.levels for row in rows(table, RowKind.PROMPTS, Split.PREDICT)] == [
+        {"size": 0},
+        {"size": 1},
+        {"size": 2},
+    ]
 
 
 def test_text_rows_need_no_labels(write):
-    assert rows(Table(write("question,answer\na,b\n")), View.TEXT) == [Example("a", "b")]
+    assert rows(Table(write("question,answer\na,b\n")), RowKind.TEXTS) == [Example("a", "b")]
 
 
 def test_only_observed_combinations_are_reachable(write):
     path = write("question,answer,size,heat\na,b,1,0\na,c,2,\nd,e,0,1\n")
     table = Table(path, only_observed=True)
-    rows(table, View.POLICY)
+    rows(table, RowKind.PROMPTS)
     reachable = [Preference(p) for p in ({"size": 1, "heat": 0}, {"size": 1}, {"heat": 1}, {"size": 2}, {})]
     assert all(table.reachable(p) for p in reachable)
     assert not any(table.reachable(Preference(p)) for p in ({"size": 1, "heat": 1}, {"size": 2, "heat": 0}))
@@ -376,7 +380,7 @@ def test_chats_are_held_out_whole(write):
     counts = [len(rows(table, split=split)) for split in numbers]
     assert sum(counts) == 240 and counts == [3 * len(found) for found in numbers.values()]
     assert sum(map(len, numbers.values())) == 80 and min(map(len, numbers.values())) > 5
-    assert len(rows(table, View.POLICY)) == len(numbers[Split.TRAIN])
+    assert len(rows(table, RowKind.PROMPTS)) == len(numbers[Split.TRAIN])
 
 
 def test_a_group_stays_on_one_side(write):
@@ -442,9 +446,9 @@ def test_a_label_that_is_not_a_number_is_missing_and_said(write):
 
 def test_nothing_is_said_of_good_rows(write, recwarn):
     path = write("question,answer,size,heat\na,b,1,0\nb,c,2,1\n")
-    for view in View:
+    for kind in RowKind:
         for split in Split:
-            rows(Table(path), view, split)
+            rows(Table(path), kind, split)
     assert [str(warning.message) for warning in recwarn] == []
 
 
@@ -460,7 +464,7 @@ def test_requested_levels(write):
     )
     wanted = [{"size": 2}, {"heat": 0}, {}]
     assert [row.requested for row in rows(Table(path, requested="requested"))] == wanted
-    scored = Table(predict=path, requested="requested").stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0)
+    scored = Table(predict=path, requested="requested").stream(RowKind.LABELLED, Split.PREDICT, PREFERENCES, seed=0)
     assert [row.requested for row in scored] == wanted
     assert [row.requested for row in rows(Table(path))] == [{}, {}, {}]
 
@@ -493,7 +497,7 @@ def test_rows_to_score_are_read_one_by_one_without_labels(write):
         columns={"size": "elsewhere"},
         subset="x",
     )
-    found = table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0)
+    found = table.stream(RowKind.LABELLED, Split.PREDICT, PREFERENCES, seed=0)
     assert next(found) == Example("a", "b", id=3)
     assert next(found) == Example("c", "")
     with pytest.raises(ValueError, match=r"rows.jsonl, line 3: no field 'answer'"):
@@ -509,8 +513,8 @@ def test_streamed_rows_are_those_that_are_read_at_once(name, write, tmp_path):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
         path = str(tmp_path / name)
     table = Table(predict=path, where={"lang": ["fr"]}, constants={"reply": "c"}, answer="reply")
-    streamed = list(table.stream(View.REWARD, Split.PREDICT, PREFERENCES, seed=0))
-    assert streamed == rows(table, View.REWARD, Split.PREDICT)
+    streamed = list(table.stream(RowKind.LABELLED, Split.PREDICT, PREFERENCES, seed=0))
+    assert streamed == rows(table, RowKind.LABELLED, Split.PREDICT)
     assert [(row.question, row.answer, row.id) for row in streamed] == [("q1", "c", "n1"), ("q3", "c", "n3")]
 
 

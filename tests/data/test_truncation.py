@@ -7,7 +7,8 @@ import torch
 from moslim.data.module import PreferenceDataModule
 from moslim.data.prompts import PairEncoder
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, View
+from moslim.data.types import Example
+from moslim.data.views import RewardView, ServedModule
 from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 
 
@@ -36,12 +37,12 @@ def test_a_hundred_thousand_characters_take_linear_time(long):
 
 
 class LongRows(Source):
-    def rows(self, view, split, preferences, seed):
+    def rows(self, kind, split, preferences, seed):
         return [Example("a b c d e f"[: 2 * i + 1], "g h", {"size": 1}) for i in range(4)]
 
 
-class Reader(pl.LightningModule):
-    batch_view = View.REWARD
+class Reader(pl.LightningModule, ServedModule):
+    batch_view = RewardView()
 
     def __init__(self, tokenizer):
         super().__init__()

@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from moslim.data.requests import combination_requests
+from moslim.data.requests import Combinations
 from moslim.data.sources.workbench import HELD_OUT_PAIRS, Workbench, adversarial_rows
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.preferences import Preference, PreferenceSet
 from moslim.sampling import Reachable, Uniform
 from moslim.workbench.gold import gold_levels, sentences
@@ -16,15 +16,15 @@ from moslim.workbench.questions import ask, topic_of, topics_in
 from moslim.workbench.writing import opening
 
 PREFERENCES = PreferenceSet(LEVELS)
-ALL = [(view, split) for view in View for split in Split]
+ALL = [(kind, split) for kind in RowKind for split in Split]
 
 
 def small(**options):
     return Workbench(**{"corpus_rows": 2000, "reward_rows": 600, "bare_rows": 400, "policy_rows": 1500, **options})
 
 
-def rows(source, view, split=Split.TRAIN, seed=0):
-    return source.rows(view, split, PREFERENCES, seed)
+def rows(source, kind, split=Split.TRAIN, seed=0):
+    return source.rows(kind, split, PREFERENCES, seed)
 
 
 def named(examples):
@@ -57,14 +57,14 @@ def test_a_quarter_or_more_of_forty_or_more_topics_is_held_out(fold):
 
 
 @pytest.mark.parametrize("fold", range(FOLDS))
-@pytest.mark.parametrize(("view", "split"), ALL)
-def test_held_out_topics_are_in_the_starter_s_text_and_in_tests_and_nowhere_else(view, split, fold):
+@pytest.mark.parametrize(("kind", "split"), ALL)
+def test_held_out_topics_are_in_the_starter_s_text_and_in_tests_and_nowhere_else(kind, split, fold):
     source = small(fold=fold)
-    found = named(rows(source, view, split))
+    found = named(rows(source, kind, split))
     held_out = set(source.topics(held_out=True))
-    if (view, split) == (View.TEXT, Split.TRAIN):
+    if (kind, split) == (RowKind.TEXTS, Split.TRAIN):
         assert found == set(TOPICS)
-    elif view is not View.REWARD and split is Split.TEST:
+    elif kind is not RowKind.LABELLED and split is Split.TEST:
         assert found == held_out
     else:
         assert found and not found & held_out
@@ -106,32 +106,32 @@ def test_every_level_is_asked_for_in_training_and_no_held_out_combination_ever()
 
 def test_tests_ask_for_unseen_combinations_that_answers_can_have():
     source = Workbench()
-    unseen = [r.preference for r in combination_requests(PREFERENCES, source, 40, 0, unseen=True)]
+    unseen = Combinations(40, unseen=True).preferences(PREFERENCES, source, 0)
     assert len(unseen) == 40
     assert all(source.held_out(p) and source.reachable(p) for p in unseen)
 
 
-# --- text view
+# --- texts
 
 
-def test_the_text_view_is_unlabelled_and_as_long_as_asked():
-    assert len(rows(small(), View.TEXT)) == 2000
+def test_texts_are_unlabelled_and_as_long_as_asked():
+    assert len(rows(small(), RowKind.TEXTS)) == 2000
     for split in Split:
-        assert all(not row.levels for row in rows(small(), View.TEXT, split))
+        assert all(not row.levels for row in rows(small(), RowKind.TEXTS, split))
 
 
 def test_predict_asks_plain_questions_for_the_starter_s_own_answers():
-    asked = rows(small(reward_rows=2000), View.TEXT, Split.PREDICT)
+    asked = rows(small(reward_rows=2000), RowKind.TEXTS, Split.PREDICT)
     assert len(asked) == 2000 and all(row.answer is None for row in asked)
     plain = {ask(topic, form) for topic in Workbench().topics(held_out=False) for form in range(len(QUESTIONS))}
     assert {row.question for row in asked} == plain
 
 
-# --- policy view
+# --- prompts
 
 
 def test_training_prompts_are_plain_questions():
-    asked = rows(small(), View.POLICY)
+    asked = rows(small(), RowKind.PROMPTS)
     plain = {ask(topic, form) for topic in Workbench().topics(held_out=False) for form in range(len(QUESTIONS))}
     assert len(asked) == 1500 and {row.question for row in asked} == plain
     assert all(row.answer is None and not row.levels for row in asked)
@@ -139,24 +139,24 @@ def test_training_prompts_are_plain_questions():
 
 def test_the_test_asks_forty_different_questions_or_more_about_held_out_topics():
     source = Workbench()
-    asked = [row.question for row in rows(source, View.POLICY, Split.TEST)]
+    asked = [row.question for row in rows(source, RowKind.PROMPTS, Split.TEST)]
     assert len(set(asked)) == len(asked) >= 40
     topics = source.topics(held_out=True)
     assert Counter(map(topic_of, asked)) == {topic: len(asked) // len(topics) for topic in topics}
-    assert asked == [row.question for row in rows(source, View.POLICY, Split.TEST, seed=9)]
+    assert asked == [row.question for row in rows(source, RowKind.PROMPTS, Split.TEST, seed=9)]
 
 
 def test_validation_asks_about_training_topics_in_mixed_order():
-    asked = [row.question for row in rows(Workbench(), View.POLICY, Split.VALIDATION)]
+    asked = [row.question for row in rows(Workbench(), RowKind.PROMPTS, Split.VALIDATION)]
     assert len(set(map(topic_of, asked[:8]))) >= 5
     assert set(map(topic_of, asked)) == set(Workbench().topics(held_out=False))
 
 
-# --- reward view
+# --- labelled rows
 
 
 def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_the_gold_scorer():
-    pairs = rows(small(), View.REWARD)
+    pairs = rows(small(), RowKind.LABELLED)
     lone, bare, written, corrupted = pairs[:400], pairs[400:800], pairs[800:1400], pairs[1400:]
     assert len(corrupted) == 1800
     assert all(gold_levels(row.question, row.answer) == dict(row.levels) for row in pairs[800:])
@@ -175,10 +175,10 @@ def test_the_classifier_learns_from_written_and_corrupted_answers_labelled_by_th
 
 def test_the_starter_s_samples_come_in_the_last_stage_and_a_fifth_of_them_is_kept_back(samples):
     source = small(samples=samples)
-    sampled = [row for row in rows(source, View.REWARD) if row.answer.startswith("Sample")]
+    sampled = [row for row in rows(source, RowKind.LABELLED) if row.answer.startswith("Sample")]
     assert {row.stage for row in sampled} == {2}
     training = [row.answer for row in sampled]
-    kept = [row for row in rows(source, View.REWARD, Split.VALIDATION) if row.subset == "samples"]
+    kept = [row for row in rows(source, RowKind.LABELLED, Split.VALIDATION) if row.subset == "samples"]
     assert [row.answer[:10].split(".")[0] for row in kept] == ["Sample 0", "Sample 5", "Sample 10", "Sample 15"]
     assert len(training) == 16 and not set(training) & {row.answer for row in kept}
     assert dict(kept[0].levels) == {"verbosity": 0, "formality": 0, "warmth": 1, "helpfulness": 0}
@@ -191,18 +191,18 @@ def test_a_broken_line_of_samples_is_named(tmp_path, line, message):
     path = tmp_path / "samples.jsonl"
     path.write_text(line, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        rows(small(samples=str(path)), View.REWARD, Split.TRAIN)
+        rows(small(samples=str(path)), RowKind.LABELLED, Split.TRAIN)
 
 
 def test_an_answer_that_training_has_too_is_not_a_fresh_sample(tmp_path):
     path = tmp_path / "samples.jsonl"
     records = [{"question": "How do I grow the rose?", "answer": answer} for answer in "aabcdb"]  # 0 and 5 kept back
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    kept = rows(small(samples=str(path)), View.REWARD, Split.VALIDATION)
+    kept = rows(small(samples=str(path)), RowKind.LABELLED, Split.VALIDATION)
     assert [row.answer for row in kept if row.subset == "samples"] == []
     records[0]["answer"] = "new"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    kept = rows(small(samples=str(path)), View.REWARD, Split.VALIDATION)
+    kept = rows(small(samples=str(path)), RowKind.LABELLED, Split.VALIDATION)
     assert [row.answer for row in kept if row.subset == "samples"] == ["new"]
 
 
@@ -214,8 +214,8 @@ def test_a_policy_s_answers_are_labelled_and_keep_what_was_requested(samples, tm
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     source = small(samples=[str(path), samples])
-    trained = [row for row in rows(source, View.REWARD) if row.requested]
-    kept = [row for row in rows(source, View.REWARD, Split.TEST) if row.subset == "samples"]
+    trained = [row for row in rows(source, RowKind.LABELLED) if row.requested]
+    kept = [row for row in rows(source, RowKind.LABELLED, Split.TEST) if row.subset == "samples"]
     assert [row.answer[-1] for row in trained] == list("1234678") and {row.stage for row in trained} == {2}
     assert [row.requested for row in kept] == [{"warmth": 4}] * 2 + [{}] * 4
     assert {row.levels["warmth"] for row in trained} == {1}
@@ -223,16 +223,16 @@ def test_a_policy_s_answers_are_labelled_and_keep_what_was_requested(samples, tm
 
 def test_what_a_policy_is_asked_to_answer_is_reachable_and_not_held_out():
     source = small()
-    asked = rows(source, View.POLICY, Split.PREDICT)
+    asked = rows(source, RowKind.PROMPTS, Split.PREDICT)
     preferences = [Preference(row.levels) for row in asked]
     assert len(asked) == source.reward_rows and {len(preference.levels) for preference in preferences} == set(range(5))
     assert all(source.reachable(preference) and not source.held_out(preference) for preference in preferences)
-    assert asked == rows(small(), View.POLICY, Split.PREDICT)
+    assert asked == rows(small(), RowKind.PROMPTS, Split.PREDICT)
 
 
 def test_missing_samples_are_an_error_that_names_the_file():
     with pytest.raises(ValueError, match=r"data.source.samples: no file nowhere.jsonl; `main.py predict`"):
-        rows(small(samples="nowhere.jsonl"), View.REWARD)
+        rows(small(samples="nowhere.jsonl"), RowKind.LABELLED)
 
 
 # --- adversarial answers
@@ -298,7 +298,7 @@ def test_adversarial_answers_are_labelled_at_load_by_the_gold_scorer(stored):
 @pytest.mark.parametrize("fold", range(FOLDS))
 def test_every_fold_validates_on_hundreds_of_adversarial_answers_of_every_kind(fold, stored):
     kind = {(row["question"], row["answer"]): row["kind"] for row in stored}
-    used = rows(Workbench(fold=fold), View.REWARD, Split.VALIDATION)
+    used = rows(Workbench(fold=fold), RowKind.LABELLED, Split.VALIDATION)
     assert len(used) >= 200
     found = Counter(kind[row.question, row.answer] for row in used)
     assert len(found) == 4 and min(found.values()) >= 25
@@ -308,26 +308,26 @@ def test_every_fold_validates_on_hundreds_of_adversarial_answers_of_every_kind(f
 # --- determinism
 
 
-@pytest.mark.parametrize(("view", "split"), ALL)
-def test_rows_follow_from_the_seed(view, split, samples):
+@pytest.mark.parametrize(("kind", "split"), ALL)
+def test_rows_follow_from_the_seed(kind, split, samples):
     source = small(samples=samples)
-    first = rows(source, view, split, seed=1)
-    assert first == rows(small(samples=samples), view, split, seed=1)
-    drawn = split is not Split.TEST if view is View.POLICY else view is View.TEXT or split is Split.TRAIN
-    assert (first != rows(source, view, split, seed=2)) == drawn
+    first = rows(source, kind, split, seed=1)
+    assert first == rows(small(samples=samples), kind, split, seed=1)
+    drawn = split is not Split.TEST if kind is RowKind.PROMPTS else kind is RowKind.TEXTS or split is Split.TRAIN
+    assert (first != rows(source, kind, split, seed=2)) == drawn
 
 
-def test_views_and_splits_draw_apart_from_each_other():
+def test_kinds_and_splits_draw_apart_from_each_other():
     source = small()
-    heads = [[row.question for row in rows(source, view, split)[:8]] for view, split in ALL]
+    heads = [[row.question for row in rows(source, kind, split)[:8]] for kind, split in ALL]
     apart = {tuple(head) for head in heads}
-    assert len(apart) == len(ALL) - 2  # validation, test and predict of the reward view are the same file
+    assert len(apart) == len(ALL) - 2  # validation, test and predict of the labelled rows are the same file
 
 
 def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
     source = Workbench()
-    sizes = {view: len(rows(source, view)) for view in View}
-    assert sizes == {View.TEXT: 8000, View.REWARD: 35120, View.POLICY: 16384}
+    sizes = {kind: len(rows(source, kind)) for kind in RowKind}
+    assert sizes == {RowKind.TEXTS: 8000, RowKind.LABELLED: 35120, RowKind.PROMPTS: 16384}
 
 
 # --- dimensions
@@ -335,7 +335,7 @@ def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
 
 def test_some_dimensions_of_the_world_are_enough():
     some = PreferenceSet({"warmth": LEVELS["warmth"], "verbosity": LEVELS["verbosity"]})
-    assert len(small().rows(View.POLICY, Split.TRAIN, some, 0)) == 1500
+    assert len(small().rows(RowKind.PROMPTS, Split.TRAIN, some, 0)) == 1500
 
 
 @pytest.mark.parametrize(
@@ -347,4 +347,4 @@ def test_some_dimensions_of_the_world_are_enough():
 )
 def test_dimensions_that_the_world_lacks_are_an_error(dimensions, said):
     with pytest.raises(ValueError, match=said):
-        small().rows(View.REWARD, Split.TRAIN, PreferenceSet(dimensions), 0)
+        small().rows(RowKind.LABELLED, Split.TRAIN, PreferenceSet(dimensions), 0)

@@ -73,6 +73,6 @@ def test_fields_that_disagree_are_named(trained):
         replace(trained, kinds=trained.kinds[1:])
 
 
-def test_unknown_kind_is_named(trained):
-    with pytest.raises(ValueError, match="'other'"):
-        replace(trained, kinds=["other", *trained.kinds[1:]])
+def test_a_kind_needs_a_name(trained):
+    with pytest.raises(ValueError, match=r"records\.kinds has an empty name"):
+        replace(trained, kinds=["", *trained.kinds[1:]])

@@ -44,7 +44,7 @@ class Rows(Source):
         self.sizes = {Split.TRAIN: train}
         self.others = others
 
-    def rows(self, view, split, preferences, seed):
+    def rows(self, kind, split, preferences, seed):
         words = "a b c d e f g h".split()
         return [
             Example(" ".join([*words[: 1 + i % 8], "?"]), "boil water", {"size": i % 3} if i % 2 else {"heat": 1})

@@ -112,7 +112,10 @@ class Data(PreferenceDataModule):
     def __init__(self, preferences: PreferenceSet, rows: int = 8, seed: int = -1) -> None:
         LightningDataModule.__init__(self)
         self.preferences, self.count, self.seed, self.sampler = preferences, rows, seed, Uniform()
-        self._encoders, self._usable = [], {}
+        self._encoders = []
+
+    def setup(self, stage: str) -> None:
+        """Nothing is to be checked: the module takes plain tensors."""
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.arange(2.0 * self.count).reshape(-1, 2) / self.count, batch_size=2)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 
 WORDS = ["how", "why", "cake", "boat", "good", "bad", "very", "so", "."]
@@ -19,7 +19,7 @@ WORDS = ["how", "why", "cake", "boat", "good", "bad", "very", "so", "."]
 class WordSource(Source):
     """Answers whose tone is one word and whose amount is a number of words. A third lack one label each."""
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         grid = itertools.product(["how cake", "why boat"], ["bad", "good"], range(3), ["very", "so"], range(3))
         rows = []
         for question, tone, amount, filler, drop in grid:
@@ -40,9 +40,9 @@ class ComparedSource(Source):
     def __init__(self, labelled: bool = False) -> None:
         self.labelled = labelled
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         rows = []
-        for i, row in enumerate(WordSource().rows(view, split, preferences, seed)):
+        for i, row in enumerate(WordSource().rows(kind, split, preferences, seed)):
             tone, _, rest = (row.answer or "").partition(" ")
             if tone == "good":
                 rows.append(replace(row, rejected=f"bad {rest}", comparison_dimensions=("tone",), margin=0.1 * (i % 3)))

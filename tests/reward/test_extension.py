@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.reward.module import RewardClassifier
@@ -21,8 +21,8 @@ FILLER = {"filler": [str(level) for level in range(20)]}  # more levels than the
 class FillerSource(Source):
     """The rows of :class:`WordSource`, labelled with their filler word, too."""
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        rows = WordSource().rows(view, split, preferences, seed)
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        rows = WordSource().rows(kind, split, preferences, seed)
         return [Example(row.question, row.answer, {**row.levels, "filler": 13 * (row.subset == "so")}) for row in rows]
 
 
@@ -53,7 +53,7 @@ def extend(
 
 
 def texts() -> tuple[list[str], list[str]]:
-    rows = WordSource().rows(View.REWARD, Split.VALIDATION, PreferenceSet({"tone": ["bad", "good"]}), 0)
+    rows = WordSource().rows(RowKind.LABELLED, Split.VALIDATION, PreferenceSet({"tone": ["bad", "good"]}), 0)
     return [str(row.question) for row in rows], [row.answer or "" for row in rows]
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.optim import AdamW
 
 from moslim.data.module import PreferenceDataModule
-from moslim.data.types import Split, View
+from moslim.data.types import RowKind, Split
 from moslim.lora import LoraOptions
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
@@ -80,7 +80,7 @@ def test_the_saved_classifier_pools_as_the_heads_have_learnt_it(
     assert (tmp_path / "kept").is_dir() and not (tmp_path / "features").exists()
     scorer = Scorer(tmp_path / "classifier")
     assert (scorer.classifier.config.pooling, scorer.classifier.config.layer) == (POOLING, 1)
-    rows = WordSource().rows(View.REWARD, Split.VALIDATION, preferences, 0)
+    rows = WordSource().rows(RowKind.LABELLED, Split.VALIDATION, preferences, 0)
     probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
 
     ids = [scorer._encoder.encode(row.question, row.answer or "") for row in rows]

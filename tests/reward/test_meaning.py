@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.errors import UsageError
 from moslim.lora import LoraOptions
 from moslim.preferences import PreferenceSet
@@ -201,7 +201,7 @@ def test_heads_that_are_not_trained_keep_theirs(calibrated: str, tmp_path: Path)
     more = PreferenceSet({"size": ["small", "big"]})
 
     class Sized(Source):
-        def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
             return [Example("how cake", "good .", {"size": i % 2}) for i in range(24)]
 
     module = RewardClassifier(more, extend=calibrated, calibrate=False)
@@ -232,8 +232,8 @@ def test_temperatures_are_what_one_can_divide_by(value: object) -> None:
 
 
 class Shuffled(WordSource):
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        return super().rows(view, split, preferences, seed)[::-1]
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        return super().rows(kind, split, preferences, seed)[::-1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, PairBatch, Split, View
+from moslim.data.types import Example, PairBatch, RowKind, Split
 from moslim.errors import UsageError
 from moslim.lora import LoraOptions
 from moslim.optim import WarmupDecay
@@ -68,7 +68,7 @@ def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
 
     scorer = Scorer(Path(run.log_dir) / "classifier")
     assert scorer.preferences == preferences and scorer.classifier.config.pair_length == 48
-    rows = WordSource().rows(View.REWARD, Split.VALIDATION, preferences, 0)
+    rows = WordSource().rows(RowKind.LABELLED, Split.VALIDATION, preferences, 0)
     probs = scorer.probabilities([row.question for row in rows], [row.answer or "" for row in rows])
     predicted = trainer(tmp_path).predict(module, data(preferences))
     table = [record["probabilities"]["amount"] for batch in predicted for record in batch]
@@ -307,7 +307,7 @@ def test_predictions_are_written_in_order(preferences: PreferenceSet, backbone: 
     module = make(preferences, backbone, predictions=str(file))
     trainer(tmp_path).predict(module, data(preferences), return_predictions=False)
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = WordSource().rows(View.REWARD, Split.PREDICT, preferences, 0)
+    rows = WordSource().rows(RowKind.LABELLED, Split.PREDICT, preferences, 0)
     assert [(r["question"], r["answer"]) for r in records] == [(row.question, row.answer) for row in rows]
     for record in records:
         probabilities = record["probabilities"]["amount"]
@@ -319,7 +319,7 @@ def test_predictions_are_written_in_order(preferences: PreferenceSet, backbone: 
 
 def test_rows_without_any_label_are_harmless(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     class Unlabelled(Source):
-        def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
             return [Example("how cake", "good .")] * 12
 
     module = make(preferences, backbone)

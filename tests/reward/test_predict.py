@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
 from moslim.data.sources.table import Table
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.lora import LoraOptions
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier import PreferenceClassifier
@@ -105,10 +105,10 @@ def test_rows_are_read_as_they_are_scored(preferences: PreferenceSet, saved: str
     behind = []
 
     class Endless(Source):
-        def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
             raise AssertionError("all rows were asked for at once")
 
-        def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+        def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
             for i in range(60):
                 behind.append(i - (part.read_bytes().count(b"\n") if part.exists() else 0))
                 yield Example("how cake", f"good {i}")
@@ -200,7 +200,7 @@ def test_a_source_without_rows_is_an_error(preferences: PreferenceSet, saved: st
     with pytest.raises(ValueError, match=r"no rows to score; a Table takes them from data\.source\.predict"):
         predict(preferences, saved, Table(str(train)), tmp_path / "scores.jsonl")
     with pytest.raises(ValueError, match=r"data\.source\.path is not given"):
-        Table(predict=str(train)).rows(View.REWARD, Split.TRAIN, preferences, 0)
+        Table(predict=str(train)).rows(RowKind.LABELLED, Split.TRAIN, preferences, 0)
 
 
 # --- what a run starts from

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split, TextBatch, View
+from moslim.data.types import Example, RowKind, Split, TextBatch
 from moslim.errors import UsageError
 from moslim.models import Architecture, PretrainedTokenizer, WorkbenchTokenizer
 from moslim.optim import WarmupDecay
@@ -34,7 +34,7 @@ class Answers(Source):
     THINGS = "kettle mirror vase rice boat kite".split()
     ENDS = ["Good luck.", "Good luck. Have fun.", "Stay brave.", "Have fun. Keep smiling. Good luck. Have fun."]
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         return [
             Example(f"How do I clean the {thing}?", f"Rinse the {thing}. {self.ENDS[i % 4]}")
             for i, thing in enumerate(self.THINGS)
@@ -71,7 +71,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[SupervisedTrainer
 
 
 def greedy(model: SupervisedTrainer) -> list[str]:
-    questions = [row.question for row in Answers().rows(View.TEXT, Split.TRAIN, PREFERENCES, 0)]
+    questions = [row.question for row in Answers().rows(RowKind.TEXTS, Split.TRAIN, PREFERENCES, 0)]
     return model.answers(questions, [(i,) for i in range(len(questions))], 0.0)
 
 
@@ -80,7 +80,7 @@ def greedy(model: SupervisedTrainer) -> list[str]:
 
 def test_it_learns_the_answers_and_where_they_end(trained: tuple[SupervisedTrainer, Path]) -> None:
     learner, _ = trained
-    assert greedy(learner) == [row.answer for row in Answers().rows(View.TEXT, Split.TRAIN, PREFERENCES, 0)]
+    assert greedy(learner) == [row.answer for row in Answers().rows(RowKind.TEXTS, Split.TRAIN, PREFERENCES, 0)]
 
 
 def test_the_loss_is_on_the_answer_and_its_end_only(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_answers_are_written_in_the_order_of_the_questions(
 ) -> None:
     learner = module(model=str(trained[1]), temperatures=[0.0])
     records = predict(learner, tmp_path, eval_batch_size=4)
-    rows = Answers().rows(View.TEXT, Split.PREDICT, PREFERENCES, 0)
+    rows = Answers().rows(RowKind.TEXTS, Split.PREDICT, PREFERENCES, 0)
     assert records == [{"question": row.question, "answer": row.answer} for row in rows]
     assert not (tmp_path / "deep" / "samples.jsonl.part").exists()
 
@@ -298,7 +298,7 @@ def test_answers_follow_from_seed_and_row_whatever_the_batch_size(tmp_path: Path
 def test_questions_take_the_temperatures_in_turn(trained: tuple[SupervisedTrainer, Path], tmp_path: Path) -> None:
     learner = module(model=str(trained[1]), temperatures=[0.0, 50.0])
     records = predict(learner, tmp_path, eval_batch_size=3)
-    rows = Answers().rows(View.TEXT, Split.PREDICT, PREFERENCES, 0)
+    rows = Answers().rows(RowKind.TEXTS, Split.PREDICT, PREFERENCES, 0)
     right = [record["answer"] == row.answer for record, row in zip(records, rows, strict=True)]
     assert right == [True, False] * 3
     assert learner.engine.temperature == 1.0

@@ -5,7 +5,7 @@ import pytest
 
 from moslim.data.sources.votes import agreed_level
 from moslim.data.sources.workbench import Workbench
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 from moslim.workbench.grammar import LEVELS
 from moslim.workbench.raters import rate
@@ -15,7 +15,7 @@ SMALL = {"reward_rows": 200, "bare_rows": 50}
 
 
 def rows(split=Split.TRAIN, seed=0, **options):
-    return Workbench(**SMALL, **options).rows(View.REWARD, split, PREFERENCES, seed)
+    return Workbench(**SMALL, **options).rows(RowKind.LABELLED, split, PREFERENCES, seed)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Policy view: questions with a preference as batches of prompts."""
+"""Questions with a preference as batches of prompts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
-from moslim.data.loader import Draw
+from moslim.data.loader import Draw, Examples
 from moslim.data.prompts import PromptRenderer, pad, pad_id
 from moslim.data.requests import Request
 from moslim.data.sources.base import Source
@@ -40,7 +39,7 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SampledPrompts(Dataset[Prompt]):
+class SampledPrompts(Examples):
     """Training prompts: each row gets a preference that is a function of seed, epoch and row.
 
     Args:
@@ -86,7 +85,7 @@ class SampledPrompts(Dataset[Prompt]):
         return Prompt(row.question, preference, draw.row, columns=row.columns)
 
 
-class FixedPrompts(Dataset[Prompt]):
+class FixedPrompts(Examples):
     """Prompts that are the same in every epoch."""
 
     def __init__(self, prompts: list[Prompt]) -> None:

@@ -181,3 +181,26 @@ class ChatEncoder:
             except UsageError:
                 self._system_role = False
         return self._system_role
+
+
+def without_start(
+    messages: list[Message], characters: int | None, least: int = 0, system: bool = False
+) -> list[Message]:
+    """Drops characters from the start of the chat; turns stay.
+
+    Args:
+        messages: The chat.
+        characters: How many; None = all.
+        least: Characters that each message keeps, white space at its end aside.
+        system: Whether system messages are cut, too.
+    """
+    result = []
+    for message in messages:
+        content = message["content"]
+        most = max(0, len(content.rstrip()) - least) if least else len(content)
+        cut = 0 if message["role"] == "system" and not system else most
+        if characters is not None:
+            cut = min(characters, cut)
+            characters -= cut
+        result.append({"role": message["role"], "content": content[cut:]})
+    return result

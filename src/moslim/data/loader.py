@@ -156,6 +156,53 @@ def full_batches(stages: Sequence[int], size: int, ranks: int) -> list[list[int]
     return rows
 
 
+class Examples(Dataset[Any]):
+    """Rows as a batch view makes them. A subclass has a length and is indexed by :class:`Draw`."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, draw: Draw) -> Any:
+        raise NotImplementedError
+
+    def start_epoch(self, epoch: int) -> None:
+        """Begins an epoch of training, before its first draw and before workers copy the data set."""
+
+    def prepare(self) -> None:
+        """Does once, in the main process, work that the workers of each epoch would do anew."""
+
+    def lengths(self) -> list[int] | None:
+        """Tokens of each row, of its longest text where it has several; None where rows are not grouped by length."""
+        return None
+
+    def budget(self, tokens: int) -> TokenBudget | None:
+        """Returns a budget for batches of so many padded tokens; None where all rows cost the same."""
+        return None
+
+    def origins(self) -> Sequence[Any]:
+        """Returns what each row was made of; predictions depend on it."""
+        return [self[Draw(0, row)] for row in range(len(self))]
+
+
+class Remaining(Examples):
+    """The rows of a data set from one row on.
+
+    Args:
+        examples: The data set.
+        first: Number of the first row.
+    """
+
+    def __init__(self, examples: Examples, first: int) -> None:
+        self._examples, self._first = examples, first
+
+    def __len__(self) -> int:
+        return len(self._examples) - self._first
+
+    def __getitem__(self, draw: Draw) -> Any:
+        """Returns a row, counted from the first of the rest."""
+        return self._examples[Draw(draw.epoch, draw.row + self._first)]
+
+
 class RepeatBatchSampler(Sampler[list[Draw]]):
     """Yields each batch ``repeats`` times; every rank gets its slice of the same global batch.
 

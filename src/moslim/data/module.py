@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
 from datetime import date
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.chat_templates import as_day, pin_tokenizer, tokenizer_pins
-from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
 from moslim.data.checks import usable_rows
-from moslim.data.loader import OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
+from moslim.data.loader import Examples, OrderedBatches, RepeatBatchSampler, ResumableLoader, full_batches
 from moslim.data.neutralise import ForbiddenText
-from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
-from moslim.data.prompts import PairEncoder, PromptRenderer, instruction_patterns, pad_id
-from moslim.data.requests import Request, combination_requests, sweep_requests
+from moslim.data.prompts import PairEncoder, PromptRenderer, instruction_patterns
+from moslim.data.requests import EvaluationKind, check_names
 from moslim.data.sources.base import Source
-from moslim.data.streaming import StreamedPairs
-from moslim.data.types import Example, PairBatch, PromptBatch, Split, TextBatch, View
+from moslim.data.types import Batch, Example, RowKind, Split, to_device
+from moslim.data.views import VIEW_OPTIONS, BatchView, ServedModule, check_served
 from moslim.errors import UsageError
 from moslim.identity import Entries, class_key, described, rows_digest
-from moslim.instructions import PreferenceInstruction, Tags, sample_prompts
-from moslim.noise import derive_seed
-from moslim.preferences import Preference, PreferenceSet
+from moslim.instructions import PreferenceInstruction, Tags
+from moslim.preferences import PreferenceSet
 from moslim.sampling import PreferenceSampler, Uniform
 from moslim.training.lightning_compat import close_finished_epoch, finished_batches, finished_epochs, started_epochs
-from moslim.utils.sequences import evenly_spaced
-
-Batch = PairBatch | PromptBatch | TextBatch
 
 
 class PreferenceDataModule(LightningDataModule):
     """Serves the rows of one source to whatever module is trained, so one ``data:`` block fits every config.
 
-    The module says what it wants in its attribute ``batch_view``, and gives its ``tokenizer`` and, for a policy,
-    ``batch_repeats``: how often each training batch is to be yielded in a row. A classifier with a frozen backbone
-    gives ``row_features``, a function from the ids of all rows to what stands for them in batches. The Trainer must
-    leave the sampler alone (``use_distributed_sampler: false``): batches are shared out to processes here.
+    The module is a :class:`~moslim.data.views.ServedModule`. Its ``batch_view`` decides which rows are read and what
+    batches are made of them; the data module reads the rows, checks them when a run begins, puts them in an order that
+    a resumed run goes on with, and shares batches out to processes. The Trainer must leave the sampler alone
+    (``use_distributed_sampler: false``).
 
     | view | train | validation | test | predict |
     |---|---|---|---|---|
-    | reward, text | pairs | pairs | pairs | pairs |
+    | reward, text, instructed text | pairs | pairs | pairs | pairs |
     | policy | sampled preferences | level sweep on a few questions | sweep, default, combinations | the rows' levels |
 
     Args:
@@ -68,6 +60,7 @@ class PreferenceDataModule(LightningDataModule):
         test_questions: Questions of the policy's test; None for all.
         combinations: Requests of two or more dimensions at once per test question: as many among what training
             could ask for (``seen``) and as many among what the source holds out (``unseen``), if it does.
+        evaluation_kinds: Further requests of a policy's test, besides the sweep, the default and combinations.
         scramble: Control run: in training, a policy's reward follows the levels that another prompt of the batch
             shows (:class:`~moslim.data.asking.CollatePrompts`). Steerability must vanish.
         seed: Seed of the source, of the order of rows and of the preferences drawn.
@@ -82,7 +75,8 @@ class PreferenceDataModule(LightningDataModule):
 
     Raises:
         UsageError: A batch size below 1, ``skip_bad_rows`` that is no share, ``scramble`` with a batch of one, where
-            there is nothing to exchange, or ``token_budget`` without ``group_by_length``.
+            there is nothing to exchange, ``token_budget`` without ``group_by_length``, or a name of an evaluation kind
+            that stands for something else.
     """
 
     def __init__(
@@ -99,6 +93,7 @@ class PreferenceDataModule(LightningDataModule):
         validation_questions: int = 8,
         test_questions: int | None = None,
         combinations: int = 2,
+        evaluation_kinds: list[EvaluationKind] | None = None,
         scramble: bool = False,
         seed: int = 0,
         workers: int = 0,
@@ -118,6 +113,9 @@ class PreferenceDataModule(LightningDataModule):
             )
         if not 0 <= skip_bad_rows < 1:
             raise UsageError(f"data.skip_bad_rows is {skip_bad_rows}: give a share, 0 or more and less than 1")
+        check_names(evaluation_kinds or [], preferences)
+        given = locals()
+        self._given = {name: given[name] for name in VIEW_OPTIONS}
         self.preferences = preferences
         self.source = source
         self.instruction = instruction or Tags()
@@ -130,6 +128,7 @@ class PreferenceDataModule(LightningDataModule):
         self.validation_questions = validation_questions
         self.test_questions = test_questions
         self.combinations = combinations
+        self.evaluation_kinds = evaluation_kinds or []
         self.scramble = scramble
         self.seed = seed
         self.workers = workers
@@ -137,15 +136,55 @@ class PreferenceDataModule(LightningDataModule):
         self.template_date = None if template_date is None else as_day(template_date, "data.template_date")
         self._today = date.today().isoformat()
         self.skip_bad_rows = skip_bad_rows
-        self._usable: dict[tuple[View, Split], list[tuple[int, Example]]] = {}
-        self._digests: dict[View, str] = {}
-        self._rows: dict[tuple[View, Split], list[Example]] = {}
+        self._usable: dict[Split, list[tuple[int, Example]]] = {}
+        self._digests: dict[RowKind, str] = {}
+        self._rows: dict[tuple[RowKind, Split], list[Example]] = {}
         self._encoders: list[PairEncoder] = []
+
+    @property
+    def module(self) -> ServedModule:
+        """The module that is served.
+
+        Raises:
+            RuntimeError: There is no Trainer.
+        """
+        if self.trainer is None:
+            raise RuntimeError(
+                "PreferenceDataModule serves a module in a Trainer: call trainer.fit(module, datamodule)"
+            )
+        return cast(ServedModule, self.trainer.lightning_module)
+
+    @property
+    def view(self) -> BatchView:
+        """The module's batch view."""
+        return self.module.batch_view
+
+    @property
+    def token_limit(self) -> int | None:
+        """Most tokens of a text: ``max_length``, else what the module was made for or can read, where it knows."""
+        if self.trainer is None:
+            return self.max_length
+        module = self.module
+        return module.longest(module.pair_limit if self.max_length is None else self.max_length)
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
         """Returns what writes the prompts of training and evaluation, for use elsewhere."""
         self.pin(tokenizer)
-        return PromptRenderer(tokenizer, self.instruction, self.preferences, self._longest(self.max_length))
+        return PromptRenderer(tokenizer, self.instruction, self.preferences, self.token_limit)
+
+    def pair_encoder(self, max_length: int | None) -> PairEncoder:
+        """Returns what makes ids of questions, with or without an instruction, and answers.
+
+        Args:
+            max_length: Most tokens of question and answer.
+        """
+        instruct = partial(self.instruction.render, preferences=self.preferences)
+        return PairEncoder(self.module.tokenizer, max_length, self.instruction_patterns, instruct)
+
+    def counting_encoder(self) -> PairEncoder:
+        """Returns the same with :attr:`token_limit`; what it had to cut is said at the end of the run."""
+        self._encoders.append(self.pair_encoder(self.token_limit))
+        return self._encoders[-1]
 
     def pin(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes ``template_args`` and the date into a tokenizer's chat template, in place.
@@ -170,13 +209,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def meaning(self) -> Entries:
         """Options that give weights their meaning: lengths, and the form of preferences in prompts."""
-        if self._view is not View.POLICY:
-            return {"data.max_length": self._pair_length}
-        return {
-            "data.max_length": self.max_length,
-            "data.instruction": described(self.instruction),
-            **sample_prompts(self.instruction, self.preferences),
-        }
+        return self.view.meaning(self)
 
     def resumed_with(self) -> Entries:
         """Options that a run must be resumed with, so that its position among the rows means the same rows."""
@@ -186,15 +219,17 @@ class PreferenceDataModule(LightningDataModule):
             "data.batch_size": None if budget else {"of all processes": self.batch_size * ranks},
             "data.token_budget": {"of all processes": budget * ranks} if budget else None,
             "data.scramble": self.scramble,
+            "model.batch_view": described(self.view),
         }
-        if self._view is not View.POLICY:
+        if "group_by_length" in self.view.options:
             entries["data.group_by_length"] = self.group_by_length
         assert self.trainer is not None
-        if (self._view, Split.TRAIN) in self._rows or self.trainer.state.fn == TrainerFn.FITTING:
-            if self._view not in self._digests:
-                rows = self.rows(self._view, Split.TRAIN)
-                self._digests[self._view] = f"{len(rows)} rows, {rows_digest(rows)}"
-            entries["data.source"] = self._digests[self._view]
+        kind = self.view.row_kind(Split.TRAIN)
+        if (kind, Split.TRAIN) in self._rows or self.trainer.state.fn == TrainerFn.FITTING:
+            if kind not in self._digests:
+                rows = self.rows(kind, Split.TRAIN)
+                self._digests[kind] = f"{len(rows)} rows, {rows_digest(rows)}"
+            entries["data.source"] = self._digests[kind]
         return entries
 
     @property
@@ -202,27 +237,51 @@ class PreferenceDataModule(LightningDataModule):
         """Patterns that read as an instruction in a question or an answer."""
         return instruction_patterns(self.instruction, self.preferences)
 
-    def rows(self, view: View, split: Split) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split) -> list[Example]:
         """Returns the source's rows; they are read once."""
-        if (view, split) not in self._rows:
-            self._rows[view, split] = self.source.rows(view, split, self.preferences, self.seed)
-        return self._rows[view, split]
+        if (kind, split) not in self._rows:
+            self._rows[kind, split] = self.source.rows(kind, split, self.preferences, self.seed)
+        return self._rows[kind, split]
+
+    def usable_rows(self, split: Split) -> list[tuple[int, Example]]:
+        """Returns the rows of a split that are used, each with its index in the source; they are checked once.
+
+        Raises:
+            UsageError: More than ``skip_bad_rows`` of them cannot be used.
+        """
+        if split not in self._usable:
+            rows = self.view.rows(self, split)
+            skipped = 0.0 if split is Split.PREDICT else self.skip_bad_rows
+            check = self.view.check(self, split)
+            kept = usable_rows([row for _, row in rows], check, f"{split.value} rows", skipped)
+            self._usable[split] = [rows[number] for number in kept]
+        return self._usable[split]
+
+    def in_order(self, examples: Examples, split: Split) -> OrderedBatches | list[Any]:
+        """Returns batches of all examples in order; none if there are no examples."""
+        if not len(examples):
+            return []
+        rank, ranks = self._processes
+        return OrderedBatches(examples, self.eval_batch_size, self.view.collate(self, split), rank, ranks)
 
     def setup(self, stage: str) -> None:
         """Fixes the chat template. The date of a checkpoint is taken later, so that no row is read here.
 
         Raises:
-            UsageError: The module has other preferences, or the chat template does not read what it is given.
+            UsageError: The module cannot be served or has other preferences, its view does not use an option that is
+                given, or the chat template does not read what it is given.
         """
-        theirs = getattr(self._module, "preferences", self.preferences)
-        if theirs != self.preferences:
+        module = self.module
+        defaults = inspect.signature(PreferenceDataModule).parameters
+        check_served(module, [name for name, value in self._given.items() if value != defaults[name].default])
+        if module.preferences is not None and module.preferences != self.preferences:
             raise UsageError(
                 f"the data module has the preferences {self.preferences.to_dict()}, but the module has "
-                f"{theirs.to_dict()}: give both the same, in the same order"
+                f"{module.preferences.to_dict()}: give both the same, in the same order"
             )
-        if hasattr(self._module, "tokenizer"):
-            self._today = self.trainer.strategy.broadcast(self._today)  # type: ignore[union-attr]
-            self.pin(self._module.tokenizer)
+        self._usable.clear()  # another module may come with another view or tokenizer
+        self._today = self.trainer.strategy.broadcast(self._today)  # type: ignore[union-attr]
+        self.pin(module.tokenizer)
 
     def train_dataloader(self) -> ResumableLoader:
         """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
@@ -231,73 +290,51 @@ class PreferenceDataModule(LightningDataModule):
             UsageError: A stage has too few training rows for one batch.
         """
         self._refuse_few_rows()
-        rows = [row for _, row in self._usable_rows(Split.TRAIN)]
+        rows = self.usable_rows(Split.TRAIN)
         if self.trainer.limit_val_batches:  # type: ignore[union-attr]
-            self._usable_rows(Split.VALIDATION)  # a bad row is said now, not when training has gone on for hours
+            self.usable_rows(Split.VALIDATION)  # a bad row is said now, not when training has gone on for hours
         close_finished_epoch(self.trainer)  # type: ignore[arg-type]
-        dataset: SampledPrompts | Pairs
-        lengths = start_epoch = budget = None
-        if self._view is View.POLICY:
-            dataset = SampledPrompts(rows, self.preferences, self.sampler, self.source, self.seed)
-            start_epoch = dataset.start_epoch
-        else:
-            dataset = self._read_pairs(rows)
-            if self.workers:
-                dataset.encode()
-            if not dataset.computed:  # features are all of one length
-                budget = dataset.budget(self.token_budget) if self.token_budget else None
-                lengths = dataset.lengths() if self.group_by_length and budget is None else None
-        repeats: int = getattr(self._module, "batch_repeats", 1)
+        examples = self.view.examples(self, rows, Split.TRAIN)
+        if self.workers:
+            examples.prepare()
+        budget = examples.budget(self.token_budget) if self.token_budget else None
+        groups = self.group_by_length and "group_by_length" in self.view.options and budget is None
         rank, ranks = self._processes
-        stages = [row.stage for row in rows]
-        overfit = bool(self.trainer.overfit_batches)  # type: ignore[union-attr]  # set dynamically
         sampler = RepeatBatchSampler(
-            len(rows), self.batch_size, self.seed, repeats, rank, ranks, lengths, stages, overfit, budget
+            len(rows),
+            self.batch_size,
+            self.seed,
+            self.module.batch_repeats,
+            rank,
+            ranks,
+            lengths=examples.lengths() if groups else None,
+            stages=[row.stage for _, row in rows],
+            same_epochs=bool(self.trainer.overfit_batches),  # type: ignore[union-attr]  # set dynamically
+            budget=budget,
         )
         sampler.set_epoch(self._epoch)  # workers draw ahead, before Lightning sets it
-        collate = self._collate(self.scramble)
-        return ResumableLoader(dataset, sampler, collate, self._position, self.workers, start_epoch)
+        collate = self.view.collate(self, Split.TRAIN)
+        return ResumableLoader(examples, sampler, collate, self._position, self.workers, examples.start_epoch)
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
         """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
         self._refuse_few_rows()
-        rows = self._usable_rows(Split.VALIDATION)
-        if self._view is not View.POLICY:
-            return self._in_order(self._read_pairs([row for _, row in rows]))
-        return self._in_order(requested(rows, [sweep_requests(self.preferences)] * len(rows)))
+        return self._evaluation(Split.VALIDATION)
 
     def test_dataloader(self) -> OrderedBatches | list[Any]:
         """Test rows in order; for a policy, sweeps, the default and combinations. No loader if there are no rows."""
-        rows = self._usable_rows(Split.TEST)
-        if self._view is not View.POLICY:
-            return self._in_order(self._read_pairs([row for _, row in rows]))
-        return self._in_order(requested(rows, [self._test_requests(index) for index, _ in rows]))
+        return self._evaluation(Split.TEST)
 
-    def predict_dataloader(self) -> OrderedBatches | StreamedPairs | list[Any]:
+    def _evaluation(self, split: Split) -> OrderedBatches | list[Any]:
+        return self.in_order(self.view.examples(self, self.usable_rows(split), split), split)
+
+    def predict_dataloader(self) -> Any:
         """Rows of the source's predict split in order; a policy is asked for the levels that a row has.
 
         Raises:
             UsageError: There are no rows.
         """
-        if self._view is View.REWARD:
-            return self._streamed()
-        if not self.rows(self._view, Split.PREDICT):
-            raise UsageError("the source has no rows to answer; a Table takes them from data.source.predict")
-        rows = [row for _, row in self._usable_rows(Split.PREDICT)]
-        if self._view is View.TEXT:  # questions to be answered: what stands there already is not read
-            rows = [dataclasses.replace(row, answer="") for row in rows]
-        if self._view is not View.POLICY:
-            return self._in_order(self._pairs(rows[self._rows_done(lambda: rows, len(rows)) :]))
-        asked = [self._requested(row) for row in rows]
-        if not any(asked):
-            names = ", ".join(self.preferences.names)
-            warnings.warn(f"no row of predict asks for a level: columns named {names} would hold them", stacklevel=2)
-        prompts = [Prompt(row.question, asked[i], i) for i, row in enumerate(rows)]
-        return self._in_order(FixedPrompts(prompts[self._rows_done(lambda: prompts, len(prompts)) :]))
-
-    def _requested(self, row: Example) -> Preference:
-        """The preference that a row of predict asks for."""
-        return known_levels(row.requested or row.levels, self.preferences)
+        return self.view.predict_batches(self)
 
     def state_dict(self) -> dict[str, Any]:
         """State of the sampler, with its class; empty where it has none."""
@@ -314,18 +351,6 @@ class PreferenceDataModule(LightningDataModule):
         if isinstance(batch, Batch):
             return to_device(batch, device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
-    @property
-    def _module(self) -> Any:
-        if self.trainer is None:
-            raise RuntimeError(
-                "PreferenceDataModule serves a module in a Trainer: call trainer.fit(module, datamodule)"
-            )
-        return self.trainer.lightning_module
-
-    @property
-    def _view(self) -> View:
-        return View(self._module.batch_view)
 
     @property
     def _processes(self) -> tuple[int, int]:
@@ -350,27 +375,6 @@ class PreferenceDataModule(LightningDataModule):
             if encoder.truncation.questions:
                 warnings.warn(f"max_length = {encoder.max_length}: {encoder.truncation}", stacklevel=2)
         self._encoders.clear()
-        self._usable.clear()  # another module may come with another tokenizer
-
-    def _usable_rows(self, split: Split) -> list[tuple[int, Example]]:
-        """The rows of a split that are used, each with its index in the source; they are checked once.
-
-        Raises:
-            UsageError: More than ``skip_bad_rows`` of them cannot be used.
-        """
-        key = self._view, split
-        if key not in self._usable:
-            rows = self.rows(self._view, split)
-            if self._view is View.POLICY and split is Split.VALIDATION:
-                chosen = spread(rows or self.rows(self._view, Split.TRAIN), self.validation_questions)
-            elif self._view is View.POLICY and split is Split.TEST and self.test_questions is not None:
-                chosen = spread(rows, self.test_questions)
-            else:
-                chosen = list(enumerate(rows))
-            skipped = 0.0 if split is Split.PREDICT else self.skip_bad_rows
-            kept = usable_rows([row for _, row in chosen], self._check(split), f"{split.value} rows", skipped)
-            self._usable[key] = [chosen[number] for number in kept]
-        return self._usable[key]
 
     def _refuse_few_rows(self) -> None:
         """Says what would only come out after a frozen backbone has run over the rows.
@@ -378,99 +382,5 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             UsageError: There are too few rows for a batch.
         """
-        if self._row_features is not None and self.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
-            full_batches([row.stage for _, row in self._usable_rows(Split.TRAIN)], self.batch_size, self._processes[1])
-
-    def _check(self, split: Split) -> Callable[[Example], bool]:
-        """Refuses rows that no prompt or pair can be made of."""
-        if self._view is View.POLICY:
-            renderer = self.renderer(self._module.tokenizer)
-            own = split is Split.PREDICT
-            return lambda row: renderer.check(row.question, self._requested(row) if own else None)
-        encoder = PairEncoder(self._module.tokenizer, self._pair_length, self.instruction_patterns)
-        return lambda row: encoder.check(row.question, *(a for a in (row.answer, row.rejected) if a is not None))
-
-    def _pairs(self, rows: list[Example]) -> Pairs:
-        return Pairs(rows, self._encoder(self._pair_length))
-
-    def _read_pairs(self, rows: list[Example]) -> Pairs:
-        """Pairs for learning and measuring, with features where the module makes them once, not in every batch."""
-        pairs = self._pairs(rows)
-        if self._row_features is not None and rows:
-            pairs.compute(self._row_features)
-        return pairs
-
-    @property
-    def _row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
-        features: Callable[[list[list[int]]], Tensor] | None = getattr(self._module, "row_features", None)
-        return features
-
-    @property
-    def _pair_length(self) -> int | None:
-        """Most tokens of a pair: ours, else what the module was made for, if it knows."""
-        limit: int | None = getattr(self._module, "pair_limit", None)
-        return self._longest(limit if self.max_length is None else self.max_length)
-
-    def _longest(self, wanted: int | None) -> int | None:
-        """Most tokens of a prompt or pair that the module can read, where it knows and ``wanted`` is not less."""
-        module = None if self.trainer is None else self.trainer.lightning_module
-        longest: Callable[[int | None], int | None] = getattr(module, "longest", lambda wanted: wanted)
-        return longest(wanted)
-
-    def _encoder(self, max_length: int | None) -> PairEncoder:
-        self._encoders.append(PairEncoder(self._module.tokenizer, max_length, self.instruction_patterns))
-        return self._encoders[-1]
-
-    def _streamed(self) -> StreamedPairs:
-        """The rows to score. The module may know which were scored already."""
-
-        def rows() -> Iterator[Example]:
-            return self.source.stream(View.REWARD, Split.PREDICT, self.preferences, self.seed)
-
-        collate = CollateRewards(self.preferences, pad_id(self._module.tokenizer))
-        return StreamedPairs(
-            rows, self._encoder(self._pair_length), collate, self.eval_batch_size, self._rows_done(rows)
-        )
-
-    def _rows_done(self, rows: Callable[[], Iterable[Any]], count: int | None = None) -> int:
-        """Rows that the module has predicted already. Of ``count`` rows the last is left, so that there is a batch."""
-        done: Callable[..., int] | None = getattr(self._module, "rows_done", None)
-        if done is None:
-            return 0
-        return done(rows) if count is None else done(rows, self.eval_batch_size, count - 1)
-
-    def _collate(self, scramble: bool = False) -> CollatePrompts | CollateRewards | CollateTexts:
-        tokenizer = self._module.tokenizer
-        if self._view is View.POLICY:
-            return CollatePrompts(self.renderer(tokenizer), scramble)
-        if self._view is View.REWARD:
-            return CollateRewards(self.preferences, pad_id(tokenizer))
-        return CollateTexts(pad_id(tokenizer))
-
-    def _in_order(self, dataset: FixedPrompts | Pairs) -> OrderedBatches | list[Any]:
-        if not len(dataset):
-            return []
-        rank, ranks = self._processes
-        return OrderedBatches(dataset, self.eval_batch_size, self._collate(), rank, ranks)
-
-    def _test_requests(self, index: int) -> list[Request]:
-        requests = [*sweep_requests(self.preferences), Request(Preference(), "default")]
-        for unseen in (False, True):
-            seed = derive_seed(self.seed, index)
-            requests += combination_requests(self.preferences, self.source, self.combinations, seed, unseen)
-        return requests
-
-
-def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:
-    """Returns ``count`` rows at equal distances, or all if there are fewer, each with its index."""
-    return [(index, rows[index]) for index in evenly_spaced(len(rows), count)]
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch with its tensors on a device; the rest is shared."""
-    moved = copy.copy(batch)
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            setattr(moved, field.name, value.to(device))
-    return moved
+        if self.module.row_features is not None and self.trainer.state.fn == TrainerFn.FITTING:  # type: ignore[union-attr]
+            full_batches([row.stage for _, row in self.usable_rows(Split.TRAIN)], self.batch_size, self._processes[1])

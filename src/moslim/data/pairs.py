@@ -1,4 +1,4 @@
-"""Reward and text views: question-answer pairs as batches."""
+"""Question-answer pairs as batches."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from moslim.data.loader import Draw, TokenBudget
+from moslim.data.loader import Draw, Examples, TokenBudget
 from moslim.data.prompts import PairEncoder, pad
 from moslim.data.types import Example, PairBatch, TextBatch
 from moslim.errors import UsageError
@@ -43,21 +42,24 @@ class Pair:
         return [pair] if self.rejected is None else [pair, self.rejected]
 
 
-class Pairs(Dataset[Pair]):
+class Pairs(Examples):
     """Encodes rows on first use and keeps the ids.
 
     Args:
         rows: Rows with answers.
         encoder: Makes the ids.
+        instructed: Levels that the instruction of each row's question names; None = questions without instruction.
 
     Raises:
         UsageError: A row has no answer.
     """
 
-    def __init__(self, rows: list[Example], encoder: PairEncoder) -> None:
+    def __init__(
+        self, rows: list[Example], encoder: PairEncoder, instructed: Sequence[Preference] | None = None
+    ) -> None:
         for i, row in enumerate(rows):
             require_answer(i, row)
-        self._rows, self._encoder = rows, encoder
+        self._rows, self._encoder, self._instructed = rows, encoder, instructed
         self._encoded: dict[int, Pair] = {}
 
     def __len__(self) -> int:
@@ -67,21 +69,27 @@ class Pairs(Dataset[Pair]):
         """Returns the pair of a row; it is the same in every epoch."""
         if draw.row not in self._encoded:
             row = self._rows[draw.row]
-            rejected = None if row.rejected is None else self._encoder.encode(row.question, row.rejected)
-            self._encoded[draw.row] = Pair(*self._encoder.spans(row.question, row.answer or ""), row, rejected)
+            wanted = None if self._instructed is None else self._instructed[draw.row]
+            rejected = None if row.rejected is None else self._encoder.encode(row.question, row.rejected, wanted)
+            self._encoded[draw.row] = Pair(*self._encoder.spans(row.question, row.answer or "", wanted), row, rejected)
         return self._encoded[draw.row]
 
-    def encode(self) -> None:
-        """Encodes all rows: processes that are started anew for each epoch would do it in each."""
+    def prepare(self) -> None:
+        """Encodes all rows."""
         self._all()
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> list[int] | None:
         """Tokens of each row, of its longer text where it has two; all rows are encoded for it."""
-        return [max(map(len, pair.texts)) for pair in self._all()]
+        return None if self.computed else [max(map(len, pair.texts)) for pair in self._all()]
 
-    def budget(self, tokens: int) -> TokenBudget:
-        """Returns what batches of so many padded tokens need to know of the rows."""
-        return TokenBudget(tokens, self.lengths(), [len(pair.texts) for pair in self._all()])
+    def budget(self, tokens: int) -> TokenBudget | None:
+        """See the base class."""
+        lengths = self.lengths()
+        return None if lengths is None else TokenBudget(tokens, lengths, [len(pair.texts) for pair in self._all()])
+
+    def origins(self) -> list[Example]:
+        """Returns the rows, which need not be encoded for it."""
+        return self._rows
 
     def compute(self, features: Callable[[list[list[int]]], Tensor]) -> None:
         """Gives every pair its features, so that batches come with these instead of tokens.
@@ -96,7 +104,7 @@ class Pairs(Dataset[Pair]):
 
     @property
     def computed(self) -> bool:
-        """Whether pairs have features."""
+        """Whether pairs have features, which are all of one length."""
         return bool(len(self) and self[Draw(0, 0)].features)
 
     def _all(self) -> list[Pair]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moslim.data.encoding import ChatEncoder, Frame
+from moslim.data.encoding import ChatEncoder, Frame, without_start
 from moslim.data.neutralise import ForbiddenText, TakenOut
 from moslim.data.types import Message, Question
 from moslim.errors import UsageError
@@ -183,13 +183,15 @@ class Truncation:
 class PairEncoder:
     """Makes the ids of question-answer pairs, as the classifier and plain language modelling see them.
 
-    No instruction is shown, and both spans are neutralised: a policy could forge an instruction in its answer.
+    Both spans are neutralised: a policy could forge an instruction in its answer. An instruction is shown only where a
+    preference is given.
 
     Args:
         tokenizer: Tokenizer of the model that reads the pairs.
         max_length: Most tokens of a pair. The question is cut from its start; if that is not enough, so is the
             answer, whose end is always kept.
         instruction: What reads as an instruction, to be taken out besides control tokens and turns.
+        instruct: Writes a preference into a neutralised chat; needed where preferences are given.
 
     Attributes:
         encoder: What makes the ids.
@@ -202,9 +204,11 @@ class PairEncoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         instruction: Sequence[ForbiddenText] = (),
+        instruct: Callable[[list[Message], Preference], list[Message]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self._instruct = instruct
         self.truncation = Truncation()
         self.taken_out = TakenOut()
         self._frame = around(tokenizer)
@@ -213,41 +217,75 @@ class PairEncoder:
         self._room = _Room(max_length, self.encoder)
         self._last: tuple[Question, list[Message], list[int]] | None = None
 
-    def check(self, question: Question, *answers: str) -> bool:
+    def check(self, question: Question, *answers: str, preference: Preference | None = None) -> bool:
         """Returns whether something is taken out of a question or of answers to it.
 
         Raises:
-            UsageError: No pair can be made of it, or its system message leaves no room in ``max_length``.
+            UsageError: No pair can be made of it, or its system message or instruction leaves no room in
+                ``max_length``.
         """
         messages = usable_messages(question, self.encoder)
-        self.encoder.render(messages)
-        if messages[0]["role"] == "system":
-            self._room.check(messages, lambda bare: [*self.encoder.prompt(bare), end_id(self.tokenizer)])
+        self.encoder.render(self._shown(messages, preference))
+        if preference or messages[0]["role"] == "system":
+            self._room.check(messages, lambda bare: [*self._ids(bare, preference), end_id(self.tokenizer)], preference)
         return messages != as_messages(question) or any(self.encoder.clean(answer) != answer for answer in answers)
 
-    def spans(self, question: Question, answer: str) -> tuple[list[int], list[int]]:
-        """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``."""
-        return self.many_spans([question], [answer])[0]
+    def spans(
+        self, question: Question, answer: str, preference: Preference | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``.
 
-    def many_spans(self, questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        Args:
+            question: The question.
+            answer: The answer.
+            preference: What the prompt's instruction asks for; None = there is none.
+        """
+        return self.many_spans([question], [answer], preference)[0]
+
+    def many_spans(
+        self, questions: Sequence[Question], answers: Sequence[str], preference: Preference | None = None
+    ) -> list[tuple[list[int], list[int]]]:
         """The same of ``N`` pairs, faster than one by one."""
         different = list(dict.fromkeys(answers))
         ids = dict(
             zip(different, self.encoder.texts([self.encoder.clean(answer) for answer in different]), strict=True)
         )
         ends = [[*ids[answer], end_id(self.tokenizer)] for answer in answers]
-        return [self._fit(question, end) for question, end in zip(questions, ends, strict=True)]
+        return [self._fit(question, end, preference) for question, end in zip(questions, ends, strict=True)]
 
-    def _fit(self, question: Question, end: list[int]) -> tuple[list[int], list[int]]:
+    def _shown(self, messages: list[Message], preference: Preference | None) -> list[Message]:
+        """The chat with its instruction, if there is one."""
+        if not preference:
+            return messages
+        assert self._instruct is not None, "a preference needs an encoder with `instruct`"
+        return self._instruct(messages, preference)
+
+    def _ids(self, messages: list[Message], preference: Preference | None) -> list[int]:
+        return self.encoder.prompt(self._shown(messages, preference))
+
+    def _fit(self, question: Question, end: list[int], preference: Preference | None) -> tuple[list[int], list[int]]:
         messages, prompt = self._prompt(question)
+        if preference:
+            prompt = self._ids(messages, preference)
         self.truncation.pairs += 1
         if self.max_length is None or len(prompt) + len(end) <= self.max_length:
             return prompt, end
         try:
-            ids = self._cutter(messages, lambda cut: self.encoder.prompt(cut) + end)
+            ids = self._cutter(messages, lambda cut: self._ids(cut, preference) + end)
         except ValueError:
+            if preference:
+                return self._instruction_alone(messages, end, self.max_length, preference)
             return self._without_question(messages, end, self.max_length)
         return ids[: -len(end)], end
+
+    def _instruction_alone(
+        self, messages: list[Message], end: list[int], most: int, preference: Preference
+    ) -> tuple[list[int], list[int]]:
+        """A prompt whose question is gone, and what of the answer fits behind it; :meth:`check` has found room."""
+        prompt = self._ids(without_start(messages, None, self.encoder.least), preference)
+        self.truncation.questions += 1
+        self.truncation.answers += 1
+        return prompt, self._last_tokens(end, most - len(prompt))
 
     def _without_question(self, messages: list[Message], end: list[int], most: int) -> tuple[list[int], list[int]]:
         """What is left of the prompt and the answer where not even the answer fits; an encoder's first token stays."""
@@ -281,9 +319,9 @@ class PairEncoder:
             self._last = (question, messages, self.encoder.prompt(messages))
         return self._last[1], self._last[2]
 
-    def encode(self, question: Question, answer: str) -> list[int]:
+    def encode(self, question: Question, answer: str, preference: Preference | None = None) -> list[int]:
         """Returns the ids of one pair: prompt, answer, end token."""
-        prompt, end = self.spans(question, answer)
+        prompt, end = self.spans(question, answer, preference)
         return prompt + end
 
     def batch(self, questions: Sequence[Question], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -377,29 +415,6 @@ class _Room:
                 f"without any question the text already takes {self._taken[key]} of max_length = {self.max_length} "
                 "tokens, which leaves no room: raise max_length or shorten the instruction or system message"
             )
-
-
-def without_start(
-    messages: list[Message], characters: int | None, least: int = 0, system: bool = False
-) -> list[Message]:
-    """Drops characters from the start of the chat; turns stay.
-
-    Args:
-        messages: The chat.
-        characters: How many; None = all.
-        least: Characters that each message keeps, white space at its end aside.
-        system: Whether system messages are cut, too.
-    """
-    result = []
-    for message in messages:
-        content = message["content"]
-        most = max(0, len(content.rstrip()) - least) if least else len(content)
-        cut = 0 if message["role"] == "system" and not system else most
-        if characters is not None:
-            cut = min(characters, cut)
-            characters -= cut
-        result.append({"role": message["role"], "content": content[cut:]})
-    return result
 
 
 def around(tokenizer: PreTrainedTokenizerBase) -> Frame:

@@ -1,12 +1,14 @@
-"""What flows from a source to a module: rows, views and batches."""
+"""What flows from a source to a module: rows and batches."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Message = dict[str, str]
@@ -16,15 +18,15 @@ Question = str | list[Message]
 """A question as plain text or as the chat so far, which must not end with an assistant turn."""
 
 
-class View(StrEnum):
-    """What a module wants of the rows; it says so in ``LightningModule.batch_view``."""
+class RowKind(StrEnum):
+    """Kind of rows that a batch view asks a source for. A source needs to know these three, and no view."""
 
-    REWARD = "reward"
-    """Question, answer and levels, for the reward classifier."""
-    POLICY = "policy"
-    """Question and preference, for the policy."""
-    TEXT = "text"
-    """Question and answer, for plain language modelling."""
+    LABELLED = "labelled"
+    """Question and answer, with the levels that are known; or answers to be scored."""
+    PROMPTS = "prompts"
+    """Questions, each of them once; to be answered (``predict``), every row, with the levels to ask for."""
+    TEXTS = "texts"
+    """Question and answer, for plain language modelling; levels do not matter."""
 
 
 class Split(StrEnum):
@@ -78,7 +80,7 @@ class Example:
 
 @dataclass
 class PairBatch:
-    """Reward view, right-padded.
+    """Batch of :class:`~moslim.data.views.RewardView`, right-padded.
 
     ``B`` pairs of ``T`` tokens, ``D`` dimensions of up to ``K`` levels, ``P`` comparisons of two answers. The rejected
     answers of comparisons are rows of their own, behind the others and without labels.
@@ -111,7 +113,7 @@ class PairBatch:
 
 @dataclass
 class PromptBatch:
-    """Policy view, left-padded. ``B`` prompts of ``P`` tokens, ``D`` dimensions.
+    """Batch of :class:`~moslim.data.views.PolicyView`, left-padded. ``B`` prompts of ``P`` tokens, ``D`` dimensions.
 
     Args:
         input_ids: ``[B, P]``.
@@ -119,8 +121,8 @@ class PromptBatch:
         targets: ``[B, D]`` int64, requested level, -1 = not mentioned in the prompt.
         index: ``[B]`` int64, row of the source: the same whatever the batch size or number of processes.
         questions: The ``B`` neutralised questions, without the instruction.
-        kinds: What each prompt is there for in evaluation (``sweep``, ``default``, ``seen``, ``unseen``);
-            empty strings in training.
+        kinds: Name of the :class:`~moslim.data.requests.EvaluationKind` of each prompt, e.g. ``sweep``; empty strings
+            in training.
         columns: In training, the ``B`` rows' own columns, see :class:`Example`; empty if no row has any.
     """
 
@@ -135,7 +137,7 @@ class PromptBatch:
 
 @dataclass
 class TextBatch:
-    """Text view, right-padded. ``B`` rows of ``T`` tokens.
+    """Batch of :class:`~moslim.data.views.TextView`, right-padded. ``B`` rows of ``T`` tokens.
 
     Args:
         input_ids: ``[B, T]``.
@@ -148,3 +150,15 @@ class TextBatch:
     attention_mask: Tensor
     labels: Tensor
     rows: list[Example]
+
+
+Batch = PairBatch | PromptBatch | TextBatch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Returns the batch with its tensors on a device; the rest is shared."""
+    moved = copy.copy(batch)
+    for name, value in vars(batch).items():
+        if isinstance(value, Tensor):
+            setattr(moved, name, value.to(device))
+    return moved

@@ -12,7 +12,7 @@ from torch import Tensor
 from moslim.errors import UsageError
 
 KINDS = ("sweep", "default", "seen", "unseen")
-"""Why an answer was asked for: one dimension's level sweep, no instruction, or a combination of levels."""
+"""Shipped kinds of requests: one dimension's level sweep, no instruction, combinations of levels. Others may follow."""
 
 
 @dataclass
@@ -22,13 +22,13 @@ class Records:
     Args:
         question: ``[N]`` int64, which question.
         sample: ``[N]`` int64, which of the answers drawn for one prompt.
-        kinds: ``N`` of :data:`KINDS`.
+        kinds: ``N`` names of :class:`~moslim.data.requests.EvaluationKind`.
         targets: ``[N, D]`` int64, requested level, -1 = not mentioned in the prompt.
         achieved: ``[N, D]`` float, the judge's level; NaN where it cannot judge.
         probs: ``[N, D, K]`` float, the training classifier's class probabilities, 0 on padded classes.
 
     Raises:
-        UsageError: The fields disagree in ``N`` or ``D``, or a kind is unknown.
+        UsageError: The fields disagree in ``N`` or ``D``, or a kind has no name.
     """
 
     question: Tensor
@@ -50,8 +50,8 @@ class Records:
         for name, (actual, expected) in shapes.items():
             if tuple(actual) != expected:
                 raise UsageError(f"records.{name} is {tuple(actual)}, but targets {(n, d)} ask for {expected}")
-        if unknown := set(self.kinds) - set(KINDS):
-            raise UsageError(f"records.kinds has {sorted(unknown)}: each must be one of {', '.join(KINDS)}")
+        if not all(self.kinds):
+            raise UsageError("records.kinds has an empty name: give the kind of request that each answer is to")
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -87,7 +87,7 @@ class Records:
         )
 
     def of_kind(self, kind: str) -> Records:
-        """Keeps the rows of one of :data:`KINDS`."""
+        """Keeps the rows of one kind."""
         return self.select(torch.tensor([k == kind for k in self.kinds], dtype=torch.bool))
 
     def canonical(self) -> Records:
@@ -96,7 +96,8 @@ class Records:
         Rows are ordered by question, kind, targets and sample. An answer that is there twice, as when ranks
         are padded to equal length, counts once.
         """
-        kinds = torch.tensor([KINDS.index(kind) for kind in self.kinds], dtype=torch.long)
+        known = [*KINDS, *sorted(set(self.kinds) - set(KINDS))]
+        kinds = torch.tensor([known.index(kind) for kind in self.kinds], dtype=torch.long)
         columns = (self.question[:, None].cpu(), kinds[:, None], self.targets.cpu(), self.sample[:, None].cpu())
         identity = torch.cat(columns, dim=1)
         values = self.achieved.cpu().nan_to_num(-1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from moslim.errors import UsageError
 from moslim.evaluation.judges import JudgeInfo
 from moslim.evaluation.measures import SweepGrid, control, level_shares, mean_interval, slopes, sweeps
-from moslim.evaluation.records import Records
+from moslim.evaluation.records import KINDS, Records
 from moslim.preferences import INACTIVE, PreferenceSet
 from moslim.reporting import Result, plain
 
@@ -96,7 +96,8 @@ def _control(grids: list[SweepGrid], names: tuple[str, ...]) -> Result:
 
 
 def _combinations(records: Records) -> Result:
-    return {kind: _joint(records.of_kind(kind)) for kind in ("seen", "unseen")}
+    further = sorted(set(records.kinds) - set(KINDS))
+    return {kind: _joint(records.of_kind(kind)) for kind in ("seen", "unseen", *further)}
 
 
 def _joint(records: Records) -> Result | None:

@@ -35,8 +35,8 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
     ]
     joint = [
         [kind, *(_pair(result, kind, key) for key in ("joint_exact", "mae"))]
-        for kind in ("seen", "unseen")
-        if result["combinations"][kind]
+        for kind, joint_measures in result["combinations"].items()
+        if joint_measures
     ]
     talk = [[f"**{name}**", *map(number, row)] for name, row in zip(names, result["cross_talk"], strict=True)]
     drift = [

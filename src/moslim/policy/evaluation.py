@@ -17,6 +17,7 @@ from moslim.chat_templates import asks_for_date, pin_tokenizer, tokenizer_pins
 from moslim.checkpoints import fingerprint, keep_plain_hparams, plain_options
 from moslim.data.asking import Prompt
 from moslim.data.types import PromptBatch, Question
+from moslim.data.views import ServedModule
 from moslim.evaluation.judges import Judge
 from moslim.evaluation.report import scalars
 from moslim.evaluation.steerability import measures, steerability
@@ -44,7 +45,7 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 _OF_CLASSIFIER = ("dimensions", "pooling", "layer", "link", "temperatures", "pair_length")
 
 
-class PolicyEvaluation(RunModule):
+class PolicyEvaluation(RunModule, ServedModule):
     """A policy with its reference and its classifier: validation, test, answers and export.
 
     Args:
@@ -53,6 +54,7 @@ class PolicyEvaluation(RunModule):
     """
 
     reports_test = True
+    preferences: PreferenceSet
 
     def __init__(
         self,

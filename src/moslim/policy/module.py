@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from moslim.checkpoints import drop_frozen, restore_frozen
-from moslim.data.types import PromptBatch, View
+from moslim.data.types import PromptBatch
+from moslim.data.views import BatchView, PolicyView
 from moslim.errors import UsageError
 from moslim.evaluation.judges import Judge
 from moslim.identity import Entries
@@ -109,7 +110,7 @@ class PolicyTrainer(PolicyEvaluation):
             not use the mapping's scalar.
     """
 
-    batch_view = View.POLICY
+    batch_view: BatchView = PolicyView()
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from moslim.chat_templates import tokenizer_pins
 from moslim.checkpoints import fingerprint
 from moslim.data.pairs import unrounded
 from moslim.data.types import Example, PairBatch
+from moslim.data.views import ServedModule
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture, check_identity, keep_identity
@@ -61,7 +62,7 @@ class HeadOutput(NamedTuple):
     scores: Tensor
 
 
-class ClassifierEvaluation(RunModule):
+class ClassifierEvaluation(RunModule, ServedModule):
     """The test and use of a classifier. :class:`RewardClassifier` sets the attributes and adds training.
 
     Args:
@@ -69,6 +70,7 @@ class ClassifierEvaluation(RunModule):
         pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
     """
 
+    preferences: PreferenceSet
     start: str
     """What the run started from: folder or Hub name."""
     starts_trained: bool

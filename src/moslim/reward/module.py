@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moslim.checkpoints import drop_frozen, keep_plain_hparams, restore_frozen
 from moslim.data.prompts import pad_id
-from moslim.data.types import PairBatch, View
+from moslim.data.types import PairBatch
+from moslim.data.views import BatchView, RewardView
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources
 from moslim.identity import Entries
@@ -110,7 +111,7 @@ class RewardClassifier(ClassifierEvaluation):
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
     """
 
-    batch_view = View.REWARD
+    batch_view: BatchView = RewardView()
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moslim.data.module import PreferenceDataModule
 from moslim.data.sources.base import Source
-from moslim.data.types import Split, View
+from moslim.data.types import Split
 from moslim.identity import class_key
 from moslim.preferences import PreferenceSet
 from moslim.utils.files import write_text
@@ -66,7 +66,7 @@ def training_record(
     record |= {"added": list(added)} if added else {}
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, PreferenceDataModule):
-        rows = data.rows(View.REWARD, Split.TRAIN)
+        rows = data.rows(data.view.row_kind(Split.TRAIN), Split.TRAIN)
         record |= {"sources": _described(data.source), "rows": len(rows), "labels": {}}
         for dimension in preferences.dimensions:
             counts = Counter(row.levels.get(dimension.name) for row in rows)

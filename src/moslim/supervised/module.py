@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from moslim.adapters import adapter_base
 from moslim.base import RunModule
 from moslim.checkpoints import fingerprint, keep_plain_hparams, plain_options
 from moslim.data.prompts import PairEncoder, pad, pad_id
-from moslim.data.types import Example, PromptBatch, Question, TextBatch, View
+from moslim.data.types import Example, PromptBatch, Question, Split, TextBatch
+from moslim.data.views import ServedModule, TextView
 from moslim.errors import UsageError
 from moslim.folders import refuse_sources, whole_folder
 from moslim.identity import Entries, architecture
@@ -35,12 +36,13 @@ from moslim.policy.answering import Answerer
 from moslim.policy.engines import RolloutEngine, TorchEngine
 from moslim.policy.saving import save_as_trained
 from moslim.precision import widened
+from moslim.preferences import Preference
 from moslim.processes import mean_over_processes
 from moslim.reward.sharing import is_classifier
 from moslim.training.lightning_compat import keep_epoch_open
 
 
-class SupervisedTrainer(RunModule):
+class SupervisedTrainer(RunModule, ServedModule):
     """Fine-tunes a language model on answers, its end-of-sequence token included, and saves it when ``fit`` ends.
 
     Args:
@@ -66,7 +68,7 @@ class SupervisedTrainer(RunModule):
         UsageError: Both or neither of ``model`` and ``architecture`` are given, or a temperature is negative.
     """
 
-    batch_view = View.TEXT
+    batch_view: TextView = TextView()
 
     def __init__(
         self,
@@ -173,13 +175,21 @@ class SupervisedTrainer(RunModule):
         tokens = int(_labelled(batch).sum())
         self.log(name, self._loss(batch) / max(tokens, 1), batch_size=tokens, sync_dist=True)
 
-    def answers(self, questions: list[Question], keys: list[tuple[int, ...]], temperature: float) -> list[str]:
+    def answers(
+        self,
+        questions: list[Question],
+        keys: list[tuple[int, ...]],
+        temperature: float,
+        preferences: Sequence[Preference | None] | None = None,
+    ) -> list[str]:
         """Samples one answer to each question.
 
         Args:
             questions: ``B`` questions; there may be none.
             keys: What identifies each of them; with the seed it decides the answer.
             temperature: Sampling temperature.
+            preferences: Levels that the instruction before each question names, as the data module writes it; None =
+                questions without instruction.
         """
         if not questions:
             return []
@@ -187,8 +197,9 @@ class SupervisedTrainer(RunModule):
         room = Positions.of(self.model).longest(None, self._name, self.engine.max_new_tokens)
         limits = [limit for limit in (wanted, room) if limit is not None]
         # Behind the prompt stands the end token of an empty answer.
-        encoder = PairEncoder(self.tokenizer, min(limits) + 1 if limits else None)
-        rows = [encoder.spans(question, "")[0] for question in questions]
+        encoder = self._encoder(min(limits) + 1 if limits else None, preferences)
+        wanted = preferences or [None] * len(questions)
+        rows = [encoder.spans(question, "", levels)[0] for question, levels in zip(questions, wanted, strict=True)]
         ids, mask = (x.to(self.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
         nothing = torch.full((len(rows), 1), -1)
         batch = PromptBatch(ids, mask, nothing, torch.arange(len(rows)), questions, [""] * len(rows))
@@ -197,23 +208,46 @@ class SupervisedTrainer(RunModule):
         answerer = Answerer(engine, self.tokenizer, eos_ids(self.model, self.tokenizer))
         return answerer(self.model, batch, [(self.seed, *key) for key in keys], 1).texts
 
+    def _encoder(self, max_length: int | None, preferences: Sequence[Preference | None] | None) -> PairEncoder:
+        """What makes ids of questions to be answered; instructions are taken out of questions that get one."""
+        if not any(levels is not None for levels in preferences or []):
+            return PairEncoder(self.tokenizer, max_length)
+        return self.data.pair_encoder(max_length)
+
+    def _wanted(self, rows: Iterable[Example]) -> list[Preference | None]:
+        return [self.batch_view.preference(row, self.data.preferences, Split.PREDICT) for row in rows]
+
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers the questions of a batch; the records are written to the file of ``predictions``."""
+        """Answers the questions of a batch; the records are written to the file of ``predictions``.
+
+        Where prompts have an instruction, a record says which levels were ``requested``.
+        """
         numbers = range(self._answered, self._answered + len(batch.rows))
         self._answered = numbers.stop
+        wanted = self._wanted(batch.rows)
         texts: dict[int, str] = {}
         for turn, temperature in enumerate(self.temperatures):
             mine = [n for n in numbers if n % len(self.temperatures) == turn]
             questions = [batch.rows[n - numbers.start].question for n in mine]
-            texts |= zip(mine, self.answers(questions, [(n,) for n in mine], temperature), strict=True)
-        return [{"question": row.question, "answer": texts[n]} for n, row in zip(numbers, batch.rows, strict=True)]
+            levels = [wanted[n - numbers.start] for n in mine]
+            texts |= zip(mine, self.answers(questions, [(n,) for n in mine], temperature, levels), strict=True)
+        return [
+            {
+                "question": row.question,
+                **({} if levels is None else {"requested": dict(levels.levels)}),
+                "answer": texts[n],
+            }
+            for n, row, levels in zip(numbers, batch.rows, wanted, strict=True)
+        ]
 
     def predictions_depend_on(self, rows: Callable[[], Iterable[Example]]) -> dict[str, Any]:
         """Weights, questions, and how answers are drawn."""
-        encoder = PairEncoder(self.tokenizer)
+        asked = list(rows())
+        wanted = self._wanted(asked)
+        encoder = self._encoder(None, wanted)
         digest = hashlib.sha256()
-        for row in rows():
-            digest.update(repr(encoder.spans(row.question, "")[0]).encode())
+        for row, levels in zip(asked, wanted, strict=True):
+            digest.update(repr(encoder.spans(row.question, "", levels)[0]).encode())
         return {
             "weights": fingerprint(self.model.state_dict()),
             "prompts": digest.hexdigest(),

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from moslim.cli import run
 from moslim.data.module import PreferenceDataModule
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 from moslim.reward.evaluation.best_of import BestOf
 from moslim.reward.module import RewardClassifier
@@ -42,8 +42,8 @@ CHOICES = [
 class Compared(WordSource):
     """Twenty different rows, every third of which was preferred to a bad answer, in tone or in everything."""
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        rows = {(row.question, row.answer): row for row in super().rows(view, split, preferences, seed)}.values()
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        rows = {(row.question, row.answer): row for row in super().rows(kind, split, preferences, seed)}.values()
         return [
             replace(row, rejected="bad .", comparison_dimensions=("tone",) if i % 2 else ()) if i % 3 == 0 else row
             for i, row in enumerate(rows)
@@ -76,7 +76,7 @@ def measured(
 def test_figures_are_those_of_the_predictions(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     result, trainer = measured(preferences, backbone, tmp_path)
     logged = dict(trainer.callback_metrics)
-    rows = Compared().rows(View.REWARD, Split.TEST, preferences, 0)
+    rows = Compared().rows(RowKind.LABELLED, Split.TEST, preferences, 0)
     predicted: Any = trainer.predict(
         trainer.lightning_module, PreferenceDataModule(preferences, Compared(), eval_batch_size=7)
     )

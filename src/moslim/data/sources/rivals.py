@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from moslim.data.sources.base import Source
 from moslim.data.sources.overlap import question_key
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.noise import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 
@@ -30,11 +30,11 @@ class ComparisonsFromRatings(Source):
         self.source = source
         self.dimension = dimension
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         """See the base class; which of the lower answers is the rival is drawn."""
         preferences[self.dimension]
-        rows = self.source.rows(view, split, preferences, seed)
-        if view is not View.REWARD or split is Split.PREDICT:
+        rows = self.source.rows(kind, split, preferences, seed)
+        if kind is not RowKind.LABELLED or split is Split.PREDICT:
             return rows
         answers = defaultdict(list)
         for row in rows:
@@ -43,12 +43,12 @@ class ComparisonsFromRatings(Source):
         rng = random.Random(derive_seed(seed, *b"rivals"))
         return [self._compared(row, answers[question_key(row.question)], rng) for row in rows]
 
-    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+    def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
         """See the base class."""
-        if view is View.REWARD and split is Split.PREDICT:
-            yield from self.source.stream(view, split, preferences, seed)
+        if kind is RowKind.LABELLED and split is Split.PREDICT:
+            yield from self.source.stream(kind, split, preferences, seed)
         else:
-            yield from self.rows(view, split, preferences, seed)
+            yield from self.rows(kind, split, preferences, seed)
 
     def parts(self) -> list[Source]:
         """See the base class."""

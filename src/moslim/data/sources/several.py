@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from moslim.data.sources.base import Source
 from moslim.data.sources.overlap import warn_if_shared
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
 
@@ -23,22 +23,22 @@ class ConcatSource(Source):
             raise UsageError("source.sources is empty: name at least one source")
         self.sources = sources
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         """See the base class. Questions of held-out rows that another source trains on are said in a warning."""
-        parts = [source.rows(view, split, preferences, seed) for source in self.sources]
-        if view is View.REWARD and split in (Split.VALIDATION, Split.TEST) and len(self.sources) > 1:
-            training = [source.rows(view, Split.TRAIN, preferences, seed) for source in self.sources]
+        parts = [source.rows(kind, split, preferences, seed) for source in self.sources]
+        if kind is RowKind.LABELLED and split in (Split.VALIDATION, Split.TEST) and len(self.sources) > 1:
+            training = [source.rows(kind, Split.TRAIN, preferences, seed) for source in self.sources]
             for i, part in enumerate(parts):
                 warn_if_shared(part, [row for j, rows in enumerate(training) if j != i for row in rows])
         return [row for part in parts for row in part]
 
-    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+    def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
         """See the base class. Rows to be scored are read one at a time where the sources can."""
-        if view is View.REWARD and split is Split.PREDICT:
+        if kind is RowKind.LABELLED and split is Split.PREDICT:
             for source in self.sources:
-                yield from source.stream(view, split, preferences, seed)
+                yield from source.stream(kind, split, preferences, seed)
         else:
-            yield from self.rows(view, split, preferences, seed)
+            yield from self.rows(kind, split, preferences, seed)
 
     def parts(self) -> list[Source]:
         """See the base class."""

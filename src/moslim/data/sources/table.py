@@ -19,7 +19,7 @@ from moslim.data.sources.overlap import SharedQuestions, question_key, without_s
 from moslim.data.sources.records import Record, completed, scan_file, scan_hub
 from moslim.data.sources.requested import requested_levels
 from moslim.data.sources.scale import Scale, is_missing
-from moslim.data.types import Example, Question, Split, View
+from moslim.data.types import Example, Question, RowKind, Split
 from moslim.errors import UsageError
 from moslim.literals import Scalar, as_text, is_same, quoted
 from moslim.preferences import Preference, PreferenceSet
@@ -28,11 +28,11 @@ from moslim.preferences import Preference, PreferenceSet
 class Table(Source):
     """Rows of a table, one question-answer pair each.
 
-    Schema: a column with the question; a column with the answer (not needed in the policy view); one column per
+    Schema: a column with the question; a column with the answer (not needed for prompts); one column per
     dimension with its label. A question is a text, or, in JSON Lines, parquet and on the Hub, the chat so far:
     ``[{"role": "user", "content": "..."}, ...]``, ending with a user turn. A label is a level 0..K-1, or whatever
     ``scales`` turns into one. A blank, null or NaN label is missing: the pair then teaches the other dimensions
-    only. An empty answer is an answer; a null or NaN one is an error. In the policy view each question is taken once;
+    only. An empty answer is an answer; a null or NaN one is an error. Of prompts, each question is taken once;
     in its predict split every row is kept, and its labels are the levels to ask for.
 
     Wherever a column is named, a path into nested fields will do: ``ratings.quality``, ``turns.0``, ``raters.*.score``
@@ -159,32 +159,32 @@ class Table(Source):
         self._tables: dict[str | None, list[Record]] = {}
         self._observed: set[Preference] = set()
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         """See the base class. The order is that of the table; nothing is drawn."""
         self.labels.check(preferences)
         self.comparisons.check(preferences)
         notices = Notices()
-        rows = [self._example(record, view, split, preferences, notices) for record in self._records(split)]
+        rows = [self._example(record, kind, split, preferences, notices) for record in self._records(split)]
         notices.warn(len(rows))
-        if view is View.REWARD and split is Split.TRAIN:
+        if kind is RowKind.LABELLED and split is Split.TRAIN:
             names = [name for name in preferences.names if self._must_be_labelled(name)]
             self.labels.warn_if_constant(str(self.path), rows, names)
         if self.only_observed:
             training = (self.labels.votes(record, preferences, required=[]) for record in self._records(Split.TRAIN))
             self._observed = {Preference(levels_of(votes)) for votes in training}
-        if view is View.POLICY and split is not Split.PREDICT:
+        if kind is RowKind.PROMPTS and split is not Split.PREDICT:
             rows = list({question_key(row.question): row for row in reversed(rows)}.values())[::-1]
         return rows
 
-    def stream(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+    def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
         """See the base class. Rows to be scored are read one at a time, unless there is a layout, which needs all."""
         name = self.others.get(split)
-        if view is not View.REWARD or split is not Split.PREDICT or name is None or self.layout is not None:
-            yield from self.rows(view, split, preferences, seed)
+        if kind is not RowKind.LABELLED or split is not Split.PREDICT or name is None or self.layout is not None:
+            yield from self.rows(kind, split, preferences, seed)
             return
         notices, count = Notices(), 0
         for record in filter(self._is_wanted, self._scan(name)):
-            yield self._example(record, view, split, preferences, notices)
+            yield self._example(record, kind, split, preferences, notices)
             count += 1
         if not count:
             raise self._no_rows(name)
@@ -287,10 +287,10 @@ class Table(Source):
         return Split.TRAIN
 
     def _example(
-        self, record: Record, view: View, split: Split, preferences: PreferenceSet, notices: Notices
+        self, record: Record, kind: RowKind, split: Split, preferences: PreferenceSet, notices: Notices
     ) -> Example:
         answer = find(record.fields, self.answer)
-        if view is not View.POLICY:
+        if kind is not RowKind.PROMPTS:
             answer = require(record, self.answer, "answer")
             if not isinstance(answer, str):
                 raise UsageError(f"{record.place}, field '{self.answer}': the answer is {quoted(answer)}, not a text")
@@ -300,13 +300,13 @@ class Table(Source):
                 notices.add("the answer looks like a chat written as JSON, and is taken as a text", record.place)
         kept = {path: find(record.fields, path) for path in self.keep}
         example = Example(self._question(record), answer, id=self._id(record), columns=kept, place=record.place)
-        if self.group is not None and view is View.REWARD and split is not Split.PREDICT:
+        if self.group is not None and kind is RowKind.LABELLED and split is not Split.PREDICT:
             example.group = self._group(record, self.group)
         if self.requested is not None:
             example.requested = requested_levels(record, self.requested, preferences)
-        if view is View.REWARD and split is Split.PREDICT:
+        if kind is RowKind.LABELLED and split is Split.PREDICT:
             return example
-        required = [name for name in preferences.names if view is View.REWARD and self._must_be_labelled(name)]
+        required = [name for name in preferences.names if kind is RowKind.LABELLED and self._must_be_labelled(name)]
         votes = self.labels.votes(record, preferences, required)
         example.levels, example.votes = levels_of(votes), several(votes)
         for path in self.labels.not_numbers(record, preferences):

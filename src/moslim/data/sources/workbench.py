@@ -10,7 +10,7 @@ from pathlib import Path
 from moslim.data.sources.base import Source
 from moslim.data.sources.records import Record, scan_file
 from moslim.data.sources.requested import requested_levels
-from moslim.data.types import Example, Split, View
+from moslim.data.types import Example, RowKind, Split
 from moslim.errors import UsageError
 from moslim.literals import quoted
 from moslim.noise import derive_seed
@@ -35,10 +35,12 @@ HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
 TEST_FORMS = 2
 """How many of the question forms are asked about each held-out topic."""
 _WHOLE_ANSWERS = 2
-"""Stage of the reward view in which whole answers come, after lone steps and bare steps."""
+"""Stage of the labelled rows in which whole answers come, after lone steps and bare steps."""
 _STYLE = ("formality", "warmth")
 """Dimensions on which all bare steps have the same level."""
 _WORLD = PreferenceSet(LEVELS)
+_STREAMS = {RowKind.LABELLED: b"reward", RowKind.PROMPTS: b"policy", RowKind.TEXTS: b"text"}
+"""Part of the seed, so that rows of each kind are drawn apart."""
 _SAMPLES_HELD_BACK = 5
 """Every how many of a file's samples one is kept for validation."""
 
@@ -54,11 +56,11 @@ class Workbench(Source):
 
     Args:
         fold: Which third of the topics is held out; tune on one fold, report on another.
-        corpus_rows: Rows of the text view.
-        reward_rows: Written answers in the reward view; there are three times as many corrupted answers. ``predict``
-            puts as many questions to the starter, and to a policy, for their samples.
-        bare_rows: Rows of each of the reward view's first two stages.
-        policy_rows: Prompts of an epoch of the policy view.
+        corpus_rows: Rows of plain text.
+        reward_rows: Written answers among the labelled rows; there are three times as many corrupted answers.
+            ``predict`` puts as many questions to the starter, and to a policy, for their samples.
+        bare_rows: Rows of each of the first two stages of the labelled rows.
+        policy_rows: Prompts of an epoch.
         samples: JSON Lines with ``question`` and ``answer``, or several such files: the starter's own answers, or a
             policy's, which also say what was ``requested``. None leaves that part out.
         raters: How many raters label the classifier's training rows, instead of the gold scorer; 0 = exact levels.
@@ -94,12 +96,12 @@ class Workbench(Source):
         """The topics of this fold's test, or all others."""
         return [topic for topic in TOPICS if (topic.held_out_in == self.fold) == held_out]
 
-    def rows(self, view: View, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         preferences.columns_in(PreferenceSet(LEVELS), "embedded world")
-        rng = random.Random(derive_seed(seed, *view.encode(), *split.encode()))
-        if view is View.TEXT:
+        rng = random.Random(derive_seed(seed, *_STREAMS[kind], *split.encode()))
+        if kind is RowKind.TEXTS:
             return self._text(split, rng)
-        if view is View.POLICY:
+        if kind is RowKind.PROMPTS:
             return self._requests(preferences, rng) if split is Split.PREDICT else self._prompts(split, rng)
         pairs = self._pairs(split, rng)
         if not self.raters or split is not Split.TRAIN:
