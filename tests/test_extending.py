@@ -7,17 +7,22 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moslim import PolicyTrainer, RewardClassifier
+from moslim import PolicyTrainer, RewardClassifier, Scorer
 from moslim.cli import MoslimCLI, run
+from moslim.data import Example, RowKind, Split
+from moslim.data.loader import Draw
 from moslim.data.pairs import one_hot
+from moslim.evaluation.report import scalars
+from moslim.instructions import level_words
 from moslim.policy.optimizers import GroupScores, UpdateBatch
-from moslim.preferences import PreferenceSet
+from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.workbench.grammar import LEVELS
 from tests.helpers.tiny_world import FEW_STEPS, ONE_EACH, SMALL_POLICY, save_world
@@ -30,6 +35,7 @@ BLOCKS = re.findall(r"^```(\w+)\n# (my_lab\.\w+)\n(.*?)^```$", PAGE, re.MULTILIN
 COMMANDS = re.findall(r"^    python main\.py (.+?)$", re.sub(r" \\\n +", " ", PAGE), re.MULTILINE)
 SMALL = {
     "configs/quickstart/policy.yaml": f"{SMALL_POLICY} {ONE_EACH}",
+    "configs/quickstart/starter.yaml": "--data.source.reward_rows 8 --data.batch_size 4 --data.eval_batch_size 4",
     "configs/quickstart/reward.yaml": "--data.source.reward_rows 64 --data.source.bare_rows 16 --data.batch_size 8",
 }
 NO_GATE = ["--trainer.callbacks", "null"]  # nothing here is trained enough to pass one
@@ -82,7 +88,9 @@ def classes(lab: Lab) -> Any:
 def test_every_class_of_the_page_is_used_by_one_of_its_commands() -> None:
     defined = set(re.findall(r"^class (\w+)\(", PAGE, re.MULTILINE))
     assert {"Narrowing", "RankReinforce"} <= defined
-    assert defined == {name for command in COMMANDS for name in re.findall(r"my_lab\.([A-Z]\w+)", command)}
+    assert defined - {"ScoredText"} == {
+        name for command in COMMANDS for name in re.findall(r"my_lab\.([A-Z]\w+)", command)
+    }
 
 
 def test_every_base_class_of_the_table_exists_with_what_is_to_be_written() -> None:
@@ -228,10 +236,78 @@ def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: An
     assert cli.trainer.global_step == 2
     assert "train/formality/loss" in cli.trainer.callback_metrics
     assert "train/warmth/loss" not in cli.trainer.callback_metrics  # nobody labelled it
-    from moslim.data.types import RowKind, Split
-
     asked = [row.question for row in classes.Greetings().rows(RowKind.PROMPTS, Split.TEST, PreferenceSet(LEVELS), 0)]
     assert set(asked) == {"Greet Ada!", "Greet Grace!"}
+
+
+# --- batch views and kinds of requests
+
+
+def test_a_conditional_method_takes_under_forty_lines() -> None:
+    (code,) = [code for _, _, code in BLOCKS if "class SteerLM" in code]
+    assert len(code.splitlines()) < 40
+
+
+def _check_prompts(cli: MoslimCLI, rows: list[Example], levels: list[dict[str, int]]) -> None:
+    """Checks that the prompts trained on name these levels, and that the loss is on the answers alone."""
+    view, data, model = cli.model.batch_view, cli.datamodule, cli.model
+    examples = view.examples(data, list(enumerate(rows)), Split.TRAIN)
+    batch = view.collate(data, Split.TRAIN)([examples[Draw(0, i)] for i in range(len(rows))])
+    renderer = data.renderer(model.tokenizer)
+    for i, (row, wanted) in enumerate(zip(rows, levels, strict=True)):
+        preference = Preference(wanted)
+        text = model.tokenizer.decode(batch.input_ids[i, batch.labels[i] == -100])
+        prompt = renderer.ids(row.question, preference)
+        assert batch.input_ids[i, : len(prompt)].tolist() == prompt
+        assert (batch.labels[i, : len(prompt)] == -100).all() and batch.labels[i, len(prompt)] != -100
+        for name, level in level_words(preference, data.preferences):
+            assert f"{name}: {level}" in text or f"{name} : {level}" in text
+
+
+def test_a_conditional_method(lab: Lab) -> None:
+    cli = lab.documented("my_lab.SteerLM")
+    assert type(cli.model.batch_view).__name__ == "InstructedTextView" and cli.trainer.global_step == 2
+    rows = [row for _, row in cli.datamodule.usable_rows(Split.TRAIN)]
+    assert all(set(row.levels) == set(LEVELS) for row in rows)  # the embedded world labels whole answers
+    _check_prompts(cli, rows[:3], [dict(row.levels) for row in rows[:3]])
+    partial = [replace(rows[0], levels={"warmth": 4}), replace(rows[1], levels={})]
+    _check_prompts(cli, partial, [{"warmth": 4}, {}])
+
+
+def test_a_conditional_method_with_levels_of_a_classifier(lab: Lab) -> None:
+    classifier = "outputs/quickstart/reward/classifier"
+    options = ["--model.scorer", classifier]
+    with contextlib.chdir(lab.folder):
+        cli = lab.documented("my_lab.SteerLM", *options)
+        view, data = cli.model.batch_view, cli.datamodule
+        plain = [replace(row, levels={"warmth": 0}) for row in data.rows(RowKind.LABELLED, Split.TRAIN)[:4]]
+        data._rows[RowKind.LABELLED, Split.TRAIN] = plain
+        rows = [row for _, row in view.rows(data, Split.TRAIN)]
+        expected = Scorer(classifier).score([(row.question, row.answer) for row in plain])
+    for row, scores in zip(rows, expected, strict=True):
+        found = {name: LEVELS[name].index(level) for name, level in scores.levels.items()}
+        assert row.levels == {**found, "warmth": 0}  # a label that a row has stays
+
+
+def test_a_conditional_model_is_asked_for_levels(lab: Lab) -> None:
+    lab.documented("my_lab.SteerLM")
+    command = "predict --config configs/quickstart/starter.yaml --model my_lab.SteerLM --model.architecture null"
+    given = ["--model.model", "outputs/steerlm", "--model.predictions", "outputs/steered.jsonl"]
+    lab.run(command, *given, "--data.eval_batch_size", "4")
+    lines = (lab.folder / "outputs/steered.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert any(json.loads(line)["requested"] for line in lines)
+
+
+def test_a_kind_of_request(lab: Lab, classes: Any) -> None:
+    lab.run("fit --config configs/quickstart/policy.yaml")
+    cli = lab.documented("my_lab.Opposites")
+    result = json.loads((lab.folder / cli.model.report / "steerability.json").read_text())
+    assert list(result["combinations"]) == ["seen", "unseen", "opposites"]
+    reachable = classes.Opposites().preferences(cli.datamodule.preferences, cli.datamodule.source, 0)
+    assert result["combinations"]["opposites"]["n_answers"] == len(reachable) > 0
+    assert "steerability/opposites/mae" in scalars(result)
+    assert "| opposites |" in (lab.folder / cli.model.report / "report.md").read_text()
 
 
 # --- losses and judges
