@@ -58,6 +58,7 @@ class PolicyEvaluation(RunModule, ServedModule):
 
     def __init__(
         self,
+        *,
         preferences: PreferenceSet,
         model: str,
         classifier: str,
