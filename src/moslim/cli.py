@@ -29,9 +29,9 @@ from moslim.checkpoint_files import is_remote
 from moslim.data.module import PreferenceDataModule
 from moslim.errors import UsageError
 from moslim.failures import debugging, in_own_code, reported, without_flag
-from moslim.layers import dropped
+from moslim.layers import dropped, is_shipped, located, missing
 from moslim.option_errors import shortened
-from moslim.parser import MoslimParser, refuse_dangerous_names
+from moslim.parser import MoslimParser, layered, refuse_dangerous_names
 from moslim.policy.shared import generate
 from moslim.preferences import PreferenceSet
 from moslim.quiet import leave_out_noise, plain_warnings
@@ -66,6 +66,7 @@ class MoslimCLI(OpenCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         install()
+        layered()
         strict = {"allow_abbrev": False}
         usage = f"{Path(sys.argv[0]).name} {{}} [--config FILE] [options]"
         super().__init__(
@@ -270,6 +271,22 @@ def _never_prompt_for_wandb() -> None:
         os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def _with_shipped_paths(arguments: list[str]) -> list[str]:
+    """Puts the path of a shipped config in place of its name, ``--config configs:quickstart/policy.yaml``.
+
+    Raises:
+        UsageError: There is no such config.
+    """
+    given = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
+        path = located(value)
+        if is_shipped(path):
+            raise UsageError(missing(path, None))
+        given.append(f"{option}{equals}{path}")
+    return given
+
+
 def run(args: list[str] | None = None) -> MoslimCLI:
     """Runs one command and returns its parts (``model``, ``datamodule``, ``trainer``).
 
@@ -277,7 +294,7 @@ def run(args: list[str] | None = None) -> MoslimCLI:
         args: Arguments; None for those of the process. The user's own classes may lie in the current folder, see
             :func:`~moslim.trust.imports_from_here`.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
+    arguments = _with_shipped_paths(sys.argv[1:] if args is None else args)
     check_configs(arguments)
     refuse_dangerous_names()
     if os.getcwd() not in sys.path and imports_from_here(arguments):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 _KEY = re.compile(r'^(?:Parser key|Configuration key) "([^"]+)":?\s*(.*)$', re.DOTALL)
 _CLASS = re.compile(r"^Problem with given class_path '([^']+)':$")
 _TYPE = re.compile(r"<(?:class|enum) '([\w.]+)'>")
 _EXPECTED = re.compile(r"^Expected an? (.+?)(?:\. Got value: (.*))?$", re.DOTALL)
+_NO_PATH = re.compile(r"^(?:Expected a dot|Unexpected) import path (?:string|format): (.*)$", re.DOTALL)
+_NO_MODULE = re.compile(r"^No module named '[^']+'$")
+_NO_GROUP = re.compile(
+    r"""^Parser key "([^"]+)":\n *Unable to load config '(.+)'\n *- Parser key "\1": Unable to load config "\2"$"""
+)
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (.*)$", re.DOTALL)
 _NUMBER = re.compile(r"^Expected an? <class '(?:int|float)'>")
 _CALLABLE = re.compile(r"^Type .+? expects a function or a callable class: (.*)$", re.DOTALL)
@@ -46,7 +51,7 @@ class _Reason:
     value: str
 
 
-def shortened(message: str) -> str:
+def shortened(message: str, missing: Callable[[str], str] = "there is no file {}".format) -> str:
     """Returns the most telling of the reasons that a message of jsonargparse lists, as ``key: reason``.
 
     A value that fits none of several types gets a wall of one error for each, nested in those of the classes around
@@ -54,7 +59,10 @@ def shortened(message: str) -> str:
 
     Args:
         message: The message; one of another form comes back as it is.
+        missing: Says that a file does not exist.
     """
+    if group := _NO_GROUP.match(message.strip()):
+        return f"{group[1]}: {missing(group[2])}"
     reasons = list(_reasons(_tree(message), (), "", "", ""))
     if not any(reason.keys for reason in reasons) and not message.startswith(_WALL):
         return message
@@ -64,8 +72,17 @@ def shortened(message: str) -> str:
     first = telling[0]
     together = [reason for reason in telling if (reason.keys, reason.owner) == (first.keys, first.owner)]
     key = ".".join(first.keys)
+    if file := next((name for reason in together for name in _files(reason)), None):
+        return f"{key}: {missing(file)}"
     of = f" (of {first.owner})" if first.owner else ""
     return f"{key}{of}: {_said(together)}" if key else _said(together)
+
+
+def _files(reason: _Reason) -> Iterator[str]:
+    """The file that was taken for a class, as it could not be read."""
+    names = [path[1]] if (path := _NO_PATH.match(reason.text)) else []
+    names += [reason.owner, reason.value] if _NO_MODULE.match(reason.text) else []
+    yield from (name for name in names if "/" in name or name.endswith((".yaml", ".yml", ".json")))
 
 
 def _said(reasons: list[_Reason]) -> str:
@@ -121,7 +138,8 @@ def _reasons(lines: list[_Line], keys: tuple[str, ...], owner: str, kinds: str, 
             yield _Reason(keys, owner, f"Expected a {part[1]}", kinds, got)
         elif called := _CALLABLE.match(line.text):
             inner = _Line(called[1] if _KEY.match(called[1]) else _GOT.sub("", called[1]), line.below)
-            yield from _reasons([inner], keys, owner, kinds, value)
+            got = _GOT.search(called[1])
+            yield from _reasons([inner], keys, owner, kinds, got[0].removeprefix(". Got value: ") if got else value)
         elif line.text.startswith(_WALL):
             yield from _reasons(line.below if line.text == "Errors:" else [], keys, owner, kinds, value)
         elif not line.text.startswith(("Subtypes: ", "Given value: ")):

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from moslim.layers import located
+
 TEXTS = ("columns", "compared", "constants", "counts", "dimensions", "keep", "missing", "where")
 """Options that hold texts: every scalar in a list or mapping below one is the text that is written."""
 _STR, _INT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "null", "merge"))
@@ -17,13 +19,13 @@ _PLAIN_INTEGER = re.compile("-?(0|[1-9][0-9]*)")
 
 
 def install() -> None:
-    """Lets configs and options be read so."""
+    """Lets configs and options be read so, with the paths of the shipped configs that they name."""
     plain = get_loader("yaml")
     if getattr(plain, "quotes_texts", False):
         return
 
     def load(stream: str, **kwargs: Any) -> Any:
-        return plain(quote_texts(stream), **kwargs)
+        return located(plain(quote_texts(stream), **kwargs))
 
     load.quotes_texts = True  # type: ignore[attr-defined]
     set_loader("yaml", load, exceptions=(yaml.YAMLError,))

@@ -7,9 +7,11 @@ transformers, peft and torch are in :mod:`moslim.ops.transformers_compat`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from jsonargparse import _actions, _typehints
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -249,3 +251,26 @@ def _batches(trainer: Trainer) -> Any:
 
 def _epochs(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_progress.current
+
+
+def before_options(before: Callable[[Any, Any, Any, str], None]) -> None:
+    """Calls a function before an option of the command line is merged into what came before it.
+
+    Replaces ``__call__`` of ``_typehints.ActionTypeHint`` and ``_actions._ActionConfigLoad`` (jsonargparse 4.52, 4.53),
+    once in a process.
+
+    Args:
+        before: Takes the parser, the config so far, the value and the option as it is written.
+    """
+    for action in (_typehints.ActionTypeHint, _actions._ActionConfigLoad):
+        apply = action.__call__
+        if hasattr(apply, "applies"):
+            continue
+
+        def call(self: Any, *args: Any, _apply: Any = apply, **kwargs: Any) -> Any:
+            if len(args) == 4:  # no arguments: jsonargparse makes an action of it
+                before(*args)
+            return _apply(self, *args, **kwargs)
+
+        call.applies = apply  # type: ignore[attr-defined]
+        action.__call__ = call  # type: ignore[method-assign]
