@@ -26,6 +26,7 @@ BENCHMARKS = (
     "optimizers",
     "ablation",
     "throughput",
+    "prefix_tree",
     "policy_stage",
     "memory_roles",
     "resume_matrix",

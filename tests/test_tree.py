@@ -1,9 +1,12 @@
 """Trees of token sequences, and models that read them."""
 
+import doctest
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from moslim import tree as tree_module
 from moslim.models import checkpoint_activations
 from moslim.tree import grow, in_order
 from moslim.tree_attention import along, reads_trees
@@ -25,6 +28,11 @@ def sequences():
 def build(kind, **options):
     torch.manual_seed(0)
     return AutoModel.from_config(AutoConfig.for_model(kind, **{**SMALL, **options})).eval()
+
+
+def test_the_example_of_the_docstring_is_right():
+    found = doctest.testmod(tree_module)
+    assert found.attempted > 5 and not found.failed
 
 
 def test_every_beginning_is_there_once(sequences):

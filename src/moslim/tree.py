@@ -1,4 +1,33 @@
-"""Token sequences as a tree, in which what several of them begin with is there once."""
+"""Prefix tree of token sequences: a beginning that several sequences share is one node, which a model computes once.
+
+Three sequences, 10 tokens in all, begin with the same prompt (5, 6); two of them also share the token 7:
+
+>>> import torch
+>>> ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 0], [5, 6, 9, 0]])  # 0 is padding
+>>> tree = grow(ids, lengths=torch.tensor([4, 3, 3]))
+
+They have five different beginnings, so the tree has five nodes. A node is the last token of its beginning:
+
+>>> tree.tokens.tolist()  # of the beginnings 5, 5 6, 5 6 7, 5 6 7 8 and 5 6 9
+[5, 6, 7, 8, 9]
+>>> tree.positions.tolist()
+[0, 1, 2, 3, 2]
+
+A sequence is a path of nodes from the root (0 also fills the row behind its end):
+
+>>> tree.nodes.tolist()
+[[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 4, 0]]
+
+The model computes the five tokens in one row without padding. Attention alone reads whole paths. The second sequence is
+a part of the first, so two paths hold all nodes:
+
+>>> tree.paths.tolist()
+[[0, 1, 2, 3], [0, 1, 4, 0]]
+>>> tree.cells.tolist()  # nodes 0 to 3 stand in the first path, node 4 in column 2 of the second
+[0, 1, 2, 3, 6]
+
+``model.passes.share_prefixes`` switches it for policy, reference, critic and classifier.
+"""
 
 from __future__ import annotations
 

@@ -93,10 +93,10 @@ class OneStepOff(Callback):
         self._module = pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses runs that it does not work in.
+        """Refuses weights in shards.
 
         Raises:
-            UsageError: The strategy keeps weights in shards, or the loader does not know the batches still to come.
+            UsageError: The strategy keeps them so.
         """
         assert isinstance(pl_module, PolicyTrainer)
         if pl_module.roles.sharded:
