@@ -144,7 +144,7 @@ class Cell:
     def answers(self) -> int:
         """Sampled in training: every arm's are as many."""
         rollouts = self.steps // self._repeats
-        return rollouts * self._option("data.batch_size") * self._option("model.samples_per_prompt")
+        return rollouts * self._option("data.batch_size") * self._option("model.num_generations")
 
     def result(self) -> dict[str, Any]:
         """Trains and tests it: what the report says, tokens sampled, seconds of training."""
@@ -169,7 +169,7 @@ class Cell:
 
     @property
     def _repeats(self) -> int:
-        return self._option("model.inner_epochs", 1) * self._option("model.minibatches", 1)
+        return self._option("model.num_iterations", 1) * self._option("model.minibatches", 1)
 
     def _option(self, key: str, default: int | None = None) -> int:
         """What the last layer that names an option says."""

@@ -24,7 +24,7 @@ from tiny import OPTIMIZERS, policy_config, save_models
 
 STEPS, PROMPTS, WANTED, LIMIT = 20, 4, 1e-5, 1200.0
 STRATEGIES = ("ddp", "fsdp")
-MODELS: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": {"passes": {"share_prefixes": "never"}}}
+MODELS: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": {"forward_config": {"share_prefixes": "never"}}}
 """Architecture and options. Transformers computes Llama's norms in float32. What texts begin with is therefore computed
 for each of them: a shared beginning is computed in another shape by one process than by two, of which float32 makes a
 difference of 1e-8 in the first step, and twenty steps at this rate 1e-1."""

@@ -32,20 +32,19 @@ from typing import Any
 import torch
 from common import RESULTS, circumstances, write
 from lightning.pytorch import Trainer
+from moslim.supervised import Architecture, WorkbenchTokenizer
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from moslim import PolicyTrainer, PreferenceDataModule, PreferenceSet
 from moslim.algorithms import PPO
-from moslim.callbacks.gauges import resident_bytes
-from moslim.callbacks.role_memory import FILE, RoleMemory
+from moslim.callbacks.monitors import FILE, RoleMemory, resident_bytes
 from moslim.data import Workbench
 from moslim.generation import TorchEngine
-from moslim.lora import LoraOptions, add_lora, merged
 from moslim.mapping import ExpectedDistance
+from moslim.ops.lora import LoraOptions, add_lora, merged
 from moslim.reward import PreferenceClassifier
-from moslim.reward.sharing import save_adapter, save_merged
-from moslim.supervised import Architecture, WorkbenchTokenizer
+from moslim.reward.classifier_export import save_adapter, save_merged
 from moslim.workbench.grammar import LEVELS
 
 LORA = LoraOptions(rank=16, alpha=32.0, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -81,7 +80,7 @@ def measure(form: str, folder: Path) -> dict[str, Any]:
         ExpectedDistance(),
         PPO(),
         engine=TorchEngine(max_new_tokens=16),
-        samples_per_prompt=2,
+        num_generations=2,
         lora=LORA if form in ("shared", "classifier apart") else None,
         share_backbone=form == "shared",
     )

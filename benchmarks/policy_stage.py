@@ -30,7 +30,7 @@ from throughput import PLAIN
 FORMS: dict[str, list[str]] = {
     "as shipped": [],
     "every fast way off": [
-        *(f"--model.{name}={json.dumps(PLAIN.settings[name])}" for name in ("passes", "off_policy")),
+        *(f"--model.{name}={json.dumps(PLAIN.settings[name])}" for name in ("forward_config", "off_policy")),
         f"--model.engine.decoding={json.dumps(PLAIN.settings['decoding'])}",
     ],
     "one step off": ["--config", "configs/engine/one_step_off.yaml"],

@@ -26,10 +26,10 @@ from racers import ours
 from worlds import World, save, worlds
 
 from moslim import PolicyTrainer
-from moslim.policy import Passes
-from moslim.tree import in_order
+from moslim.ops.prefix_tree import in_order
+from moslim.policy import ForwardConfig
 
-WAYS = {"with": Passes(share_prefixes="always"), "without": Passes(share_prefixes="never")}
+WAYS = {"with": ForwardConfig(share_prefixes="always"), "without": ForwardConfig(share_prefixes="never")}
 
 
 class Compared(Callback):
@@ -50,7 +50,7 @@ def compare(module: PolicyTrainer, repeats: int) -> dict[str, Any]:
     found = {}
 
     def update(way: str) -> Callable[[int], object]:
-        policy_update = replace(module.policy_update, passes=WAYS[way])
+        policy_update = replace(module.policy_update, forward_config=WAYS[way])
 
         def run(_: int) -> None:
             step = policy_update.loss(rollout, [rollout], 1.0, False)
@@ -65,7 +65,7 @@ def compare(module: PolicyTrainer, repeats: int) -> dict[str, Any]:
 
         def run(_: int) -> None:
             with torch.no_grad():
-                module.roles.reference_logprobs(rollout.batch, temperature, WAYS[way])
+                module.models.ref_logprobs(rollout.batch, temperature, WAYS[way])
 
         return run
 

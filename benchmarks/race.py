@@ -22,8 +22,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from worlds import KL, RATE, World, data_of
 
-from moslim.data.asking import SampledPrompts
 from moslim.data.loader import RepeatBatchSampler
+from moslim.data.prompt_batches import SampledPrompts
 from moslim.data.types import RowKind, Split
 
 HERE = Path(__file__).resolve().parent
@@ -126,11 +126,11 @@ def race(entrants: dict[str, Entrant], world: World, folder: Path, repeats: int)
         ``tokens_per_s`` and ``peak_mb``.
     """
     racers = {name: _racer(entrant, world, folder, repeats + 1) for name, entrant in entrants.items()}
-    laps: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
+    durations: dict[str, list[dict[str, Any]]] = {name: [] for name in racers}
     for _ in range(repeats + 1):
         for name, racer in racers.items():
-            laps[name].append(racer.step())
-    return {name: _summary(laps[name][1:], racer.finish(), world) for name, racer in racers.items()}
+            durations[name].append(racer.step())
+    return {name: _summary(durations[name][1:], racer.finish(), world) for name, racer in racers.items()}
 
 
 def _racer(entrant: Entrant, world: World, folder: Path, steps: int) -> Racer:
@@ -148,15 +148,15 @@ def _racer(entrant: Entrant, world: World, folder: Path, steps: int) -> Racer:
     return Racer(script, specification, folder, entrant.source)
 
 
-def _summary(laps: list[dict[str, Any]], peak: float, world: World) -> dict[str, Any]:
+def _summary(durations: list[dict[str, Any]], peak: float, world: World) -> dict[str, Any]:
     answers = world.prompts * world.samples
-    phases = {name: round(median(lap["phases"][name] for lap in laps), 4) for name in laps[0]["phases"]}
+    phases = {name: round(median(lap["phases"][name] for lap in durations), 4) for name in durations[0]["phases"]}
     return {
-        "s_per_step": round(median(lap["seconds"] for lap in laps), 4),
-        "cpu_s_per_step": round(median(lap["cpu"] for lap in laps), 4),
+        "s_per_step": round(median(lap["seconds"] for lap in durations), 4),
+        "cpu_s_per_step": round(median(lap["cpu"] for lap in durations), 4),
         "phases": phases,
-        "mean_length": round(sum(lap["length"] for lap in laps) / len(laps), 1),
-        "tokens_per_s": round(median(answers * lap["length"] / lap["seconds"] for lap in laps), 1),
+        "mean_length": round(sum(lap["length"] for lap in durations) / len(durations), 1),
+        "tokens_per_s": round(median(answers * lap["length"] / lap["seconds"] for lap in durations), 1),
         "peak_mb": round(peak, 1),
     }
 

@@ -63,11 +63,11 @@ class Turns(Callback):
 def ours(world: World, folder: Path, steps: int, callbacks: list[Callback], settings: dict[str, Any]) -> None:
     """This project's policy stage; the settings are of passes, decoding and off_policy, and a number of processes."""
     from moslim.generation import Decoding
-    from moslim.policy import OffPolicy, Passes
+    from moslim.policy import ForwardConfig, OffPolicy
 
     options = {
         "engine": TorchEngine(world.new_tokens, decoding=Decoding(**settings.get("decoding", {}))),
-        "passes": Passes(**settings.get("passes", {})),
+        "forward_config": ForwardConfig(**settings.get("forward_config", {})),
         "off_policy": OffPolicy(**settings.get("off_policy", {})),
     }
     count = settings.get("processes", 1)
@@ -89,8 +89,8 @@ def fit(world: World, folder: Path, steps: int, callbacks: list[Callback], optio
         str(folder / "policy"),
         str(folder / "classifier"),
         ExpectedDistance(),
-        RLOO(kl_coef=KL, ratio="sequence"),
-        samples_per_prompt=world.samples,
+        RLOO(kl_coef=KL, importance_sampling_level="sequence"),
+        num_generations=world.samples,
         optimizer=partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, fused=True),
         **options,
     )

@@ -11,14 +11,8 @@ import torch
 from transformers import BertConfig, BertModel
 
 from moslim.data import Example
-from moslim.workbench.choices import best_of_records
-from moslim.workbench.corruptions import corrupt
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import QUESTIONS, TOPICS
-from moslim.workbench.questions import ask
-from moslim.workbench.raters import rate
-from moslim.workbench.tokenizer import build_tokenizer
-from moslim.workbench.writing import draw_levels, write_answer
+from moslim.workbench.answers import best_of_records, corrupt, rate
+from moslim.workbench.grammar import QUESTIONS, TOPICS, ask, build_tokenizer, draw_levels, gold_levels, write_answer
 
 RATERS, NOISE = 3, 1.0
 ROWS = {"train": 3000, "validation": 400, "test": 1000}

@@ -25,10 +25,9 @@ from common import RESULTS, ROOT, circumstances, write
 
 from moslim import PreferenceSet
 from moslim.data import Workbench
-from moslim.data.requests import Sweep
+from moslim.data.prompt_batches import Sweep
 from moslim.data.types import RowKind, Split
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import LEVELS
+from moslim.workbench.grammar import LEVELS, gold_levels
 
 POLICY = ["configs/quickstart/policy.yaml"]
 REWARD = ["configs/quickstart/reward.yaml"]

@@ -52,7 +52,7 @@ class Run:
             models,
             optimizer,
             batch_size=4 // processes,
-            inner_epochs=2,
+            num_iterations=2,
             minibatches=REPEATS // 2,
             lr_scheduler={"class_path": "moslim.training.WarmupDecay", "init_args": {"warmup_steps": 5, "final": 1.0}},
         )

@@ -11,14 +11,14 @@ from race import in_turns
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import World, data_of
 
-from moslim.data.asking import SampledPrompts
 from moslim.data.loader import Draw
+from moslim.data.prompt_batches import SampledPrompts
 from moslim.data.prompts import pad
 from moslim.data.types import RowKind, Split
 from moslim.experimental import StaticTorchEngine
 from moslim.generation import Decoding, TorchEngine
-from moslim.models import eos_ids
-from moslim.noise import derive_seed
+from moslim.ops.models import eos_ids
+from moslim.ops.numerics import derive_seed
 
 WAYS = {
     "ours": Decoding(),

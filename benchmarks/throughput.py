@@ -41,7 +41,7 @@ OURS = Entrant("ours")
 PLAIN = Entrant(
     "ours",
     {
-        "passes": {"tokens": 10**9, "share_prefixes": "never", "chunked_logprobs": False},
+        "forward_config": {"tokens": 10**9, "share_prefixes": "never", "chunked_logprobs": False},
         "decoding": {
             "share_prompts": False,
             "drop_finished": False,

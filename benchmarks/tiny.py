@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from moslim.supervised import Architecture, WorkbenchTokenizer
 
 from moslim import PreferenceSet
 from moslim.reward import PreferenceClassifier
-from moslim.supervised import Architecture, WorkbenchTokenizer
 from moslim.workbench.grammar import LEVELS
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
 """By architecture. In float64, GPT-2 computes in it throughout; of Llama, transformers computes norms in float32."""
 
 _ADAPTIVE = {"class_path": "moslim.algorithms.AdaptiveKL", "init_args": {"target": 0.01}}
-_PACKAGE = "moslim.policy.optimizers"
+_PACKAGE = "moslim.algorithms"
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "RLOO": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
     "ReinforcePlusPlus": {"kl_coef": 0.1, "kl_controller": _ADAPTIVE},
@@ -64,7 +64,7 @@ def policy_config(models: Path, name: str, batch_size: int, **model: Any) -> dic
         },
         "policy_optimizer": {"class_path": f"{_PACKAGE}.{name}", "init_args": OPTIMIZERS[name]},
         "engine": {"class_path": "moslim.generation.TorchEngine", "init_args": {"max_new_tokens": 8}},
-        "samples_per_prompt": 3,
+        "num_generations": 3,
         "default_kl_coef": 0.1,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "weight_decay": 0.0}},
     }

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from common import RESULTS, circumstances, write
+from moslim.supervised import Architecture, WorkbenchTokenizer
 from torch import Tensor
 
-from moslim.algorithms import GRPO, RLOO, GroupScores, LossParts, OnlineDPO, PolicyOptimizer, UpdateBatch
-from moslim.policy.kl import k1
-from moslim.supervised import Architecture, WorkbenchTokenizer
+from moslim.algorithms import GRPO, RLOO, AdvantageInputs, LossInputs, LossOutput, OnlineDPO, PolicyOptimizer
+from moslim.algorithms.functional import k1
 
 PROMPTS, LENGTH = 6, 12
 WANTED = 1e-6
@@ -37,44 +37,61 @@ WANTED = 1e-6
 class Draw:
     """Random answers: ``N`` rows of ``T`` tokens, those of one prompt adjacent."""
 
-    samples: int
+    num_generations: int
     mask: Tensor
     rewards: Tensor
-    old: Tensor
+    old_logprobs: Tensor
     now: Tensor
-    reference: Tensor
+    ref_logprobs: Tensor
     entropy: Tensor
 
     @classmethod
-    def random(cls, samples: int, seed: int) -> Draw:
+    def random(cls, num_generations: int, seed: int) -> Draw:
         generator = torch.Generator().manual_seed(seed)
-        rows = PROMPTS * samples
+        rows = PROMPTS * num_generations
         lengths = torch.randint(1, LENGTH + 1, (rows,), generator=generator)
         lengths[0] = LENGTH  # so that both sides pad to the same width
         mask = torch.arange(LENGTH) < lengths[:, None]
         double = {"generator": generator, "dtype": torch.float64}
-        old = -3 * torch.rand(rows, LENGTH, **double) * mask
+        old_logprobs = -3 * torch.rand(rows, LENGTH, **double) * mask
         moved, drift = (0.1 * torch.randn(rows, LENGTH, **double) * mask for _ in range(2))
         rewards = torch.randn(rows, **double)
         entropy = torch.rand(rows, LENGTH, **double)
-        return cls(samples, mask, rewards, old, (old + moved).requires_grad_(), old + drift, entropy)
+        return cls(
+            num_generations,
+            mask,
+            rewards,
+            old_logprobs,
+            (old_logprobs + moved).requires_grad_(),
+            old_logprobs + drift,
+            entropy,
+        )
 
-    def ours(self, optimizer: PolicyOptimizer) -> tuple[Tensor, LossParts]:
+    def ours(self, optimizer: PolicyOptimizer) -> tuple[Tensor, LossOutput]:
         """Advantages and loss by this project."""
-        shape = (PROMPTS, self.samples)
+        shape = (PROMPTS, self.num_generations)
         total = self.rewards.reshape(shape)
-        kl = (k1(self.old, self.reference) * self.mask).reshape(*shape, LENGTH)
-        given = GroupScores(total, total[..., None], torch.zeros(shape), kl, self.mask.reshape(*shape, LENGTH))
+        kl = (k1(self.old_logprobs, self.ref_logprobs) * self.mask).reshape(*shape, LENGTH)
+        given = AdvantageInputs(total, total[..., None], torch.zeros(shape), kl, self.mask.reshape(*shape, LENGTH))
         advantages = optimizer.advantages(given).flatten()
         mask = self.mask & optimizer.used(given).flatten()[:, None]
         entropy = self.entropy if optimizer.needs_entropy else None
-        tensors = (self.now, self.old, advantages, mask, LENGTH, self.samples, self.reference, entropy)
-        return advantages, optimizer.loss(UpdateBatch(*tensors))
+        tensors = (
+            self.now,
+            self.old_logprobs,
+            advantages,
+            mask,
+            LENGTH,
+            self.num_generations,
+            self.ref_logprobs,
+            entropy,
+        )
+        return advantages, optimizer.loss(LossInputs(*tensors))
 
     @property
     def tokens(self) -> list[list[int]]:
         """Some token ids, as many per answer as it has tokens."""
-        return [[9] * int(length) for length in self.mask.sum(dim=1)]
+        return [[9] * int(max_completion_length) for max_completion_length in self.mask.sum(dim=1)]
 
 
 @dataclass
@@ -98,15 +115,15 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float((one.detach() - other.detach()).abs().max())
 
 
-def group_trainer(kind: str, folder: str, samples: int, **options: Any) -> Any:
+def group_trainer(kind: str, folder: str, num_generations: int, **options: Any) -> Any:
     """TRL's RLOO or GRPO trainer on a tiny model."""
     import trl
     from datasets import Dataset
 
     config = getattr(trl, f"{kind}Config")(
         output_dir=folder,
-        per_device_train_batch_size=PROMPTS * samples,
-        num_generations=samples,
+        per_device_train_batch_size=PROMPTS * num_generations,
+        num_generations=num_generations,
         max_completion_length=LENGTH,
         report_to=[],
         use_cpu=True,
@@ -131,26 +148,26 @@ def theirs(trainer: Any, draw: Draw) -> tuple[Tensor, Tensor]:
         generated: tuple[Any, ...] = (prompts, draw.tokens, None, completions, None, {}, None, None)
     else:
         generated = (prompts, draw.tokens, completions)
-    policy = draw.old
+    policy = draw.old_logprobs
 
     def logprobs(model: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
-        return (draw.reference if model is trainer.ref_model else policy), draw.entropy, None
+        return (draw.ref_logprobs if model is trainer.ref_model else policy), draw.entropy, None
 
     trainer._generate = lambda _: generated
     trainer._calculate_rewards = lambda *_: draw.rewards[:, None]
     trainer._get_per_token_logps_and_entropies = logprobs
     inputs = trainer._generate_and_score_completions([{"prompt": ""}] * len(completions))
-    inputs["old_per_token_logps"] = draw.old  # GRPO leaves it out where it believes itself on policy
+    inputs["old_per_token_logps"] = draw.old_logprobs  # GRPO leaves it out where it believes itself on policy
     policy = draw.now
     return inputs["advantages"], trainer._compute_loss(trainer.model, inputs)
 
 
 def compare_groups(kind: str, folder: str, draws: int, optimizer: PolicyOptimizer, **options: Any) -> Difference:
     """RLOO or GRPO over several draws."""
-    samples, found = 4, Difference()
-    trainer = group_trainer(kind, folder, samples, **options)
+    num_generations, found = 4, Difference()
+    trainer = group_trainer(kind, folder, num_generations, **options)
     for seed in range(draws):
-        draw = Draw.random(samples, seed)
+        draw = Draw.random(num_generations, seed)
         advantages, parts = draw.ours(optimizer)
         their_advantages, loss = theirs(trainer, draw)
         found.note((advantages, their_advantages), (parts.loss, loss), draw.now)
@@ -190,7 +207,7 @@ def compare_pairs(folder: str, draws: int, optimizer: OnlineDPO) -> Difference:
         trainer._generate = lambda *_, t=tokens, m=mask, p=prompts: (p, torch.ones_like(p), t, m.long(), None)
         trainer._calculate_rewards_from_functions = lambda d=draw, h=halves, **_: d.rewards[h]
         trainer._forward = lambda model, *_, d=draw, h=halves: (
-            d.reference[h] if model is trainer.ref_model else d.now[h]
+            d.ref_logprobs[h] if model is trainer.ref_model else d.now[h]
         )
         trainer.training_step(trainer.model, {"prompt": [question["prompt"]] * PROMPTS})
         found.note(None, (draw.ours(optimizer)[1].loss, losses.pop()), draw.now)
@@ -201,15 +218,15 @@ def comparisons(folder: str, draws: int) -> Iterator[tuple[str, Difference]]:
     """Every setting that both sides have."""
     clip = {"epsilon": 0.2, "epsilon_high": 0.28}
     for beta in (0.0, 0.05):
-        optimizer = RLOO(kl_coef=beta, ratio="sequence", clip_high=0.28)
+        optimizer = RLOO(kl_coef=beta, importance_sampling_level="sequence", epsilon_high=0.28)
         yield f"RLOO, beta {beta}", compare_groups("RLOO", folder, draws, optimizer, beta=beta, **clip)
     reductions = {"grpo": "grpo", "dapo": "token_mean", "dr_grpo": "constant"}
     for loss_type, scale in itertools.product(reductions, ("group", "batch", "none")):
         grpo = GRPO(
             kl_coef=0.04,
-            reduction=reductions[loss_type],  # type: ignore[arg-type]
+            loss_agg_mode=reductions[loss_type],  # type: ignore[arg-type]
             scale=scale,  # type: ignore[arg-type]
-            clip_high=0.28,
+            epsilon_high=0.28,
             std_floor=0.0,
             entropy_coef=0.01,
         )

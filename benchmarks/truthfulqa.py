@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 from moslim import Scorer
 from moslim.cli import MoslimCLI, run
 from moslim.data.prompts import PairEncoder
-from moslim.reward.calibration import top_reliability
+from moslim.reward.heads import top_reliability
 
 CONFIG = ROOT / "benchmarks/truthfulqa.yaml"
 HEADS = ("truthful", "informative")

@@ -32,8 +32,8 @@ from moslim import PolicyTrainer
 from moslim.cli import run
 from moslim.data.types import PromptBatch
 from moslim.generation import Completions, ParityError
-from moslim.policy.engines.parity import logprob_difference
-from moslim.policy.engines.vllm_client import Client
+from moslim.generation.vllm_client import Client
+from moslim.generation.vllm_engine import logprob_difference
 from moslim.policy.rollout import Rollout
 
 KEY = "VLLM_API_KEY"
@@ -93,9 +93,9 @@ class Recorded(PolicyTrainer):
         """Samples the last rollout's prompts: the answers, and how far the server is off."""
         assert self.rollout is not None
         width = self.rollout.input_ids.shape[1] - self.rollout.mask.shape[1]
-        first = slice(None, None, self.samples_per_prompt)
+        first = slice(None, None, self.num_generations)
         prompts = self.rollout.input_ids[first, :width], self.rollout.attention_mask[first, :width]
-        seeds = torch.arange(len(prompts[0]) * self.samples_per_prompt).reshape(-1, self.samples_per_prompt)
+        seeds = torch.arange(len(prompts[0]) * self.num_generations).reshape(-1, self.num_generations)
         found = self.engine.sample(self.policy, *prompts, seeds, [self.tokenizer.eos_token_id], 0)
         return [row[keep].tolist() for row, keep in zip(found.tokens, found.mask, strict=True)], self.engine.difference
 

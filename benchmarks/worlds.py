@@ -23,8 +23,7 @@ from moslim import PreferenceDataModule, PreferenceSet
 from moslim.data import Source, Uniform, Workbench
 from moslim.data.types import Example, RowKind, Split
 from moslim.reward import PreferenceClassifier
-from moslim.workbench.grammar import LEVELS
-from moslim.workbench.tokenizer import PAD, ROLES, UNKNOWN, build_tokenizer, vocabulary
+from moslim.workbench.grammar import LEVELS, PAD, ROLES, UNKNOWN, build_tokenizer, vocabulary
 
 RATE, KL = 1e-6, 0.05
 """Learning rate and weight of the KL divergence, for every trainer."""

@@ -38,7 +38,7 @@ def test_arms_are_the_files_of_configs(cells: ModuleType) -> None:
 @pytest.mark.parametrize("rollouts", [None, 88])
 def test_every_arm_makes_as_many_answers_as_the_quickstart(cells: ModuleType, rollouts: int | None) -> None:
     policy = cells.read(cells.POLICY)
-    each = policy["data"]["init_args"]["batch_size"] * policy["model"]["init_args"]["samples_per_prompt"]
+    each = policy["data"]["init_args"]["batch_size"] * policy["model"]["init_args"]["num_generations"]
     whole = policy["trainer"]["max_steps"] // policy["model"]["init_args"]["minibatches"]
     for cell in every(cells, rollouts=rollouts):
         assert cell.answers == each * (rollouts or whole), cell.arm

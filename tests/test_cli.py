@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from moslim.cli import SUBCOMMANDS, _keep_whole_numbers, main, run
-from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
+from moslim.utils.errors import UsageError
 from tests.helpers.cli_folder import PARTS, folder  # noqa: F401  # a working folder for each test
 from tests.helpers.cli_parts import ByKeyword, Model, Plain
 

@@ -28,12 +28,15 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-from moslim.callbacks.gate import GateError
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from moslim.callbacks.guards import GateError
 from moslim.cli import MoslimCLI, run
 from moslim.data.types import RowKind, Split
-from moslim.errors import UsageError
-from moslim.policy.optimizers import GRPO, PPO, OnlineDPO, ReinforcePlusPlus
 from moslim.reward.scorer import Scorer
+from moslim.utils.errors import UsageError
 from tests.helpers.forked import in_two
 from tests.helpers.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
@@ -43,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 PREFERENCES = [path for path in CONFIGS if path.startswith("configs/preferences/")]
 PRESETS = [path for path in CONFIGS if path.startswith("configs/data/")]  # run in tests/data/test_presets.py
-VLLM = "configs/engine/vllm.yaml"  # needs a server: run in tests/policy/engines/test_vllm_config.py
+VLLM = "configs/engine/vllm.yaml"  # needs a server: run in tests/generation/test_vllm_config.py
 TRAINERS = [path for path in CONFIGS if path.startswith("configs/trainer/")]
 SWEEP = "configs/experiment/sweep.yaml"  # of `wandb sweep`, not of main.py
 RUNNABLE = [path for path in CONFIGS if path not in (*PREFERENCES, *PRESETS, *TRAINERS, VLLM, SWEEP)]
@@ -371,7 +374,7 @@ FACTORS = {
     "kl": ["model.policy_optimizer.kl"],
     "mapping": ["model.mapping", "model.policy_optimizer.aggregation"],
     "minibatches": ["model.minibatches", "model.optimizer.lr", "trainer.max_steps"],
-    "optimizer": ["model.policy_optimizer", "model.inner_epochs", "model.minibatches"],
+    "optimizer": ["model.policy_optimizer", "model.num_iterations", "model.minibatches"],
     "sampler": ["data.sampler", "trainer.limit_train_batches"],
     "samples": [],  # the small sizes go over them; tests/test_benchmarks.py counts answers
     "scope": ["model.mapping"],

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from moslim import PolicyTrainer, RewardClassifier, Scorer
+from moslim.algorithms.base import AdvantageInputs, LossInputs
 from moslim.cli import MoslimCLI, run
 from moslim.data import Example, RowKind, Split
+from moslim.data.batches import one_hot
 from moslim.data.loader import Draw
-from moslim.data.pairs import one_hot
-from moslim.evaluation.report import scalars
+from moslim.evaluation.steerability_report import scalars
 from moslim.instructions import level_words
-from moslim.policy.optimizers import GroupScores, UpdateBatch
 from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.losses import CrossEntropy
 from moslim.workbench.grammar import LEVELS
@@ -169,7 +169,7 @@ def test_the_optimizer_ranks(classes: Any) -> None:
     optimizer = classes.RankReinforce(kl_coef=0.0)
     total = torch.tensor([[0.1, 500.0, -3.0], [7.0, 7.0, 8.0]])
     nothing = torch.zeros_like(total)
-    scores = GroupScores(total, total[..., None], nothing, nothing[..., None], nothing[..., None] == 0)
+    scores = AdvantageInputs(total, total[..., None], nothing, nothing[..., None], nothing[..., None] == 0)
     assert optimizer.advantages(scores).tolist() == [[0.0, 1.0, -1.0], [-0.5, -0.5, 1.0]]
 
 
@@ -178,7 +178,7 @@ def test_the_optimizer_s_loss(classes: Any) -> None:
     old = torch.full((2, 2), -1.0)
     logprobs = (old + torch.tensor([[0.0, 0.0], [1.0, 0.0]])).requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
-    parts = optimizer.loss(UpdateBatch(logprobs, old, torch.tensor([1.0, -1.0]), mask, length=4, samples=2))
+    parts = optimizer.loss(LossInputs(logprobs, old, torch.tensor([1.0, -1.0]), mask, length=4, samples=2))
     # Ratios 1, 1 and e; the last, with a negative advantage, is not clipped: -(1 + 1)/4 and +e/4, averaged.
     assert parts.loss.item() == pytest.approx((-2 + 2.7182818) / 4 / 2)
     assert parts.metrics["clip_fraction"].item() == 0

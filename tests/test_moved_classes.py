@@ -13,20 +13,19 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
+from moslim.algorithms.functional import AdaptiveKL
+from moslim.algorithms.grpo import GRPO
 from moslim.callbacks.guards import Guards
 from moslim.cli import run
-from moslim.errors import UsageError
-from moslim.identity import class_key
+from moslim.data.samplers import ErrorWeighted, Uniform
 from moslim.mapping import ExpectedDistance, TargetProbability
-from moslim.optim import WarmupDecay
-from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.optimizers import GRPO
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import SoftOrdinal
-from moslim.reward.module import RewardClassifier
-from moslim.sampling import ErrorWeighted, Uniform
-from moslim.workbench.grammar import LEVELS
-from moslim.workbench.tokenizer import build_tokenizer
+from moslim.reward.reward_classifier import RewardClassifier
+from moslim.training.identity import class_key
+from moslim.training.optim import WarmupDecay
+from moslim.utils.errors import UsageError
+from moslim.workbench.grammar import LEVELS, build_tokenizer
 from tests.helpers import policy_runs
 from tests.helpers.policy_models import build_model, save_classifier
 from tests.helpers.tiny_world import save_world
@@ -48,7 +47,7 @@ def move(patch: pytest.MonkeyPatch, *kinds: type) -> None:
         setattr(module, kind.__name__, kind)
 
 
-UNMOVED = {"moslim.optim", "moslim.lora", "moslim.models", "moslim.sampling"} | {
+UNMOVED = {"moslim.training.optim", "moslim.ops.lora", "moslim.ops.models", "moslim.data.samplers"} | {
     f"moslim.policy.{name}" for name in ("optimizers", "engines", "kl_controllers")
 }
 """Modules whose classes are exported by a package that they do not lie in, so that the parser names the module."""
@@ -103,7 +102,7 @@ def policy(folders: tuple[str, str], **options: Any) -> policy_runs.Traced:
 
 def fit_policy(module: policy_runs.Traced, folder: Path, steps: int, **options: Any) -> tuple[dict[str, Any], Guards]:
     """Trains; returns the state of the data module, and the guards."""
-    guards = Guards(truncated="warn", ratio="off")
+    guards = Guards(truncated="warn", importance_sampling_level="off")
     source = policy_runs.data(PREFERENCES, sampler=options.pop("sampler", None) or ErrorWeighted([0.1, 0.6, 0.3]))
     runner = policy_runs.trainer(
         folder, max_steps=steps, limit_train_batches=2, callbacks=[guards, SaveEachStep(folder)]
@@ -192,7 +191,7 @@ MODELS = {
         },
         "engine": {"class_path": "moslim.generation.TorchEngine", "init_args": {"max_new_tokens": 4}},
         "judge": "moslim.evaluation.GoldJudge",
-        "samples_per_prompt": 2,
+        "num_generations": 2,
     },
 }
 

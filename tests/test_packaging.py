@@ -78,7 +78,7 @@ def test_import_registers_the_classifier_and_stays_light():
     code = """
 import sys, moslim
 from transformers import AutoModelForSequenceClassification
-from moslim.reward.classifier import PreferenceClassifierConfig
+from moslim.reward.modeling import PreferenceClassifierConfig
 assert PreferenceClassifierConfig in AutoModelForSequenceClassification._model_mapping
 print([name for name in ("lightning", "peft", "datasets", "wandb", "matplotlib") if name in sys.modules])
 import moslim.cli

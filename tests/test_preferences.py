@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 
-from moslim.errors import UsageError
 from moslim.preferences import INACTIVE, Dimension, Preference, PreferenceSet
+from moslim.utils.errors import UsageError
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "hot"]})
 

@@ -1,7 +1,6 @@
 import warnings
 
-from moslim.cli import run
-from moslim.quiet import leave_out_noise, plain_warnings
+from moslim.cli import leave_out_noise, plain_warnings, run
 from tests.helpers.cli_folder import PARTS, folder  # noqa: F401  # a working folder for each test
 
 

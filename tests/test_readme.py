@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 
+import moslim.algorithms.base
+import moslim.algorithms.functional
 import moslim.evaluation.judges
-import moslim.policy.kl_controllers
-import moslim.policy.optimizers.base
 import moslim.reward.losses
 from moslim import PolicyTrainer, PreferenceDataModule, RewardClassifier
 from moslim.cli import SUBCOMMANDS
-from moslim.data.sources.base import Source
-from moslim.data.sources.rivals import ComparisonsFromRatings
-from moslim.data.sources.several import ConcatSource
+from moslim.data.samplers import PreferenceSampler
+from moslim.data.sources.combined import ComparisonsFromRatings, ConcatSource
 from moslim.data.sources.table import Table
 from moslim.data.sources.workbench import Workbench
+from moslim.data.types import Source
+from moslim.generation.base import RolloutEngine
 from moslim.instructions import PreferenceInstruction
 from moslim.mapping import MappingFunction
-from moslim.policy.engines import RolloutEngine
-from moslim.sampling import PreferenceSampler
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "README.md").read_text()
@@ -31,8 +30,8 @@ PARTS = [
     RolloutEngine,
     Source,
     moslim.evaluation.judges.Judge,
-    moslim.policy.kl_controllers.KLController,
-    moslim.policy.optimizers.base.PolicyOptimizer,
+    moslim.algorithms.functional.KLController,
+    moslim.algorithms.base.PolicyOptimizer,
     moslim.reward.losses.LevelLoss,
 ]
 

@@ -1,12 +1,20 @@
-"""The command line: LightningCLI with the preferences linked to every part and its traps closed."""
+"""The command line.
+
+Messages of other libraries that tell a user of this command line nothing, left out of its output.
+
+The command line: LightningCLI with the preferences linked to every part and its traps closed.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import netrc
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,29 +27,76 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers.utils import logging as transformers_logging
 
-from moslim.base import RunModule
-from moslim.callbacks.checkpoint import StepCheckpoint
-from moslim.callbacks.dashboard import Dashboard, continue_run
-from moslim.callbacks.gauges import Gauges
-from moslim.callbacks.role_memory import RoleMemory
-from moslim.checkpoint_files import is_remote
-from moslim.data.module import PreferenceDataModule
-from moslim.errors import UsageError
-from moslim.failures import debugging, in_own_code, reported, without_flag
-from moslim.layers import dropped, is_shipped, located, missing
-from moslim.option_errors import shortened
-from moslim.parser import MoslimParser, layered, refuse_dangerous_names
-from moslim.policy.shared import generate
+from moslim.callbacks.dashboards import Dashboard, continue_run
+from moslim.callbacks.monitors import RoleMemory, ThroughputMonitor
+from moslim.data.data_module import PreferenceDataModule
+from moslim.policy.policy_export import generate
 from moslim.preferences import PreferenceSet
-from moslim.quiet import leave_out_noise, plain_warnings
-from moslim.reporting import metrics_table
-from moslim.restore import best_checkpoint_of, newest_checkpoint
-from moslim.run_folder import NewFolders
-from moslim.trainer import MoslimTrainer, given, untrained
+from moslim.training.base_module import RunModule
+from moslim.training.checkpoint_files import is_remote
+from moslim.training.checkpointing import best_checkpoint_of, newest_checkpoint
+from moslim.training.command_errors import NewFolders, debugging, in_own_code, reported, shortened, without_flag
+from moslim.training.config_files import (
+    MoslimParser,
+    dropped,
+    install,
+    is_shipped,
+    layered,
+    located,
+    missing,
+    refuse_dangerous_names,
+)
 from moslim.training.lightning_compat import OpenCLI, set_option_type
-from moslim.trust import check_configs, imports_from_here, with_defaults
-from moslim.yaml_texts import install
+from moslim.training.trainer import MoslimTrainer, StepCheckpoint, given, untrained
+from moslim.training.trust import check_configs, imports_from_here, with_defaults
+from moslim.utils.errors import UsageError
+from moslim.utils.files import metrics_table
+
+_LOGGERS = tuple(
+    f"{package}.{name}"
+    for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
+    for name in ("utilities.rank_zero", "utilities.seed", "accelerators.cuda", "trainer.connectors.signal_connector")
+)
+_INFO = re.compile(
+    r"💡 Tip|Seed set to |GPU available: False|[TH]PU available|LOCAL_RANK: |Restoring states from the checkpoint path"
+    r"|`Trainer\(\w+=.*\)` was configured so|Using \w+( \w+)? Automatic Mixed Precision"
+    r"|The following callbacks returned in `LightningModule.configure_callbacks` will override"
+)
+_WARNINGS = (
+    r".*module\(s\) in eval mode at the start of training",  # roles of a policy, a frozen backbone: each is in its own
+    r".*does not have many workers",
+    r".*LeafSpec.*is deprecated",
+    r"The dirpath has changed from",  # each run has a folder of its own
+    r"You have overridden `\w+` in `LightningModule` but have passed in a `LightningDataModule`",
+    r"[\s\S]*JsonargparseDeprecationWarning",
+    r"[\s\S]*deprecated in v4\.",
+)
+
+
+class _LeftOut(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not _INFO.match(record.getMessage().strip())
+
+
+_FILTER = _LeftOut()
+
+
+def leave_out_noise() -> None:
+    """Leaves out tips, reports and warnings of other libraries that do not matter here. May be called again."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_FILTER)
+    for pattern in _WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+
+
+def plain_warnings() -> None:
+    """Shows a warning as one line, without the file and the line of code that it came from."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+
 
 _NUMBER_OR_SHARE: dict[str, Any] = {
     **{f"limit_{stage}_batches": int | float | None for stage in ("train", "val", "test", "predict")},
@@ -101,7 +156,7 @@ class MoslimCLI(OpenCLI):
         _keep_whole_numbers(parser)
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
-        parser.add_lightning_class_args(Gauges, "gauges")
+        parser.add_lightning_class_args(ThroughputMonitor, "gauges")
         parser.add_lightning_class_args(RoleMemory, "role_memory")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         # Linked when parsing, not when instantiating: so the hyper-parameters in a checkpoint are plain data.
@@ -292,7 +347,7 @@ def run(args: list[str] | None = None) -> MoslimCLI:
 
     Args:
         args: Arguments; None for those of the process. The user's own classes may lie in the current folder, see
-            :func:`~moslim.trust.imports_from_here`.
+            :func:`~moslim.training.trust.imports_from_here`.
     """
     arguments = _with_shipped_paths(sys.argv[1:] if args is None else args)
     check_configs(arguments)

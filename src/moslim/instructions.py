@@ -8,8 +8,8 @@ from contextlib import suppress
 from string import Formatter
 
 from moslim.data.types import Message
-from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
+from moslim.utils.errors import UsageError
 
 OPENING, CLOSING = "[[", "]]"
 """Delimiters of the shipped instructions. They are ordinary text but for what an instruction in use writes in them."""

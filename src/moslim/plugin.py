@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 
 from lightning.pytorch import Callback
 
-from moslim.errors import UsageError
-from moslim.identity import class_key
+from moslim.training.identity import class_key
+from moslim.utils.errors import UsageError
 
 
 class Plugin(Callback):

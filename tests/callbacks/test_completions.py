@@ -12,14 +12,11 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from moslim.callbacks.answers import answer_rows, append, escaped, flat
-from moslim.callbacks.completions import CompletionTable
-from moslim.callbacks.dashboard import Dashboard
-from moslim.callbacks.gauges import Gauges
+from moslim.callbacks.dashboards import CompletionTable, Dashboard, answer_rows, append, escaped, flat, render
 from moslim.callbacks.guards import Guards
-from moslim.callbacks.tables import render
-from moslim.errors import UsageError
+from moslim.callbacks.monitors import ThroughputMonitor
 from moslim.preferences import PreferenceSet
+from moslim.utils.errors import UsageError
 
 NAN = float("nan")
 PREFERENCES = PreferenceSet({"warmth": ["cold", "neutral", "warm"], "length": ["short", "long"]})
@@ -33,7 +30,7 @@ class Rollout:
     probs: torch.Tensor
     per_dimension: torch.Tensor
     rewards: torch.Tensor
-    answer_advantages: torch.Tensor
+    completion_advantages: torch.Tensor
 
 
 def rollout(answer: str = "Fine.") -> Rollout:
@@ -44,7 +41,7 @@ def rollout(answer: str = "Fine.") -> Rollout:
         probs=torch.tensor([[[0.25, 0.25, 0.5], [0.75, 0.25, 0.0]]]).expand(4, 2, 3),
         per_dimension=torch.tensor([[1.0, 0.5], [0.0, 0.0], [NAN, -0.25], [NAN, NAN]]),
         rewards=torch.tensor([0.75, 0.0, -0.25, 0.0]),
-        answer_advantages=torch.tensor([1.0, -1.0, 0.5, NAN]),
+        completion_advantages=torch.tensor([1.0, -1.0, 0.5, NAN]),
     )
 
 
@@ -217,7 +214,7 @@ def test_wandb_is_not_loaded_by_reading_options(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Watcher(), *sys.meta_path])
     parser = jsonargparse.ArgumentParser()
-    for part in (CompletionTable, Gauges, Dashboard, Guards):
+    for part in (CompletionTable, ThroughputMonitor, Dashboard, Guards):
         parser.add_class_arguments(part, part.__name__)
     assert parser.parse_args(["--CompletionTable.rows", "3"]).CompletionTable.rows == 3
     assert asked == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
-from moslim.callbacks.dashboard import METRICS, STEP
+from moslim.callbacks.dashboards import METRICS, STEP
 from moslim.cli import run
 from tests.helpers.offline_board import summaries
 from tests.helpers.offline_wandb import read

@@ -3,7 +3,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from moslim.callbacks.gate import Gate, GateError
+from moslim.callbacks.guards import Gate, GateError
 
 
 class Logs(LightningModule):

@@ -9,15 +9,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from moslim.callbacks import faults
-from moslim.callbacks.checkpoint import StepCheckpoint
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.rloo import RLOO
+from moslim.callbacks import guards as faults
 from moslim.callbacks.guards import GuardError, Guards
-from moslim.errors import UsageError
+from moslim.generation.torch_engine import TorchEngine
 from moslim.mapping import ExpectedDistance
-from moslim.optim import nonfinite_weights
-from moslim.policy.engines import TorchEngine
-from moslim.policy.optimizers import GRPO, RLOO
-from moslim.precision import nonfinite
+from moslim.ops.numerics import nonfinite
+from moslim.training.optim import nonfinite_weights
+from moslim.training.trainer import StepCheckpoint
+from moslim.utils.errors import UsageError
 from tests.helpers.policy_runs import BATCH, SAMPLES, data, make, trainer, weights
 
 pytestmark = [
@@ -152,7 +153,7 @@ def test_a_guard_that_is_off_sees_nothing(guard, policy, preferences, tmp_path):
 
 
 KINDS = {
-    "inner epochs": lambda: {"inner_epochs": 2, "minibatches": 2, "rate": 1e-3},
+    "inner epochs": lambda: {"num_iterations": 2, "minibatches": 2, "rate": 1e-3},
     "grpo": lambda: {"policy_optimizer": GRPO(kl_coef=0.05), "rate": 1e-3},
     "no reference": lambda: {"policy_optimizer": RLOO(kl_coef=0.0), "rate": 1e-3},
 }
@@ -170,7 +171,7 @@ def test_a_good_run_is_left_alone(kind, policy, preferences, tmp_path):
 
 
 def test_a_run_resumed_within_a_rollout_is_not_called_off_policy(policy, preferences, tmp_path):
-    options = {"inner_epochs": 3, "rate": 0.1}
+    options = {"num_iterations": 3, "rate": 0.1}
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2)
     trainer(tmp_path, max_steps=2, callbacks=[saver], enable_checkpointing=True).fit(
         policy(**options), data(preferences)

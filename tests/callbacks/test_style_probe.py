@@ -8,19 +8,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from moslim.callbacks.gate import Gate, GateError
-from moslim.callbacks.style_probe import StyleProbe
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.base import Source
+from moslim.callbacks.guards import Gate, GateError
+from moslim.callbacks.monitors import StyleProbe
+from moslim.data.data_module import PreferenceDataModule
 from moslim.data.sources.workbench import Workbench
-from moslim.data.types import Example
-from moslim.errors import UsageError
-from moslim.models import Architecture, WorkbenchTokenizer
-from moslim.policy.engines import TorchEngine
+from moslim.data.types import Example, Source
+from moslim.generation.torch_engine import TorchEngine
+from moslim.ops.models import Architecture, WorkbenchTokenizer
+from moslim.policy.supervised_trainer import SupervisedTrainer
 from moslim.preferences import PreferenceSet
-from moslim.supervised.module import SupervisedTrainer
-from moslim.workbench.grammar import COARSE, ENCOURAGEMENTS, LEVELS, QUESTIONS
-from moslim.workbench.questions import topic_of, topics_in
+from moslim.utils.errors import UsageError
+from moslim.workbench.grammar import COARSE, ENCOURAGEMENTS, LEVELS, QUESTIONS, topic_of, topics_in
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
 

@@ -1,13 +1,12 @@
 import pytest
 
-from moslim.data.asking import CollatePrompts, Prompt, SampledPrompts, exchanged, requested
 from moslim.data.loader import Draw
+from moslim.data.prompt_batches import CollatePrompts, Prompt, Request, SampledPrompts, exchanged, requested
 from moslim.data.prompts import PromptRenderer
-from moslim.data.requests import Request
+from moslim.data.samplers import PreferenceSampler, Uniform
 from moslim.data.types import Example, RowKind, Split
 from moslim.instructions import Tags
 from moslim.preferences import Preference
-from moslim.sampling import PreferenceSampler, Uniform
 from tests.helpers.chats import Rows
 
 A, B, C, NONE = Preference({"size": 0}), Preference({"size": 1, "heat": 0}), Preference({"heat": 1}), Preference()

@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.data.sources.chats import Messages, Turns, split_turns
+from moslim.data.sources.conversations import Messages, Turns, split_turns
 
 
 def test_turns_of_one_text():

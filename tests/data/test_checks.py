@@ -5,7 +5,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from moslim.data.module import PreferenceDataModule
+from moslim.data.data_module import PreferenceDataModule
 from moslim.data.sources.table import Table
 from moslim.data.views import InstructedTextView, PolicyView, RewardView, ServedModule, TextView
 from tests.helpers.chats import WITH_SYSTEM, build_tokenizer

@@ -1,7 +1,6 @@
 import pytest
 
-from moslim.data.sources.fields import find, has_column, require
-from moslim.data.sources.records import Record
+from moslim.data.sources.records import Record, find, has_column, require
 
 ROW = {"a": {"b": [{"c": 1}, {"c": None}, {}]}, "d.e": 2, "f": [3, 4], "g": None}
 

@@ -14,13 +14,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from moslim.data.sources.layouts import TwoAnswers, Verdict
-from moslim.data.sources.scale import Scale
+from moslim.data.sources.labels import Scale
+from moslim.data.sources.layouts import SideBySide, Verdict
 from moslim.data.sources.table import Table
 from moslim.data.types import RowKind, Split
-from moslim.errors import UsageError
+from moslim.evaluation.best_of import read_choices
 from moslim.preferences import PreferenceSet
-from moslim.reward.evaluation.choices import read_choices
+from moslim.utils.errors import UsageError
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "hot"], "calm": ["no", "yes"]})
 CHAT = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -208,7 +208,7 @@ def reader(name: str, path: str) -> Callable[[], object]:
     )
     if name == "pair.jsonl":
         sides = {"answer": "answer", "size": "size"}, {"answer": "worse"}
-        layout = TwoAnswers(*sides, verdicts=[Verdict("by", graded=True)])
+        layout = SideBySide(*sides, verdicts=[Verdict("by", graded=True)])
         options = {**OPTIONS, "layout": layout, "rejected": "rejected", "margin": "margin"}
     if name == "rows.parquet":
         options = {**options, "scales": {"size": Scale(bins=[0.5, 1.5])}, "where": {"lang": "en"}}

@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.data.sources.layouts import Dialogues, Each, Escaped, Pattern, Replies, TwoAnswers, Verdict
+from moslim.data.sources.layouts import Dialogues, Each, Escaped, Pattern, Replies, SideBySide, Verdict
 from moslim.data.sources.records import Record
 
 
@@ -29,7 +29,7 @@ def test_escapes_are_written_out():
 
 
 def two(verdicts, **fields):
-    layout = TwoAnswers({"answer": "a", "safe": "sa"}, {"answer": "b", "safe": "sb"}, verdicts)
+    layout = SideBySide({"answer": "a", "safe": "sa"}, {"answer": "b", "safe": "sb"}, verdicts)
     rows = layout.rows([record(a="A", b="B", sa=True, sb=False, **fields)])
     return [
         [row.fields[name] for name in ("answer", "safe", "rejected", "comparison_dimensions", "margin")] for row in rows
@@ -61,7 +61,7 @@ def test_verdicts_on_several_dimensions():
 
 
 def test_an_answer_of_which_nothing_is_said_is_left_out():
-    layout = TwoAnswers({"answer": "a"}, {"answer": "b"}, [Verdict("v")])
+    layout = SideBySide({"answer": "a"}, {"answer": "b"}, [Verdict("v")])
     assert [row.fields["answer"] for row in layout.rows([record(a="A", b="B", v=1), record(a="C", b="D", v=0)])] == [
         "B"
     ]
@@ -69,7 +69,7 @@ def test_an_answer_of_which_nothing_is_said_is_left_out():
 
 def test_two_answers_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"layout.second is .*must say which field is the `answer`"):
-        TwoAnswers({"answer": "a"}, {"safe": "b"}, [])
+        SideBySide({"answer": "a"}, {"safe": "b"}, [])
     with pytest.raises(ValueError, match=r"line 7, field 'v': value 'left' is not a number"):
         two([Verdict("v")], v="left")
     with pytest.raises(ValueError, match=r"no field 'w'.*`layout.verdicts`"):

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from moslim.data.neutralise import ForbiddenText, Neutraliser, fold
+from moslim.data.sanitizing import ForbiddenText, Neutraliser, fold
 from tests.helpers.code_points import SOME
 
 FORBIDDEN = ["<|end|>", "<|user|>"]

@@ -1,7 +1,7 @@
 import pytest
 
+from moslim.data.batches import CollateRewards, CollateTexts, Pairs
 from moslim.data.loader import Draw
-from moslim.data.pairs import CollateRewards, CollateTexts, Pairs
 from moslim.data.prompts import PairEncoder
 from moslim.data.types import Example
 

@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from moslim.cli import run
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.several import ConcatSource
+from moslim.data.data_module import PreferenceDataModule
+from moslim.data.sources.combined import ConcatSource
 from moslim.data.types import Example, RowKind, Split
 from moslim.preferences import PreferenceSet
 from tests.helpers import published

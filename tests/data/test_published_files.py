@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from moslim.data.pairs import known_levels, level_shares
-from moslim.data.sources.base import Source
-from moslim.data.sources.rivals import ComparisonsFromRatings
-from moslim.data.sources.votes import agreed_level
-from moslim.data.types import Example, RowKind, Split
+from moslim.data.batches import known_levels, level_shares
+from moslim.data.sources.combined import ComparisonsFromRatings
+from moslim.data.types import Example, RowKind, Source, Split, agreed_level
 from moslim.preferences import PreferenceSet
 from tests.helpers import published
 from tests.helpers.presets import ROOT, built, command, parsed

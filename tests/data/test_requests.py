@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.data.requests import Combinations, EvaluationKind, Request, Sweep, check_names, requests
+from moslim.data.prompt_batches import Combinations, EvaluationKind, Request, Sweep, check_names, requests
 from moslim.preferences import Preference, PreferenceSet
 from tests.helpers.chats import Rows
 

@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moslim.data.sources.base import Source
-from moslim.data.sources.rivals import ComparisonsFromRatings
+from moslim.data.sources.combined import ComparisonsFromRatings
 from moslim.data.sources.table import Table
 from moslim.data.sources.workbench import Workbench
-from moslim.data.types import Example, RowKind, Split
-from moslim.errors import UsageError
+from moslim.data.types import Example, RowKind, Source, Split
 from moslim.preferences import PreferenceSet
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import LEVELS
+from moslim.utils.errors import UsageError
+from moslim.workbench.grammar import LEVELS, gold_levels
 
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "warm"]})
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moslim.data.sources.several import ConcatSource
+from moslim.data.sources.combined import ConcatSource
 from moslim.data.sources.table import Table
 from moslim.data.types import RowKind, Split
 from moslim.preferences import Preference, PreferenceSet

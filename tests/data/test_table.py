@@ -4,11 +4,11 @@ import json
 import pyarrow.parquet
 import pytest
 
-from moslim.data.sources.scale import Scale, is_missing
+from moslim.data.sources.labels import Scale, is_missing
 from moslim.data.sources.table import Table
 from moslim.data.types import Example, RowKind, Split
-from moslim.errors import UsageError
 from moslim.preferences import Preference, PreferenceSet
+from moslim.utils.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*training (labels|row)", "ignore:.*the answer is empty")
 PREFERENCES = PreferenceSet({"size": ["low", "mid", "high"], "heat": ["cold", "hot"]})

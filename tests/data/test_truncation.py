@@ -4,10 +4,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from moslim.data.module import PreferenceDataModule
+from moslim.data.data_module import PreferenceDataModule
 from moslim.data.prompts import PairEncoder
-from moslim.data.sources.base import Source
-from moslim.data.types import Example
+from moslim.data.types import Example, Source
 from moslim.data.views import RewardView, ServedModule
 from tests.helpers.chats import WITH_SYSTEM, build_tokenizer
 

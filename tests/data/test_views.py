@@ -17,10 +17,10 @@ from moslim.data import (
     Split,
     TextView,
 )
+from moslim.data.data_module import PreferenceDataModule
 from moslim.data.loader import Examples
-from moslim.data.module import PreferenceDataModule
 from moslim.preferences import Preference
-from tests.data.test_module import Recorder, data, trainer
+from tests.data.test_data_module import Recorder, data, trainer
 from tests.helpers.chats import Rows
 
 pytestmark = [

@@ -5,15 +5,26 @@ from itertools import product
 
 import pytest
 
-from moslim.data.requests import Combinations
+from moslim.data.prompt_batches import Combinations
+from moslim.data.samplers import Reachable, Uniform
 from moslim.data.sources.workbench import HELD_OUT_PAIRS, Workbench, adversarial_rows
 from moslim.data.types import RowKind, Split
 from moslim.preferences import Preference, PreferenceSet
-from moslim.sampling import Reachable, Uniform
-from moslim.workbench.gold import gold_levels, sentences
-from moslim.workbench.grammar import CLOSING_SLOT, ENCOURAGEMENTS, FILLERS, FOLDS, LEVELS, QUESTIONS, TOPICS
-from moslim.workbench.questions import ask, topic_of, topics_in
-from moslim.workbench.writing import opening
+from moslim.workbench.grammar import (
+    CLOSING_SLOT,
+    ENCOURAGEMENTS,
+    FILLERS,
+    FOLDS,
+    LEVELS,
+    QUESTIONS,
+    TOPICS,
+    ask,
+    gold_levels,
+    opening,
+    sentences,
+    topic_of,
+    topics_in,
+)
 
 PREFERENCES = PreferenceSet(LEVELS)
 ALL = [(kind, split) for kind in RowKind for split in Split]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from moslim.evaluation.records import Records
+from moslim.evaluation.steerability import Records
 from moslim.preferences import PreferenceSet
 
 Row = tuple[int, int, str, list[int], list[float]]  # question, sample, kind, targets, achieved

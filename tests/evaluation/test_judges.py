@@ -6,11 +6,8 @@ from transformers import LlamaConfig, LlamaModel
 
 from moslim.evaluation.judges import ClassifierJudge, GoldJudge, JudgeInfo
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.workbench.grammar import LEVELS, TOPICS
-from moslim.workbench.questions import ask
-from moslim.workbench.tokenizer import build_tokenizer
-from moslim.workbench.writing import write_answer
+from moslim.reward.modeling import PreferenceClassifier
+from moslim.workbench.grammar import LEVELS, TOPICS, ask, build_tokenizer, write_answer
 
 WORLD = PreferenceSet(LEVELS)
 QUESTION = ask(TOPICS[0], 0)

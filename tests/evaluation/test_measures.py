@@ -3,7 +3,7 @@ from math import isnan, nan, sqrt
 import pytest
 import torch
 
-from moslim.evaluation.measures import control, level_shares, mean_interval, slopes, sweeps
+from moslim.evaluation.steerability import control, level_shares, mean_interval, slopes, sweeps
 
 
 def test_control_on_a_small_sweep():

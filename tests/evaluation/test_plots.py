@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moslim.evaluation import plots
+from moslim.evaluation import plotting as plots
 from moslim.evaluation.judges import JudgeInfo
 from moslim.evaluation.steerability import steerability
 

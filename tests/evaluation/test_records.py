@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moslim.evaluation.records import Records
+from moslim.evaluation.steerability import Records
 
 
 def same(a: Records, b: Records) -> bool:

@@ -6,8 +6,8 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from PIL import Image
 
 from moslim.evaluation.judges import JudgeInfo
-from moslim.evaluation.report import log_report, scalars, write_report
 from moslim.evaluation.steerability import steerability
+from moslim.evaluation.steerability_report import log_report, scalars, write_report
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from moslim.evaluation.judges import JudgeInfo
-from moslim.evaluation.records import Records
-from moslim.evaluation.steerability import MEASURES, measures, steerability
+from moslim.evaluation.steerability import MEASURES, Records, measures, steerability
 from moslim.preferences import PreferenceSet
 
 GOLD = JudgeInfo("gold", proxy=False)

@@ -2,7 +2,7 @@ import pytest
 
 from moslim.evaluation.judges import JudgeInfo
 from moslim.evaluation.steerability import steerability
-from moslim.evaluation.tables import markdown, summary_table
+from moslim.evaluation.steerability_report import markdown, summary_table
 from moslim.preferences import PreferenceSet
 
 

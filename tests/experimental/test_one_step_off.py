@@ -7,14 +7,14 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from moslim.callbacks.role_memory import RoleMemory
-from moslim.data.asking import CollatePrompts, Prompt
-from moslim.errors import UsageError
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.rloo import RLOO
+from moslim.callbacks.monitors import RoleMemory
+from moslim.data.prompt_batches import CollatePrompts, Prompt
 from moslim.experimental import OneStepOff
-from moslim.policy.answering import Purpose
-from moslim.policy.off_policy import OffPolicy
-from moslim.policy.optimizers import GRPO, RLOO
+from moslim.policy.generation import OffPolicy, Purpose
 from moslim.preferences import Preference
+from moslim.utils.errors import UsageError
 from tests.helpers.forked import in_two, sharded
 from tests.helpers.policy_runs import LORA, SAMPLES, Traced, data, make, trainer, weights
 
@@ -89,16 +89,16 @@ def test_the_first_step_is_that_of_a_run_without(run):
 
 
 def test_several_steps_on_a_rollout_make_the_next_one_older(run):
-    module = run(6, inner_epochs=2, policy_optimizer=GRPO(kl_coef=0.1))
+    module = run(6, num_iterations=2, policy_optimizer=GRPO(kl_coef=0.1))
     assert [step["new"] for step in module.trace] == [True, False] * 3
     assert module.logged[2]["train/off_policy/staleness"] == module.logged[4]["train/off_policy/staleness"] == 2
     assert len(module.threads) == 3  # the epoch is cut after these
 
 
 def test_stale_answers_know_both_policies_and_are_measured(run):
-    module = run(2, off_policy=OffPolicy(cap=1.0), rate=0.05)
+    module = run(2, off_policy=OffPolicy(importance_clip=1.0), rate=0.05)
     rollout, logged = module.rollout, module.logged[1]
-    surplus = (rollout.old_logprobs - rollout.sampler_logprobs)[rollout.mask]
+    surplus = (rollout.old_logprobs - rollout.behavior_logprobs)[rollout.mask]
     assert surplus.abs().max() > 0.1
     assert logged["train/off_policy/weight"] == pytest.approx(surplus.exp().clamp(max=1.0).mean().item())
     assert logged["train/off_policy/capped"] == pytest.approx((surplus >= 0).float().mean().item(), abs=0.02)
@@ -138,13 +138,15 @@ def test_what_could_not_be_sampled_ahead_is_left_out_of_a_checkpoint(run, prefer
 
 
 def test_the_logged_weight_of_the_sequence_form_is_that_of_answers(run):
-    cap = 1.5
-    optimizer = RLOO(ratio="sequence", kl_coef=0.0)
-    module = run(2, rate=0.05, off_policy=OffPolicy(cap=cap), policy_optimizer=optimizer)
-    surplus = (module.rollout.old_logprobs - module.rollout.sampler_logprobs) * module.rollout.mask
-    expected = surplus.sum(dim=1).exp().clamp(max=cap)
+    importance_clip = 1.5
+    optimizer = RLOO(importance_sampling_level="sequence", kl_coef=0.0)
+    module = run(2, rate=0.05, off_policy=OffPolicy(importance_clip=importance_clip), policy_optimizer=optimizer)
+    surplus = (module.rollout.old_logprobs - module.rollout.behavior_logprobs) * module.rollout.mask
+    expected = surplus.sum(dim=1).exp().clamp(max=importance_clip)
     assert module.logged[1]["train/off_policy/weight"] == pytest.approx(expected.mean().item(), rel=1e-4)
-    assert module.logged[1]["train/off_policy/capped"] == pytest.approx((expected == cap).float().mean().item())
+    assert module.logged[1]["train/off_policy/capped"] == pytest.approx(
+        (expected == importance_clip).float().mean().item()
+    )
 
 
 def test_answers_that_are_not_finite_are_refused(preferences, lm, classifier, tmp_path):

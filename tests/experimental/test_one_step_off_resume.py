@@ -31,7 +31,7 @@ def fit(module, folder, preferences, ckpt_path=None, callbacks=(), workers=0, **
     return module
 
 
-@pytest.mark.parametrize("options", [{"inner_epochs": 2}, {"lora": LORA}], ids=["inner epochs", "lora"])
+@pytest.mark.parametrize("options", [{"num_iterations": 2}, {"lora": LORA}], ids=["inner epochs", "lora"])
 def test_a_run_resumed_from_any_of_its_steps(options, world, preferences, tmp_path):
     limits = {"max_steps": 7, "limit_train_batches": 5}  # the sixth step is in a second epoch
     whole = fit(world(**options), tmp_path, preferences, callbacks=[SaveEachStep(tmp_path)], **limits)
@@ -52,8 +52,8 @@ def test_workers_prepare_the_same_batches(world, preferences, tmp_path):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["ctrl-c", "error"])
 @pytest.mark.parametrize("at", [3, 4], ids=["middle of a rollout", "start of a rollout"])
 def test_a_run_stopped_in_a_step(at, stop, world, preferences, tmp_path):
-    whole = fit(world(inner_epochs=2), tmp_path, preferences, max_steps=6)
-    first = world(inner_epochs=2)
+    whole = fit(world(num_iterations=2), tmp_path, preferences, max_steps=6)
+    first = world(num_iterations=2)
     first.stop_at, first.stop = (0, at), stop
     ctrl_c = signal.getsignal(signal.SIGINT)
     try:
@@ -62,7 +62,7 @@ def test_a_run_stopped_in_a_step(at, stop, world, preferences, tmp_path):
     finally:
         signal.signal(signal.SIGINT, ctrl_c)  # Lightning leaves it ignored
     assert len(first.trace) == at
-    resumed = fit(world(inner_epochs=2), tmp_path, preferences, tmp_path / "stopped.ckpt", max_steps=6)
+    resumed = fit(world(num_iterations=2), tmp_path, preferences, tmp_path / "stopped.ckpt", max_steps=6)
     assert resumed.trace[0]["new"] == (at % 2 == 0)
     assert_same_from(at, resumed, whole)
 

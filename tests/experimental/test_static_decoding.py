@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from moslim.errors import UsageError
 from moslim.experimental import StaticTorchEngine
-from moslim.policy.engines import Decoding, TorchEngine
+from moslim.generation.decoding import Decoding
+from moslim.generation.torch_engine import TorchEngine
+from moslim.utils.errors import UsageError
+from tests.generation.test_decoding import PLAIN, assert_same, sampled
 from tests.helpers.policy_models import ARCHITECTURES, EOS, PAD, seeds
-from tests.policy.engines.test_decoding import PLAIN, assert_same, sampled
 from tests.policy.test_recurrent import build
 
 

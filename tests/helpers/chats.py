@@ -3,8 +3,7 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moslim.data.sources.base import Source
-from moslim.data.types import Example, Split
+from moslim.data.types import Example, Source, Split
 
 TURN = "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>"
 WITH_SYSTEM = "{% for m in messages %}" + TURN + "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -11,10 +11,10 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moslim.base import RunModule
-from moslim.data.module import PreferenceDataModule
+from moslim.data.data_module import PreferenceDataModule
+from moslim.data.samplers import Uniform
 from moslim.preferences import PreferenceSet
-from moslim.sampling import Uniform
+from moslim.training.base_module import RunModule
 
 
 class Squash:

@@ -26,7 +26,9 @@ def in_two(function: Callable[..., Any], *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["moslim.cli", "moslim.policy.module", "moslim.reward.module"])
+    multiprocessing.set_forkserver_preload(
+        ["moslim.cli", "moslim.policy.policy_trainer", "moslim.reward.reward_classifier"]
+    )
     mp.start_processes(_become, (port, function, arguments), nprocs=2, start_method="forkserver")
 
 

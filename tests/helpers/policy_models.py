@@ -9,12 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moslim.data.prompts import pad
-from moslim.models import Architecture, WorkbenchTokenizer
-from moslim.noise import derive_seed
+from moslim.ops.models import Architecture, WorkbenchTokenizer
+from moslim.ops.numerics import derive_seed
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.workbench.grammar import LEVELS
-from moslim.workbench.tokenizer import build_tokenizer
+from moslim.reward.modeling import PreferenceClassifier
+from moslim.workbench.grammar import LEVELS, build_tokenizer
 
 PAD, END = 0, 2
 ENDS = list(range(40, 60))

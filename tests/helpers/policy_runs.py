@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moslim.data.module import PreferenceDataModule
+from moslim.algorithms.rloo import RLOO
+from moslim.data.data_module import PreferenceDataModule
+from moslim.data.samplers import Reachable
 from moslim.data.sources.workbench import Workbench
 from moslim.data.types import PromptBatch
-from moslim.lora import LoraOptions
+from moslim.generation.torch_engine import TorchEngine
 from moslim.mapping import ExpectedDistance
-from moslim.policy.engines import TorchEngine
-from moslim.policy.module import PolicyTrainer
-from moslim.policy.optimizers import RLOO
-from moslim.policy.passes import Passes
+from moslim.ops.logprobs import ForwardConfig
+from moslim.ops.lora import LoraOptions
+from moslim.policy.policy_trainer import PolicyTrainer
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet
-from moslim.sampling import Reachable
-from moslim.trainer import MoslimTrainer
+from moslim.training.trainer import MoslimTrainer
 
 LIMIT, BATCH, SAMPLES = 8, 4, 3
-PLAIN = Passes(share_prefixes="never", chunked_logprobs=False)
+PLAIN = ForwardConfig(share_prefixes="never", chunked_logprobs=False)
 """Every fast way switched off."""
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 
@@ -69,9 +69,9 @@ def make(preferences: PreferenceSet, lm: str, classifier: str, kind: type[Traced
         "mapping": ExpectedDistance(),
         "policy_optimizer": RLOO(kl_coef=0.05),
         "engine": TorchEngine(LIMIT),
-        "samples_per_prompt": SAMPLES,
+        "num_generations": SAMPLES,
         "eval_samples": 2,
-        "passes": Passes(tokens=80),
+        "forward_config": ForwardConfig(tokens=80),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
     }
     torch.manual_seed(0)  # of an adapter's weights, which checkpoints hold

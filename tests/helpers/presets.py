@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from moslim.cli import run
-from moslim.data.sources.base import Source
+from moslim.data.types import Source
 
 ROOT = Path(__file__).parents[2]
 

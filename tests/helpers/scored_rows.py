@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
+from moslim.evaluation.classifier_records import ScoredRows
 from moslim.preferences import PreferenceSet
-from moslim.reward.evaluation.rows import ScoredRows
 
 Rows = Callable[..., ScoredRows]
 PREFERENCES = PreferenceSet({"two": ["no", "yes"], "three": ["a", "b", "c"]})

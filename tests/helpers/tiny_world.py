@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from moslim.models import Architecture, WorkbenchTokenizer
+from moslim.ops.models import Architecture, WorkbenchTokenizer
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.modeling import PreferenceClassifier
 from moslim.workbench.grammar import LEVELS
 
 FEW_STEPS = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_check_interval 2
@@ -17,8 +17,8 @@ FEW_STEPS = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_che
     --trainer.limit_predict_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false
     --trainer.log_every_n_steps 1"""
 """Options that make any command short."""
-SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.samples_per_prompt 2 --model.eval_samples 1
-    --model.passes.tokens 128
+SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.num_generations 2 --model.eval_samples 1
+    --model.forward_config.tokens 128
     --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 1"""
 """Options that make rollouts and sweeps small."""
 ONE_EACH = "--model.minibatches 1"

@@ -9,8 +9,7 @@ from lightning.pytorch import Trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from moslim.data.sources.base import Source
-from moslim.data.types import Example, RowKind, Split
+from moslim.data.types import Example, RowKind, Source, Split
 from moslim.preferences import PreferenceSet
 
 WORDS = ["how", "why", "cake", "boat", "good", "bad", "very", "so", "."]

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from moslim.errors import UsageError
 from moslim.mapping import Constrained, ExpectedDistance, TargetProbability, TasteWeights
 from moslim.plugin import own_parts
 from moslim.preferences import PreferenceSet
+from moslim.utils.errors import UsageError
 
 NAN = float("nan")
 GROUPS = torch.tensor([0, 0, 1])

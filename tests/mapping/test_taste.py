@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moslim.mapping import Taste, TasteWeights
+from moslim.mapping import TasteWeights, UserWeights
 from moslim.preferences import PreferenceSet
 
 NAN = float("nan")
@@ -18,7 +18,7 @@ PROBS = torch.tensor(
     ]
 )
 # expected levels on a scale of 0 to 1: two = .75 0 .5, five = .5 .5 .5
-TASTE = Taste({"two": 2.0, "five": -1.0}, {"two": 0.5, "five": 0.7}, PREFERENCES.to_dict(), 40, 0.1, 0.9)
+TASTE = UserWeights({"two": 2.0, "five": -1.0}, {"two": 0.5, "five": 0.7}, PREFERENCES.to_dict(), 40, 0.1, 0.9)
 
 
 def bound(mapping: TasteWeights, preferences: PreferenceSet = PREFERENCES) -> TasteWeights:
@@ -41,9 +41,9 @@ def test_a_dimension_without_a_weight_does_not_count() -> None:
 
 
 def test_a_file_is_matched_by_name(tmp_path: Path) -> None:
-    TASTE.save(tmp_path / "mine" / "taste.json")
-    assert Taste.load(tmp_path / "mine" / "taste.json") == TASTE
-    mapping = TasteWeights(path=str(tmp_path / "mine" / "taste.json"))
+    TASTE.save(tmp_path / "mine" / "user_weights.json")
+    assert UserWeights.load(tmp_path / "mine" / "user_weights.json") == TASTE
+    mapping = TasteWeights(path=str(tmp_path / "mine" / "user_weights.json"))
     turned = PreferenceSet({name: PREFERENCES.to_dict()[name] for name in ("five", "two")})
     bound(mapping, turned)
     reward = mapping(PROBS.flip(1), torch.full((3, 2), -1), GROUPS)
@@ -51,9 +51,9 @@ def test_a_file_is_matched_by_name(tmp_path: Path) -> None:
 
 
 def test_a_taste_for_other_dimensions_or_levels_is_refused(tmp_path: Path) -> None:
-    TASTE.save(tmp_path / "taste.json")
-    mapping = TasteWeights(path=str(tmp_path / "taste.json"))
-    with pytest.raises(ValueError, match=r"a taste for 'five', but `preferences` names only: two"):
+    TASTE.save(tmp_path / "user_weights.json")
+    mapping = TasteWeights(path=str(tmp_path / "user_weights.json"))
+    with pytest.raises(ValueError, match=r"a user_weights for 'five', but `preferences` names only: two"):
         mapping.bind(PreferenceSet({"two": ["a", "b"]}))
     with pytest.raises(ValueError, match="fitted with the levels a, b; now they are b, a"):
         mapping.bind(PreferenceSet({"two": ["b", "a"], "five": ["a", "b", "c", "d", "e"]}))
@@ -61,7 +61,7 @@ def test_a_taste_for_other_dimensions_or_levels_is_refused(tmp_path: Path) -> No
 
 def test_what_is_no_taste_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(json.dumps({"weights": {}}))
-    with pytest.raises(ValueError, match=r"other\.json holds no taste .*python -m moslim.taste"):
+    with pytest.raises(ValueError, match=r"other\.json holds no user_weights .*python -m moslim.mapping.weighted"):
         TasteWeights(path=str(tmp_path / "other.json"))
     for arguments in ({}, {"path": "a", "weights": {"two": 1.0}}):
         with pytest.raises(ValueError, match="give one of them"):

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from moslim.errors import UsageError
 from moslim.mapping import Tchebycheff
 from moslim.preferences import PreferenceSet
+from moslim.utils.errors import UsageError
 
 NAN = float("nan")
 GROUPS = torch.tensor([0, 0, 1])

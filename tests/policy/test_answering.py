@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from moslim.data.types import PromptBatch
-from moslim.noise import derive_seed
-from moslim.policy.answering import Answerer, answer_seeds
-from moslim.policy.engines import TorchEngine
+from moslim.generation.torch_engine import TorchEngine
+from moslim.ops.numerics import derive_seed
+from moslim.policy.generation import CompletionGenerator, completion_seeds
 from tests.helpers.policy_models import ENDS
 
 EOS = [2, *ENDS]
@@ -28,7 +28,7 @@ def prompt_batch(prompts, rows):
 
 @pytest.fixture
 def answerer(tokenizer):
-    return Answerer(Watching(10), tokenizer, EOS)
+    return CompletionGenerator(Watching(10), tokenizer, EOS)
 
 
 def answer(answerer, model, prompts, rows, samples=3):
@@ -50,10 +50,14 @@ def test_answers_of_a_prompt_are_adjacent_and_follow_it(answerer, models, prompt
 
 
 def test_the_end_token_is_not_part_of_the_text(tokenizer, models, prompts):
-    found = answer(Answerer(TorchEngine(10), tokenizer, list(range(len(tokenizer)))), models["llama"], prompts, [0])
+    found = answer(
+        CompletionGenerator(TorchEngine(10), tokenizer, list(range(len(tokenizer)))), models["llama"], prompts, [0]
+    )
     forced = found.completions.tokens[:, 0].tolist()
     assert found.texts == [tokenizer.decode([token], skip_special_tokens=True) for token in forced]
-    everything = Answerer(TorchEngine(10, temperature=1e6), tokenizer, [2])  # all words, the special ones too
+    everything = CompletionGenerator(
+        TorchEngine(10, temperature=1e6), tokenizer, [2]
+    )  # all words, the special ones too
     texts = answer(everything, models["llama"], prompts, [0, 1, 2, 3, 4], samples=60).texts
     assert not any("<|" in text for text in texts)
 
@@ -73,7 +77,7 @@ def test_more_samples_leave_the_first_ones(answerer, models, prompts):
 
 
 def test_seeds_are_made_of_key_and_sample():
-    found = answer_seeds([(1, 2, 3), (4, 5)], 2, torch.device("cpu"))
+    found = completion_seeds([(1, 2, 3), (4, 5)], 2, torch.device("cpu"))
     assert found.dtype == torch.int64
     assert found.tolist() == [[derive_seed(*key, i) for i in (0, 1)] for key in ((1, 2, 3), (4, 5))]
 

@@ -4,9 +4,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from moslim.algorithms.functional import AdaptiveKL
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from moslim.algorithms.rloo import RLOO
 from moslim.mapping import MappingFunction
-from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from tests.helpers.policy_runs import LORA, Traced, data, make, trainer
 
 pytestmark = [
@@ -50,11 +54,11 @@ class Paid(Callback):
 
 KINDS = {
     "rloo": {"policy_optimizer": RLOO()},
-    "rloo, k2 in the loss": {"policy_optimizer": RLOO(ratio="token", kl_in="loss", kl="k2")},
+    "rloo, k2 in the loss": {"policy_optimizer": RLOO(importance_sampling_level="token", kl_in="loss", kl="k2")},
     "reinforce++": {"policy_optimizer": ReinforcePlusPlus()},
     "reinforce++-baseline": {"policy_optimizer": ReinforcePlusPlus(baseline=True)},
-    "grpo": {"policy_optimizer": GRPO(min_spread=0.02, clip_high=0.28, dual_clip=3.0)},
-    "ppo": {"policy_optimizer": PPO(kl_controller=AdaptiveKL(target=8.0)), "inner_epochs": 2, "minibatches": 2},
+    "grpo": {"policy_optimizer": GRPO(min_spread=0.02, epsilon_high=0.28, dual_clip=3.0)},
+    "ppo": {"policy_optimizer": PPO(kl_controller=AdaptiveKL(target=8.0)), "num_iterations": 2, "minibatches": 2},
     "ppo, adapter": {"policy_optimizer": PPO(critic_lora=LORA), "lora": LORA, "rate": 0.05},
     "online dpo": {"policy_optimizer": OnlineDPO(min_margin=0.01)},
 }
@@ -62,7 +66,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_optimizer_learns(kind, preferences, lm, classifier, tmp_path):
-    options = {"samples_per_prompt": 8, "missing_end_penalty": 0.0, "rate": 1e-2, **KINDS[kind]}
+    options = {"num_generations": 8, "missing_eos_penalty": 0.0, "rate": 1e-2, **KINDS[kind]}
     module = make(preferences, lm, classifier, Bandit, mapping=Highest(), **options)
     watch = Paid()
     trainer(tmp_path, max_steps=15 * module.batch_repeats, callbacks=[watch]).fit(module, data(preferences))

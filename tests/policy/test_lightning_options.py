@@ -10,12 +10,15 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from torch.optim.lr_scheduler import LambdaLR
 
-from moslim.errors import UsageError
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.rloo import RLOO
+from moslim.data.samplers import Curriculum, Reachable
+from moslim.generation.torch_engine import TorchEngine
 from moslim.mapping.base import MappingFunction
-from moslim.policy.engines import TorchEngine
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
-from moslim.sampling import Curriculum, Reachable
+from moslim.ops.logprobs import completion_logprobs
+from moslim.utils.errors import UsageError
 from tests.helpers.policy_runs import LORA, PLAIN, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -49,7 +52,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(policy, 
     assert (module.logprobs - module.rows.old_logprobs).abs().max() < 0.3  # sampler and update: rounding only
     found = module.rows
     with torch.no_grad():
-        exact = answer_logprobs(start, found.batch, 1.0, PLAIN)
+        exact = completion_logprobs(start, found.batch, 1.0, PLAIN)
     assert 1e-4 < (module.logprobs - exact).abs().max() < 0.3
     assert moved(module, before).abs().max() > 0
 
@@ -75,8 +78,8 @@ def test_gradients_are_clipped(algorithm, norm, policy, preferences, tmp_path):
     "optimizer",
     [
         lambda: RLOO(kl_coef=0.05),
-        lambda: GRPO(reduction="token_mean"),
-        lambda: GRPO(reduction="grpo", min_spread=0.3),
+        lambda: GRPO(loss_agg_mode="token_mean"),
+        lambda: GRPO(loss_agg_mode="grpo", min_spread=0.3),
         lambda: PPO(entropy_coef=0.01),
         lambda: OnlineDPO(min_margin=0.3),
     ],
@@ -100,8 +103,8 @@ def test_windows_follow_the_inner_epochs(policy, preferences, tmp_path):
     """The second epoch's parts are others than the first one's; together they are the same answers again."""
     results = []
     for parts in (1, 2):
-        optimizer = GRPO(reduction="token_mean", min_spread=0.3)
-        module = policy(minibatches=parts, inner_epochs=2, optimizer=sgd(0.1), policy_optimizer=optimizer)
+        optimizer = GRPO(loss_agg_mode="token_mean", min_spread=0.3)
+        module = policy(minibatches=parts, num_iterations=2, optimizer=sgd(0.1), policy_optimizer=optimizer)
         run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=parts)
         run.fit(module, data(preferences))
         assert {step["key"] for step in module.trace} == {(0, 0)} and len(module.trace) == 2 * parts
@@ -113,7 +116,7 @@ def test_windows_follow_the_inner_epochs(policy, preferences, tmp_path):
 def test_a_step_over_two_rollouts_takes_the_mean_of_theirs(policy, preferences, tmp_path):
     def change(first_rate, **options):
         module = policy(
-            policy_optimizer=GRPO(reduction="token_mean"),
+            policy_optimizer=GRPO(loss_agg_mode="token_mean"),
             optimizer=sgd(0.1),
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: first_rate if step == 0 else 1.0),
         )
@@ -129,7 +132,7 @@ def test_a_step_over_two_rollouts_takes_the_mean_of_theirs(policy, preferences, 
 
 def test_fast_dev_run_takes_a_step_of_everything_and_writes_nothing(policy, preferences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    module = policy(inner_epochs=2)
+    module = policy(num_iterations=2)
     logger = CSVLogger(tmp_path, name="")
     run = trainer(tmp_path, fast_dev_run=2, limit_val_batches=1.0, enable_checkpointing=True, logger=logger)
     run.fit(module, data(preferences))
@@ -158,7 +161,7 @@ def test_overfit_batches_asks_the_same_in_every_epoch(sampler, policy, preferenc
 
 
 def test_limits_count_training_steps_not_rollouts(policy, preferences, tmp_path):
-    module = policy(inner_epochs=2)
+    module = policy(num_iterations=2)
     run = trainer(tmp_path, max_epochs=2, max_steps=-1, limit_train_batches=3)
     with pytest.warns(UserWarning, match=r"3 batches .* = 2: only 1 of the 2 batches of its last rollout"):
         run.fit(module, data(preferences))
@@ -221,7 +224,7 @@ def test_the_last_step_of_an_epoch_has_full_scale(parts, several, limit, rates, 
     def change(rates, several):
         module = policy(
             minibatches=parts,
-            policy_optimizer=GRPO(reduction="token_mean", kl_in="loss", kl="k3", kl_coef=0.1),
+            policy_optimizer=GRPO(loss_agg_mode="token_mean", kl_in="loss", kl="k3", kl_coef=0.1),
             default_kl_coef=0.5,
             optimizer=sgd(0.1),
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: rates[min(step, len(rates) - 1)]),

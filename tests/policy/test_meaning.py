@@ -10,12 +10,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moslim.data.sources.workbench import Workbench
-from moslim.errors import UsageError
+from moslim.generation.torch_engine import TorchEngine
 from moslim.instructions import PreferenceInstruction, SystemMessage, Tags, Template
-from moslim.lora import LoraOptions
-from moslim.policy.engines import TorchEngine
+from moslim.ops.lora import LoraOptions
 from moslim.preferences import Preference, PreferenceSet
 from moslim.reward.scorer import Scorer
+from moslim.utils.errors import UsageError
 from tests.helpers.policy_models import save_classifier
 from tests.helpers.policy_runs import BATCH, LIMIT, LORA, Traced, data, make, trainer
 
@@ -49,14 +49,14 @@ def trained(preferences: PreferenceSet, lm: str, classifier: str, tmp_path_facto
     folder = tmp_path_factory.mktemp("run")
     run = trainer(folder, max_steps=1)
     run.fit(
-        make(preferences, lm, classifier, lora=LORA, inner_epochs=2), data(preferences, instruction=SystemMessage())
+        make(preferences, lm, classifier, lora=LORA, num_iterations=2), data(preferences, instruction=SystemMessage())
     )
     run.save_checkpoint(folder / "a.ckpt")
     return folder / "a.ckpt"
 
 
 def again(preferences: PreferenceSet, lm: str, classifier: str, **options: Any) -> Traced:
-    return make(preferences, lm, classifier, **{"lora": LORA, "inner_epochs": 2, **options})
+    return make(preferences, lm, classifier, **{"lora": LORA, "num_iterations": 2, **options})
 
 
 @pytest.mark.parametrize("command", ["test", "validate", "fit", "export", "generate", "replay"])
@@ -86,14 +86,14 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "stop_ids": ({"engine": engine(stop_ids=[7])}, {}, r"engine\.stop_ids: "),
     "max_length": ({}, {"max_length": 30}, r"data\.max_length: saved null, now 30"),
     "alpha": ({"lora": LoraOptions(4, 9.0, 0.0, LORA.target_modules)}, {}, r"model\.lora: .*alpha saved 8\.0, now 9"),
-    "samples": ({"samples_per_prompt": 2}, {}, r"model\.samples_per_prompt: saved 3, now 2"),
+    "samples": ({"num_generations": 2}, {}, r"model\.num_generations: saved 3, now 2"),
     "minibatches": ({"minibatches": 2}, {}, r"model\.minibatches: saved 1, now 2"),
-    "inner_epochs": ({"inner_epochs": 1}, {}, r"model\.inner_epochs: saved 2, now 1"),
+    "num_iterations": ({"num_iterations": 1}, {}, r"model\.num_iterations: saved 2, now 1"),
     "batch_size": ({}, {"batch_size": 2}, r"data\.batch_size: of all processes saved 4, now 2"),
     "rows": ({}, {"source": Workbench(policy_rows=5 * BATCH)}, r"data\.source: saved \"24 rows, .* now \"20 rows"),
     "seed": ({"seed": 3}, {}, r"model\.seed: saved 0, now 3"),
 }
-OF_RUNS = ("samples", "minibatches", "inner_epochs", "batch_size", "rows", "seed")
+OF_RUNS = ("samples", "minibatches", "num_iterations", "batch_size", "rows", "seed")
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -141,7 +141,7 @@ def test_an_instruction_of_the_user_s_own_is_known_by_its_prompts(
             assert len(trainer(tmp_path).generate(module, served, **options)) == 1
 
 
-@pytest.mark.parametrize("kind", ["samples", "inner_epochs", "rows", "temperature"])
+@pytest.mark.parametrize("kind", ["samples", "num_iterations", "rows", "temperature"])
 def test_on_purpose_it_goes_on_with_a_new_rollout(
     kind: str, preferences: PreferenceSet, lm: str, classifier: str, trained: Path, tmp_path: Path
 ) -> None:
@@ -152,7 +152,7 @@ def test_on_purpose_it_goes_on_with_a_new_rollout(
     run = trainer(tmp_path, max_steps=2)
     run.fit(module, data(preferences, **{"instruction": SystemMessage(), **served}), ckpt_path=trained)
     assert module.trace[0]["new"] and run.global_step == 2
-    assert len(module.rollout.rewards) == BATCH * module.samples_per_prompt
+    assert len(module.rollout.rewards) == BATCH * module.num_generations
     plain = again(preferences, lm, classifier)
     trainer(tmp_path, max_steps=2).fit(plain, data(preferences, instruction=SystemMessage()), ckpt_path=trained)
     assert not plain.trace[0]["new"]

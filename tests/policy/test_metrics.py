@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from moslim.policy.metrics import level_offsets, progress_metrics, rollout_metrics
 from moslim.policy.rollout import Rollout
+from moslim.policy.update import level_offsets, progress_metrics, rollout_metrics
 from moslim.preferences import PreferenceSet
 
 PREFERENCES = PreferenceSet({"tone": ["bad", "good"], "amount": ["none", "some", "much"]})
@@ -22,7 +22,7 @@ def rollout(targets, reference=True):
         attention_mask=torch.ones(2, 3, dtype=torch.long),
         mask=mask,
         old_logprobs=logprobs,
-        reference_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0]]) if reference else None,
+        ref_logprobs=torch.tensor([[-1.5, -1.0], [-1.0, 0.0]]) if reference else None,
         targets=targets,
         probs=probs,
         per_dimension=torch.tensor([[1.0, -1.0], [0.0, 2.0]]).masked_fill(targets < 0, NAN),

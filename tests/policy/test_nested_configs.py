@@ -7,18 +7,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
 
-from moslim.errors import UsageError
-from moslim.loading import language_part
-from moslim.lora import LoraOptions, merged
-from moslim.models import load_causal_lm
-from moslim.packing import AnswerBatch
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.optimizers import PPO
-from moslim.policy.passes import Passes
+from moslim.algorithms.ppo import PPO
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.loading import language_part
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs
+from moslim.ops.lora import LoraOptions, merged
+from moslim.ops.models import load_causal_lm
+from moslim.policy.supervised_trainer import SupervisedTrainer
 from moslim.preferences import PreferenceSet
-from moslim.reward.module import RewardClassifier
+from moslim.reward.reward_classifier import RewardClassifier
 from moslim.reward.scorer import Scorer
-from moslim.supervised.module import SupervisedTrainer
+from moslim.utils.errors import UsageError
 from moslim.workbench.grammar import LEVELS
 from tests.helpers.policy_models import ENDS
 from tests.helpers.policy_runs import PLAIN, data, make, trainer
@@ -84,9 +83,11 @@ def test_policy_with_a_critic_and_classifier_on_such_a_model(
     trainer(tmp_path, max_steps=2).fit(module, data(preferences))
     rollout = module.rollout
     assert rollout is not None and module.critic is not None
-    rows = AnswerBatch(rollout.input_ids, rollout.attention_mask, rollout.mask)
+    rows = CompletionBatch(rollout.input_ids, rollout.attention_mask, rollout.mask)
     with torch.no_grad():
-        found = [answer_logprobs(module.policy, rows, 1.0, passes) for passes in (Passes(), PLAIN)]
+        found = [
+            completion_logprobs(module.policy, rows, 1.0, forward_config) for forward_config in (ForwardConfig(), PLAIN)
+        ]
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
     module.export(str(tmp_path / "export"))
@@ -102,7 +103,7 @@ def test_policy_and_classifier_share_such_a_model(start: str, preferences: Prefe
     RewardClassifier(PreferenceSet(LEVELS), backbone=start, lora=lora).export_adapter(tmp_path / "adapter")
     module = make(preferences, start, str(tmp_path / "adapter"), lora=lora, share_backbone="always")
     trainer(tmp_path, max_steps=1).fit(module, data(preferences))
-    assert module.roles.shares_classifier
+    assert module.models.shares_classifier
 
 
 def test_a_model_that_needs_an_image_is_no_policy_but_its_language_model_a_backbone(

@@ -5,13 +5,16 @@ import math
 import pytest
 import torch
 
+from moslim.algorithms.functional import AdaptiveKL
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from moslim.algorithms.rloo import RLOO
 from moslim.callbacks.guards import GuardError, Guards
-from moslim.errors import UsageError
-from moslim.policy.engines import TorchEngine
-from moslim.policy.engines.choice import TokenChoice
-from moslim.policy.engines.decoding import Decoding
-from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
+from moslim.generation.decoding import Decoding, TokenChoice
+from moslim.generation.torch_engine import TorchEngine
+from moslim.utils.errors import UsageError
 from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -41,7 +44,7 @@ def broken(module, what, rows):
     if what == "policy":
         inner = module.policy
     elif what == "reference":
-        inner = module.roles._copy
+        inner = module.models._copy
     with torch.no_grad():
         if what == "critic":
             module.critic.linear.bias.fill_(math.nan)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moslim.policy.engines import TorchEngine
-from moslim.policy.off_policy import OffPolicy
+from moslim.generation.torch_engine import TorchEngine
+from moslim.policy.generation import OffPolicy
 from tests.helpers.policy_runs import Traced, data, make, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -46,7 +46,7 @@ def test_weights_are_one_where_engine_and_trainer_agree(run):
 def test_answers_cut_by_top_p_are_corrected_without_another_pass(run):
     module = run(1, engine=TorchEngine(8, top_p=0.8))
     rollout = module.rollout
-    kept = (rollout.old_logprobs - rollout.sampler_logprobs).exp()[rollout.mask]
+    kept = (rollout.old_logprobs - rollout.behavior_logprobs).exp()[rollout.mask]
     assert 0.8 - 1e-5 < kept.min() < 0.99 and kept.max() < 1 + 1e-5
     assert module.logged[0]["train/off_policy/weight"] == pytest.approx(kept.mean().item())
     assert module.logged[0]["train/off_policy/staleness"] == 0

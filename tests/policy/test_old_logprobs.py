@@ -6,15 +6,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from moslim.algorithms.rloo import RLOO
 from moslim.callbacks.guards import GuardError, Guards
-from moslim.errors import UsageError
-from moslim.policy.engines import TorchEngine
-from moslim.policy.off_policy import OffPolicy, rounded_anew
-from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
+from moslim.generation.torch_engine import TorchEngine
+from moslim.policy.generation import OffPolicy, rounded_anew
+from moslim.utils.errors import UsageError
 from tests.helpers.policy_runs import LORA, data, make, trainer
 
 LONG = 32
-SEQUENCE = {"ratio": "sequence", "kl_coef": 0.0}
+SEQUENCE = {"importance_sampling_level": "sequence", "kl_coef": 0.0}
 
 
 def watching(kind, **options):
@@ -69,14 +73,14 @@ def test_before_the_first_step_the_ratio_is_one(fit, kind, precision):
 def test_later_minibatches_are_compared_with_the_same_computation(fit, options, cut):
     """Nothing is learnt here, so that all ratios are 1; the engine's rounding is of hundredths."""
     optimizer = watching(GRPO)
-    module = fit(optimizer, 4, minibatches=2, inner_epochs=2, rate=0.0, engine=TorchEngine(LONG, **cut), **options)
+    module = fit(optimizer, 4, minibatches=2, num_iterations=2, rate=0.0, engine=TorchEngine(LONG, **cut), **options)
     rounding = (module.rollout.old_logprobs - module.rollout.engine_logprobs)[module.rollout.mask].abs()
     assert rounding.mean() > 1e-3
     for batch in optimizer.seen:
         assert batch.log_ratio.abs().mean() < 0.2 * rounding.mean()
     if cut:  # what was cut off is weighed as the engine measured it
-        assert module.rollout.sampler_logprobs is not None
-        assert all((batch.log_surplus <= 1e-5).all() for batch in optimizer.seen)
+        assert module.rollout.behavior_logprobs is not None
+        assert all((batch.log_importance_weight <= 1e-5).all() for batch in optimizer.seen)
     else:
         assert all(batch.sampler is None for batch in optimizer.seen)
 
@@ -88,20 +92,20 @@ def test_in_float32_the_engine_s_will_do(fit):
 
 def test_once_the_policy_has_changed_it_is_compared_with_what_it_was(fit):
     optimizer = watching(RLOO)
-    fit(optimizer, 4, inner_epochs=2, rate=1e-3)
+    fit(optimizer, 4, num_iterations=2, rate=1e-3)
     first, second, third, fourth = (batch.log_ratio.abs().max() for batch in optimizer.seen)
     assert first == third == 0 and second > 1e-4 and fourth > 1e-4
 
 
 def test_accumulated_minibatches_are_all_before_the_step(preferences, lm, classifier, tmp_path):
     optimizer = watching(RLOO)
-    module = make(preferences, lm, classifier, policy_optimizer=optimizer, minibatches=2, inner_epochs=2, rate=1e-3)
+    module = make(preferences, lm, classifier, policy_optimizer=optimizer, minibatches=2, num_iterations=2, rate=1e-3)
     trainer(tmp_path, max_steps=2, accumulate_grad_batches=2).fit(module, data(preferences))
     assert [bool(batch.log_ratio.abs().max() > 0) for batch in optimizer.seen] == [False, False, True, True]
 
 
 def test_the_token_form_is_the_default():
-    assert RLOO().ratio == "token" and not RLOO().weighs_answers and RLOO(**SEQUENCE).weighs_answers
+    assert RLOO().ratio == "token" and not RLOO().weighs_completions and RLOO(**SEQUENCE).weighs_completions
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.95}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}])
@@ -112,17 +116,17 @@ def test_whole_answers_are_not_weighed_by_what_was_cut(preferences, lm, classifi
     with pytest.raises(UsageError, match=r"RLOO weighs whole answers.*ratio to token"):
         build(RLOO(**SEQUENCE))
     build(RLOO())
-    build(RLOO(**SEQUENCE), off_policy=OffPolicy(cap=None))  # nothing is weighed
+    build(RLOO(**SEQUENCE), off_policy=OffPolicy(importance_clip=None))  # nothing is weighed
     make(preferences, lm, classifier, policy_optimizer=RLOO(**SEQUENCE), engine=TorchEngine(8, temperature=0.7))
 
 
 def test_the_weight_that_is_logged_is_the_one_that_is_used(fit):
     module = fit(RLOO(kl_coef=0.0), 1, engine=TorchEngine(8, top_p=0.8))
     rollout = module.rollout
-    kept = (rollout.old_logprobs - rollout.sampler_logprobs).exp()[rollout.mask]
+    kept = (rollout.old_logprobs - rollout.behavior_logprobs).exp()[rollout.mask]
     logged = module.trainer.callback_metrics
     assert logged["train/off_policy/weight"].item() == pytest.approx(kept.mean().item(), abs=1e-5)
-    for off_policy in (OffPolicy(cap=None), None):
+    for off_policy in (OffPolicy(importance_clip=None), None):
         optimizer = OnlineDPO() if off_policy is None else RLOO()  # which weighs nothing
         module = fit(optimizer, 1, engine=TorchEngine(8, top_p=0.8), off_policy=off_policy)
         assert "train/off_policy/weight" not in module.trainer.callback_metrics
@@ -140,7 +144,9 @@ class Warmer(TorchEngine):
 
 def test_the_guard_looks_at_the_ratio_that_is_clipped(fit):
     def guards():
-        return Guards(nonfinite="off", kl="off", ratio="stop", identical="off", truncated="off", keep=False)
+        return Guards(
+            nonfinite="off", kl="off", importance_sampling_level="stop", identical="off", truncated="off", keep=False
+        )
 
     fit(RLOO(kl_coef=0.0), 1, callbacks=[guards()], engine=Warmer(LONG), minibatches=2)  # of a token: within 0.05
     with pytest.raises(GuardError, match=r"old log-probabilities disagree .* over answers is 0\.\d+, above 0\.05"):

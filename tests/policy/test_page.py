@@ -15,14 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from moslim import load_policy
 from moslim.cli import main, run
 from moslim.data.prompts import PromptRenderer
-from moslim.errors import MissingFileError, UsageError
+from moslim.generation.torch_engine import TorchEngine
 from moslim.instructions import SystemMessage, Tags, Template
-from moslim.policy.engines import TorchEngine
-from moslim.policy.model_card import policy_card
-from moslim.policy.shared import FILE, _instruction, write_description
+from moslim.policy.policy_export import FILE, _instruction, policy_card, write_description
 from moslim.preferences import Preference, PreferenceSet
-from moslim.workbench.grammar import TOPICS
-from moslim.workbench.questions import ask
+from moslim.utils.errors import MissingFileError, UsageError
+from moslim.workbench.grammar import TOPICS, ask
 from tests.helpers.policy_models import save_classifier
 
 pytestmark = pytest.mark.slow
@@ -51,7 +49,7 @@ def folder(
         (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
         config = yaml.safe_load(text)
         config["trainer"] |= {**SMALL, "accelerator": "cpu"}
-        config["model"]["init_args"] |= {"samples_per_prompt": 2, "eval_samples": 1}
+        config["model"]["init_args"] |= {"num_generations": 2, "eval_samples": 1}
         config["model"]["init_args"]["engine"]["init_args"]["max_new_tokens"] = 6
         config["data"]["init_args"] |= {"batch_size": 4, "validation_questions": 1, "test_questions": 1}
         Path("policy.yaml").write_text(yaml.safe_dump(config))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from moslim.algorithms.functional import AdaptiveKL
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.rloo import RLOO
 from moslim.evaluation.judges import GoldJudge
 from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability
-from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.optimizers import GRPO, PPO, RLOO
 from tests.helpers.policy_runs import data, make, trainer
 
 pytestmark = [
@@ -126,7 +128,7 @@ def test_parts_are_callbacks_of_the_run_before_the_checkpoints(world, preference
 
 def test_statistics_change_in_training_rollouts_alone(world, preferences, tmp_path):
     mapping = running()
-    module = world(mapping=mapping, inner_epochs=2)
+    module = world(mapping=mapping, num_iterations=2)
     counts = []
 
     class Watch(Callback):

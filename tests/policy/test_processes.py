@@ -10,12 +10,15 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from moslim.callbacks.checkpoint import StepCheckpoint
-from moslim.callbacks.faults import kl_above
+from moslim.algorithms.functional import AdaptiveKL
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.rloo import RLOO
+from moslim.callbacks.guards import kl_above
 from moslim.mapping import TargetProbability
-from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO
-from moslim.processes import averaged, gathered, mean_over_processes, process_count
+from moslim.training.distributed import averaged, gathered, mean_over_processes, process_count
+from moslim.training.trainer import StepCheckpoint
 from tests.helpers.forked import in_two, sharded
 from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer
 
@@ -78,7 +81,7 @@ PARTS = {
     # Answers of unequal length, and prompts without instruction that fall on one process more than on the other.
     "running statistics, token mean": lambda: {
         "mapping": TargetProbability(scope="running", min_count=6),
-        "policy_optimizer": GRPO(kl_coef=0.5, reduction="token_mean"),
+        "policy_optimizer": GRPO(kl_coef=0.5, loss_agg_mode="token_mean"),
         "default_kl_coef": 2.0,
     },
     "critic, whitening, controller": lambda: {
@@ -93,11 +96,11 @@ PARTS = {
     },
     "groups left out": lambda: {
         "mapping": TargetProbability(scope="batch"),
-        "policy_optimizer": GRPO(min_spread=0.6, scale="batch", reduction="grpo"),
+        "policy_optimizer": GRPO(min_spread=0.6, scale="batch", loss_agg_mode="grpo"),
     },
     "minibatches": lambda: {
         "mapping": TargetProbability(scope="batch"),
-        "policy_optimizer": GRPO(kl_coef=0.5, reduction="token_mean"),
+        "policy_optimizer": GRPO(kl_coef=0.5, loss_agg_mode="token_mean"),
         "minibatches": 2,
     },
     "batch statistics, sequence": lambda: {
@@ -156,7 +159,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
 
 
 def some_steps(folder, resumed, lora, preferences, lm, classifier, strategy="ddp_fork"):
-    options = {"lora": lora, "inner_epochs": 2, "mapping": TargetProbability(scope="running", min_count=6)}
+    options = {"lora": lora, "num_iterations": 2, "mapping": TargetProbability(scope="running", min_count=6)}
     if lora:  # whose critic is a parameter group with a rate of its own
         options["policy_optimizer"] = PPO(critic_lora=LORA, critic_lr=3e-3)
     run = trainer(folder, max_steps=3, callbacks=[SaveEachStep(folder)], strategy=strategy, devices=2)
@@ -255,7 +258,7 @@ def stopped(folder, at, ckpt_path, preferences, lm, classifier):
     save = StepCheckpoint(folder, "stopped", save_on_exception=True, every_n_train_steps=100)
     controlled = RLOO(kl_coef=0.1, kl_controller=AdaptiveKL(target=0.1))
     mapping = TargetProbability(scope="running", min_count=6)
-    kind = {"mapping": mapping, "policy_optimizer": controlled, "inner_epochs": 2}
+    kind = {"mapping": mapping, "policy_optimizer": controlled, "num_iterations": 2}
     steps = SaveEachStep(folder) if at is None else Terminated()
     run = trainer(folder, max_steps=3, strategy="ddp", devices=2, callbacks=[save, steps], enable_checkpointing=True)
     module = make(preferences, lm, classifier, **kind)

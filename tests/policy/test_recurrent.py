@@ -8,17 +8,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moslim import recurrence, tree_attention
-from moslim.packing import AnswerBatch
-from moslim.policy.critic import TrunkReader
-from moslim.policy.engines import TorchEngine
-from moslim.policy.engines.decoding import Decoding, continues
-from moslim.policy.logprobs import answer_logprobs, plan
-from moslim.policy.optimizers import PPO, RLOO
-from moslim.policy.passes import Passes
+from moslim.algorithms.functional import TrunkReader
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.rloo import RLOO
+from moslim.generation.decoding import Decoding, continues
+from moslim.generation.torch_engine import TorchEngine
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs, plan
+from moslim.ops.prefix_tree import carries_state, masks_left_padding, reads_trees
 from moslim.preferences import PreferenceSet
-from moslim.recurrence import carries_state, masks_left_padding
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.tree_attention import reads_trees
+from moslim.reward.modeling import PreferenceClassifier
 from moslim.workbench.grammar import LEVELS
 from tests.helpers.policy_models import ENDS
 from tests.helpers.policy_runs import data, make, trainer, weights
@@ -103,10 +102,10 @@ def test_sampled_and_recomputed_as_each_text_by_itself(kind, models, prompts):
         torch.cat([x.repeat_interleave(4, dim=0), y], dim=1)
         for x, y in ((ids, answers.tokens), (mask, answers.mask.long()))
     ]
-    batch = AnswerBatch(*whole, answers.mask)
-    for passes in (Passes(), Passes(tokens=40, share_prefixes="always", chunked_logprobs=False)):
+    batch = CompletionBatch(*whole, answers.mask)
+    for forward_config in (ForwardConfig(), ForwardConfig(tokens=40, share_prefixes="always", chunked_logprobs=False)):
         with torch.no_grad():
-            torch.testing.assert_close(answer_logprobs(model, batch, 1.0, passes), plain, atol=1e-4, rtol=0)
+            torch.testing.assert_close(completion_logprobs(model, batch, 1.0, forward_config), plain, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,8 +113,8 @@ def test_a_critic_s_states_are_those_of_each_text_by_itself(kind, models, prompt
     model, (ids, mask) = models[kind], prompts
     answers = torch.randint(3, 40, (3, 4), generator=torch.Generator().manual_seed(2))
     kept = torch.arange(4) < torch.tensor([4, 2, 1])[:, None]
-    batch = AnswerBatch(torch.cat([ids, answers], 1), torch.cat([mask, kept.long()], 1), kept)
-    for one in plan(model, batch, Passes()):
+    batch = CompletionBatch(torch.cat([ids, answers], 1), torch.cat([mask, kept.long()], 1), kept)
+    for one in plan(model, batch, ForwardConfig()):
         with torch.no_grad():
             states = one.states(TrunkReader(model))
             for state, row, column in zip(states, one.rows, one.columns, strict=True):
@@ -171,7 +170,7 @@ def test_a_policy_is_trained_and_resumed(kind, optimizer, preferences, tokenizer
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = fit(2, trainer={"callbacks": [saver], "enable_checkpointing": True})
     part = whole.rollout
-    found = answer_logprobs(whole.policy, part.batch, 1.0, Passes())
+    found = completion_logprobs(whole.policy, part.batch, 1.0, ForwardConfig())
     assert (found - part.old_logprobs).abs()[part.mask].mean() > 1e-4  # the last step changed it
     resumed = fit(2, ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
     assert len(resumed.trace) == 1 and resumed.trace[0]["loss"] == whole.trace[1]["loss"]

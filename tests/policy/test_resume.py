@@ -8,10 +8,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from moslim.data.asking import CollatePrompts, Prompt
+from moslim.algorithms.functional import AdaptiveKL
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from moslim.algorithms.rloo import RLOO
+from moslim.data.prompt_batches import CollatePrompts, Prompt
 from moslim.mapping import TargetProbability
-from moslim.policy.kl_controllers import AdaptiveKL
-from moslim.policy.optimizers import GRPO, PPO, RLOO, OnlineDPO, ReinforcePlusPlus
 from moslim.preferences import Preference
 from tests.helpers.policy_runs import LORA, SAMPLES, data, make, trainer, weights
 
@@ -64,9 +68,13 @@ def assert_same_from(step, resumed, whole):
 
 KINDS = {
     "one step each": {},
-    "inner epochs": {"inner_epochs": 2},
-    "minibatches": {"inner_epochs": 2, "minibatches": 2, "policy_optimizer": GRPO(kl_coef=0.1)},
-    "lora": {"lora": LORA, "inner_epochs": 3, "policy_optimizer": RLOO(kl_coef=0.1, ratio="token")},
+    "inner epochs": {"num_iterations": 2},
+    "minibatches": {"num_iterations": 2, "minibatches": 2, "policy_optimizer": GRPO(kl_coef=0.1)},
+    "lora": {
+        "lora": LORA,
+        "num_iterations": 3,
+        "policy_optimizer": RLOO(kl_coef=0.1, importance_sampling_level="token"),
+    },
 }
 
 
@@ -114,7 +122,7 @@ def same(one, other):
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_optimizer_resumed_in_the_middle_of_a_rollout(kind, world, preferences, tmp_path):
     """Weights, momentum, KL coefficient, critic, values and returns: all that the last checkpoint holds."""
-    options = {"inner_epochs": 2, "minibatches": 2}
+    options = {"num_iterations": 2, "minibatches": 2}
     final = []
     for name, start in (("whole", None), ("resumed", tmp_path / "whole" / "6.ckpt")):
         module = world(**options, **OPTIMIZERS[kind]())
@@ -140,16 +148,16 @@ LAST = {"save_last": True, "every_n_train_steps": 99}
 def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, workers, world, preferences, tmp_path):
     """In the middle of an epoch, which Lightning counts as done: saved at its end, at the run's end, or after it."""
     limits = {"limit_train_batches": 6}
-    whole = world(inner_epochs=2)
+    whole = world(num_iterations=2)
     trainer(tmp_path, max_steps=cut + 4, **limits).fit(whole, data(preferences))
-    first = world(inner_epochs=2)
+    first = world(num_iterations=2)
     callbacks = [] if options is None else [ModelCheckpoint(tmp_path, **options)]
     run = trainer(tmp_path, max_steps=cut, **limits, callbacks=callbacks, enable_checkpointing=bool(callbacks))
     run.fit(first, data(preferences))
     if not callbacks:
         run.save_checkpoint(tmp_path / "after.ckpt")
     (path,) = tmp_path.glob("*.ckpt")
-    resumed = world(inner_epochs=2)
+    resumed = world(num_iterations=2)
     rest = data(preferences, workers=workers)  # a worker draws ahead, before Lightning tells it the epoch
     trainer(tmp_path, max_steps=cut + 4, **limits).fit(resumed, rest, ckpt_path=path, weights_only=True)
     assert [step["new"] for step in resumed.trace] == [False, True, False, True]
@@ -159,7 +167,7 @@ def test_a_longer_run_goes_on_where_a_shorter_one_ended(cut, options, workers, w
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=["ctrl-c", "error"])
 @pytest.mark.parametrize("at", [3, 4], ids=["middle of a rollout", "start of a rollout"])
 def test_a_run_stopped_in_a_step(at, stop, world, preferences, tmp_path):
-    options = {"inner_epochs": 2}
+    options = {"num_iterations": 2}
     whole = world(**options)
     trainer(tmp_path, max_steps=6).fit(whole, data(preferences))
     first = world(**options)
@@ -181,7 +189,7 @@ def test_a_run_stopped_in_a_step(at, stop, world, preferences, tmp_path):
 
 
 def test_validation_in_between_changes_nothing(world, preferences, tmp_path):
-    plain, validated = world(inner_epochs=2), world(inner_epochs=2)
+    plain, validated = world(num_iterations=2), world(num_iterations=2)
     trainer(tmp_path, max_steps=4).fit(plain, data(preferences))
     options = {"limit_val_batches": 1, "val_check_interval": 1}
     trainer(tmp_path, max_steps=4, **options).fit(validated, data(preferences))
@@ -189,12 +197,12 @@ def test_validation_in_between_changes_nothing(world, preferences, tmp_path):
 
 
 def test_the_rollout_in_use_comes_back(world, preferences, tmp_path):
-    first = world(inner_epochs=2)
+    first = world(num_iterations=2)
     run = trainer(tmp_path, max_steps=1)
     run.fit(first, data(preferences))
     run.save_checkpoint(tmp_path / "half.ckpt")
     (kept,) = torch.load(tmp_path / "half.ckpt", weights_only=True)["policy_run"]["rollouts"]
-    resumed = world(inner_epochs=2)
+    resumed = world(num_iterations=2)
     resumed.stop_at, resumed.stop = (0, 1), RuntimeError("stop before the first step")
     with pytest.raises(RuntimeError, match="stop before"):
         trainer(tmp_path, max_steps=2).fit(
@@ -220,7 +228,7 @@ def test_checkpoints_hold_trained_weights_and_plain_data(world, preferences, tmp
     checkpoint = torch.load(tmp_path / "lora.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == {f"policy.{name}" for name in weights(module)}
     assert all("lora_" in name for name in checkpoint["state_dict"])
-    assert checkpoint["hyper_parameters"]["samples_per_prompt"] == 3
+    assert checkpoint["hyper_parameters"]["num_generations"] == 3
     assert "mapping" not in checkpoint["hyper_parameters"]  # an object: it would stop weights-only loading
 
 

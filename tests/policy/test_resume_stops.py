@@ -6,8 +6,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from moslim.callbacks.checkpoint import StepCheckpoint
-from moslim.callbacks.dashboard import best_checkpoint
+from moslim.callbacks.dashboards import best_checkpoint
+from moslim.training.trainer import StepCheckpoint
 from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = [
@@ -24,7 +24,7 @@ def test_a_stop_within_an_accumulation_goes_back_to_the_step_before_it(preferenc
     """Checkpoints are due after every batch, at a validation, after a resumption and at the exception."""
 
     def fit(stop_at=None, ckpt_path=None, **options):
-        module = make(preferences, lm, classifier, inner_epochs=2)
+        module = make(preferences, lm, classifier, num_iterations=2)
         module.stop_at, module.stop = stop_at, RuntimeError("stop")
         every = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_exception": True}
         savers = [

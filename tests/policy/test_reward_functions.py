@@ -4,15 +4,16 @@ import math
 import pytest
 import torch
 
+from moslim.algorithms.functional import normalize_then_sum
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.rloo import RLOO
+from moslim.data.samplers import Reachable
 from moslim.data.sources.table import Table
+from moslim.generation.base import Completions
 from moslim.mapping import ExpectedDistance, MappedReward, Tchebycheff, Weighted
-from moslim.policy.answering import Answers
-from moslim.policy.engines import Completions
-from moslim.policy.optimizers import GRPO, RLOO
-from moslim.policy.optimizers.aggregation import normalize_then_sum
+from moslim.policy.generation import Generations
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.preferences import PreferenceSet
-from moslim.sampling import Reachable
 from tests.helpers.policy_runs import BATCH, SAMPLES, data, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -26,7 +27,7 @@ def answers():
     """Two answers of two and one tokens."""
     tokens, mask = torch.tensor([[5, 2], [7, 0]]), torch.tensor([[True, True], [True, False]])
     found = Completions(tokens, mask, torch.zeros(2, 2), torch.tensor([True, False]))
-    return Answers(found, tokens, mask, ["How?", CHAT], ["Like this.", "Because."])
+    return Generations(found, tokens, mask, ["How?", CHAT], ["Like this.", "Because."])
 
 
 def length(completions, **columns):
@@ -173,7 +174,7 @@ def test_bad_functions_are_named():
 @pytest.mark.parametrize("optimizer", [RLOO(kl_coef=0.0), GRPO(aggregation="normalize_then_sum")])
 def test_a_run_rewards_what_the_functions_say(optimizer, preferences, lm, classifier, tmp_path):
     rewards = [RewardFunction(length, 0.5), RewardFunction(polite)]
-    parts = {"policy_optimizer": optimizer, "missing_end_penalty": 0.0}
+    parts = {"policy_optimizer": optimizer, "missing_eos_penalty": 0.0}
     module = make(preferences, lm, classifier, reward_functions=rewards, **parts)
     trainer(tmp_path, max_steps=1).fit(module, data(preferences))
     found = module.rollout
@@ -206,7 +207,7 @@ def test_a_run_weighs_dimensions_and_hands_on_what_a_table_keeps(preferences, lm
         return [None] * len(prompts)
 
     mapping = Weighted(ExpectedDistance(), {preferences.names[0]: [1.0, 2.0, 4.0, 4.0, 4.0]})
-    parts = {"mapping": mapping, "policy_optimizer": GRPO(aggregation="normalize_then_sum"), "missing_end_penalty": 0.0}
+    parts = {"mapping": mapping, "policy_optimizer": GRPO(aggregation="normalize_then_sum"), "missing_eos_penalty": 0.0}
     module = make(preferences, lm, classifier, reward_functions=[RewardFunction(checked)], **parts)
     rows = data(preferences, source=Table(str(table), keep=["solution"]), sampler=Reachable([0.0, 0.0, 1.0]))
     trainer(tmp_path, max_steps=2).fit(module, rows)

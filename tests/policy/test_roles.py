@@ -5,12 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moslim.lora import LoraOptions
-from moslim.packing import AnswerBatch
-from moslim.policy.engines import TorchEngine
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.passes import Passes
-from moslim.policy.roles import Roles, evaluating
+from moslim.generation.torch_engine import TorchEngine
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs
+from moslim.ops.lora import LoraOptions
+from moslim.policy.policy_models import PolicyModels, evaluating
 from tests.helpers.policy_models import build_model
 
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -26,16 +25,16 @@ def batch(tokenizer):
 
 def logprobs(model, batch):
     ids, attention, mask = batch
-    whole = AnswerBatch(ids, torch.cat([attention[:, :5], mask.long()], dim=1), mask)
-    return answer_logprobs(model, whole, 1.0, Passes(tokens=32))
+    whole = CompletionBatch(ids, torch.cat([attention[:, :5], mask.long()], dim=1), mask)
+    return completion_logprobs(model, whole, 1.0, ForwardConfig(tokens=32))
 
 
-def train(roles, batch, steps=3):
-    trained = [p for p in roles.policy.parameters() if p.requires_grad]
+def train(models, batch, steps=3):
+    trained = [p for p in models.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
-        logprobs(roles.policy, batch).sum().backward()
+        logprobs(models.policy, batch).sum().backward()
         optimizer.step()
 
 
@@ -43,55 +42,55 @@ def train(roles, batch, steps=3):
 @torch.no_grad()
 def test_at_first_policy_and_reference_are_the_start(models, tokenizer, batch, lora):
     start = logprobs(models["grouped"], batch)
-    roles = Roles(build_model("grouped", tokenizer), lora)
-    assert roles.adapted == (lora is not None)
-    assert torch.equal(logprobs(roles.policy, batch), start)
-    with roles.reference() as reference:
+    models = PolicyModels(build_model("grouped", tokenizer), lora)
+    assert models.adapted == (lora is not None)
+    assert torch.equal(logprobs(models.policy, batch), start)
+    with models.reference() as reference:
         assert torch.equal(logprobs(reference, batch), start)
 
 
 @BOTH
 def test_the_reference_stays_exactly_the_start_while_the_policy_learns(models, tokenizer, batch, lora):
-    roles = Roles(build_model("grouped", tokenizer), lora)
-    frozen = {name: value.clone() for name, value in roles.frozen().items()}
-    train(roles, batch)
+    models = PolicyModels(build_model("grouped", tokenizer), lora)
+    frozen = {name: value.clone() for name, value in models.frozen().items()}
+    train(models, batch)
     with torch.no_grad():
-        start, learnt = logprobs(models["grouped"], batch), logprobs(roles.policy, batch)
-        with roles.reference() as reference:
+        start, learnt = logprobs(models["grouped"], batch), logprobs(models.policy, batch)
+        with models.reference() as reference:
             assert torch.equal(logprobs(reference, batch), start)
-        assert torch.equal(logprobs(roles.policy, batch), learnt) and (learnt - start).abs().max() > 1e-3
-    assert frozen.keys() == roles.frozen().keys()
-    assert all(torch.equal(value, frozen[name]) for name, value in roles.frozen().items())
+        assert torch.equal(logprobs(models.policy, batch), learnt) and (learnt - start).abs().max() > 1e-3
+    assert frozen.keys() == models.frozen().keys()
+    assert all(torch.equal(value, frozen[name]) for name, value in models.frozen().items())
 
 
 @BOTH
 def test_only_what_is_trained_has_gradients(tokenizer, lora):
-    roles = Roles(build_model("llama", tokenizer), lora)
-    trained = {name for name, p in roles.policy.named_parameters() if p.requires_grad}
+    models = PolicyModels(build_model("llama", tokenizer), lora)
+    trained = {name for name, p in models.policy.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained) == (lora is not None)
-    assert not trained & roles.frozen().keys() or lora is None
-    with roles.reference() as reference:
+    assert not trained & models.frozen().keys() or lora is None
+    with models.reference() as reference:
         assert not any(p.requires_grad for p in reference.parameters())
 
 
 def test_the_adapter_is_on_again_after_an_error(tokenizer, batch):
-    roles = Roles(build_model("llama", tokenizer), LORA)
-    train(roles, batch)
+    models = PolicyModels(build_model("llama", tokenizer), LORA)
+    train(models, batch)
     with torch.no_grad():
-        learnt = logprobs(roles.policy, batch)
-        with pytest.raises(ZeroDivisionError), roles.reference():
+        learnt = logprobs(models.policy, batch)
+        with pytest.raises(ZeroDivisionError), models.reference():
             _ = 1 / 0
-        assert torch.equal(logprobs(roles.policy, batch), learnt)
-    assert any(p.requires_grad for p in roles.policy.parameters())
+        assert torch.equal(logprobs(models.policy, batch), learnt)
+    assert any(p.requires_grad for p in models.policy.parameters())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_reference_pass_between_forward_and_backward_leaves_the_gradients(tokenizer, batch, checkpointing):
-    roles = Roles(build_model("llama", tokenizer), LORA, checkpointing)
-    trained = [p for p in roles.policy.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(logprobs(roles.policy, batch).sum(), trained)
-    loss = logprobs(roles.policy, batch).sum()
-    with roles.reference() as reference, torch.no_grad():
+    models = PolicyModels(build_model("llama", tokenizer), LORA, checkpointing)
+    trained = [p for p in models.policy.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(logprobs(models.policy, batch).sum(), trained)
+    loss = logprobs(models.policy, batch).sum()
+    with models.reference() as reference, torch.no_grad():
         logprobs(reference, batch)
     loss.backward()
     assert all(torch.equal(p.grad, gradient) for p, gradient in zip(trained, expected, strict=True))
@@ -116,7 +115,7 @@ def test_no_architecture_drops_anything_even_in_training_mode(kind):
     with torch.no_grad():
         expected = model.eval()(ids).logits
         assert not torch.equal(copy.deepcopy(model).train()(ids).logits, expected)  # it would drop
-        assert torch.equal(Roles(model, None).policy.train()(ids).logits, expected)
+        assert torch.equal(PolicyModels(model, None).policy.train()(ids).logits, expected)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -135,20 +134,20 @@ def test_evaluating_restores_the_mode(training):
 def test_gradient_checkpointing_changes_memory_alone(tokenizer, batch, prompts, kind, lora):
     if lora and kind == "gpt2":
         lora = LoraOptions(rank=4, alpha=8.0, target_modules=["c_attn"])
-    found, passes = [], []
+    found, forward_config = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)  # of the adapter's weights
-        roles = Roles(build_model(kind, tokenizer), lora, checkpointing)
-        train(roles, batch, steps=1)
-        mlp = next(module for name, module in roles.policy.named_modules() if name.endswith("mlp"))
-        counted = mlp.register_forward_pre_hook(lambda *_: passes.append(1))
-        values = logprobs(roles.policy, batch)
-        trained = [p for p in roles.policy.parameters() if p.requires_grad]
+        models = PolicyModels(build_model(kind, tokenizer), lora, checkpointing)
+        train(models, batch, steps=1)
+        mlp = next(module for name, module in models.policy.named_modules() if name.endswith("mlp"))
+        counted = mlp.register_forward_pre_hook(lambda *_: forward_config.append(1))
+        values = logprobs(models.policy, batch)
+        trained = [p for p in models.policy.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(values.sum(), trained)
         counted.remove()
-        with evaluating(roles.policy):
-            answers = TorchEngine(8).sample(roles.policy, *prompts, torch.arange(10).reshape(5, 2), [2], 0)
+        with evaluating(models.policy):
+            answers = TorchEngine(8).sample(models.policy, *prompts, torch.arange(10).reshape(5, 2), [2], 0)
         found.append((values.detach(), *gradients, answers.tokens, answers.logprobs))
     for plain, checkpointed in zip(*found, strict=True):
         assert torch.equal(plain, checkpointed)
-    assert len(passes) == 2 + 2 * 2  # two chunks, and each of them again in the backward pass
+    assert len(forward_config) == 2 + 2 * 2  # two chunks, and each of them again in the backward pass

@@ -20,7 +20,7 @@ def rollout() -> Rollout:
         attention_mask=torch.cat([torch.ones(4, 2, dtype=torch.long), mask.long()], dim=1),
         mask=mask,
         old_logprobs=logprobs,
-        reference_logprobs=logprobs - 0.1,
+        ref_logprobs=logprobs - 0.1,
         targets=torch.tensor([[4, -1], [4, -1], [-1, -1], [-1, -1]]),
         probs=torch.rand(4, 2, 5, generator=generator),
         per_dimension=torch.tensor([[0.5, torch.nan], [0.1, torch.nan], [torch.nan] * 2, [torch.nan] * 2]),
@@ -65,13 +65,13 @@ def test_rows_picks_in_the_order_given(rollout):
 
 
 def test_rows_without_a_reference(rollout):
-    alone = dataclasses.replace(rollout, reference_logprobs=None)
-    assert alone.rows(torch.tensor([1])).reference_logprobs is None
+    alone = dataclasses.replace(rollout, ref_logprobs=None)
+    assert alone.rows(torch.tensor([1])).ref_logprobs is None
 
 
 @pytest.mark.parametrize("reference", [True, False])
 def test_state_survives_a_checkpoint_that_holds_plain_data_only(rollout, reference, tmp_path):
-    kept = rollout if reference else dataclasses.replace(rollout, reference_logprobs=None)
+    kept = rollout if reference else dataclasses.replace(rollout, ref_logprobs=None)
     torch.save(kept.state(), tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
     assert_equal(Rollout.from_state(loaded, torch.device("cpu")), kept)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from moslim.data.asking import SampledPrompts
-from moslim.sampling import Curriculum, ErrorWeighted
+from moslim.data.prompt_batches import SampledPrompts
+from moslim.data.samplers import Curriculum, ErrorWeighted
 from tests.helpers.policy_runs import BATCH, data, make, trainer
 
 pytestmark = [
@@ -34,7 +34,7 @@ def run(preferences, lm, classifier, tmp_path):
     """Trains a policy; returns the module, its data, and what was asked for in every step."""
 
     def start(kind, folder, resume=None, size=BATCH, steps=STEPS, workers=0, **options):
-        module = make(preferences, lm, classifier, rate=0.03, inner_epochs=1)
+        module = make(preferences, lm, classifier, rate=0.03, num_iterations=1)
         module_data = data(preferences, sampler=SAMPLERS[kind](), batch_size=size, workers=workers)
         save = SaveEachStep(tmp_path / folder)
         runner = trainer(tmp_path / folder, max_steps=steps, callbacks=[save], **EPOCH, **options)

@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from moslim.callbacks.role_memory import FILE, RoleMemory
+from moslim.algorithms.functional import CriticOptions
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.rloo import RLOO
+from moslim.callbacks.monitors import FILE, RoleMemory
 from moslim.cli import run
-from moslim.lora import LoraOptions, add_lora, merged
-from moslim.models import load_causal_lm
-from moslim.packing import AnswerBatch
-from moslim.policy.critic import CriticOptions
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.memory import resident_weights
-from moslim.policy.optimizers import PPO, RLOO
-from moslim.policy.roles import Roles, evaluating
-from moslim.policy.sharing import load_scorer
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.logprobs import completion_logprobs
+from moslim.ops.lora import LoraOptions, add_lora, merged
+from moslim.ops.models import load_causal_lm
+from moslim.policy.policy_models import PolicyModels, evaluating
+from moslim.policy.shared_backbone import load_scorer, resident_weights
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.classifier_export import save_adapter, save_merged
+from moslim.reward.modeling import PreferenceClassifier
 from moslim.reward.scorer import Scorer
-from moslim.reward.sharing import save_adapter, save_merged
 from moslim.workbench.grammar import LEVELS
 from tests.helpers.policy_models import build_model
 from tests.helpers.policy_runs import LORA, PLAIN, data, make, trainer, weights
@@ -68,23 +68,23 @@ def shareable(tmp_path_factory, lm):
 
 def build(lm, classifier, share=True, lora=LORA, critic=None, checkpointing=False):
     torch.manual_seed(0)  # of the adapter's weights
-    roles = Roles(load_causal_lm(lm), lora, checkpointing, critic)
-    return roles, load_scorer(classifier, share, roles, AutoTokenizer.from_pretrained(lm))
+    models = PolicyModels(load_causal_lm(lm), lora, checkpointing, critic)
+    return models, load_scorer(classifier, share, models, AutoTokenizer.from_pretrained(lm))
 
 
-def trained(roles):
-    return {name for name, p in roles.policy.named_parameters() if p.requires_grad}
+def trained(models):
+    return {name for name, p in models.policy.named_parameters() if p.requires_grad}
 
 
-def learn(roles, batch, steps=2):
+def learn(models, batch, steps=2):
     """Moves the policy, and its critic's adapter if there is one."""
-    own = [p for p in roles.policy.parameters() if p.requires_grad]
+    own = [p for p in models.policy.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(own, lr=0.05)
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = answer_logprobs(roles.policy, batch, 1.0, PLAIN).sum()
-        if roles.critic is not None:
-            loss = loss + roles.values(batch, PLAIN).square().sum()
+        loss = completion_logprobs(models.policy, batch, 1.0, PLAIN).sum()
+        if models.critic is not None:
+            loss = loss + models.values(batch, PLAIN).square().sum()
         loss.backward()
         optimizer.step()
 
@@ -93,7 +93,7 @@ def learn(roles, batch, steps=2):
 def batch(tokenizer):
     ids = torch.randint(6, len(tokenizer), (5, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.arange(4) < torch.tensor([4, 1, 2, 4, 3])[:, None]
-    return AnswerBatch(ids, torch.cat([torch.ones(5, 5, dtype=torch.long), mask.long()], dim=1), mask)
+    return CompletionBatch(ids, torch.cat([torch.ones(5, 5, dtype=torch.long), mask.long()], dim=1), mask)
 
 
 # --- equal to the separate form
@@ -107,34 +107,34 @@ def test_scores_are_those_of_the_separate_classifier(kind, options, tokenizer, b
     tokenizer.save_pretrained(base)
     saved = trained_classifier(base, tmp_path / "classifier", kind, **options)
     lora = LoraOptions(rank=2, target_modules=["c_attn"]) if kind == "gpt2" else LORA
-    roles, scorer = build(base, saved, lora=lora)
+    models, scorer = build(base, saved, lora=lora)
     separate = Scorer(saved).probabilities(QUESTIONS, ANSWERS)
     torch.testing.assert_close(scorer.probabilities(QUESTIONS, ANSWERS), separate, atol=1e-5, rtol=0)
     without = scorer.classifier
     assert separate.std(dim=0).max() > 0.01  # it has opinions
-    learn(roles, batch)
+    learn(models, batch)
     for mode in (True, False):  # a policy that moved, in any mode, changes nothing
-        roles.policy.train(mode)
+        models.policy.train(mode)
         torch.testing.assert_close(scorer.probabilities(QUESTIONS, ANSWERS), separate, atol=1e-5, rtol=0)
-        assert roles.policy.training == mode and not without.training
+        assert models.policy.training == mode and not without.training
 
 
 @torch.no_grad()
 def test_scoring_in_the_midst_of_another_role_disturbs_nobody(lm, shareable, batch):
-    roles, scorer = build(lm, shareable, critic=CriticOptions(OTHER_LAYERS))
+    models, scorer = build(lm, shareable, critic=CriticOptions(OTHER_LAYERS))
     with torch.enable_grad():
-        learn(roles, batch)
+        learn(models, batch)
     expected = Scorer(shareable).probabilities(QUESTIONS, ANSWERS)
-    start = answer_logprobs(AutoModelForCausalLM.from_pretrained(lm), batch, 1.0, PLAIN)
-    learnt = answer_logprobs(roles.policy, batch, 1.0, PLAIN)
+    start = completion_logprobs(AutoModelForCausalLM.from_pretrained(lm), batch, 1.0, PLAIN)
+    learnt = completion_logprobs(models.policy, batch, 1.0, PLAIN)
     assert (learnt - start).abs().max() > 1e-3
     for role, own in (("policy", learnt), ("reference", start)):
-        with roles.playing(role) as model, evaluating(model):
+        with models.activate(role) as model, evaluating(model):
             torch.testing.assert_close(scorer.probabilities(QUESTIONS, ANSWERS), expected, atol=1e-5, rtol=0)
-            assert roles.active == role and torch.equal(answer_logprobs(model, batch, 1.0, PLAIN), own)
-    with pytest.raises(ZeroDivisionError), roles.playing("classifier"):
+            assert models.active == role and torch.equal(completion_logprobs(model, batch, 1.0, PLAIN), own)
+    with pytest.raises(ZeroDivisionError), models.activate("classifier"):
         _ = 1 / 0
-    assert roles.active == "policy" and torch.equal(answer_logprobs(roles.policy, batch, 1.0, PLAIN), learnt)
+    assert models.active == "policy" and torch.equal(completion_logprobs(models.policy, batch, 1.0, PLAIN), learnt)
 
 
 @pytest.mark.parametrize(
@@ -151,17 +151,17 @@ def test_scoring_in_the_midst_of_another_role_disturbs_nobody(lm, shareable, bat
 def test_scoring_between_forward_and_backward_leaves_the_gradients(lm, shareable, batch, critic, checkpointing):
     found = []
     for share in (False, True):
-        roles, scorer = build(lm, shareable, share, critic=critic, checkpointing=checkpointing)
-        learn(roles, batch)
-        names = trained(roles)
-        loss = answer_logprobs(roles.policy, batch, 1.0, PLAIN).sum()
+        models, scorer = build(lm, shareable, share, critic=critic, checkpointing=checkpointing)
+        learn(models, batch)
+        names = trained(models)
+        loss = completion_logprobs(models.policy, batch, 1.0, PLAIN).sum()
         if critic is not None:
-            torch.nn.init.ones_(roles.critic.linear.weight)
-            loss = loss + roles.values(batch, PLAIN).sum()
+            torch.nn.init.ones_(models.critic.linear.weight)
+            loss = loss + models.values(batch, PLAIN).sum()
         scorer.probabilities(QUESTIONS, ANSWERS)
         loss.backward()
-        assert trained(roles) == names and all(".classifier." not in name for name in names)
-        found.append({name: p.grad for name, p in roles.policy.named_parameters() if p.requires_grad})
+        assert trained(models) == names and all(".classifier." not in name for name in names)
+        found.append({name: p.grad for name, p in models.policy.named_parameters() if p.requires_grad})
     separate, shared = found
     assert separate.keys() == shared.keys() and any(g.abs().max() > 0 for g in shared.values())
     assert all(torch.equal(gradient, shared[name]) for name, gradient in separate.items())
@@ -175,8 +175,8 @@ def refused(lm, classifier, reason, lora=LORA):
     with pytest.raises(ValueError, match=rf"(?s)share_backbone is true, but .*{reason}.*set it to false"):
         build(lm, classifier, True, lora)
     for share in ("auto", False):
-        roles, scorer = build(lm, classifier, share, lora)
-        assert not roles.shares_classifier and "classifier" not in getattr(roles.policy, "peft_config", {})
+        models, scorer = build(lm, classifier, share, lora)
+        assert not models.shares_classifier and "classifier" not in getattr(models.policy, "peft_config", {})
         assert len(list(scorer.classifier.backbone.parameters()))
 
 
@@ -251,7 +251,7 @@ def test_a_run_is_that_of_the_separate_form(optimizer, preferences, lm, shareabl
         )
         runner = trainer(tmp_path / str(share), max_steps=3)
         runner.fit(module, data(preferences))
-        assert module.roles.shares_classifier == share
+        assert module.models.shares_classifier == share
         runner.save_checkpoint(tmp_path / f"{share}.ckpt")
         checkpoints.append(torch.load(tmp_path / f"{share}.ckpt", weights_only=True)["state_dict"].keys())
         with torch.no_grad():
@@ -276,7 +276,7 @@ def sampled(module, datamodule):
     batch = next(iter(datamodule.test_dataloader()))
     keys = [(0, 1, i) for i in range(len(batch.index))]
     yield module.answerer(module.policy, batch, keys, 1)
-    with module.roles.reference() as reference:
+    with module.models.reference() as reference:
         yield module.answerer(reference, batch, keys, 1)
 
 
@@ -303,9 +303,9 @@ def test_resume_export_and_test_of_a_shared_run(preferences, lm, shareable, tmp_
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     rows = (resumed.rollout.batch, 1.0, PLAIN)
     with torch.no_grad():
-        learnt = answer_logprobs(resumed.policy, *rows)
-        torch.testing.assert_close(answer_logprobs(exported, *rows), learnt, atol=1e-5, rtol=0)
-        assert (resumed.roles.reference_logprobs(*rows) - learnt).abs().max() > 1e-3
+        learnt = completion_logprobs(resumed.policy, *rows)
+        torch.testing.assert_close(completion_logprobs(exported, *rows), learnt, atol=1e-5, rtol=0)
+        assert (resumed.models.ref_logprobs(*rows) - learnt).abs().max() > 1e-3
     assert not any("lora" in name for name, _ in AutoModel.from_pretrained(tmp_path / "export").named_parameters())
 
 
@@ -321,15 +321,15 @@ def test_the_commands_of_the_page_share_a_base(tmp_path, monkeypatch):
     for command in commands:
         kind = next(name for name in sizes if f"configs/quickstart/{name}.yaml" in command)
         cli = run([*command, *shlex.split(f"{FEW_STEPS} {sizes[kind]}"), "--trainer.callbacks", "null"])
-    assert len(commands) == 3 and cli.model.roles.shares_classifier
+    assert len(commands) == 3 and cli.model.models.shares_classifier
     assert (cli.model.run_folder / FILE).exists()
 
 
 # --- memory
 
 
-def table(roles, scorer):
-    return {own.role: own for own in resident_weights(roles, scorer)}
+def table(models, scorer):
+    return {own.role: own for own in resident_weights(models, scorer)}
 
 
 def nbytes(parameters):
@@ -337,12 +337,12 @@ def nbytes(parameters):
 
 
 def test_resident_weights_are_counted_once(lm, shareable):
-    roles, scorer = build(lm, shareable, critic=CriticOptions(OTHER_LAYERS))
+    models, scorer = build(lm, shareable, critic=CriticOptions(OTHER_LAYERS))
     base = nbytes(AutoModelForCausalLM.from_pretrained(lm).parameters())
-    policy, critic, classifier = (nbytes(roles.adapter(role)) for role in ("policy", "critic", "classifier"))
-    heads, value_head = nbytes(scorer.classifier.parameters()), nbytes(roles.critic.parameters())
+    policy, critic, classifier = (nbytes(models.adapter(role)) for role in ("policy", "critic", "classifier"))
+    heads, value_head = nbytes(scorer.classifier.parameters()), nbytes(models.critic.parameters())
     assert min(policy, critic, classifier, heads, value_head) > 0
-    found = table(roles, scorer)
+    found = table(models, scorer)
     assert {role: own.added for role, own in found.items()} == {
         "policy": base + policy,
         "reference": 0,
@@ -364,9 +364,9 @@ def test_resident_weights_are_counted_once(lm, shareable):
 
 
 def test_a_copy_is_counted_as_one(lm, shareable):
-    roles, scorer = build(lm, shareable, "auto", lora=None)
+    models, scorer = build(lm, shareable, "auto", lora=None)
     base = nbytes(AutoModelForCausalLM.from_pretrained(lm).parameters())
-    found = table(roles, scorer)
+    found = table(models, scorer)
     assert list(found) == ["policy", "reference", "classifier"]
     assert found["policy"].added == found["reference"].added == base == 4 * found["policy"].trained
     assert found["classifier"].added == found["classifier"].alone == nbytes(scorer.classifier.parameters())
@@ -379,7 +379,7 @@ def test_the_file_names_weights_and_peaks_of_all_roles(lora, preferences, lm, sh
     with (tmp_path / FILE).open() as file:
         rows = {row["role"]: row for row in csv.DictReader(file)}
     assert list(rows) == ["policy", "reference", "classifier", "critic"]
-    expected = table(module.roles, module.scorer)
+    expected = table(module.models, module.scorer)
     total = sum(own.added for own in expected.values())
     for role, row in rows.items():
         assert (int(row["alone"]), int(row["added"])) == (expected[role].alone, expected[role].added)

@@ -3,19 +3,23 @@ import math
 import pytest
 import torch
 
-from moslim.lora import LoraOptions
-from moslim.policy.engines import TorchEngine
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.optimizers import RLOO
-from moslim.policy.passes import Passes
-from moslim.policy.roles import Roles
+from moslim.algorithms.rloo import RLOO
+from moslim.generation.torch_engine import TorchEngine
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs
+from moslim.ops.lora import LoraOptions
+from moslim.policy.policy_models import PolicyModels
 from moslim.policy.rollout import Rollout
 from moslim.policy.update import PolicyUpdate, mean_default_kl, policy_outputs
 from tests.helpers.policy_models import build_model
 from tests.helpers.policy_runs import PLAIN
 
 LORA = LoraOptions(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
-PASSES = [PLAIN, Passes(), Passes(tokens=9, share_prefixes="always"), Passes(tokens=20, share_prefixes="never")]
+PASSES = [
+    PLAIN,
+    ForwardConfig(),
+    ForwardConfig(tokens=9, share_prefixes="always"),
+    ForwardConfig(tokens=20, share_prefixes="never"),
+]
 
 
 @pytest.fixture
@@ -34,19 +38,19 @@ def rows(tokenizer):
 
 
 @pytest.fixture(params=[None, LORA], ids=["full", "lora"])
-def roles(request, tokenizer):
+def models(request, tokenizer):
     """A policy that has moved away from its reference."""
     torch.manual_seed(0)
-    roles = Roles(build_model("grouped", tokenizer), request.param)
-    for p in roles.policy.parameters():
+    models = PolicyModels(build_model("grouped", tokenizer), request.param)
+    for p in models.policy.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn_like(p)
-    return roles
+    return models
 
 
-def run(roles, rows, passes, temperature=1.0, **options):
-    update = PolicyUpdate(roles, RLOO(), TorchEngine(4), passes, 1, default_kl_coef=0.0, importance_clip=None)
-    outputs = policy_outputs(roles, rows, temperature, passes, **options)
+def run(models, rows, forward_config, temperature=1.0, **options):
+    update = PolicyUpdate(models, RLOO(), TorchEngine(4), forward_config, 1, default_kl_coef=0.0, importance_clip=None)
+    outputs = policy_outputs(models, rows, temperature, forward_config, **options)
     return update.loss_inputs(outputs, rows, [rows], scale=1, first=False), mean_default_kl(
         outputs.default_kl, [rows], scale=1
     )
@@ -58,96 +62,96 @@ def all_logits(model, rows):
     return model(**inputs).logits[:, 4:-1]
 
 
-@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("forward_config", PASSES)
 @pytest.mark.parametrize("default_kl", [True, False])
-def test_logprobs_are_those_of_the_whole_batch(roles, rows, passes, default_kl):
-    expected = answer_logprobs(roles.policy, rows.batch, 0.7, PLAIN)
-    found = run(roles, rows, passes, temperature=0.7, default_kl=default_kl)[0].logprobs
+def test_logprobs_are_those_of_the_whole_batch(models, rows, forward_config, default_kl):
+    expected = completion_logprobs(models.policy, rows.batch, 0.7, PLAIN)
+    found = run(models, rows, forward_config, temperature=0.7, default_kl=default_kl)[0].logprobs
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (found[~rows.mask] == 0).all()
 
 
-@pytest.mark.parametrize("passes", PASSES)
-def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(roles, rows, passes):
-    _, found = run(roles, rows, passes, default_kl=True)
-    mine = all_logits(roles.policy, rows).log_softmax(dim=-1)
-    with roles.reference() as reference, torch.no_grad():
+@pytest.mark.parametrize("forward_config", PASSES)
+def test_default_kl_is_the_mean_over_tokens_of_prompts_without_instruction(models, rows, forward_config):
+    _, found = run(models, rows, forward_config, default_kl=True)
+    mine = all_logits(models.policy, rows).log_softmax(dim=-1)
+    with models.reference() as reference, torch.no_grad():
         theirs = all_logits(reference, rows).log_softmax(dim=-1)
     chosen = rows.mask & torch.tensor([0, 1, 1, 0, 0, 1]).bool()[:, None]
     expected = (mine.exp() * (mine - theirs)).sum(dim=-1)[chosen].mean()
     assert expected > 0.01
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    trained = [p for p in roles.policy.parameters() if p.requires_grad]
+    trained = [p for p in models.policy.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(found, trained, retain_graph=True)
     for one, other in zip(gradients, torch.autograd.grad(expected, trained), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_at_the_start_the_default_has_not_moved(tokenizer, rows):
-    roles = Roles(build_model("grouped", tokenizer), LORA)
-    assert run(roles, rows, PLAIN, default_kl=True)[1].item() == 0
+    models = PolicyModels(build_model("grouped", tokenizer), LORA)
+    assert run(models, rows, PLAIN, default_kl=True)[1].item() == 0
 
 
-def test_without_such_prompts_or_weight_there_is_no_default_kl(roles, rows):
+def test_without_such_prompts_or_weight_there_is_no_default_kl(models, rows):
     instructed = rows.rows(torch.tensor([0, 3, 4]))
-    assert run(roles, instructed, PLAIN, default_kl=True)[1] is None
-    assert run(roles, rows, PLAIN, default_kl=False)[1] is None
+    assert run(models, instructed, PLAIN, default_kl=True)[1] is None
+    assert run(models, rows, PLAIN, default_kl=False)[1] is None
 
 
-@pytest.mark.parametrize("passes", PASSES)
-def test_entropy_of_every_token(roles, rows, passes):
-    found = run(roles, rows, passes, temperature=0.7, entropy=True)[0].entropy
-    logits = all_logits(roles.policy, rows) / 0.7
+@pytest.mark.parametrize("forward_config", PASSES)
+def test_entropy_of_every_token(models, rows, forward_config):
+    found = run(models, rows, forward_config, temperature=0.7, entropy=True)[0].entropy
+    logits = all_logits(models.policy, rows) / 0.7
     expected = torch.distributions.Categorical(logits=logits).entropy() * rows.mask
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert run(roles, rows, passes)[0].entropy is None
-    assert torch.autograd.grad(found.sum(), [p for p in roles.policy.parameters() if p.requires_grad])
+    assert run(models, rows, forward_config)[0].entropy is None
+    assert torch.autograd.grad(found.sum(), [p for p in models.policy.parameters() if p.requires_grad])
 
 
-def counted_passes(roles):
+def counted_passes(models):
     """Counts the answers that go through the policy."""
     counts = []
 
     def count(_, __, inputs):
         counts.append(len(inputs["input_ids"]))
 
-    roles.policy.register_forward_pre_hook(count, with_kwargs=True)
+    models.policy.register_forward_pre_hook(count, with_kwargs=True)
     return counts
 
 
-def test_answers_that_nothing_needs_are_skipped(roles, rows):
+def test_answers_that_nothing_needs_are_skipped(models, rows):
     rows.used = torch.tensor([False, False, True, True, False, True])
-    counts = counted_passes(roles)
-    update, _ = run(roles, rows, PLAIN)
+    counts = counted_passes(models)
+    update, _ = run(models, rows, PLAIN)
     assert counts == [3] and update.mask.any(dim=1).tolist() == rows.used.tolist()
-    expected = answer_logprobs(roles.policy, rows.batch, 1.0, PLAIN)
+    expected = completion_logprobs(models.policy, rows.batch, 1.0, PLAIN)
     torch.testing.assert_close(update.logprobs, expected * rows.used[:, None], atol=1e-5, rtol=0)
     counts.clear()
-    _, kl = run(roles, rows, PLAIN, default_kl=True)  # the default is held on answers that are not used, too
-    assert sum(counts) == 4 + (3 if roles.adapted else 0)
+    _, kl = run(models, rows, PLAIN, default_kl=True)  # the default is held on answers that are not used, too
+    assert sum(counts) == 4 + (3 if models.adapted else 0)
     rows.used[:] = True
-    torch.testing.assert_close(kl, run(roles, rows, PLAIN, default_kl=True)[1])
+    torch.testing.assert_close(kl, run(models, rows, PLAIN, default_kl=True)[1])
 
 
-def test_a_batch_of_which_nothing_is_used_still_has_a_gradient(roles, rows):
+def test_a_batch_of_which_nothing_is_used_still_has_a_gradient(models, rows):
     rows.used = torch.zeros(6, dtype=torch.bool)
-    update, _ = run(roles, rows, PLAIN)
+    update, _ = run(models, rows, PLAIN)
     assert not update.mask.any()
     gradients = torch.autograd.grad(
-        (update.logprobs * update.mask).sum(), [p for p in roles.policy.parameters() if p.requires_grad]
+        (update.logprobs * update.mask).sum(), [p for p in models.policy.parameters() if p.requires_grad]
     )
     assert all((gradient == 0).all() for gradient in gradients)
 
 
 def test_a_hand_made_divergence(tokenizer, rows):
     """A policy that gives one token all other odds than its reference, at every place."""
-    roles = Roles(build_model("llama", tokenizer), None)
-    roles.policy.lm_head.weight.data.zero_()
-    for model in (roles.policy, roles._copy):
+    models = PolicyModels(build_model("llama", tokenizer), None)
+    models.policy.lm_head.weight.data.zero_()
+    for model in (models.policy, models._copy):
         model.lm_head.weight.data.zero_()
     size = len(tokenizer)
-    roles.policy.lm_head.register_forward_hook(lambda _, __, out: out + math.log(3) * (torch.arange(size) == 7))
-    found = run(roles, rows, PLAIN, default_kl=True)[1].item()
+    models.policy.lm_head.register_forward_hook(lambda _, __, out: out + math.log(3) * (torch.arange(size) == 7))
+    found = run(models, rows, PLAIN, default_kl=True)[1].item()
     p = 3 / (size + 2)
     expected = p * math.log(p * size) + (1 - p) * math.log(size / (size + 2))
     assert found == pytest.approx(expected, rel=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moslim.preferences import PreferenceSet
-from moslim.reward.calibration import (
+from moslim.reward.heads import (
     brier_score,
     calibrate,
     fit_temperatures,

@@ -18,11 +18,11 @@ from transformers import (
     T5Model,
 )
 
-from moslim.loading import is_causal
-from moslim.models import checkpoint_activations
+from moslim.ops.loading import is_causal
+from moslim.ops.models import checkpoint_activations
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
-from moslim.reward.links import LINKS, LinkName
+from moslim.reward.heads import LINKS, LinkName
+from moslim.reward.modeling import PreferenceClassifier, PreferenceClassifierConfig
 
 PREFERENCES = PreferenceSet({"zeal": ["no", "yes"], "calm": ["a", "b", "c", "d", "e", "f", "g"]})
 SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moslim.preferences import PreferenceSet
-from moslim.reward.comparisons import BradleyTerry, PairMetrics
+from moslim.reward.losses import BradleyTerry, PairMetrics
 
 SCORE_MARGINS = torch.tensor([[1.0, -2.0], [0.5, 3.0], [4.0, 4.0]])
 MASK = torch.tensor([[True, True], [True, False], [False, False]])

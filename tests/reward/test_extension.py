@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.base import Source
-from moslim.data.types import Example, RowKind, Split
+from moslim.data.data_module import PreferenceDataModule
+from moslim.data.types import Example, RowKind, Source, Split
 from moslim.preferences import PreferenceSet
 from moslim.reward.losses import CrossEntropy
-from moslim.reward.module import RewardClassifier
+from moslim.reward.reward_classifier import RewardClassifier
 from moslim.reward.scorer import Scorer
 from tests.helpers.word_task import WordSource, trainer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moslim.reward.features import FeatureCache, backbone_key
+from moslim.reward.backbone import FeatureCache, backbone_key
 
 ROWS = [[1, 2, 3], [4]]
 FEATURES = torch.tensor([[0.5, -1.0], [2.0, 0.25]])

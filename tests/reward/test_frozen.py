@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from moslim.data.module import PreferenceDataModule
+from moslim.data.data_module import PreferenceDataModule
 from moslim.data.types import RowKind, Split
-from moslim.lora import LoraOptions
+from moslim.ops.lora import LoraOptions
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.frozen import run_backbone
-from moslim.reward.module import RewardClassifier
+from moslim.reward.backbone import run_backbone
+from moslim.reward.modeling import PreferenceClassifier
+from moslim.reward.reward_classifier import RewardClassifier
 from moslim.reward.scorer import Scorer
 from tests.helpers.word_task import ComparedSource, WordSource, trainer
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moslim.reward.links import LINKS, LinkName
+from moslim.reward.heads import LINKS, LinkName
 
 SIZES = (2, 4)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moslim.data.pairs import one_hot
-from moslim.reward.links import LINKS
+from moslim.data.batches import one_hot
+from moslim.reward.heads import LINKS
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression, SoftOrdinal
 
 SIZES = (2, 7)

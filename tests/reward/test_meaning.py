@@ -7,17 +7,16 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from transformers import AutoTokenizer
 
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.base import Source
-from moslim.data.types import Example, RowKind, Split
-from moslim.errors import UsageError
-from moslim.lora import LoraOptions
+from moslim.data.data_module import PreferenceDataModule
+from moslim.data.types import Example, RowKind, Source, Split
+from moslim.ops.lora import LoraOptions
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifierConfig
 from moslim.reward.losses import CrossEntropy, SoftOrdinal
-from moslim.reward.module import RewardClassifier
+from moslim.reward.modeling import PreferenceClassifierConfig
+from moslim.reward.reward_classifier import RewardClassifier
 from moslim.reward.scorer import Scorer
-from moslim.trainer import MoslimTrainer
+from moslim.training.trainer import MoslimTrainer
+from moslim.utils.errors import UsageError
 from tests.helpers.word_task import WordSource
 
 LORA = {"rank": 2, "target_modules": ["q_proj"]}

@@ -12,13 +12,13 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
-from moslim.loading import unwrapped
-from moslim.lora import LoraOptions, add_lora
+from moslim.ops.loading import unwrapped
+from moslim.ops.lora import LoraOptions, add_lora
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.model_card import ModelCard
+from moslim.reward.classifier_card import ModelCard
+from moslim.reward.classifier_export import save_adapter, save_merged
+from moslim.reward.modeling import PreferenceClassifier
 from moslim.reward.scorer import Scorer
-from moslim.reward.sharing import save_adapter, save_merged
 
 TEMPLATE = "{% for m in messages %}so {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}very {% endif %}"
 PAIRS = [("how cake", "good very very ."), ("why boat", ""), ("how boat", "bad .")]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moslim.reward.pooling import Pooling, pool
+from moslim.reward.modeling import Pooling, pool
 
 HIDDEN = torch.tensor([[[1.0, -9.0], [3.0, -5.0], [8.0, 7.0]], [[2.0, 4.0], [6.0, -2.0], [4.0, 1.0]]])
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1]])

@@ -11,18 +11,17 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import AutoTokenizer
 
-from moslim.data.module import PreferenceDataModule
-from moslim.data.sources.base import Source
+from moslim.data.data_module import PreferenceDataModule
 from moslim.data.sources.table import Table
-from moslim.data.types import Example, RowKind, Split
-from moslim.lora import LoraOptions
+from moslim.data.types import Example, RowKind, Source, Split
+from moslim.ops.lora import LoraOptions
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.classifier_export import save_merged
 from moslim.reward.losses import Corn, Regression
-from moslim.reward.module import RewardClassifier
+from moslim.reward.modeling import PreferenceClassifier
+from moslim.reward.reward_classifier import RewardClassifier
 from moslim.reward.scorer import Scorer
-from moslim.reward.sharing import save_merged
-from moslim.trainer import MoslimTrainer
+from moslim.training.trainer import MoslimTrainer
 
 ROWS = [
     {"id": 7 * i, "question": ["how cake", "why boat"][i % 2], "answer": f"{'good ' * (i % 5)}."} for i in range(11)

@@ -1,4 +1,4 @@
-"""Answers behind a question that is computed once, against whole pairs."""
+"""Generations behind a question that is computed once, against whole pairs."""
 
 import pytest
 import torch
@@ -15,9 +15,8 @@ from transformers import (
 )
 
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.prefix import can_share
-from moslim.reward.scorer import Scorer
+from moslim.reward.modeling import PreferenceClassifier
+from moslim.reward.scorer import Scorer, can_share
 
 SMALL = {"vocab_size": 12, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.15}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 48}

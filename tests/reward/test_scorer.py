@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModel, AutoTokenizer, LlamaConfig, MambaConfig
 
 from moslim.data.prompts import PairEncoder
-from moslim.errors import UsageError
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier, PreferenceClassifierConfig
+from moslim.reward.modeling import PreferenceClassifier, PreferenceClassifierConfig
 from moslim.reward.scorer import Scorer, pair_limit
+from moslim.utils.errors import UsageError
 
 QUESTIONS = ["how cake", "why boat", "how boat", [{"role": "user", "content": "why cake"}]]
 ANSWERS = ["good very very very .", "", "bad .", "so so good ."]

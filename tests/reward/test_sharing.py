@@ -6,12 +6,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from moslim.folders import whole_folder
-from moslim.lora import LoraOptions, add_lora, merged
+from moslim.ops.lora import LoraOptions, add_lora, merged
 from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
+from moslim.reward.classifier_export import is_classifier, load_classifier, save_adapter, save_merged
+from moslim.reward.modeling import PreferenceClassifier
 from moslim.reward.scorer import Scorer
-from moslim.reward.sharing import is_classifier, load_classifier, save_adapter, save_merged
+from moslim.utils.folders import whole_folder
 from tests.helpers.word_task import save_backbone
 
 pytestmark = pytest.mark.slow

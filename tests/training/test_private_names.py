@@ -142,7 +142,7 @@ def test_a_private_name_is_found(code, name):
     [
         "class A:\n    def f(self):\n        self._x = 1\n        return self._x",
         "self._other",
-        "from moslim.data.module import _rows",
+        "from moslim.data.data_module import _rows",
         "f'limit{stage}_batches'",
         "__version__\ntorch.__version__",
         "_other = 1\nmodule._other",

@@ -6,11 +6,8 @@ from collections import Counter
 
 import pytest
 
-from moslim.workbench.corpus import starter_corpus
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import COARSE, LEVELS, QUESTIONS, TOPICS
-from moslim.workbench.questions import ask, topic_of
-from moslim.workbench.tokenizer import vocabulary
+from moslim.workbench.answers import starter_corpus
+from moslim.workbench.grammar import COARSE, LEVELS, QUESTIONS, TOPICS, ask, gold_levels, topic_of, vocabulary
 
 NAMES = set(LEVELS)
 LEVEL_WORDS = {word for levels in LEVELS.values() for word in levels}

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from moslim.workbench import corruptions
-from moslim.workbench.corruptions import (
+from moslim.workbench import answers as corruptions
+from moslim.workbench.answers import (
     WEIGHTS,
     bare_steps,
     corrupt,
@@ -17,9 +17,7 @@ from moslim.workbench.corruptions import (
     shuffled,
     word_salad,
 )
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import FILLERS, TOPICS
-from moslim.workbench.questions import ask, topics_in
+from moslim.workbench.grammar import FILLERS, TOPICS, ask, gold_levels, topics_in
 
 KETTLE = next(topic for topic in TOPICS if topic.thing == "kettle")
 OTHERS = [topic for topic in TOPICS if topic is not KETTLE]

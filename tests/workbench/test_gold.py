@@ -2,7 +2,7 @@
 
 import pytest
 
-from moslim.workbench.gold import gold_levels, sentences
+from moslim.workbench.grammar import gold_levels, sentences
 
 KETTLE = "How do I clean the kettle?"
 STEPS = [

@@ -15,8 +15,10 @@ from moslim.workbench.grammar import (
     QUESTIONS,
     STYLE_REQUEST,
     TOPICS,
+    ask,
+    topic_of,
+    topics_in,
 )
-from moslim.workbench.questions import ask, topic_of, topics_in
 
 CONFIG = Path(__file__).parents[2] / "configs/preferences/workbench.yaml"
 

@@ -3,12 +3,11 @@ from collections import Counter
 
 import pytest
 
-from moslim.data.sources.votes import agreed_level
 from moslim.data.sources.workbench import Workbench
-from moslim.data.types import Example, RowKind, Split
+from moslim.data.types import Example, RowKind, Split, agreed_level
 from moslim.preferences import PreferenceSet
+from moslim.workbench.answers import rate
 from moslim.workbench.grammar import LEVELS
-from moslim.workbench.raters import rate
 
 PREFERENCES = PreferenceSet(LEVELS)
 SMALL = {"reward_rows": 200, "bare_rows": 50}

@@ -7,12 +7,20 @@ import pytest
 from moslim.data.prompts import PairEncoder, PromptRenderer
 from moslim.instructions import SystemMessage, Tags
 from moslim.preferences import Preference, PreferenceSet
-from moslim.workbench.corpus import starter_corpus
-from moslim.workbench.corruptions import corrupt
-from moslim.workbench.grammar import LEVELS, QUESTIONS, TOPICS
-from moslim.workbench.questions import ask
-from moslim.workbench.tokenizer import END, PAD, UNKNOWN, build_tokenizer, vocabulary
-from moslim.workbench.writing import draw_levels, write_answer
+from moslim.workbench.answers import corrupt, starter_corpus
+from moslim.workbench.grammar import (
+    END,
+    LEVELS,
+    PAD,
+    QUESTIONS,
+    TOPICS,
+    UNKNOWN,
+    ask,
+    build_tokenizer,
+    draw_levels,
+    vocabulary,
+    write_answer,
+)
 
 PREFERENCES = PreferenceSet(LEVELS)
 

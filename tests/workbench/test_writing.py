@@ -4,11 +4,17 @@ from collections import Counter
 
 import pytest
 
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import LEVELS, TOPICS
-from moslim.workbench.questions import ask
-from moslim.workbench.tokenizer import build_tokenizer
-from moslim.workbench.writing import draw_levels, opening, reachable, write_answer
+from moslim.workbench.grammar import (
+    LEVELS,
+    TOPICS,
+    ask,
+    build_tokenizer,
+    draw_levels,
+    gold_levels,
+    opening,
+    reachable,
+    write_answer,
+)
 
 KETTLE = next(topic for topic in TOPICS if topic.thing == "kettle")
 GRID = [dict(zip(LEVELS, point, strict=True)) for point in itertools.product(range(5), repeat=4)]

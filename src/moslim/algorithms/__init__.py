@@ -1,30 +1,24 @@
 """Policy optimizers, one file each, and controllers of the KL penalty."""
 
-from moslim.policy.kl_controllers import AdaptiveKL, KLController
-from moslim.policy.optimizers import (
-    GRPO,
-    PPO,
-    RLOO,
-    GroupScores,
-    LossParts,
-    OnlineDPO,
-    PolicyGradient,
-    PolicyOptimizer,
-    ReinforcePlusPlus,
-    UpdateBatch,
-)
+from moslim.algorithms.base import AdvantageInputs, LossInputs, LossOutput, PolicyGradient, PolicyOptimizer
+from moslim.algorithms.functional import AdaptiveKL, KLController
+from moslim.algorithms.grpo import GRPO
+from moslim.algorithms.online_dpo import OnlineDPO
+from moslim.algorithms.ppo import PPO
+from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
+from moslim.algorithms.rloo import RLOO
 
 __all__ = [
     "GRPO",
     "PPO",
     "RLOO",
     "AdaptiveKL",
-    "GroupScores",
+    "AdvantageInputs",
     "KLController",
-    "LossParts",
+    "LossInputs",
+    "LossOutput",
     "OnlineDPO",
     "PolicyGradient",
     "PolicyOptimizer",
     "ReinforcePlusPlus",
-    "UpdateBatch",
 ]

@@ -11,12 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data.encoding import ChatEncoder, Frame, without_start
-from moslim.data.neutralise import ForbiddenText, TakenOut
+from moslim.data.sanitizing import ForbiddenText, TakenOut
 from moslim.data.types import Message, Question
-from moslim.errors import UsageError
 from moslim.instructions import PreferenceInstruction, readings
-from moslim.literals import quoted
 from moslim.preferences import Preference, PreferenceSet
+from moslim.utils.errors import UsageError, quoted
 
 _ROLES = ("system", "user", "assistant")
 

@@ -1,15 +1,26 @@
-"""What flows from a source to a module: rows and batches."""
+"""Rows, examples and batches, and the interface of a data source.
+
+What flows from a source to a module: rows and batches.
+
+What several raters' votes come to.
+
+The interface of every data source.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from moslim.preferences import Preference, PreferenceSet
 
 Message = dict[str, str]
 """One chat turn: ``{"role": ..., "content": ...}``."""
@@ -121,7 +132,7 @@ class PromptBatch:
         targets: ``[B, D]`` int64, requested level, -1 = not mentioned in the prompt.
         index: ``[B]`` int64, row of the source: the same whatever the batch size or number of processes.
         questions: The ``B`` neutralised questions, without the instruction.
-        kinds: Name of the :class:`~moslim.data.requests.EvaluationKind` of each prompt, e.g. ``sweep``; empty strings
+        kinds: Name of the :class:`~moslim.data.prompt_batches.EvaluationKind` of each prompt, e.g. ``sweep``; empty strings
             in training.
         columns: In training, the ``B`` rows' own columns, see :class:`Example`; empty if no row has any.
     """
@@ -162,3 +173,42 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         if isinstance(value, Tensor):
             setattr(moved, name, value.to(device))
     return moved
+
+
+def agreed_level(votes: Sequence[int]) -> int:
+    """Returns the level nearest to the votes' mean; where two are equally near, the lower one."""
+    return math.ceil(sum(votes) / len(votes) - 0.5)
+
+
+class Source(ABC):
+    """Rows of every kind. Subclass it, and name the subclass under ``data.source``."""
+
+    @abstractmethod
+    def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
+        """Returns the rows of one split, in a fixed order for a fixed seed.
+
+        Args:
+            kind: What the rows must have, see :class:`~moslim.data.types.RowKind`.
+            split: Which part is asked for.
+            preferences: The dimensions in use; a label outside their levels is an error.
+            seed: Seed of everything that is drawn.
+
+        Raises:
+            ValueError: A row cannot be used; the message names file, line and field.
+        """
+
+    def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
+        """Yields the same rows one by one. A source that need not hold them all in memory overrides it."""
+        yield from self.rows(kind, split, preferences, seed)
+
+    def parts(self) -> Sequence[Source]:
+        """The sources that this one reads from; none if it reads tables itself."""
+        return ()
+
+    def reachable(self, preference: Preference) -> bool:
+        """Whether some answer can have these levels at once. Unreachable ones are not worth asking for."""
+        return True
+
+    def held_out(self, preference: Preference) -> bool:
+        """Whether this combination is kept from training, to test what was never asked for."""
+        return False

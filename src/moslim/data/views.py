@@ -12,22 +12,32 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moslim.data.asking import CollatePrompts, FixedPrompts, Prompt, SampledPrompts, requested
+from moslim.data.batches import CollateRewards, CollateTexts, Pairs, StreamedPairs, known_levels
 from moslim.data.loader import Examples, Remaining
-from moslim.data.pairs import CollateRewards, CollateTexts, Pairs, known_levels
+from moslim.data.prompt_batches import (
+    CollatePrompts,
+    Combinations,
+    EvaluationKind,
+    FixedPrompts,
+    NoInstruction,
+    Prompt,
+    Request,
+    SampledPrompts,
+    Sweep,
+    requested,
+    requests,
+)
 from moslim.data.prompts import pad_id
-from moslim.data.requests import Combinations, EvaluationKind, NoInstruction, Request, Sweep, requests
-from moslim.data.streaming import StreamedPairs
 from moslim.data.types import Example, RowKind, Split
-from moslim.errors import UsageError
-from moslim.identity import Entries, described
 from moslim.instructions import sample_prompts
-from moslim.noise import derive_seed
+from moslim.ops.numerics import derive_seed, evenly_spaced
 from moslim.preferences import Preference, PreferenceSet
-from moslim.utils.sequences import evenly_spaced
+from moslim.training.identity import Entries, described
+from moslim.utils.errors import UsageError
 
 if TYPE_CHECKING:
-    from moslim.data.module import PreferenceDataModule
+    from moslim.data.data_module import PreferenceDataModule
+
 
 Check = Callable[[Example], bool]
 """Refuses a row that no example can be made of; returns whether something is taken out of the row's texts."""
@@ -51,7 +61,7 @@ class BatchView(ABC):
     def check(self, data: PreferenceDataModule, split: Split) -> Check:
         """Returns the function by which every row of a split is checked when a run begins.
 
-        It raises a :class:`~moslim.errors.UsageError` for a row that cannot be used.
+        It raises a :class:`~moslim.utils.errors.UsageError` for a row that cannot be used.
         """
 
     @abstractmethod
@@ -91,7 +101,7 @@ class BatchView(ABC):
 
 
 class ServedModule(Protocol):
-    """Attributes and methods of a module that :class:`~moslim.data.module.PreferenceDataModule` uses.
+    """Attributes and methods of a module that :class:`~moslim.data.data_module.PreferenceDataModule` uses.
 
     A module derives from it, names ``batch_view`` and ``tokenizer``, and overrides what its training needs otherwise.
     """

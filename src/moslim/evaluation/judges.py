@@ -67,7 +67,7 @@ class GoldJudge(Judge):
         preferences.columns_in(PreferenceSet(LEVELS), "gold judge of the embedded world")
 
     def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
-        from moslim.workbench.gold import gold_levels
+        from moslim.workbench.grammar import gold_levels
 
         names = self.preferences.names
         rows = []

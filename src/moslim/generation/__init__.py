@@ -1,5 +1,8 @@
 """Engines that sample completions."""
 
-from moslim.policy.engines import Completions, Decoding, ParityError, RolloutEngine, TorchEngine, VLLMEngine
+from moslim.generation.base import Completions, RolloutEngine
+from moslim.generation.decoding import Decoding
+from moslim.generation.torch_engine import TorchEngine
+from moslim.generation.vllm_engine import ParityError, VLLMEngine
 
 __all__ = ["Completions", "Decoding", "ParityError", "RolloutEngine", "TorchEngine", "VLLMEngine"]

@@ -1,15 +1,12 @@
 """Mapping functions: from level probabilities and requested levels to reward."""
 
+from moslim.data.samplers import RunningLevels
 from moslim.mapping.base import MappedReward, MappingFunction
 from moslim.mapping.constrained import Constrained
-from moslim.mapping.expected_distance import ExpectedDistance
+from moslim.mapping.distance import ExpectedDistance, Tchebycheff
 from moslim.mapping.linear_scalarization import LinearScalarization
-from moslim.mapping.log_probability import LogProbability
-from moslim.mapping.target_probability import TargetProbability
-from moslim.mapping.taste import Taste, TasteWeights
-from moslim.mapping.tchebycheff import Tchebycheff
-from moslim.mapping.weighted import Weighted
-from moslim.running import RunningLevels
+from moslim.mapping.probability import LogProbability, TargetProbability
+from moslim.mapping.weighted import TasteWeights, UserWeights, Weighted
 
 __all__ = [
     "Constrained",
@@ -20,8 +17,8 @@ __all__ = [
     "MappingFunction",
     "RunningLevels",
     "TargetProbability",
-    "Taste",
     "TasteWeights",
     "Tchebycheff",
+    "UserWeights",
     "Weighted",
 ]

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from moslim.errors import UsageError
+from moslim.ops.numerics import full_precision
 from moslim.plugin import Plugin
-from moslim.precision import full_precision
 from moslim.preferences import PreferenceSet
+from moslim.utils.errors import UsageError
 
 
 @dataclass

@@ -9,10 +9,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from moslim.errors import UsageError
 from moslim.mapping.base import MappingFunction
 from moslim.plugin import Plugin
 from moslim.preferences import INACTIVE, PreferenceSet
+from moslim.utils.errors import UsageError
 
 
 class Constrained(MappingFunction):

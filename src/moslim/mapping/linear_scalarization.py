@@ -6,10 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from moslim.errors import UsageError
-from moslim.levels import expected_level
 from moslim.mapping.base import MappingFunction
-from moslim.preferences import INACTIVE
+from moslim.preferences import INACTIVE, expected_level
+from moslim.utils.errors import UsageError
 
 Weights = Literal["share", "direction"]
 

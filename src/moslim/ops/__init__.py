@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 from moslim.utils.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from moslim.lora import LoraOptions as LoraOptions
+    from moslim.ops.lora import LoraOptions as LoraOptions
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "LoraOptions": "moslim.lora",
+        "LoraOptions": "moslim.ops.lora",
     },
 )

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from moslim.data.prompts import as_messages
-from moslim.errors import UsageError
 from moslim.mapping.base import MappedReward, weighted_mean
-from moslim.policy.answering import Answers
-from moslim.policy.passes import Passes
+from moslim.ops.logprobs import ForwardConfig
+from moslim.policy.generation import Generations
 from moslim.preferences import PreferenceSet
 from moslim.reward.scorer import Scorer
+from moslim.utils.errors import UsageError
 
 Function = Callable[..., Sequence[float | None]]
 
@@ -50,7 +50,7 @@ class RewardFunction:
             raise UsageError(f"reward function '{self.name}' has weight {self.weight}: give a number above 0")
 
     def __call__(
-        self, answers: Answers, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
+        self, answers: Generations, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
     ) -> list[float]:
         """Calls the function; NaN stands for None.
 
@@ -107,7 +107,7 @@ class RewardFunctions:
         """Names of the ``F`` columns."""
         return [str(function.name) for function in self.functions]
 
-    def __call__(self, answers: Answers, targets: Tensor, rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+    def __call__(self, answers: Generations, targets: Tensor, rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """Calls all of them.
 
         Args:
@@ -166,16 +166,16 @@ class LevelScorer:
     Args:
         scorer: The classifier.
         columns: Its columns that hold the ``D`` dimensions of the run, in the order of the run.
-        passes: How forward passes are made.
+        forward_config: How forward passes are made.
     """
 
-    def __init__(self, scorer: Scorer, columns: Sequence[int], passes: Passes) -> None:
-        self._scorer, self._columns, self._passes = scorer, list(columns), passes
+    def __init__(self, scorer: Scorer, columns: Sequence[int], forward_config: ForwardConfig) -> None:
+        self._scorer, self._columns, self._passes = scorer, list(columns), forward_config
 
-    def __call__(self, answers: Answers) -> Tensor:
+    def __call__(self, answers: Generations) -> Tensor:
         """Returns the level probabilities ``[N, D, K]`` of ``N`` completions."""
-        passes = self._passes
+        forward_config = self._passes
         probs = self._scorer.probabilities(
-            answers.questions, answers.texts, share_prefixes=passes.share_prefixes, tokens=passes.tokens
+            answers.questions, answers.texts, share_prefixes=forward_config.share_prefixes, tokens=forward_config.tokens
         )
         return probs[:, self._columns]

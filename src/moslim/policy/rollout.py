@@ -10,24 +10,30 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moslim.algorithms.base import AdvantageInputs, PolicyOptimizer
+from moslim.algorithms.functional import k1
+from moslim.data.samplers import PreferenceSampler
 from moslim.data.types import PromptBatch, Question
-from moslim.errors import UsageError
+from moslim.generation.base import Completions
 from moslim.mapping.base import MappedReward, MappingFunction
-from moslim.noise import derive_seed
-from moslim.packing import AnswerBatch
-from moslim.policy.answering import Answerer, Answers, BatchKey, Purpose
-from moslim.policy.engines import Completions
-from moslim.policy.kl import k1
-from moslim.policy.logprobs import answer_logprobs
-from moslim.policy.off_policy import OffPolicy, reduced_precision, rounded_anew, with_logprobs
-from moslim.policy.optimizers import GroupScores, PolicyOptimizer
-from moslim.policy.passes import Passes
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs
+from moslim.ops.numerics import derive_seed, full_precision, nonfinite
+from moslim.policy.generation import (
+    BatchKey,
+    CompletionGenerator,
+    Generations,
+    OffPolicy,
+    Purpose,
+    reduced_precision,
+    rounded_anew,
+    with_logprobs,
+)
+from moslim.policy.policy_models import PolicyModels
 from moslim.policy.reward_functions import RewardFunctions
-from moslim.policy.roles import Roles
-from moslim.precision import full_precision, nonfinite
-from moslim.processes import any_process, of_all_processes, process_count, process_rank
-from moslim.sampling import PreferenceSampler
-from moslim.timing import Stopwatch
+from moslim.training.base_module import Stopwatch
+from moslim.training.distributed import any_process, of_all_processes, process_count, process_rank
+from moslim.utils.errors import UsageError
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Rollout:
         mask: ``[N, T]`` bool, answer tokens up to and including the end-of-sequence token.
         old_logprobs: ``[N, T]`` float32 or finer, as all that follows; under the policy when it began to learn from
             them; 0 where masked.
-        reference_logprobs: ``[N, T]``, or None where no KL is asked for.
+        ref_logprobs: ``[N, T]``, or None where no KL is asked for.
         targets: ``[N, D]`` int64, requested levels, -1 = not mentioned.
         probs: ``[N, D, K]``, the classifier's level probabilities.
         per_dimension: ``[N, D + F]`` rewards of the dimensions, then of the reward functions, NaN where inactive.
@@ -53,7 +59,7 @@ class Rollout:
         answers: ``N`` decoded answers.
         values: ``[N, T]`` the critic's, 0 where masked; None without a critic.
         returns: ``[N, T]`` what the critic is to learn; None without a critic.
-        sampler_logprobs: ``[N, T]`` float32, under what the tokens were drawn from, where that is not the policy that
+        behavior_logprobs: ``[N, T]`` float32, under what the tokens were drawn from, where that is not the policy that
             ``old_logprobs`` are of; None = it is.
         engine_logprobs: ``[N, T]`` by the engine with the policy's weights, where ``old_logprobs`` were computed anew;
             None = they are the engine's, or it had other weights.
@@ -66,7 +72,7 @@ class Rollout:
     attention_mask: Tensor
     mask: Tensor
     old_logprobs: Tensor
-    reference_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
     targets: Tensor
     probs: Tensor
     per_dimension: Tensor
@@ -78,7 +84,7 @@ class Rollout:
     answers: list[str]
     values: Tensor | None = None
     returns: Tensor | None = None
-    sampler_logprobs: Tensor | None = None
+    behavior_logprobs: Tensor | None = None
     engine_logprobs: Tensor | None = None
     version: int | None = None
     staleness: int = 0
@@ -97,16 +103,16 @@ class Rollout:
         return (self.targets < 0).all(dim=1)
 
     @property
-    def answer_advantages(self) -> Tensor:
+    def completion_advantages(self) -> Tensor:
         """``[N]``: that of the answer, or the mean of its tokens'."""
         if self.advantages.dim() == 1:
             return self.advantages
         return (self.advantages * self.mask).sum(dim=1) / self.mask.sum(dim=1)
 
     @property
-    def batch(self) -> AnswerBatch:
+    def batch(self) -> CompletionBatch:
         """What a model is run over."""
-        return AnswerBatch(self.input_ids, self.attention_mask, self.mask)
+        return CompletionBatch(self.input_ids, self.attention_mask, self.mask)
 
     def refuse_nonfinite(self) -> None:
         """Stops all processes where one of them has numbers that are NaN or infinite.
@@ -131,8 +137,8 @@ class Rollout:
             "a level probability of the classifier": self.probs,
             "a reward": self.rewards,
         }
-        if self.reference_logprobs is not None:
-            kinds["a log-probability of the reference"] = self.reference_logprobs[mask]
+        if self.ref_logprobs is not None:
+            kinds["a log-probability of the reference"] = self.ref_logprobs[mask]
         if self.values is not None:
             kinds["a value of the critic"] = self.values[mask]
         kinds["an advantage"] = self.advantages
@@ -214,7 +220,7 @@ class CompletionSource(Protocol):
 
     def __call__(
         self, collector: RolloutCollector, batch: PromptBatch, key: BatchKey, step: int, /
-    ) -> tuple[Answers, int]:
+    ) -> tuple[Generations, int]:
         """Returns the completions of a batch, and the optimizer steps that the policy that sampled them had made."""
 
 
@@ -229,7 +235,7 @@ class RolloutCollector:
         mapping: From level probabilities and requested levels to rewards.
         reward_functions: Rewards beside the mapping's.
         optimizer: The algorithm, from rewards to advantages.
-        passes: How forward passes are made.
+        forward_config: How forward passes are made.
         off_policy: Treatment of completions that another policy sampled.
         num_generations: Completions per prompt, ``n``.
         missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
@@ -237,13 +243,13 @@ class RolloutCollector:
         completion_source: Replacement of :meth:`sample`; None = none.
     """
 
-    models: Roles
-    generator: Answerer
-    scorer: Callable[[Answers], Tensor]
+    models: PolicyModels
+    generator: CompletionGenerator
+    scorer: Callable[[Generations], Tensor]
     mapping: MappingFunction
     reward_functions: RewardFunctions
     optimizer: PolicyOptimizer
-    passes: Passes
+    forward_config: ForwardConfig
     off_policy: OffPolicy
     num_generations: int
     missing_eos_penalty: float
@@ -297,12 +303,12 @@ class RolloutCollector:
         staleness = step - version
         completions, engine_logprobs = self.with_old_logprobs(answers, staleness, steps_per_rollout)
         clock.lap("time/old")
-        tokens = AnswerBatch(answers.input_ids, answers.attention_mask, completions.mask)
+        tokens = CompletionBatch(answers.input_ids, answers.attention_mask, completions.mask)
         ref_logprobs: Tensor | None = None
         if self.optimizer.needs_reference:
-            ref_logprobs = self.models.reference_logprobs(tokens, self.generator.engine.temperature, self.passes)
+            ref_logprobs = self.models.ref_logprobs(tokens, self.generator.engine.temperature, self.forward_config)
         clock.lap("time/reference")
-        values = None if self.models.critic is None else self.models.values(tokens, self.passes)
+        values = None if self.models.critic is None else self.models.values(tokens, self.forward_config)
         clock.lap("time/critic")
 
         # 5. Advantages.
@@ -319,7 +325,7 @@ class RolloutCollector:
             attention_mask=answers.attention_mask,
             mask=completions.mask,
             old_logprobs=completions.logprobs,
-            reference_logprobs=ref_logprobs,
+            ref_logprobs=ref_logprobs,
             targets=targets,
             probs=probs,
             per_dimension=rewards.per_dimension,
@@ -331,7 +337,7 @@ class RolloutCollector:
             answers=answers.texts,
             values=values,
             returns=None if returns is None else returns.flatten(0, 1),
-            sampler_logprobs=completions.sampler_logprobs,
+            behavior_logprobs=completions.behavior_logprobs,
             engine_logprobs=engine_logprobs,
             version=step,
             staleness=staleness,
@@ -341,7 +347,7 @@ class RolloutCollector:
         self.optimizer.observe(inputs)
         return rollout
 
-    def sample(self, model: Any, batch: PromptBatch, key: BatchKey) -> Answers:
+    def sample(self, model: Any, batch: PromptBatch, key: BatchKey) -> Generations:
         """Samples ``n`` completions of each prompt with the policy or a copy of it."""
         keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
         return self.generator(model, batch, keys, self.num_generations, finite=False)
@@ -349,7 +355,7 @@ class RolloutCollector:
     @full_precision()
     def map_to_rewards(
         self,
-        answers: Answers,
+        answers: Generations,
         probs: Tensor,
         targets: Tensor,
         columns: Sequence[Any],
@@ -378,7 +384,7 @@ class RolloutCollector:
         return self.reward_functions.join(mapped, values, self.mapping.is_mean)
 
     def with_old_logprobs(
-        self, answers: Answers, staleness: int, steps_per_rollout: int
+        self, answers: Generations, staleness: int, steps_per_rollout: int
     ) -> tuple[Completions, Tensor | None]:
         """Replaces the log-probabilities of the engine where they are not those of the current policy.
 
@@ -394,13 +400,13 @@ class RolloutCollector:
         recompute = staleness > 0 or self.off_policy.old_logprobs == "recompute"
         if not recompute and not (steps_per_rollout > 1 and reduced_precision(self.models.policy)):
             return completions, None
-        tokens = AnswerBatch(answers.input_ids, answers.attention_mask, completions.mask)
-        logprobs = answer_logprobs(self.models.policy, tokens, engine.temperature, self.passes)
+        tokens = CompletionBatch(answers.input_ids, answers.attention_mask, completions.mask)
+        logprobs = completion_logprobs(self.models.policy, tokens, engine.temperature, self.forward_config)
         if recompute:
             return with_logprobs(completions, logprobs), None
         by_engine = completions.logprobs
-        old, behavior = rounded_anew(logprobs, by_engine, completions.sampler_logprobs, engine.in_process)
-        return dataclasses.replace(completions, logprobs=old, sampler_logprobs=behavior), by_engine
+        old, behavior = rounded_anew(logprobs, by_engine, completions.behavior_logprobs, engine.in_process)
+        return dataclasses.replace(completions, logprobs=old, behavior_logprobs=behavior), by_engine
 
 
 @full_precision()
@@ -411,7 +417,7 @@ def advantage_inputs(
     values: Tensor | None,
     missing_eos_penalty: float,
     num_generations: int,
-) -> GroupScores:
+) -> AdvantageInputs:
     """Arranges ``N = G * n`` completions by prompt, for the algorithm.
 
     Args:
@@ -429,7 +435,7 @@ def advantage_inputs(
     def by_prompt(rows: Tensor) -> Tensor:
         return rows.unflatten(0, (-1, num_generations))
 
-    return GroupScores(
+    return AdvantageInputs(
         total=by_prompt(rewards.total),
         per_dimension=by_prompt(rewards.per_dimension),
         penalty=by_prompt(end_penalty(completions.ended, missing_eos_penalty)),

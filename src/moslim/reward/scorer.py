@@ -1,8 +1,15 @@
-"""Scores texts with a saved classifier."""
+"""Scoring of texts with a saved classifier.
+
+Classifies pairs of which several begin alike: with the same question, or with the same words of an answer.
+
+Scores of rows as JSON Lines.
+
+Scores texts with a saved classifier.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +18,75 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from moslim.data.neutralise import ForbiddenText, TakenOut
 from moslim.data.prompts import PairEncoder, pad, pad_id
-from moslim.data.types import Question
-from moslim.errors import UsageError
-from moslim.levels import expected_level
-from moslim.limits import Positions, fit_tokenizer
-from moslim.models import chosen_device, load_tokenizer
-from moslim.packing import SharePrefixes, like_length, pass_tokens, worthwhile
-from moslim.precision import at_least_float32
-from moslim.preferences import PreferenceSet
-from moslim.reward.classifier import PreferenceClassifier
-from moslim.reward.prefix import can_share, shared_features
-from moslim.reward.sharing import load_classifier
-from moslim.tree import in_order
+from moslim.data.sanitizing import ForbiddenText, TakenOut
+from moslim.data.types import Example, Question
+from moslim.ops.length_bucketing import SharePrefixes, like_length, pass_tokens, worthwhile
+from moslim.ops.loading import is_causal
+from moslim.ops.models import Positions, chosen_device, fit_tokenizer, load_tokenizer
+from moslim.ops.numerics import at_least_float32
+from moslim.ops.prefix_tree import Sequences, along, in_order, reads_trees
+from moslim.preferences import PreferenceSet, expected_level
+from moslim.reward.classifier_export import load_classifier
+from moslim.reward.modeling import PreferenceClassifier, pool
+from moslim.utils.errors import UsageError
+
+
+def can_share(classifier: PreferenceClassifier) -> bool:
+    """Whether what pairs begin with can be computed once: the backbone looks back only, and reads trees."""
+    return is_causal(classifier.config.backbone) and reads_trees(classifier.backbone, classifier.device)
+
+
+def shared_features(classifier: PreferenceClassifier, parts: Iterator[Sequences]) -> Tensor:
+    """Pooled hidden states of ``N`` pairs, as :meth:`PreferenceClassifier.features` gives them.
+
+    Args:
+        classifier: The classifier.
+        parts: The pairs, on its device; those that share a forward pass together.
+
+    Returns:
+        ``[N, H]``.
+    """
+    features, order = [], []
+    for part in parts:
+        tree = part.tree()
+        with along(classifier.backbone, tree) as inputs:
+            nodes = classifier.states(**inputs)[0]
+        mask = (torch.arange(tree.nodes.shape[1], device=nodes.device) < part.lengths[:, None]).long()
+        features.append(pool(nodes[tree.nodes], mask, classifier.config.pooling))
+        order.append(part.order)
+    return torch.cat(features)[torch.cat(order).argsort()]
+
+
+def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: PreferenceSet) -> list[dict[str, Any]]:
+    """Returns one plain record per row: the pair, and per dimension what the classifier thinks of it.
+
+    Args:
+        rows: ``B`` examples.
+        probs: ``[B, D, K]``.
+        preferences: The ``D`` dimensions.
+    """
+    table = probs.cpu().double()
+    levels = table.argmax(-1)
+    expected = expected_level(table)
+    records = []
+    for b, row in enumerate(rows):
+        scores: dict[str, dict[str, Any]] = {"probabilities": {}, "levels": {}, "expected": {}}
+        for d, dimension in enumerate(preferences.dimensions):
+            size = len(dimension.levels)
+            scores["probabilities"][dimension.name] = [round(p, 6) for p in table[b, d, :size].tolist()]
+            scores["levels"][dimension.name] = int(levels[b, d])
+            scores["expected"][dimension.name] = round(expected[b, d].item(), 6)
+        records.append({**carried(row), **scores})
+    return records
+
+
+def carried(row: Example) -> dict[str, Any]:
+    """What a record says of its row."""
+    name = {} if row.id is None else {"id": row.id}
+    asked = {"requested": dict(row.requested)} if row.requested else {}
+    return {**name, "question": row.question, **asked, "answer": row.answer}
+
 
 _NO_LIMIT = 10**9
 """Tokenizers without a limit say a larger number than this."""

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 from moslim.utils.exports import lazy_exports
 
 if TYPE_CHECKING:
-    from moslim.optim import FiniteWeights as FiniteWeights
-    from moslim.optim import PlateauSteps as PlateauSteps
-    from moslim.optim import WarmupDecay as WarmupDecay
-    from moslim.trainer import MoslimTrainer as MoslimTrainer
+    from moslim.training.optim import FiniteWeights as FiniteWeights
+    from moslim.training.optim import PlateauSteps as PlateauSteps
+    from moslim.training.optim import WarmupDecay as WarmupDecay
+    from moslim.training.trainer import MoslimTrainer as MoslimTrainer
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "FiniteWeights": "moslim.optim",
-        "MoslimTrainer": "moslim.trainer",
-        "PlateauSteps": "moslim.optim",
-        "WarmupDecay": "moslim.optim",
+        "FiniteWeights": "moslim.training.optim",
+        "MoslimTrainer": "moslim.training.trainer",
+        "PlateauSteps": "moslim.training.optim",
+        "WarmupDecay": "moslim.training.optim",
     },
 )

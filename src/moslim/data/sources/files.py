@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from moslim.errors import MissingFileError, UsageError
-from moslim.literals import listed
+from moslim.utils.errors import MissingFileError, UsageError, listed
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 """Kinds of tables."""

@@ -1,17 +1,24 @@
-"""Reads tables row by row and remembers where each row stands."""
+"""Tables row by row, each with its place, and fields of a row.
+
+Reads tables row by row and remembers where each row stands.
+
+What is odd about some rows without being wrong: said once for a table, not once per row.
+
+Finds a field of a row, also inside nested objects and lists.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moslim.data.sources.files import check_content, open_table, read_lines, table_files, table_suffix
-from moslim.errors import MissingFileError, UsageError
-from moslim.literals import json_float, listed, quoted
+from moslim.utils.errors import MissingFileError, UsageError, json_float, listed, quoted
 
 _DEEPEST = 100
 """Most levels of objects and lists in each other."""
@@ -347,3 +354,73 @@ def _guarded(path: str, rows: Iterable[Any]) -> Iterator[Any]:
             ) from error
         yield fields
         number += 1
+
+
+class Notices:
+    """Counts rows by what is odd about them."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[str]] = {}
+
+    def add(self, what: str, place: str) -> None:
+        """Notes one row.
+
+        Args:
+            what: What is odd about it.
+            place: Where it stands.
+        """
+        self._places.setdefault(what, []).append(place)
+
+    def warn(self, rows: int) -> None:
+        """Warns of each oddity with the number of its rows, out of ``rows``, and the first of them."""
+        for what, places in self._places.items():
+            warnings.warn(f"{len(places)} of {rows} rows: {what} (first: {places[0]})", stacklevel=3)
+
+
+def find(inside: Any, path: str) -> Any:
+    """Returns what stands at a path, or None where there is nothing.
+
+    Args:
+        inside: An object, e.g. the fields of a record.
+        path: Names and list positions joined by dots: ``ratings.quality``, ``turns.0``. ``*`` stands for every entry of
+            a list: ``raters.*.score`` is a list of scores. A field whose own name has dots is found, too.
+    """
+    if isinstance(inside, Mapping) and path in inside:
+        return inside[path]
+    step, _, rest = path.partition(".")
+    if isinstance(inside, list) and step == "*":
+        return [find(entry, rest) if rest else entry for entry in inside]
+    entry = None
+    if isinstance(inside, list) and _is_position(step) and int(step) < len(inside):
+        entry = inside[int(step)]
+    elif isinstance(inside, Mapping):
+        entry = inside.get(step)
+    return find(entry, rest) if rest else entry
+
+
+def _is_position(step: str) -> bool:
+    return step.isascii() and step.isdecimal() and len(step) < 10
+
+
+def has_column(record: Record, path: str) -> bool:
+    """Whether the table has the column in which a path starts; what it leads to may still be missing in a row."""
+    return path in record.fields or path.partition(".")[0] in record.fields
+
+
+def require(record: Record, path: str, argument: str) -> Any:
+    """Like :func:`find`, for a column that must be there.
+
+    Args:
+        record: The row.
+        path: The path.
+        argument: Argument that named the column, for the error message.
+
+    Raises:
+        UsageError: The table has no such column.
+    """
+    if not has_column(record, path):
+        raise UsageError(
+            f"{record.place}: no field '{path}'; there are: {listed(record.fields)}. "
+            f"Name the right one in `{argument}` of the Table"
+        )
+    return find(record.fields, path)

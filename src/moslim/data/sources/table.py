@@ -7,22 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moslim.data.prompts import as_messages
-from moslim.data.sources.base import Source
-from moslim.data.sources.chats import ChatFormat, chat_in_text, looks_like_chat
-from moslim.data.sources.comparisons import Comparisons
-from moslim.data.sources.fields import find, require
+from moslim.data.sources.combined import SharedQuestions, question_key, without_shared
+from moslim.data.sources.conversations import ChatFormat, Comparisons, chat_in_text, looks_like_chat
 from moslim.data.sources.files import is_file_name
-from moslim.data.sources.labels import Labels, levels_of, several
-from moslim.data.sources.layouts.base import Layout
-from moslim.data.sources.notices import Notices
-from moslim.data.sources.overlap import SharedQuestions, question_key, without_shared
-from moslim.data.sources.records import Record, completed, scan_file, scan_hub
-from moslim.data.sources.requested import requested_levels
-from moslim.data.sources.scale import Scale, is_missing
-from moslim.data.types import Example, Question, RowKind, Split
-from moslim.errors import UsageError
-from moslim.literals import Scalar, as_text, is_same, quoted
+from moslim.data.sources.labels import Labels, Scale, is_missing, levels_of, requested_levels, several
+from moslim.data.sources.layouts import Layout
+from moslim.data.sources.records import Notices, Record, completed, find, require, scan_file, scan_hub
+from moslim.data.types import Example, Question, RowKind, Source, Split
 from moslim.preferences import Preference, PreferenceSet
+from moslim.utils.errors import Scalar, UsageError, as_text, is_same, quoted
 
 
 class Table(Source):
@@ -36,8 +29,8 @@ class Table(Source):
     in its predict split every row is kept, and its labels are the levels to ask for.
 
     Wherever a column is named, a path into nested fields will do: ``ratings.quality``, ``turns.0``, ``raters.*.score``
-    (:func:`~moslim.data.sources.fields.find`). A label that is a list, or has several columns, is the votes of several
-    raters: the row's level is what they come to (:func:`~moslim.data.sources.votes.agreed_level`), and the votes stay.
+    (:func:`~moslim.data.sources.records.find`). A label that is a list, or has several columns, is the votes of several
+    raters: the row's level is what they come to (:func:`~moslim.data.types.agreed_level`), and the votes stay.
 
     Args:
         Files and splits:
@@ -69,7 +62,7 @@ class Table(Source):
         id: Column that tells rows apart, carried into predictions; the table need not have it.
         subset: Column with the part that metrics are reported for separately, e.g. a language; blank = in no part.
         where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out. Compared as
-            :func:`~moslim.literals.is_same` says.
+            :func:`~moslim.utils.errors.is_same` says.
         constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
         requested: Column with the levels that a policy was asked for when it gave the answer, by dimension name, as its
             ``predict`` writes them; a test then tells how far they were met by the labels, and by the classifier.

@@ -7,22 +7,27 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from moslim.data.sources.base import Source
+from moslim.data.samplers import Reachable
+from moslim.data.sources.labels import requested_levels
 from moslim.data.sources.records import Record, scan_file
-from moslim.data.sources.requested import requested_levels
-from moslim.data.types import Example, RowKind, Split
-from moslim.errors import UsageError
-from moslim.literals import quoted
-from moslim.noise import derive_seed
+from moslim.data.types import Example, RowKind, Source, Split
+from moslim.ops.numerics import derive_seed
 from moslim.preferences import Preference, PreferenceSet
-from moslim.sampling import Reachable
-from moslim.workbench.corpus import starter_corpus
-from moslim.workbench.corruptions import Corruption, bare_steps, corrupt, lone_step
-from moslim.workbench.gold import gold_levels
-from moslim.workbench.grammar import FOLDS, LEVELS, QUESTIONS, TOPICS, Topic
-from moslim.workbench.questions import ask, topics_in
-from moslim.workbench.raters import rate
-from moslim.workbench.writing import draw_levels, reachable, write_answer
+from moslim.utils.errors import UsageError, quoted
+from moslim.workbench.answers import Corruption, bare_steps, corrupt, lone_step, rate, starter_corpus
+from moslim.workbench.grammar import (
+    FOLDS,
+    LEVELS,
+    QUESTIONS,
+    TOPICS,
+    Topic,
+    ask,
+    draw_levels,
+    gold_levels,
+    reachable,
+    topics_in,
+    write_answer,
+)
 
 HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
     (("verbosity", 0), ("warmth", 4)),

@@ -1,0 +1,391 @@
+"""Tables of completions on the console, in files and on dashboards, and the setup of W&B.
+
+Judged answers as plain records: for the console, files and dashboards.
+
+Answers as tables on the console. Model text is shown as it is: neither markup nor terminal codes work in it.
+
+Shows what the policy writes while it is trained, next to what it was asked for and what it got for it.
+
+W&B: axes and units of the metrics, one run for a training that is resumed, artifacts.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import Logger, WandbLogger
+from torch import Tensor
+
+from moslim.data.types import Question
+from moslim.ops.numerics import evenly_spaced
+from moslim.preferences import INACTIVE, PreferenceSet
+from moslim.training.lightning_compat import set_wandb_run
+from moslim.utils.errors import UsageError
+from moslim.utils.files import whole_file, write_text
+
+Row = dict[str, Any]
+
+
+class JudgedCompletions(Protocol):
+    """What is read of a rollout: ``N`` answers, ``D`` dimensions, at most ``K`` levels."""
+
+    @property
+    def questions(self) -> Sequence[Question]: ...
+    @property
+    def answers(self) -> Sequence[str]: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def probs(self) -> Tensor: ...
+    @property
+    def per_dimension(self) -> Tensor: ...
+    @property
+    def rewards(self) -> Tensor: ...
+    @property
+    def completion_advantages(self) -> Tensor: ...
+
+
+def answer_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
+    """Takes ``count`` answers, evenly spread, as plain data.
+
+    ``requested`` and ``rewards`` leave out a dimension that was not asked for; ``probabilities`` holds all of them.
+    """
+    names, total = preferences.names, len(rollout.answers)
+    rows = []
+    for i in evenly_spaced(total, count):
+        targets, rewards = rollout.targets[i].tolist(), rollout.per_dimension[i].tolist()
+        asked = [d for d, target in enumerate(targets) if target != INACTIVE]
+        levels = zip(preferences.dimensions, rollout.probs[i].tolist(), strict=True)
+        rows.append(
+            {
+                "step": step,
+                "question": _text(rollout.questions[i]),
+                "requested": {names[d]: preferences.dimensions[d].levels[targets[d]] for d in asked},
+                "answer": rollout.answers[i],
+                "probabilities": {d.name: [_finite(p) for p in probs[: len(d.levels)]] for d, probs in levels},
+                "rewards": {names[d]: _finite(rewards[d]) for d in asked},
+                "reward": _finite(float(rollout.rewards[i])),
+                "advantage": _finite(float(rollout.completion_advantages[i])),
+            }
+        )
+    return rows
+
+
+def append(file: Path, rows: list[Row]) -> None:
+    """Adds rows to a JSON Lines file, which is created where it does not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def write_parquet(lines: Path, names: Sequence[str]) -> Path:
+    """Writes the rows of a JSON Lines file as parquet beside it, flat, with the columns of :func:`flat`.
+
+    Args:
+        lines: What :func:`append` wrote.
+        names: The dimensions.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"step": pyarrow.int64(), "reward": pyarrow.float64(), "advantage": pyarrow.float64()}
+    for name in names:
+        types |= {f"{name}/reward": pyarrow.float64(), f"{name}/probabilities": pyarrow.list_(pyarrow.float64())}
+    with lines.open(encoding="utf-8") as stream:  # not splitlines(), which cuts at more than line ends
+        rows = [flat(json.loads(line), names) for line in stream]
+    schema = pyarrow.schema([(column, types.get(column, pyarrow.string())) for column in rows[0]])
+    path = lines.with_suffix(".parquet")
+    with whole_file(path) as part:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
+    return path
+
+
+def flat(row: Row, names: Sequence[str]) -> Row:
+    """One value per column: ``preference`` as text, and per dimension ``/requested``, ``/reward``, ``/probabilities``.
+
+    Args:
+        row: Of :func:`answer_rows`.
+        names: The dimensions.
+    """
+    asked = ", ".join(f"{name}: {level}" for name, level in row["requested"].items())
+    columns: Row = {"step": row["step"], "question": row["question"], "preference": asked, "answer": row["answer"]}
+    columns |= {"reward": row["reward"], "advantage": row["advantage"]}
+    for name in names:
+        columns[f"{name}/requested"] = row["requested"].get(name)
+        columns[f"{name}/reward"] = row["rewards"].get(name)
+        columns[f"{name}/probabilities"] = row["probabilities"][name]
+    return columns
+
+
+def escaped(value: Any) -> Any:
+    """A cell for W&B, whose tables show HTML: text is escaped, a list of numbers becomes text."""
+    if isinstance(value, list):
+        return " ".join("-" if number is None else f"{number:.2f}" for number in value)
+    return html.escape(value) if isinstance(value, str) else value
+
+
+def _text(question: Question) -> str:
+    if isinstance(question, str):
+        return question
+    return "\n".join(f"{message['role']}: {message['content']}" for message in question)
+
+
+def _finite(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def render(rows: list[Row], title: str, figures: Sequence[str], width: int = 120) -> str:
+    """Lays rows out as a table.
+
+    Args:
+        rows: Of :func:`moslim.callbacks.dashboards.answer_rows`; may have more figures.
+        title: Stands above the table.
+        figures: Keys of the numbers to show.
+        width: Of the table, in characters.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE_HEAD, show_lines=True, title_justify="left")
+    for column, ratio in (("requested", 3), ("question", 4), ("answer", 8)):
+        table.add_column(column, ratio=ratio)
+    for figure in figures:
+        table.add_column(figure, justify="right", no_wrap=True)
+    for row in rows:
+        requested = "\n".join(
+            f"{name}: {level} ({_signed(row['rewards'][name])})" for name, level in row["requested"].items()
+        )
+        cells = (requested or "nothing", _short(row["question"], 160), _short(row["answer"], 400))
+        table.add_row(*map(Text, cells), *(_signed(row[figure]) for figure in figures))
+    text = io.StringIO()
+    Console(file=text, width=width, force_terminal=sys.stdout.isatty()).print(table)
+    return text.getvalue().rstrip()
+
+
+def _short(text: str, limit: int) -> str:
+    """One line without control characters, cut at ``limit``."""
+    line = " ".join("".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+class CompletionTable(Callback):
+    """Prints some answers now and then, and keeps them all.
+
+    They go to ``completions.jsonl`` in the run's folder at once, to ``completions.parquet`` when the run ends or is
+    stopped, and to one growing table in W&B where it is used.
+
+    Args:
+        every_n_steps: Optimizer steps between two tables; the first step is always shown.
+        rows: Answers per table, spread evenly over the rollout.
+    """
+
+    def __init__(self, every_n_steps: int = 50, rows: int = 4) -> None:
+        if every_n_steps < 1 or rows < 1:
+            raise UsageError(f"every_n_steps={every_n_steps} and rows={rows} must both be at least 1")
+        self.every_n_steps = every_n_steps
+        self.rows = rows
+        self._shown = 0
+        self._file: Path | None = None
+        # A wandb.Table. Naming the class, even for type checkers only, has wandb imported when options are parsed.
+        self._table: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "rollout"):
+            raise UsageError(
+                f"CompletionTable shows a policy's answers, and {type(pl_module).__name__} gives none: "
+                "take it out of trainer.callbacks"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # All ranks must ask for the folder: the answer is broadcast. A fast_dev_run has none.
+        folder = trainer.log_dir
+        self._file = Path(folder) / "completions.jsonl" if folder else None
+        self._shown = trainer.global_step
+        self._table = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = step == 1 or step % self.every_n_steps == 0
+        if not due or step == self._shown or not trainer.is_global_zero:
+            return
+        self._shown = step
+        module: Any = pl_module
+        rows = answer_rows(module.rollout, module.preferences, step, self.rows)
+        _print(trainer, render(rows, f"Answers at step {step}", ("reward", "advantage")))
+        if self._file is not None:
+            append(self._file, rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                self._log(logger, [flat(row, module.preferences.names) for row in rows])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module: Any = pl_module
+        if self._file is not None and self._file.exists() and trainer.is_global_zero:
+            write_parquet(self._file, module.preferences.names)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def _log(self, logger: WandbLogger, rows: list[Row]) -> None:
+        """One table for the whole run: every call adds rows to it, so that the dashboard keeps the history."""
+        import wandb
+
+        if self._table is None:
+            self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
+        for row in rows:
+            self._table.add_data(*map(escaped, row.values()))
+        logger.experiment.log({"completions": self._table, "trainer/global_step": rows[0]["step"]})
+
+
+def _print(trainer: Trainer, text: str) -> None:
+    """Prints above the progress bar where there is one."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        bar.print(text)
+    else:
+        print(text)
+
+
+STEP = "trainer/global_step"
+RUN_FILE = "wandb_run.json"
+
+
+class Meaning(NamedTuple):
+    """What a metric is measured in, and what of it a run's summary shows (``last``, ``min``, ``max``, ``mean``)."""
+
+    unit: str
+    summary: str = "last"
+
+
+METRICS = {
+    "train/loss": Meaning("the policy optimizer's objective"),
+    "train/reward*": Meaning("reward of the mapping function, mean over answers to instructed prompts", "last,max"),
+    "train/proxy*": Meaning("the classifier's probability of the requested level", "last,max"),
+    "train/gold*": Meaning("share of requests that the judge finds met", "last,max"),
+    "train/kl": Meaning("nats per answer, to the reference", "last,max"),
+    "train/kl_k3": Meaning("nats per token, to the reference", "last,max"),
+    "train/entropy": Meaning("nats per token", "last,min"),
+    "train/length": Meaning("tokens per answer", "last,mean"),
+    "train/truncated": Meaning("share of answers cut at the length limit", "last,max"),
+    "train/used": Meaning("share of answers that take part in updates", "last,min"),
+    "train/clip_fraction": Meaning("share of answers or tokens whose ratio was clipped", "last,max"),
+    "train/entropy_bonus": Meaning("nats per token, exact", "last,min"),
+    "train/kl_loss": Meaning("nats, as the loss holds it", "last,max"),
+    "train/kl_coef": Meaning("weight of the KL divergence"),
+    "train/value_loss": Meaning("squared reward, of the critic"),
+    "train/value_clip_fraction": Meaning("share of tokens whose value was clipped", "last,max"),
+    "train/pairs": Meaning("share of prompts with a pair of answers to compare", "last,min"),
+    "train/accuracy": Meaning("share of pairs whose chosen answer is the likelier one", "last,max"),
+    "train/margin": Meaning("nats by which it is, times beta"),
+    "train/multiplier*": Meaning("weight of the dimension that is held"),
+    "train/off_policy/*": Meaning(
+        "staleness in steps, kl in nats per token, weight, share of tokens capped", "last,max"
+    ),
+    "train/default_kl": Meaning("nats per token, on prompts without instruction", "last,max"),
+    "offset/*": Meaning("levels: achieved less requested, by requested level"),
+    "sampler/*": Meaning("probability that a prompt asks for this; `dimensions`: the most that one may name"),
+    "time/*": Meaning("seconds: of a step; sample, reward, old, reference and critic: of a rollout", "mean"),
+    "speed/tokens": Meaning("new answer tokens per second and process", "mean"),
+    "memory/*": Meaning("GiB", "max"),
+    "guards/*": Meaning("times that a guard tripped", "max"),
+    "val/*": Meaning("levels, or shares of answers", "last"),
+    "steerability/*": Meaning("levels, or shares of answers", "last"),
+}
+"""By name, or by its beginning and ``*``. docs/dashboards.md lists them with what to look for."""
+
+
+class Dashboard(Callback):
+    """Prepares a W&B run so that its charts can be read; the command line adds it to every run.
+
+    All metrics get the training step as x-axis, and a summary; their units are in the run's config under ``units``.
+    The run's id goes to ``wandb_run.json`` in the run's folder, where :func:`continue_run` finds it. Without W&B
+    nothing happens.
+
+    Args:
+        artifacts: Also store in W&B: after ``fit`` the best checkpoint, or the last one, and the answers that were
+            kept; after ``test`` the report.
+    """
+
+    def __init__(self, artifacts: bool = False) -> None:
+        self.artifacts = artifacts
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.log_dir  # every process must ask
+        for logger in _boards(trainer):
+            run = logger.experiment
+            for name, meaning in METRICS.items():
+                run.define_metric(name, step_metric=STEP, summary=meaning.summary)
+            run.config.update({"units": {name: meaning.unit for name, meaning in METRICS.items()}}, True)
+            if stage == "fit" and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                write_text(Path(folder) / RUN_FILE, json.dumps({"id": run.id}) + "\n")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint = best_checkpoint(trainer.checkpoint_callback)
+        folder = trainer.log_dir
+        answers = Path(folder or "") / "completions.parquet"
+        self._store(trainer, "checkpoint", [Path(checkpoint)] if checkpoint else [])
+        self._store(trainer, "completions", [answers] if answers.exists() else [])
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        names = ("report.md", "steerability.json", "reward.json", "*.png")
+        self._store(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])
+
+    def _store(self, trainer: Trainer, kind: str, paths: list[Path]) -> None:
+        boards = _boards(trainer)
+        if not self.artifacts or not paths or not boards:
+            return
+        import wandb
+
+        for logger in boards:
+            artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", type=kind)
+            for path in paths:
+                artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
+            logger.experiment.log_artifact(artifact)
+
+
+def best_checkpoint(saver: Checkpoint | None) -> str:
+    """Path of the checkpoint that ``monitor`` calls the best, without one of the last; empty where there is none."""
+    if not isinstance(saver, ModelCheckpoint):
+        return ""
+    if saver.monitor is None:  # Lightning calls the one of the last interval the best
+        return saver.last_model_path or saver.best_model_path
+    return saver.best_model_path or saver.last_model_path
+
+
+def continue_run(loggers: Iterable[Logger], checkpoint: Path) -> None:
+    """Lets a resumed training go on in the W&B run that it began in, unless the logger names another one.
+
+    Args:
+        loggers: ``trainer.loggers``, before the Trainer has used them.
+        checkpoint: What is resumed from; the run's id lies in its run's folder.
+    """
+    folders = list(checkpoint.parents)  # a name with `/` in it lies deeper than in `checkpoints`
+    depth = next((i for i, folder in enumerate(folders) if folder.name == "checkpoints"), 0)
+    places = [folder / RUN_FILE for folder in folders[: depth + 2] if (folder / RUN_FILE).exists()]
+    for logger in loggers:
+        if places and isinstance(logger, WandbLogger) and logger.version is None:
+            set_wandb_run(logger, json.loads(places[0].read_text())["id"])
+
+
+def _boards(trainer: Trainer) -> list[WandbLogger]:
+    """The W&B loggers, in the process that may use them."""
+    return [one for one in trainer.loggers if isinstance(one, WandbLogger)] if trainer.is_global_zero else []

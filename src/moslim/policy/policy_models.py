@@ -1,0 +1,268 @@
+"""Who takes part in policy optimisation: the policy that learns, its critic, the reference that it started from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moslim.algorithms.functional import CriticOptions, TrunkReader, ValueHead
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.loading import freeze_unread, hidden_width, transformer_part, unwrapped
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs, plan
+from moslim.ops.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
+from moslim.ops.models import checkpoint_activations
+from moslim.ops.numerics import at_least_float32
+from moslim.reward.classifier_export import SavedAdapter
+from moslim.training.distributed import StepShards
+from moslim.utils.errors import UsageError
+
+Role = Literal["policy", "reference", "classifier", "critic"]
+
+
+class PolicyModels:
+    """The policy and who shares its weights.
+
+    With LoRA there is one frozen base: policy, critic and classifier are adapters or heads on it, and the reference is
+    the base with the adapters off. Otherwise all weights are trained and the reference is a frozen copy.
+
+    It is no ``nn.Module``: the reference is neither trained nor saved, so it stays out of the module's parameters.
+    ``policy`` and ``critic`` (a value head) are for the module to register.
+
+    Args:
+        model: The causal language model to start from.
+        lora: Train a low-rank adapter; None trains all weights, and the reference is a copy.
+        gradient_checkpointing: Compute the policy's activations twice to save memory.
+        critic: What the policy optimizer asks for; None = no critic.
+
+    Attributes:
+        active: Whose passes the policy's model makes at present.
+
+    Raises:
+        UsageError: An adapter is to have dropout; or the critic's has no frozen base to stand on, or would be lost in
+            recomputed activations.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        lora: LoraOptions | None,
+        gradient_checkpointing: bool = False,
+        critic: CriticOptions | None = None,
+    ) -> None:
+        _refuse_dropout("model.lora", lora)
+        _refuse_dropout("policy_optimizer.critic_lora", critic.lora if critic else None)
+        freeze_unread(model)
+        self._copy = None if lora else deepcopy(model).requires_grad_(False).eval()
+        if gradient_checkpointing:
+            checkpoint_activations(model)
+            model.train()  # transformers recomputes activations in training mode only
+        self.policy: Any = add_lora(model, lora, name="policy") if lora else model
+        self.critic = ValueHead(hidden_width(model.config)).to(at_least_float32(model.dtype)) if critic else None
+        self.critic_shares_trunk = critic is not None and critic.lora is None
+        self.active: Role = "policy"
+        self._adapters: dict[Role, list[str]] = {}  # names: sharding puts other parameters in their places
+        self._shards: list[StepShards] = []
+        if lora is not None:
+            self._adapters["policy"] = [name for name, p in self.policy.named_parameters() if p.requires_grad]
+        if critic is not None and critic.lora is not None:
+            _check_critic_lora(lora, gradient_checkpointing)
+            self._adapters["critic"] = self._names(add_adapter(self.policy, critic.lora, name="critic"))
+            self._switch("policy")
+        _disable_dropout(self.policy)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the policy is an adapter on a frozen base."""
+        return self._copy is None
+
+    def attach(self, classifier: SavedAdapter) -> None:
+        """Puts a classifier's adapter, frozen, on the policy's base; :mod:`moslim.policy.shared_backbone` asks before.
+
+        Raises:
+            UsageError: The adapter does not fit the base.
+        """
+        part = transformer_part(self.policy)
+        inside = next(name for name, module in self.policy.get_base_model().named_modules() if module is part)
+        added = attach_adapter(self.policy, classifier.options, classifier.weights, "classifier", inside)
+        self._adapters["classifier"] = self._names(added)
+        self._switch("policy")
+
+    @property
+    def shares_classifier(self) -> bool:
+        """Whether the reward classifier is an adapter on the policy's base."""
+        return "classifier" in self._adapters
+
+    def to(self, device: torch.device, convert: Callable[[nn.Module], nn.Module]) -> None:
+        """Moves the reference and gives it the run's precision, as the module's weights are given it."""
+        if self._copy is not None:
+            self._copy = convert(self._copy).to(device)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights only, but for the time of a step."""
+        return bool(self._shards)
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Puts the weights of all roles into shards, see :class:`StepShards`."""
+        models = (unwrapped(self.policy), self.critic, self._copy)
+        self._shards = [StepShards(model, mesh) for model in models if model is not None]
+
+    @property
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The weights that only the critic has: its head, and its adapter if it has one."""
+        return [*(self.critic.parameters() if self.critic is not None else ()), *self.adapter("critic")]
+
+    def gather(self) -> None:
+        """Makes sharded weights whole for a step; those of a reference that is a copy, when it is first asked."""
+        for shards in self._trained_shards:
+            shards.gather()
+
+    def gather_again(self) -> None:
+        """Makes whole what was so before a checkpoint was written, which puts weights into shards."""
+        for shards in self._shards:
+            if shards.whole:
+                shards.gather()
+
+    def release(self) -> None:
+        """Leaves sharded weights in shards, after a step."""
+        for shards in self._shards:
+            shards.release()
+
+    @property
+    def _trained_shards(self) -> list[StepShards]:
+        return self._shards if self._copy is None else self._shards[:-1]
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The reference's weights, which are never trained, by names that do not depend on adapters."""
+        return base_weights(self.policy if self._copy is None else self._copy)
+
+    def weights(self, role: Role) -> list[Tensor]:
+        """All weights that a pass in a role reads, its head and what it shares with others included.
+
+        For the classifier, those on the policy's base, without its heads; none if it shares nothing.
+        """
+        if role == "classifier" and not self.shares_classifier:
+            return []
+        if role == "reference" and self._copy is not None:
+            return list(self._copy.parameters())
+        others = {id(p) for other in self._adapters if other != self._adapter(role) for p in self.adapter(other)}
+        head = self.critic.parameters() if role == "critic" and self.critic is not None else ()
+        return [*(p for p in self.policy.parameters() if id(p) not in others), *head]
+
+    def adapter(self, role: Role) -> list[nn.Parameter]:
+        """The weights of a role's own adapter; none if it has none."""
+        return [self.policy.get_parameter(name) for name in self._adapters.get(role, ())]
+
+    @contextmanager
+    def activate(self, role: Role) -> Iterator[Any]:
+        """Gives a role's model. Such contexts may be nested; what was active before is so again afterwards.
+
+        Gradients flow in the roles of policy and critic only; their backward pass may come after the context.
+        """
+        before = self.active
+        try:
+            self._switch(role)
+            copied = role == "reference" and self._copy is not None
+            if copied and self._shards:
+                self._shards[-1].gather()
+            yield self._copy if copied else self.policy
+        finally:
+            self._switch(before)
+
+    def reference(self) -> AbstractContextManager[Any]:
+        """Gives the reference model; inside, no gradient may be taken."""
+        return self.activate("reference")
+
+    def ref_logprobs(self, batch: CompletionBatch, temperature: float, forward_config: ForwardConfig) -> Tensor:
+        """``[N, T]`` log-probabilities under the reference; see :func:`completion_logprobs` for the arguments."""
+        with self.reference() as reference:
+            return completion_logprobs(reference, batch, temperature, forward_config)
+
+    def values(self, batch: CompletionBatch, forward_config: ForwardConfig, among: Tensor | None = None) -> Tensor:
+        """The critic's values by passes of its own; see :func:`plan` for the arguments.
+
+        Returns:
+            ``[N, T]`` float32 or finer, 0 where masked, or not ``among`` those asked for.
+        """
+        assert self.critic is not None
+        with self.activate("critic") as model:
+            result = torch.zeros(batch.mask.shape, dtype=at_least_float32(model.dtype), device=batch.mask.device)
+            for one in plan(model, batch, forward_config, among):
+                one.put(result, self.critic(one.states(TrunkReader(model))))
+        return result
+
+    def _adapter(self, role: Role) -> Role | None:
+        """The adapter that a role needs; a critic without one of its own reads the policy's trunk."""
+        if role == "reference":
+            return None
+        return role if role in self._adapters else "policy"
+
+    def _switch(self, role: Role) -> None:
+        """Makes a role's adapter, or none, the active one, and sets right which weights have gradients."""
+        self.active = role
+        if not self.adapted:
+            return
+        adapter = self._adapter(role)
+        if adapter is None:
+            self.policy.base_model.disable_adapter_layers()
+        else:
+            self.policy.base_model.enable_adapter_layers()
+            self.policy.set_adapter(adapter)
+        # peft stops the gradients of adapters that are not active, which still have a backward pass before them, and
+        # lets those of the active one flow.
+        for other in self._adapters:
+            for parameter in self.adapter(other):
+                parameter.requires_grad_(adapter is not None and other != "classifier")
+
+    def _names(self, parameters: list[nn.Parameter]) -> list[str]:
+        wanted = {id(parameter) for parameter in parameters}
+        return [name for name, parameter in self.policy.named_parameters() if id(parameter) in wanted]
+
+
+def _check_critic_lora(lora: LoraOptions | None, gradient_checkpointing: bool) -> None:
+    if lora is None:
+        raise UsageError(
+            "policy_optimizer.critic_lora puts an adapter on the policy's frozen base, but without model.lora "
+            "that base is trained: give model.lora, or leave critic_lora out and have a head on the policy's trunk"
+        )
+    if gradient_checkpointing:
+        raise UsageError(
+            "policy_optimizer.critic_lora: gradient_checkpointing would compute the critic's activations again "
+            "with the policy's adapter: turn one of them off"
+        )
+
+
+def _refuse_dropout(option: str, lora: LoraOptions | None) -> None:
+    if lora is not None and lora.dropout:
+        raise UsageError(
+            f"{option}.dropout is {lora.dropout}: a policy has no dropout, nor has its adapter or critic, since the "
+            "probabilities of sampled answers are computed again and must agree: leave it out"
+        )
+
+
+def _disable_dropout(model: Any) -> None:
+    """Sampled and recomputed log-probabilities must agree, so a policy has no dropout, nor its adapter."""
+    configs = (model.config, model.config.get_text_config())
+    for owner in (*configs, *model.modules()):  # some layers read a rate from the configuration in every pass
+        for name, value in vars(owner).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(owner, name, 0.0)
+        if isinstance(owner, nn.Dropout):
+            owner.p = 0.0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode and back: under gradient checkpointing, sampling in training mode is wrong."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

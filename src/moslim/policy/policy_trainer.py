@@ -1,0 +1,433 @@
+"""Training of one policy towards the levels that its prompts ask for."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from moslim.algorithms.base import PolicyOptimizer
+from moslim.algorithms.functional import CRITIC_RATE
+from moslim.data.samplers import PreferenceSampler
+from moslim.data.types import PromptBatch
+from moslim.data.views import BatchView, PolicyView
+from moslim.evaluation.judges import Judge
+from moslim.generation.base import RolloutEngine
+from moslim.generation.torch_engine import TorchEngine
+from moslim.mapping.base import MappingFunction
+from moslim.ops.logprobs import ForwardConfig
+from moslim.ops.lora import LoraOptions
+from moslim.plugin import Plugin, own_callbacks, own_parts, unchanged_on_failure
+from moslim.policy.generation import BatchKey, OffPolicy, Purpose
+from moslim.policy.policy_evaluation import Dtype, PolicyEvaluation
+from moslim.policy.reward_functions import RewardFunction, RewardFunctions
+from moslim.policy.rollout import Rollout, RolloutCollector
+from moslim.policy.run_state import check_frozen, check_parts, rank_in, renew_critic, save_run, saved_run
+from moslim.policy.shared_backbone import Share
+from moslim.policy.update import (
+    PolicyUpdate,
+    check_accumulation_of_rollouts,
+    level_offsets,
+    progress_metrics,
+    rollout_batches,
+    rollout_metrics,
+    staleness_metrics,
+    warn_of_part_rollouts,
+)
+from moslim.preferences import PreferenceSet
+from moslim.training.base_module import Stopwatch
+from moslim.training.checkpointing import drop_frozen, restore_frozen
+from moslim.training.distributed import averaged, shard_mesh
+from moslim.training.identity import Entries
+from moslim.training.lightning_compat import attached_trainer, keep_epoch_open
+from moslim.training.optim import RateGroup, configure
+from moslim.utils.errors import UsageError
+from moslim.utils.files import due
+
+
+class PolicyTrainer(PolicyEvaluation):
+    """Trains a policy whose prompts say which levels are wanted (MOSLIM, arXiv 2505.20336).
+
+    A training batch of prompts is answered once and then used for ``batch_repeats`` training steps: the data module
+    yields it that often. Everything drawn is a function of seed, epoch, batch, prompt and sample, so that a resumed
+    run equals the uninterrupted one.
+
+    Args:
+        preferences: The dimensions that prompts can ask for; the classifier may have more.
+        model: Hub name or folder of the causal language model to start from: any chat model, or an adapter (LoRA) of
+            one, which is merged into it.
+        classifier: Folder or Hub name of a trained reward classifier.
+        mapping: From level probabilities and requested levels to rewards.
+        policy_optimizer: From rewards to advantages and loss.
+
+        Model:
+        lora: Train a low-rank adapter; None = train all weights.
+        base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
+            the adapter names.
+        dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too. Weights in
+            ``bfloat16`` or ``float16`` cannot be trained, but low-rank adapters on them can, whose weights are float32;
+            ``float16`` needs ``trainer.precision: 16-mixed`` besides.
+        trust_remote_code: Whether code from the model's repository may run.
+
+        Generation:
+        engine: Samples the completions; None = :class:`TorchEngine`.
+        num_generations: Completions of each training prompt, ``n``.
+        off_policy: Treatment of completions that another policy sampled; None = corrected.
+
+        Reward:
+        reward_functions: Plain Python functions that reward completions beside the classifier.
+        missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
+
+        Optimisation:
+        default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
+            keeps the behaviour that nobody asked to change.
+        num_iterations: ForwardConfig over a rollout.
+        minibatches: Training steps per pass, each on all completions of some of the prompts.
+        optimizer: From parameters to optimizer; None = AdamW, rate 1e-6, or 1e-5 with LoRA.
+        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
+
+        Evaluation:
+        judge: Measures achieved levels in the test; None = the training classifier, marked ``proxy``. A judge that is
+            not itself a model also judges training rollouts, beside the classifier.
+        eval_samples: Completions of each prompt in validation and test.
+        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
+        predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
+
+        Resources:
+        forward_config: How log-probabilities of completions are computed; None = every fast way that the model allows.
+        share_backbone: Whether the classifier stands on the policy's frozen base, by an adapter of its own, instead of
+            a second copy of it. It must have been trained with LoRA on the model that the policy starts from, and be
+            exported with ``--form adapter``; ``lora`` must be given. ``auto``: if all that is so.
+        gradient_checkpointing: Save memory by computing activations twice.
+        liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
+
+        Resuming:
+        reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
+        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the error that
+            compares them names them. A rollout in use is then made anew.
+        seed: Seed of all that is drawn.
+
+    Raises:
+        UsageError: An option is out of range, a dimension is unknown to the classifier, or the policy optimizer would
+            not use the mapping's scalar.
+    """
+
+    batch_view: BatchView = PolicyView()
+
+    def __init__(
+        self,
+        preferences: PreferenceSet,
+        model: str,
+        classifier: str,
+        mapping: MappingFunction,
+        policy_optimizer: PolicyOptimizer,
+        lora: LoraOptions | None = None,
+        base: str | None = None,
+        dtype: Dtype = "float32",
+        trust_remote_code: bool = False,
+        engine: RolloutEngine | None = None,
+        num_generations: int = 8,
+        off_policy: OffPolicy | None = None,
+        reward_functions: list[RewardFunction] | None = None,
+        missing_eos_penalty: float = 1.0,
+        default_kl_coef: float = 0.0,
+        num_iterations: int = 1,
+        minibatches: int = 1,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        judge: Judge | None = None,
+        eval_samples: int = 4,
+        report: str | None = None,
+        predictions: str | None = None,
+        forward_config: ForwardConfig | None = None,
+        share_backbone: Share = "auto",
+        gradient_checkpointing: bool = False,
+        liger: bool = False,
+        reset_state: bool = False,
+        accept_changes: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        counts = (num_generations, eval_samples, num_iterations, minibatches)
+        if min(counts) < 1:
+            raise UsageError(f"num_generations, eval_samples, num_iterations, minibatches are {counts}: give 1 or more")
+        if min(default_kl_coef, missing_eos_penalty) < 0:
+            raise UsageError(
+                f"default_kl_coef is {default_kl_coef}, missing_eos_penalty {missing_eos_penalty}: give 0 or more"
+            )
+        if policy_optimizer.aggregation == "normalize_then_sum" and not mapping.is_mean:
+            raise UsageError(
+                f"policy_optimizer.aggregation is normalize_then_sum, which adds up dimensions by itself, but "
+                f"{type(mapping).__name__} makes a scalar of its own: set it to sum_then_normalize"
+            )
+        if policy_optimizer.weighs_completions and engine is not None and engine.cuts and _corrects(off_policy):
+            raise UsageError(
+                f"engine.top_k and top_p leave tokens out, but {type(policy_optimizer).__name__} weighs whole answers: "
+                "the weight of a long one, the product of what was left at each of its tokens, is nearly 0. Set "
+                "policy_optimizer.importance_sampling_level to token, or top_p to 1 and top_k to null"
+            )
+        super().__init__(
+            preferences=preferences,
+            model=model,
+            classifier=classifier,
+            engine=engine or TorchEngine(),
+            judge=judge,
+            eval_samples=eval_samples,
+            lora=lora,
+            base=base,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            forward_config=forward_config or ForwardConfig(),
+            gradient_checkpointing=gradient_checkpointing,
+            liger=liger,
+            share_backbone=share_backbone,
+            report=report,
+            predictions=predictions,
+            accept_changes=accept_changes,
+            seed=seed,
+            critic=policy_optimizer.critic,
+        )
+        self.mapping = mapping
+        self.policy_optimizer = policy_optimizer
+        self.engine = self.answerer.engine
+        self.reward_functions = RewardFunctions(reward_functions or [], preferences)
+        self.num_generations = num_generations
+        self.num_iterations = num_iterations
+        self.minibatches = minibatches
+        self.forward_config = forward_config or ForwardConfig()
+        self.off_policy = off_policy or OffPolicy()
+        self.default_kl_coef = default_kl_coef
+        self.missing_eos_penalty = missing_eos_penalty
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.reset_state = reset_state
+        mapping.bind(preferences)
+        self.collector = RolloutCollector(
+            models=self.models,
+            generator=self.answerer,
+            scorer=self.score,
+            mapping=mapping,
+            reward_functions=self.reward_functions,
+            optimizer=policy_optimizer,
+            forward_config=self.forward_config,
+            off_policy=self.off_policy,
+            num_generations=num_generations,
+            missing_eos_penalty=missing_eos_penalty,
+            seed=seed,
+        )
+        self.policy_update = PolicyUpdate(
+            models=self.models,
+            optimizer=policy_optimizer,
+            engine=self.engine,
+            forward_config=self.forward_config,
+            num_generations=num_generations,
+            default_kl_coef=default_kl_coef,
+            importance_clip=self.off_policy.importance_clip,
+        )
+        self.rollout: Rollout | None = None
+        self.rows: Rollout | None = None  # the part of it that the current step learns from ...
+        self.logprobs: Tensor | None = None  # ... its log-probabilities [N, T] under the current weights ...
+        self.step_loss: Tensor | None = None  # ... and its loss, in this process
+
+    @property
+    def batch_repeats(self) -> int:
+        """How often the data module is to yield each training batch."""
+        return self.num_iterations * self.minibatches
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps that learn from each rollout."""
+        return max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Also the mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
+
+        Raises:
+            UsageError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
+        """
+        parts = own_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [*parts, *super().configure_callbacks()]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """See Lightning."""
+        rate = 1e-5 if self.models.adapted else 1e-6
+        options = self.policy_optimizer.critic
+        apart = RateGroup(self.models.critic_parameters, options.lr, CRITIC_RATE) if options else None
+        return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate, apart)
+
+    def setup(self, stage: str) -> None:
+        """Moves what is not trained beside the policy.
+
+        Raises:
+            UsageError: Gradient accumulation would mix answers of different policies in one step.
+        """
+        device = self.trainer.strategy.root_device  # the module itself has not been moved yet
+        self.models.to(device, self.trainer.precision_plugin.convert_module)
+        self.scorer.to(device)
+        if self.models.policy.dtype == torch.float64 or self.trainer.precision == "64-true":
+            self.scorer.classifier.double()
+        self.scorer.reserve(self.instruction_patterns)
+        self.date_classifier()
+        if stage == "fit":
+            self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
+            check_accumulation_of_rollouts(self.trainer, self.batch_repeats)
+
+    def teardown(self, stage: str) -> None:
+        """Says what the classifier was not shown of the answers."""
+        if self.scorer.taken_out.texts:
+            warnings.warn(f"scored by the classifier: {self.scorer.taken_out}", stacklevel=2)
+
+    def configure_model(self) -> None:
+        """Puts the weights into shards, where the strategy wants that.
+
+        Raises:
+            UsageError: Answers are sampled with copies of the policy.
+        """
+        mesh = shard_mesh(self)
+        if mesh is None or self.models.sharded:
+            return
+        if not self.engine.in_process:
+            raise UsageError(
+                f"engine {type(self.engine).__name__} samples with copies of the policy's weights, which the strategy "
+                "keeps in shards: take TorchEngine, or another strategy"
+            )
+        self.models.shard(mesh)
+        self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
+
+    def on_train_start(self) -> None:
+        """Says where an epoch ends within a rollout, which is then used in part."""
+        super().on_train_start()
+        warn_of_part_rollouts(self.trainer, self.batch_repeats)
+
+    def on_after_backward(self) -> None:
+        """Ends the part of a step that needs whole weights."""
+        self.models.release()
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
+        self.models.gather()
+        # 1. Collect a rollout when its batch comes for the first time.
+        key = (self.current_epoch, batch_idx // self.batch_repeats)
+        if self.rollout is None or self.rollout.key != key:
+            self.rollout = self._collect(batch, key)
+        # 2. Choose the minibatch, and all those of the rollout that make one optimizer step with it.
+        numbers, scale = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
+        together = {number: self._minibatch(self.rollout, number % self.batch_repeats) for number in numbers}
+        self.rows = together[batch_idx]
+        # 3. Compute the loss. Lightning runs its backward pass and optimizer.step().
+        clock = Stopwatch(self.device)
+        first = self.rollout.version == self.global_step
+        step = self.policy_update.loss(self.rows, list(together.values()), scale, first)
+        clock.lap("time/forward")
+        self.logprobs, self.step_loss = step.logprobs, step.loss.detach()
+        # 4. Log.
+        if due(self.trainer):
+            self.record_part(averaged(step.metrics), batch_idx)
+            self.record(clock.durations)
+        return step.loss
+
+    def _minibatch(self, rollout: Rollout, step: int) -> Rollout:
+        return rollout.minibatch(step, self.minibatches, self.num_generations, (self.seed, Purpose.SHUFFLE))
+
+    def _collect(self, batch: PromptBatch, key: BatchKey) -> Rollout:
+        """Makes a rollout and logs it; if that fails, the statistics of all parts are what they were before."""
+        clock = Stopwatch(self.device)
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        watched = any(getattr(callback, "sees_nonfinite", False) for callback in callbacks)
+        with unchanged_on_failure([*self._plugins, *([self._sampler] if self._sampler else [])]):
+            rollout = self.collector.collect(
+                batch, key, self.global_step, self.steps_per_rollout, self._sampler, watched, clock
+            )
+            self._log_rollout(rollout, clock)
+        return rollout
+
+    @torch.no_grad()
+    def _log_rollout(self, rollout: Rollout, clock: Stopwatch) -> None:
+        progress = averaged(progress_metrics(rollout))
+        self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
+        if due(self.trainer, self.steps_per_rollout):
+            judge = self.exact_judge  # it reads texts, which takes a while: once
+            judged = judge.levels(rollout.questions, rollout.answers).to(self.device) if judge else None
+            metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
+            metrics |= level_offsets(rollout, self.preferences, judged)
+            metrics |= self.reward_functions.metrics(rollout.per_dimension)
+            metrics |= staleness_metrics(rollout)
+            sampled = self._sampler.metrics() if self._sampler else {}
+            self.record({**progress, **averaged(metrics), **sampled, **clock.durations})
+
+    @property
+    def _plugins(self) -> list[Plugin]:
+        """Mapping function and policy optimizer, with their own parts."""
+        return own_parts([self.mapping, self.policy_optimizer])
+
+    @property
+    def _sampler(self) -> PreferenceSampler | None:
+        """What draws the requests of the training prompts, where a data module does."""
+        sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
+        return sampler if isinstance(sampler, PreferenceSampler) else None
+
+    def resumed_with(self) -> Entries:
+        """See the base class."""
+        return {
+            "model.seed": self.seed,
+            "model.num_generations": self.num_generations,
+            "model.num_iterations": self.num_iterations,
+            "model.minibatches": self.minibatches,
+            **super().resumed_with(),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Options that a result is compared by, for the report: no path, time or version."""
+        optimizer, source = self.policy_optimizer, self.collector.completion_source
+        options = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float))}
+        return {
+            "mapping": type(self.mapping).__name__,
+            "policy_optimizer": {"name": type(optimizer).__name__, **options},
+            "instruction": type(getattr(self.data, "instruction", None)).__name__,
+            "sampler": type(getattr(self.data, "sampler", None)).__name__,
+            "scramble": bool(getattr(self.data, "scramble", False)),
+            "default_kl_coef": self.default_kl_coef,
+            "missing_eos_penalty": self.missing_eos_penalty,
+            "num_generations": self.num_generations,
+            "eval_samples": self.eval_samples,
+            "temperature": self.engine.temperature,
+            "max_new_tokens": self.engine.max_new_tokens,
+            "completion_source": None if source is None else type(source).__name__,
+            "seed": self.seed,
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""
+        keep_epoch_open(self.trainer, checkpoint)
+        drop_frozen(self, checkpoint)
+        save_run(checkpoint, self._plugins, self.models, self.scorer.classifier, self.rollout)
+        self.keep_identity(checkpoint)
+        self.models.gather_again()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Completes the weights and takes up the rollout.
+
+        Raises:
+            UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
+                stands on another backbone; or its weights or rows mean something else than this run believes.
+        """
+        run, trainer = saved_run(checkpoint), attached_trainer(self)
+        check_parts(run, self._plugins, self.models, self.reset_state)
+        changed = self.check_identity(checkpoint) - {"data.batch_size"}
+        check_frozen(run, self.models, self.scorer.classifier)
+        if self.reset_state:
+            renew_critic(checkpoint, self.state_dict(), trainer is not None and trainer.state.fn == "fit")
+        rank = rank_in(checkpoint)
+        if rank is not None and run["rollouts"][rank] is not None and not changed:
+            # the module itself may be moved there only after this
+            device = self.device if trainer is None else trainer.strategy.root_device
+            self.rollout = Rollout.from_state(run["rollouts"][rank], device)
+        restore_frozen(self, checkpoint)
+
+
+def _corrects(off_policy: OffPolicy | None) -> bool:
+    return off_policy is None or off_policy.importance_clip is not None

@@ -1,0 +1,131 @@
+"""The record of a policy's run in a checkpoint, beside weights: rollouts, parts and frozen models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moslim.plugin import Plugin
+from moslim.policy.policy_models import PolicyModels
+from moslim.policy.rollout import Rollout
+from moslim.reward.modeling import PreferenceClassifier
+from moslim.training.checkpoint_files import GUARD_RECORD
+from moslim.training.checkpointing import fingerprint
+from moslim.training.distributed import gathered, process_count, process_rank
+from moslim.utils.errors import UsageError
+
+_KEY = "policy_run"
+
+
+def save_run(
+    checkpoint: dict[str, Any],
+    plugins: Sequence[Plugin],
+    models: PolicyModels,
+    classifier: PreferenceClassifier,
+    rollout: Rollout | None,
+) -> None:
+    """Adds every process's rollout, the classes of plug-ins and the fingerprints of frozen models to a checkpoint."""
+    checkpoint[_KEY] = {
+        "plugins": [part.state_key for part in plugins],
+        "shares_classifier": models.shares_classifier,
+        "frozen": _fingerprints(models, classifier),
+        "rollouts": gathered(rollout.state() if rollout else None),
+    }
+
+
+def saved_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The record that :func:`save_run` added.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if _KEY not in checkpoint:
+        raise UsageError("this checkpoint was not written by a PolicyTrainer: name one of a policy's run")
+    run: dict[str, Any] = checkpoint[_KEY]
+    return run
+
+
+def check_parts(run: Mapping[str, Any], plugins: Sequence[Plugin], models: PolicyModels, reset_state: bool) -> None:
+    """Compares the parts of a saved run with those of this run.
+
+    Args:
+        run: From :func:`saved_run`.
+        plugins: Mapping function and policy optimizer, with their own parts.
+        models: Policy, reference and critic.
+        reset_state: Whether other plug-ins are accepted.
+
+    Raises:
+        UsageError: They differ.
+    """
+    names = [part.state_key for part in plugins]
+    if run["plugins"] != names and not reset_state:
+        raise UsageError(
+            f"the checkpoint was trained with {', '.join(run['plugins'])}; this run has {', '.join(names)}; "
+            "set model.reset_state to true to start their state anew"
+        )
+    shared = run.get("shares_classifier", False)
+    if shared != models.shares_classifier:
+        raise UsageError(
+            f"the checkpoint was trained with a classifier that {'shared' if shared else 'did not share'} the policy's "
+            f"base: give the same classifier and set model.share_backbone to {str(shared).lower()}"
+        )
+
+
+def check_frozen(run: Mapping[str, Any], models: PolicyModels, classifier: PreferenceClassifier) -> None:
+    """Compares the weights of reference and classifier with those of a saved run.
+
+    Raises:
+        UsageError: They differ.
+    """
+    for role, value in _fingerprints(models, classifier).items():
+        if run["frozen"][role] != value:
+            raise UsageError(f"the {role} has other weights than the one that this checkpoint was trained with")
+
+
+def rank_in(checkpoint: Mapping[str, Any]) -> int | None:
+    """The process of a saved run that this process goes on from; None if the numbers of processes differ.
+
+    One process goes on from a step that a guard has kept in several: from the process in which it tripped.
+    """
+    if GUARD_RECORD in checkpoint and process_count() == 1:
+        return int(checkpoint[GUARD_RECORD].get("process", 0))
+    return process_rank() if len(checkpoint[_KEY]["rollouts"]) == process_count() else None
+
+
+def renew_critic(checkpoint: dict[str, Any], state_dict: Mapping[str, Tensor], fitting: bool) -> None:
+    """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is.
+
+    Args:
+        checkpoint: The checkpoint, which is changed.
+        state_dict: The module's.
+        fitting: Whether the checkpoint is loaded for ``fit``, which needs the gradient optimizer's state.
+
+    Raises:
+        UsageError: The weights or that state cannot be adapted.
+    """
+    if "state_dict" not in checkpoint:
+        raise UsageError(
+            "model.reset_state does not work with weights in shards, which are loaded before it is looked at: resume "
+            "with another strategy, or `export` the policy and start a new run from that folder (model.model)"
+        )
+    own = {name: value for name, value in state_dict.items() if _of_critic(name)}
+    saved = checkpoint["state_dict"]
+    if own.keys() != {name for name in saved if _of_critic(name)} and fitting:
+        raise UsageError(
+            "the checkpoint's policy optimizer has another critic than this run's, so that the state of the gradient "
+            "optimizer does not fit: `export` the policy and start a new run from that folder (model.model)"
+        )
+    kept = {name: value for name, value in saved.items() if not _of_critic(name) or name in own}
+    checkpoint["state_dict"] = {**own, **kept}
+
+
+def _of_critic(name: str) -> bool:
+    return name.startswith("critic.") or ".critic." in name
+
+
+def _fingerprints(models: PolicyModels, classifier: PreferenceClassifier) -> dict[str, str]:
+    shared = {str(number): tensor for number, tensor in enumerate(models.adapter("classifier"))}
+    weights = {**classifier.state_dict(), **shared}
+    return {"reference": fingerprint(models.frozen()), "classifier": fingerprint(weights)}

@@ -1,0 +1,301 @@
+"""A classifier as a folder that others can load, with or without moslim.
+
+A classifier in the adapter form, as it lies in its folder; :mod:`moslim.reward.classifier_export` lists the files.
+
+A classifier as a folder that others can load, with moslim or without it.
+
+Merged form: the backbone is a plain ``AutoModel`` folder, and an index joins it to the heads. So no weight is stored
+twice, and both ``AutoModelForSequenceClassification`` (after ``import moslim``) and a plain ``AutoModel`` can load it::
+
+    config.json  model.safetensors.index.json  heads.safetensors  backbone/
+
+Adapter form: a peft adapter of the backbone instead, with a note of the base model that it belongs on::
+
+    config.json  heads.safetensors  adapter/  adapter/base.json
+
+Both come with the tokenizer, a model card (``README.md``), what it is made from (``training.json``) and a config for
+``predict``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moslim.ops.adapters import AdapterFolder
+from moslim.ops.loading import CLASSIFIER_TYPE, named
+from moslim.ops.lora import PEFT_PREFIX, base_weights
+from moslim.ops.models import align, load_backbone
+from moslim.reward.modeling import PreferenceClassifier, PreferenceClassifierConfig
+from moslim.training.checkpointing import fingerprint
+from moslim.utils.errors import MissingFileError, UsageError
+from moslim.utils.folders import check_files, finish_exchange, whole_folder
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+HEADS = "heads.safetensors"
+BACKBONE = "backbone"
+ADAPTER = "adapter"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+BASE = "base.json"
+
+
+@dataclass
+class SavedAdapter:
+    """Everything of a classifier but its base model.
+
+    Args:
+        folder: Where it was read from.
+        config: The classifier's configuration.
+        heads: Everything on top of the backbone, by its name in the classifier.
+        options: The adapter's options.
+        weights: The adapter's weights, by peft's names for an adapter of the backbone.
+        base: Hub name or folder of the base model in training.
+        fingerprint: Of the base model's weights.
+    """
+
+    folder: Path
+    config: PreferenceClassifierConfig
+    heads: dict[str, Tensor]
+    options: LoraConfig
+    weights: dict[str, Tensor]
+    base: str
+    fingerprint: str
+
+    @classmethod
+    def read(cls, folder: Path) -> SavedAdapter:
+        """Reads a folder in the adapter form."""
+        from peft import LoraConfig
+
+        made_on = json.loads((folder / ADAPTER / BASE).read_text(encoding="utf-8"))
+        return cls(
+            folder=folder,
+            config=PreferenceClassifierConfig.from_pretrained(folder),
+            heads=load_file(folder / HEADS),
+            options=LoraConfig.from_pretrained(str(folder / ADAPTER)),
+            weights=load_file(folder / ADAPTER / ADAPTER_WEIGHTS),
+            base=made_on["name"],
+            fingerprint=made_on["fingerprint"],
+        )
+
+    def classifier(self, backbone: nn.Module) -> PreferenceClassifier:
+        """Puts configuration and heads, not the adapter, on a backbone.
+
+        Raises:
+            UsageError: A weight of the heads is missing or renamed.
+        """
+        classifier = PreferenceClassifier(self.config, backbone)
+        refuse_difference(self.heads, heads(classifier), self.folder / HEADS)
+        classifier.load_state_dict(self.heads, strict=False)
+        return classifier
+
+    def check(self, wanted: Collection[str]) -> None:
+        """Compares the names of the adapter's weights with those that it must have.
+
+        Raises:
+            UsageError: A weight is missing or renamed, or a file of the folder is not what was exported.
+        """
+        refuse_difference(self.weights, wanted, self.folder / ADAPTER / ADAPTER_WEIGHTS)
+        check_files(self.folder)
+
+
+def heads(classifier: PreferenceClassifier) -> dict[str, Tensor]:
+    """Everything on top of the backbone."""
+    state = classifier.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(f"{BACKBONE}.")}
+
+
+def refuse_difference(found: Collection[str], wanted: Collection[str], file: Path) -> None:
+    """Compares the names of tensors in a file with those that are needed.
+
+    Raises:
+        UsageError: They are not the same.
+    """
+    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if missing or unknown:
+        raise UsageError(
+            f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its "
+            "keys are renamed"
+        )
+
+
+Form = Literal["merged", "adapter"]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
+    """Saves a classifier without adapter, in the merged form.
+
+    Args:
+        classifier: The classifier.
+        folder: Where to; what an earlier export left there is replaced.
+    """
+    with whole_folder(folder, is_classifier) as part:
+        top = heads(classifier)
+        save_file(top, part / HEADS, metadata={"format": "pt"})
+        classifier.backbone.save_pretrained(part / BACKBONE)
+        places = dict.fromkeys(top, HEADS)
+        for file in sorted((part / BACKBONE).glob("*.safetensors")):
+            with safe_open(file, "pt") as weights:
+                places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
+        size = sum(tensor.nbytes for tensor in classifier.state_dict().values())
+        _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        _save_config(classifier, part)
+
+
+def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
+    """Saves what training with low-rank adapters changed, in the adapter form.
+
+    Args:
+        adapted: The classifier with its adapter.
+        base: Hub name or folder of the backbone that it was put on.
+        folder: Where to; what an earlier export left there is replaced.
+
+    Raises:
+        UsageError: The adapter changes more than the backbone.
+    """
+    from peft import get_peft_model_state_dict
+
+    inside = f"{PEFT_PREFIX}{BACKBONE}."
+    tensors = get_peft_model_state_dict(adapted)
+    others = sorted(name for name in tensors if not name.startswith(inside))
+    if others:
+        raise UsageError(f"the adapter changes more than the backbone ({others}): export the merged form")
+    options = deepcopy(adapted.peft_config[adapted.active_adapter])
+    options.base_model_name_or_path = base
+    tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
+    classifier: Any = adapted.get_base_model()
+    made_on = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
+    with whole_folder(folder, is_classifier) as part:
+        (part / ADAPTER).mkdir()
+        options.save_pretrained(str(part / ADAPTER))
+        save_file(tensors, part / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        _write_json(part / ADAPTER / BASE, made_on)
+        save_file(heads(classifier), part / HEADS, metadata={"format": "pt"})
+        _save_config(classifier, part)
+
+
+def load_classifier(source: str | Path, base: str | Path | None = None) -> PreferenceClassifier:
+    """Loads a classifier in either form; an adapter is merged into its base model.
+
+    Args:
+        source: Folder or Hub name.
+        base: Folder or Hub name of an adapter's base model, if it is not where it was in training.
+
+    Raises:
+        MissingFileError: There is no such classifier, or an adapter's base model is missing.
+        UsageError: It is a model of another kind, a weight is missing or renamed, the base model is another one, or
+            ``base`` is given for a classifier that needs none.
+    """
+    saved = saved_adapter(source)
+    if saved is not None:
+        return _load_adapted(saved, base)
+    if base is not None:
+        raise UsageError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
+    folder = local_folder(source)
+    if not is_classifier(folder):
+        raise UsageError(
+            f"'{source}' is another model, no saved classifier: to put new heads on it, name it as backbone"
+        )
+    return PreferenceClassifier.from_pretrained(folder)
+
+
+def saved_adapter(source: str | Path) -> SavedAdapter | None:
+    """Reads a classifier in the adapter form; None if it is in the merged form.
+
+    Args:
+        source: Folder or Hub name.
+
+    Raises:
+        MissingFileError: There is no such classifier.
+    """
+    folder = local_folder(source)
+    if not (folder / ADAPTER).is_dir():
+        return None
+    with named(folder):
+        return SavedAdapter.read(folder)
+
+
+def is_classifier(source: str | Path) -> bool:
+    """Whether a folder or Hub name holds a saved classifier, in either form.
+
+    Raises:
+        MissingFileError: It holds no model.
+    """
+    if AdapterFolder.find(source) is not None:
+        return False
+    with named(source):
+        config, _ = PreferenceClassifierConfig.get_config_dict(source)
+    return config.get("model_type") == CLASSIFIER_TYPE
+
+
+def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceClassifier:
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    backbone = _load_base(str(base or saved.base), saved.folder)
+    classifier = saved.classifier(backbone)
+    if fingerprint(base_weights(backbone)) != saved.fingerprint:
+        raise UsageError(
+            f"the adapter in '{saved.folder}' was trained on other weights than those of '{base or saved.base}': give "
+            f"the right base model, which was '{saved.base}' in training"
+        )
+    adapted = get_peft_model(backbone, saved.options)
+    saved.check(get_peft_model_state_dict(adapted))
+    set_peft_model_state_dict(adapted, saved.weights)
+    classifier.backbone = adapted.merge_and_unload()  # type: ignore[operator]
+    align(classifier)
+    return classifier.requires_grad_(True).eval()
+
+
+def _load_base(name: str, folder: Path) -> PreTrainedModel:
+    try:
+        if is_classifier(name):
+            return load_classifier(name).backbone
+        return load_backbone(name)
+    except MissingFileError as error:
+        raise MissingFileError(
+            f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
+            f"where it is now with model.base, Scorer(folder, base=...) or `name` in "
+            f"{ADAPTER}/{BASE}, or use the merged form, which needs none"
+        ) from error
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder of a classifier, downloaded if it is on the Hub.
+
+    Raises:
+        MissingFileError: There is no such classifier.
+    """
+    if Path(source).is_dir():
+        finish_exchange(source)
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source)))
+    except (OSError, ValueError) as error:
+        raise MissingFileError(
+            f"there is no classifier '{source}': it is no folder here, and the Hub gives none ({error})"
+        ) from error
+
+
+def _save_config(classifier: PreferenceClassifier, folder: Path) -> None:
+    config = deepcopy(classifier.config)
+    config.architectures = [type(classifier).__name__]
+    config.dtype = str(classifier.dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
