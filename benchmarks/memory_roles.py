@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from common import RESULTS, circumstances, write
 from lightning.pytorch import Trainer
-from moslim.supervised import Architecture, WorkbenchTokenizer
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +41,7 @@ from moslim.callbacks.monitors import FILE, RoleMemory, resident_bytes
 from moslim.data import Workbench
 from moslim.generation import TorchEngine
 from moslim.mapping import ExpectedDistance
+from moslim.ops import Architecture, WorkbenchTokenizer
 from moslim.ops.lora import LoraOptions, add_lora, merged
 from moslim.reward import PreferenceClassifier
 from moslim.reward.classifier_export import save_adapter, save_merged

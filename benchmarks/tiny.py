@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from moslim.supervised import Architecture, WorkbenchTokenizer
 
 from moslim import PreferenceSet
+from moslim.ops import Architecture, WorkbenchTokenizer
 from moslim.reward import PreferenceClassifier
 from moslim.workbench.grammar import LEVELS
 

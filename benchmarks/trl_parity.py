@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from common import RESULTS, circumstances, write
-from moslim.supervised import Architecture, WorkbenchTokenizer
 from torch import Tensor
 
 from moslim.algorithms import GRPO, RLOO, AdvantageInputs, LossInputs, LossOutput, OnlineDPO, PolicyOptimizer
 from moslim.algorithms.functional import k1
+from moslim.ops import Architecture, WorkbenchTokenizer
 
 PROMPTS, LENGTH = 6, 12
 WANTED = 1e-6

@@ -23,7 +23,7 @@ PACKAGES = (
     "moslim.ops",
     "moslim.policy",
     "moslim.reward",
-    "moslim.supervised",
+    "moslim.ops",
     "moslim.training",
 )
 

@@ -170,7 +170,7 @@ MODELS = {
     "moslim.SupervisedTrainer": {
         "architecture": {
             "model_type": "llama",
-            "tokenizer": "moslim.supervised.WorkbenchTokenizer",
+            "tokenizer": "moslim.ops.WorkbenchTokenizer",
             "options": SMALL,
         },
         "engine": {"class_path": "moslim.generation.TorchEngine", "init_args": {"max_new_tokens": 4}},

@@ -25,8 +25,9 @@ def section(result: dict[str, Any]) -> str:
 {result["steps"]} steps of SGD at a rate of 0.1, all in float64: the batch of one process against halves of it in two
 (CPU, gloo; `configs/trainer/`). Sampled answers at every step, and the largest difference of a weight after any; wanted
 are the same answers and at most {wanted:g}. With Llama, what texts begin with is computed for each of them
-(`model.forward_config.share_prefixes: never`): transformers computes its norms in float32, whatever the weights are, which
-two processes, whose passes have other shapes, round otherwise, and twenty such steps make much of it. GPT-2 computes in
-float64 throughout, with all passes as they are shipped.
+(`model.forward_config.share_prefixes: never`):
+transformers computes its norms in float32, whatever the weights are,
+which two processes, whose passes have other shapes, round otherwise, and twenty such steps make much of it. GPT-2
+computes in float64 throughout, with all passes as they are shipped.
 
 {table(["model", "optimizer", "strategy", "answers", "largest difference"], rows)}"""

@@ -22,7 +22,7 @@ def section(result: dict[str, Any]) -> str:
         ]
         for name, found in result["forms"].items()
     ]
-    models = [
+    roles = [
         [form, role, *(f"{row[column] / MIB:.1f}" for column in ("alone", "added")), f"{row['peak'] / MIB:.0f}"]
         for form in ("shared", "full")
         for role, row in result["forms"][form]["roles"].items()

@@ -9,8 +9,8 @@ import yaml
 from common import ROOT
 
 from moslim import PreferenceSet
+from moslim.ops import Architecture, WorkbenchTokenizer
 from moslim.reward import PreferenceClassifier
-from moslim.supervised import Architecture, WorkbenchTokenizer
 from moslim.workbench.grammar import LEVELS
 
 STARTER, CLASSIFIER = Path("outputs/quickstart/starter/model"), Path("outputs/quickstart/reward/classifier")

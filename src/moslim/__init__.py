@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from moslim.reward import modeling as _classifier  # noqa: F401(registers it with transformers' Auto classes)
-from moslim.utils.exports import lazy_exports
+from moslim.reward import modeling as _classifier  # noqa: F401  (registers it with transformers' Auto classes)
+from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
     from moslim.data.data_module import PreferenceDataModule as PreferenceDataModule

@@ -30,7 +30,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers.utils import logging as transformers_logging
 
 from moslim.callbacks.dashboards import Dashboard, continue_run
-from moslim.callbacks.monitors import RoleMemory, ThroughputMonitor
+from moslim.callbacks.monitors import RoleMemory, StepCheckpoint, ThroughputMonitor
 from moslim.data.data_module import PreferenceDataModule
 from moslim.policy.policy_export import generate
 from moslim.preferences import PreferenceSet
@@ -49,7 +49,7 @@ from moslim.training.config_files import (
     refuse_dangerous_names,
 )
 from moslim.training.lightning_compat import OpenCLI, set_option_type
-from moslim.training.trainer import MoslimTrainer, StepCheckpoint, given, untrained
+from moslim.training.trainer import MoslimTrainer, given, untrained
 from moslim.training.trust import check_configs, imports_from_here, with_defaults
 from moslim.utils.errors import UsageError
 from moslim.utils.files import metrics_table

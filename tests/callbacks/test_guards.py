@@ -13,11 +13,11 @@ from moslim.algorithms.grpo import GRPO
 from moslim.algorithms.rloo import RLOO
 from moslim.callbacks import guards as faults
 from moslim.callbacks.guards import GuardError, Guards
+from moslim.callbacks.monitors import StepCheckpoint
 from moslim.generation.torch_engine import TorchEngine
 from moslim.mapping import ExpectedDistance
 from moslim.ops.numerics import nonfinite
 from moslim.training.optim import nonfinite_weights
-from moslim.training.trainer import StepCheckpoint
 from moslim.utils.errors import UsageError
 from tests.helpers.policy_runs import BATCH, SAMPLES, data, make, trainer, weights
 

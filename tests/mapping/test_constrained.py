@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moslim.mapping import Constrained, ExpectedDistance, TargetProbability, TasteWeights
+from moslim.mapping import Constrained, ExpectedDistance, TargetProbability, UserWeights
 from moslim.plugin import own_parts
 from moslim.preferences import PreferenceSet
 from moslim.utils.errors import UsageError
@@ -66,7 +66,7 @@ def test_scoring_does_not_move_the_multiplier_and_its_state_comes_back() -> None
 
 
 def test_maximise_one_dimension_under_a_constraint_on_another() -> None:
-    mapping = bound(TasteWeights(weights={"two": 1.0}))
+    mapping = bound(UserWeights(weights={"two": 1.0}))
     mapping.multiplier = 1.0
     reward = mapping(PROBS, torch.full((3, 2), -1), GROUPS)  # whatever the prompt asks for
     torch.testing.assert_close(reward.total, torch.tensor([(0.75 + 0.0) / 2, (0.0 - 0.5) / 2, (0.5 - 0.1) / 2]))

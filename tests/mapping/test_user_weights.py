@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moslim.mapping import TasteWeights
+from moslim.mapping import UserWeights
 from moslim.mapping.weighted import foretold, logistic_weights, main, read_choices
 from moslim.preferences import expected_level
 from moslim.reward.scorer import Scorer
@@ -86,7 +86,7 @@ def test_from_a_file_of_choices_to_a_mapping(
     out = tmp_path / "user_weights.json"
     main(["--choices", str(tmp_path / "mine.jsonl"), "--classifier", classifier, "--output", str(out), "--l2", "0.01"])
     assert f"{len(lines)} choices" in capsys.readouterr().out
-    mapping = TasteWeights(path=str(out))
+    mapping = UserWeights(path=str(out))
     assert mapping.user_weights is not None and mapping.user_weights.agreement > 0.95
     assert mapping.utility.keys() == set(scorer.preferences.names)
     mapping.bind(scorer.preferences)

@@ -12,8 +12,8 @@ from moslim.mapping import (
     LogProbability,
     MappingFunction,
     TargetProbability,
-    TasteWeights,
     Tchebycheff,
+    UserWeights,
     Weighted,
 )
 from tests.helpers.policy_runs import data, make, trainer
@@ -26,8 +26,8 @@ COMMANDS = {
     LogProbability: "--mapping.floor -3",
     LinearScalarization: "--mapping.weights direction",
     Tchebycheff: "--mapping.weights.warmth 2 --mapping.smoothing 0.2",
-    TasteWeights: "--mapping.weights.warmth 2",
-    Constrained: "--mapping.objective moslim.mapping.TasteWeights --mapping.objective.weights.verbosity 1 "
+    UserWeights: "--mapping.weights.warmth 2",
+    Constrained: "--mapping.objective moslim.mapping.UserWeights --mapping.objective.weights.verbosity 1 "
     "--mapping.hold warmth --mapping.at_least 3",
     Weighted: "--mapping.objective moslim.mapping.ExpectedDistance --mapping.weights.warmth 2 "
     "--mapping.weights.verbosity [1,1,2,2,3]",
@@ -51,7 +51,7 @@ def test_a_run_from_the_command_line(kind, preferences, lm, classifier, tmp_path
     rollout = module.rollout
     assert rollout.rewards.isfinite().all() and rollout.rewards.std() > 0
     counts = ~rollout.per_dimension.isnan()
-    if kind not in (TasteWeights, Constrained):  # which reward answers to prompts that ask for nothing, too
+    if kind not in (UserWeights, Constrained):  # which reward answers to prompts that ask for nothing, too
         assert torch.equal(counts, rollout.targets >= 0) and not rollout.rewards[rollout.uninstructed].any()
     else:
         assert counts.any(dim=1).all()

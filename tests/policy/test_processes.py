@@ -16,9 +16,9 @@ from moslim.algorithms.online_dpo import OnlineDPO
 from moslim.algorithms.ppo import PPO
 from moslim.algorithms.rloo import RLOO
 from moslim.callbacks.guards import kl_above
+from moslim.callbacks.monitors import StepCheckpoint
 from moslim.mapping import TargetProbability
 from moslim.training.distributed import averaged, gathered, mean_over_processes, process_count
-from moslim.training.trainer import StepCheckpoint
 from tests.helpers.forked import in_two, sharded
 from tests.helpers.policy_runs import BATCH, LORA, data, make, trainer
 

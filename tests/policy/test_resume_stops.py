@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from moslim.callbacks.dashboards import best_checkpoint
-from moslim.training.trainer import StepCheckpoint
+from moslim.callbacks.monitors import StepCheckpoint
 from tests.helpers.policy_runs import data, make, trainer, weights
 
 pytestmark = [

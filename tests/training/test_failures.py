@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from moslim.callbacks.guards import GateError, GuardError
 from moslim.cli import main
 from moslim.generation.vllm_engine import ParityError
-from moslim.mapping.weighted import main as fit_taste
+from moslim.mapping.weighted import main as fit_user_weights
 from moslim.training.command_errors import failure
 from moslim.utils.errors import MissingFileError, UsageError
 from tests.helpers.cli_folder import CONFIG, PARTS
@@ -189,8 +189,11 @@ def test_a_wrong_option_is_one_message(capsys, options, said):
 
 def test_taste_says_it_in_one_line_too(capsys):
     options = ["--choices", "none.jsonl", "--classifier", "none", "--output", "user_weights.json"]
-    assert ended(capsys, *options, command=fit_taste) == (2, "error: --choices none.jsonl: there is no such file\n")
-    assert ended(capsys, "--choises", "x", command=fit_taste)[0] == 2
+    assert ended(capsys, *options, command=fit_user_weights) == (
+        2,
+        "error: --choices none.jsonl: there is no such file\n",
+    )
+    assert ended(capsys, "--choises", "x", command=fit_user_weights)[0] == 2
 
 
 def test_a_config_that_is_no_utf8_is_named(capsys):

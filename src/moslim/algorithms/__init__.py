@@ -1,7 +1,7 @@
 """Policy optimizers, one file each, and controllers of the KL penalty."""
 
 from moslim.algorithms.base import AdvantageInputs, LossInputs, LossOutput, PolicyGradient, PolicyOptimizer
-from moslim.algorithms.functional import AdaptiveKL, KLController
+from moslim.algorithms.functional import AdaptiveKL, CriticOptions, KLController
 from moslim.algorithms.grpo import GRPO
 from moslim.algorithms.online_dpo import OnlineDPO
 from moslim.algorithms.ppo import PPO
@@ -14,6 +14,7 @@ __all__ = [
     "RLOO",
     "AdaptiveKL",
     "AdvantageInputs",
+    "CriticOptions",
     "KLController",
     "LossInputs",
     "LossOutput",

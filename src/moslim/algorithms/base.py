@@ -93,8 +93,8 @@ class LossInputs:
 
     Args:
         logprobs: ``[N, T]`` under the current weights, with gradient.
-        old_logprobs: ``[N, T]`` under the policy before its first step on these answers; until then ``logprobs`` themselves, so
-            that the ratio is exactly 1 in any precision.
+        old_logprobs: ``[N, T]`` under the policy before its first step on these completions; until then ``logprobs``
+            themselves, so that the ratio is exactly 1 in any precision.
         advantages: ``[N]`` or ``[N, T]``, as ``advantages`` returned them.
         mask: ``[N, T]`` bool, up to and including the end-of-sequence token; empty for answers that are not ``used``.
         max_completion_length: The engine's length limit, for constant normalisation.
@@ -105,7 +105,7 @@ class LossInputs:
         old_values: ``[N, T]`` when sampled.
         returns: ``[N, T]`` what the critic should have said.
         value_mask: ``[N, T]`` bool, the tokens that the critic learns from: of ``mask``, those of rewarded answers.
-        behavior_logprobs: ``[N, T]`` under what the tokens were drawn from; None = the policy that ``old_logprobs`` is of.
+        behavior_logprobs: ``[N, T]`` under what the tokens were drawn from; None = the policy of ``old_logprobs``.
         importance_clip: Largest importance weight; None = all are 1.
         step_mask: ``[M, T]`` the masks of all minibatches whose gradients make one step, where they are several.
         step_value_mask: ``[M, T]`` their value masks.
@@ -345,7 +345,8 @@ class PolicyGradient(PolicyOptimizer):
         check_kl(self.kl_in, self.kl)
         if not 0 < self.epsilon_low < 1 or self.epsilon_high <= 0:
             raise UsageError(
-                f"policy_optimizer: epsilon_low {self.epsilon_low} must lie in (0, 1), epsilon_high {self.epsilon_high} above 0"
+                f"policy_optimizer: epsilon_low {self.epsilon_low} must lie in (0, 1), "
+                f"epsilon_high {self.epsilon_high} above 0"
             )
         if self.kl_controller is not None and self.kl_coef == 0:
             raise UsageError("policy_optimizer.kl_coef is 0: a kl_controller would have nothing to multiply")

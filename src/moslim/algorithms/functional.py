@@ -294,8 +294,8 @@ def reduce_tokens(
     Args:
         values: ``[N, T]``.
         mask: ``[N, T]`` bool.
-        loss_agg_mode: ``grpo`` is the mean over answers of the mean over tokens (arXiv 2402.03300), ``token_mean`` the mean
-            over all tokens (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit,
+        loss_agg_mode: ``grpo`` is the mean over answers of the mean over tokens (arXiv 2402.03300), ``token_mean`` the
+            mean over all tokens (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit,
             then the mean over answers (Dr. GRPO, arXiv 2503.20783). All over all processes.
         max_completion_length: The engine's length limit.
         step_mask: ``[M, T]`` bool, the masks of all minibatches whose gradients make one step, this one's among them:

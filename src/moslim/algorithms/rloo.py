@@ -24,8 +24,9 @@ class RLOO(PolicyGradient):
     baseline, which is another estimator. verl's ``n/(n-1) (score - group mean)`` is the same advantage.
 
     Args:
-        importance_sampling_level: ``token`` clips one ratio per token and, by the default ``loss_agg_mode``, divides by the length limit, so
-            that long answers neither gain nor lose (Dr. GRPO, arXiv 2503.20783); ``sequence`` clips one per answer and
+        importance_sampling_level: ``token`` clips one ratio per token and, by the default ``loss_agg_mode``,
+            divides by the length limit, so that long answers neither gain nor lose (Dr. GRPO, arXiv 2503.20783);
+            ``sequence`` clips one per answer and
             takes the mean over answers (TRL). On policy both have the same gradient up to that constant. An answer's
             ratio, and its importance weight, is the product of those of its tokens: ``sequence`` adds up the rounding
             of all of them, and is refused with ``top_p`` and ``top_k``.
@@ -38,8 +39,8 @@ class RLOO(PolicyGradient):
         self.one_of("importance_sampling_level", get_args(ImportanceSamplingLevel))
         if self.importance_sampling_level == "sequence" and self.loss_agg_mode != "constant":
             raise UsageError(
-                f"policy_optimizer.loss_agg_mode is '{self.loss_agg_mode}', but importance_sampling_level 'sequence' has no token losses to "
-                "average: give importance_sampling_level 'token'"
+                f"policy_optimizer.loss_agg_mode is '{self.loss_agg_mode}', but importance_sampling_level "
+                "'sequence' has no token losses to average: give importance_sampling_level 'token'"
             )
 
     @property

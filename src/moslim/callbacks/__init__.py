@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from moslim.utils.exports import lazy_exports
+from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
     from moslim.callbacks.dashboards import CompletionTable as CompletionTable
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from moslim.callbacks.guards import Guards as Guards
     from moslim.callbacks.guards import Replay as Replay
     from moslim.callbacks.monitors import RoleMemory as RoleMemory
+    from moslim.callbacks.monitors import StepCheckpoint as StepCheckpoint
     from moslim.callbacks.monitors import StyleProbe as StyleProbe
     from moslim.callbacks.monitors import ThroughputMonitor as ThroughputMonitor
-    from moslim.training.trainer import StepCheckpoint as StepCheckpoint
 
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
@@ -29,7 +29,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "Guards": "moslim.callbacks.guards",
         "Replay": "moslim.callbacks.guards",
         "RoleMemory": "moslim.callbacks.monitors",
-        "StepCheckpoint": "moslim.training.trainer",
+        "StepCheckpoint": "moslim.callbacks.monitors",
         "StyleProbe": "moslim.callbacks.monitors",
     },
 )

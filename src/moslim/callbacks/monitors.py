@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from moslim.callbacks.guards import GuardError
 from moslim.data.sources.workbench import Workbench
 from moslim.ops.loading import transformer_part
 from moslim.policy.policy_models import Role
@@ -32,6 +33,8 @@ from moslim.policy.policy_trainer import PolicyTrainer
 from moslim.policy.shared_backbone import Weights, describe, resident_weights
 from moslim.policy.supervised_trainer import SupervisedTrainer
 from moslim.training.base_module import RunModule, Stopwatch
+from moslim.training.lightning_compat import OpenModelCheckpoint, finished_batches, started_batches
+from moslim.training.optim import within_accumulation
 from moslim.utils.errors import UsageError
 from moslim.utils.files import shown
 from moslim.workbench.grammar import COARSE, QUESTIONS, Topic, ask, gold_levels
@@ -284,3 +287,52 @@ class StyleProbe(Callback):
         keys: list[tuple[int, ...]] = [(_PROBE, number, i) for i in range(len(questions))]
         texts = module.answers(list(questions), keys, 1.0)
         return sum(gold_levels(q, a)[dimension] for q, a in zip(questions, texts, strict=True)) / len(texts)
+
+
+class StepCheckpoint(OpenModelCheckpoint):
+    """Lightning's, with the same options; the command line adds it to every run.
+
+    A checkpoint does not hold half-summed gradients. So one that is due within ``trainer.accumulate_grad_batches`` is
+    written after the optimizer step that follows. With ``save_on_exception``, none is written where an exception comes
+    in between or while weights change, nor of what a guard has stopped, which would trip it again.
+
+    With ``save_last``, ``last.ckpt`` is the end of a training that comes to its end. Lightning leaves it as it was at
+    the last interval.
+    """
+
+    _postponed = False
+    _stepping = False
+
+    def skips(self, trainer: Trainer) -> bool:
+        return super().skips(trainer) or within_accumulation(trainer)
+
+    def saves_on_exception(self, trainer: Trainer) -> bool:
+        changing = self._stepping and finished_batches(trainer) < started_batches(trainer)  # by a batch not counted yet
+        return super().saves_on_exception(trainer) and not within_accumulation(trainer) and not changing
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, GuardError):
+            super().on_exception(trainer, pl_module, exception)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._stepping = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stepping = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._postponed = within_accumulation(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._postponed and not within_accumulation(trainer):
+            self.on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if within_accumulation(trainer):
+            return
+        self.forget_older(trainer)
+        super().on_train_end(trainer, pl_module)

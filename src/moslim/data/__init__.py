@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from moslim.utils.exports import lazy_exports
+from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
     from moslim.data.prompt_batches import EvaluationKind as EvaluationKind

@@ -132,8 +132,8 @@ class PromptBatch:
         targets: ``[B, D]`` int64, requested level, -1 = not mentioned in the prompt.
         index: ``[B]`` int64, row of the source: the same whatever the batch size or number of processes.
         questions: The ``B`` neutralised questions, without the instruction.
-        kinds: Name of the :class:`~moslim.data.prompt_batches.EvaluationKind` of each prompt, e.g. ``sweep``; empty strings
-            in training.
+        kinds: Name of the :class:`~moslim.data.prompt_batches.EvaluationKind` of each prompt, e.g. ``sweep``; empty
+            strings in training.
         columns: In training, the ``B`` rows' own columns, see :class:`Example`; empty if no row has any.
     """
 

@@ -2,9 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from moslim.utils.exports import lazy_exports
+from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
+    from moslim.evaluation.best_of import BestOf as BestOf
     from moslim.evaluation.judges import ClassifierJudge as ClassifierJudge
     from moslim.evaluation.judges import GoldJudge as GoldJudge
     from moslim.evaluation.judges import Judge as Judge
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
+        "BestOf": "moslim.evaluation.best_of",
         "ClassifierJudge": "moslim.evaluation.judges",
         "GoldJudge": "moslim.evaluation.judges",
         "Judge": "moslim.evaluation.judges",

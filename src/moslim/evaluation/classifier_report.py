@@ -6,7 +6,7 @@ The result of a test as one plain JSON document, ``reward.json``.
 |---|---|
 | ``schema`` | version of this document; a key that is added does not change it |
 | ``weights`` | added by the test stage: a fingerprint of the weights that were tested |
-| ``dimensions`` | by dimension: ``levels`` (names), ``n_rows``, the measures, ``recall`` by level, ``confusion`` (rows = labelled), ``interval`` (95%, over questions) |
+| ``dimensions`` | by dimension: ``levels``, ``n_rows``, measures, ``recall``, ``confusion``, ``interval`` (95%, by question) |
 | ``mean`` | each measure's mean over the dimensions where it is defined |
 | ``baseline`` | by dimension: always the most frequent label of these rows: ``level``, ``accuracy``, ``within_one`` |
 | ``subsets`` | by subset: ``n_rows``, ``dimensions``, ``mean`` |
@@ -14,7 +14,7 @@ The result of a test as one plain JSON document, ``reward.json``.
 | ``correlation`` | :func:`~moslim.evaluation.classifier_measures.head_correlation`; null with one dimension |
 | ``pairs`` | :func:`~moslim.evaluation.classifier_measures.pairwise`; null without compared answers |
 | ``requests`` | :func:`~moslim.evaluation.classifier_measures.proxy_and_gold`; null where no row was asked for |
-| ``best_of`` | :class:`~moslim.reward.BestOf`; null without its file |
+| ``best_of`` | :class:`~moslim.evaluation.BestOf`; null without its file |
 | ``calibration`` | by dimension: :func:`~moslim.evaluation.classifier_measures.calibration_of` |
 | ``n_rows``, ``n_questions`` | labelled answers; questions that they, or compared answers, belong to |
 
@@ -82,7 +82,7 @@ def evaluate(
         pairs: Its expected levels of compared answers.
         preferences: The dimensions, in the order of the rows.
         pair_weights: See :func:`~moslim.evaluation.classifier_measures.pairwise`.
-        best_of: What :class:`~moslim.reward.BestOf` found.
+        best_of: What :class:`~moslim.evaluation.BestOf` found.
 
     Returns:
         Plain data that :mod:`json` writes as it is; see the module. It does not depend on the order of rows and pairs.

@@ -27,7 +27,7 @@ class Constrained(MappingFunction):
     The constraint holds for every answer, also where the prompt asks for nothing: there the objective counts with its
     mean over the batch's other answers, which neither rewards nor punishes. Requests for the held dimension
     are not passed on to the objective. To simply maximise another dimension ``B``, take
-    :class:`~moslim.mapping.TasteWeights` with the weights ``{B: 1}`` as objective.
+    :class:`~moslim.mapping.UserWeights` with the weights ``{B: 1}`` as objective.
 
     Args:
         objective: What is to be made large.

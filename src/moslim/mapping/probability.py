@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moslim.data.samplers import RunningLevels
-from moslim.mapping.base import MappingFunction
+from moslim.mapping.base import MappingFunction, RunningLevels
 from moslim.preferences import requested_probability
 from moslim.utils.errors import UsageError
 

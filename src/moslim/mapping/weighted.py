@@ -6,10 +6,11 @@ A user's weights: weights over the dimensions, as a file, and as a mapping.
 
 Fits a user's weights to a few dozen of their choices between two answers.
 
-    python -m moslim.mapping.weighted --choices choices.jsonl --classifier outputs/quickstart/reward/classifier --output user_weights.json
+    python -m moslim.mapping.weighted --choices choices.jsonl --classifier outputs/quickstart/reward/classifier \\
+        --output user_weights.json
 
 Every line of the file is ``{"question": ..., "chosen": ..., "rejected": ...}``. The result is an argument of
-:class:`~moslim.mapping.TasteWeights`.
+:class:`~moslim.mapping.UserWeights`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Weighted(MappingFunction):
 
 
 @dataclass(frozen=True)
-class UserWeights:
+class FittedWeights:
     """Weights of a utility ``sum_d w_d E[level_d] / (K_d - 1)``, fitted by :mod:`moslim.mapping.weighted`.
 
     Args:
@@ -128,7 +129,7 @@ class UserWeights:
         write_text(Path(path), json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> UserWeights:
+    def load(cls, path: str | Path) -> FittedWeights:
         """Inverse of :meth:`save`.
 
         Raises:
@@ -143,11 +144,11 @@ class UserWeights:
             raise MissingFileError(f"there is no file '{path}' (looked in {Path.cwd()})") from None
         except (TypeError, AttributeError, KeyError, ValueError) as error:
             raise UsageError(
-                f"{path} holds no user_weights ({error}): make one with `python -m moslim.mapping.weighted`"
+                f"{path} holds no user weights ({error}): make one with `python -m moslim.mapping.weighted`"
             ) from error
 
 
-class TasteWeights(MappingFunction):
+class UserWeights(MappingFunction):
     """``sum_d w_d E[level_d] / (K_d - 1)``: what somebody likes, whatever the prompt asks for.
 
     The heads' outputs are reward features, a person is a vector of weights over them (Barreto et al. 2025, "Capturing
@@ -161,29 +162,30 @@ class TasteWeights(MappingFunction):
 
     def __init__(self, path: str | None = None, weights: Mapping[str, float] | None = None) -> None:
         if (path is None) == (weights is None):
-            raise UsageError("TasteWeights takes either `path`, a fitted user_weights, or `weights`: give one of them")
-        self.user_weights = None if path is None else UserWeights.load(path)
+            raise UsageError("UserWeights takes either `path`, a fitted file, or `weights`: give one of them")
+        self.user_weights = None if path is None else FittedWeights.load(path)
         self.utility = dict(weights or {}) if self.user_weights is None else self.user_weights.weights
         if not self.utility:
-            raise UsageError("TasteWeights has no weights: name at least one dimension")
+            raise UsageError("UserWeights has no weights: name at least one dimension")
 
     def bind(self, preferences: PreferenceSet) -> None:
         """See the base class.
 
         Raises:
-            UsageError: A dimension with a weight is unknown, or has other levels than those the user_weights was fitted for.
+            UsageError: A dimension with a weight is unknown, or has other levels than those the user weights were
+                fitted for.
         """
         super().bind(preferences)
         for name in self.utility:
             if name not in preferences.names:
                 raise UsageError(
-                    f"there is a user_weights for '{name}', but `preferences` names only: {', '.join(preferences.names)}"
+                    f"there is a user weight for '{name}', but `preferences` names only: {', '.join(preferences.names)}"
                 )
             now = list(preferences[name].levels)
             if self.user_weights is not None and self.user_weights.levels[name] != now:
                 raise UsageError(
-                    f"the user_weights for '{name}' was fitted with the levels {', '.join(self.user_weights.levels[name])}; now "
-                    f"they are {', '.join(now)}: fit it again"
+                    f"the user weight for '{name}' was fitted with the levels {', '.join(self.user_weights.levels[name])}; "
+                    f"now they are {', '.join(now)}: fit it again"
                 )
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
@@ -284,7 +286,7 @@ def foretold(differences: Tensor, l2: float, folds: int = 50) -> float:
     return right.double().mean().item()
 
 
-def fit_taste(choices: list[UserChoice], scorer: Scorer, l2: float = 0.1) -> UserWeights:
+def fit_user_weights(choices: list[UserChoice], scorer: Scorer, l2: float = 0.1) -> FittedWeights:
     """Fits the weights of all of a classifier's dimensions.
 
     Args:
@@ -299,7 +301,7 @@ def fit_taste(choices: list[UserChoice], scorer: Scorer, l2: float = 0.1) -> Use
     top = torch.tensor(preferences.sizes) - 1
     differences = (expected_level(chosen) - expected_level(rejected)).double().cpu() / top
     weights, errors = logistic_weights(differences, l2)
-    return UserWeights(
+    return FittedWeights(
         weights=dict(zip(preferences.names, weights.tolist(), strict=True)),
         standard_errors=dict(zip(preferences.names, errors.tolist(), strict=True)),
         levels=preferences.to_dict(),
@@ -320,14 +322,15 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
     """
     if not Path(choices).is_file():
         raise MissingFileError(f"--choices {choices}: there is no such file")
-    user_weights = fit_taste(read_choices(choices), Scorer(classifier), l2)
+    user_weights = fit_user_weights(read_choices(choices), Scorer(classifier), l2)
     user_weights.save(output)
     print(
-        f"{user_weights.choices} choices, {user_weights.agreement:.0%} foretold by the others; weights in log-odds per full range:"
+        f"{user_weights.choices} choices, {user_weights.agreement:.0%} predicted by the others; "
+        "weights in log-odds per full range:"
     )
     for name, weight in sorted(user_weights.weights.items(), key=lambda item: -abs(item[1])):
         print(f"  {name:20} {weight:+6.2f} +- {user_weights.standard_errors[name]:.2f}")
-    print(f"written to {output}: use it with --model.mapping moslim.mapping.TasteWeights --model.mapping.path {output}")
+    print(f"written to {output}: use it with --model.mapping moslim.mapping.UserWeights --model.mapping.path {output}")
 
 
 def main(args: list[str] | None = None) -> None:

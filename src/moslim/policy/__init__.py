@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from moslim.utils.exports import lazy_exports
+from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
-    from moslim.algorithms.functional import CriticOptions as CriticOptions
     from moslim.ops.logprobs import ForwardConfig as ForwardConfig
     from moslim.policy.generation import OffPolicy as OffPolicy
     from moslim.policy.reward_functions import RewardFunction as RewardFunction
@@ -13,9 +12,8 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "CriticOptions": "moslim.algorithms.functional",
         "OffPolicy": "moslim.policy.generation",
-        "Passes": "moslim.ops.logprobs",
+        "ForwardConfig": "moslim.ops.logprobs",
         "RewardFunction": "moslim.policy.reward_functions",
     },
 )

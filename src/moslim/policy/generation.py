@@ -135,7 +135,8 @@ class OffPolicy:
     """What is done about answers that another policy sampled.
 
     Args:
-        cap: Largest weight of a token or answer by which its part of the loss is corrected; None corrects nothing.
+        importance_clip: Largest weight of a token or answer by which its part of the loss is corrected; None corrects
+            nothing.
         old_logprobs: What probability ratios compare with after the first optimizer step on a rollout; before it, the
             policy is compared with itself. ``auto`` takes the engine's log-probabilities wherever it had the current
             weights, but makes a forward pass for them where numbers are rounded to fewer digits than float32 has;
@@ -145,12 +146,14 @@ class OffPolicy:
         UsageError: An option is out of range.
     """
 
-    cap: float | None = 2.0
+    importance_clip: float | None = 2.0
     old_logprobs: OldLogprobs = "auto"
 
     def __post_init__(self) -> None:
-        if self.cap is not None and not self.cap >= 1:
-            raise UsageError(f"off_policy.cap is {self.cap}: give 1 or more, or null for no correction")
+        if self.importance_clip is not None and not self.importance_clip >= 1:
+            raise UsageError(
+                f"off_policy.importance_clip is {self.importance_clip}: give 1 or more, or null for no correction"
+            )
         if self.old_logprobs not in get_args(OldLogprobs):
             raise UsageError(f"off_policy.old_logprobs is '{self.old_logprobs}': give 'auto' or 'recompute'")
 

@@ -108,8 +108,8 @@ class PolicyTrainer(PolicyEvaluation):
 
         Resuming:
         reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
-        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the error that
-            compares them names them. A rollout in use is then made anew.
+        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the
+            error that compares them names them. A rollout in use is then made anew.
         seed: Seed of all that is drawn.
 
     Raises:

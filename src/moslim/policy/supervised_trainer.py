@@ -65,8 +65,8 @@ class SupervisedTrainer(RunModule, ServedModule):
         base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
             the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
-        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the error that
-            compares them names them.
+        accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the
+            error that compares them names them.
         seed: Seed of random weights, dropout and samples.
 
     Raises:

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from moslim.utils.exports import lazy_exports
+from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
-    from moslim.evaluation.best_of import BestOf as BestOf
     from moslim.reward.backbone import FeatureCache as FeatureCache
     from moslim.reward.heads import Link as Link
     from moslim.reward.losses import BradleyTerry as BradleyTerry
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "BestOf": "moslim.evaluation.best_of",
         "BradleyTerry": "moslim.reward.losses",
         "Corn": "moslim.reward.losses",
         "CrossEntropy": "moslim.reward.losses",

@@ -99,7 +99,7 @@ class RunModule(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Lightning's; a checkpoint that is not whole is refused by its path, see :mod:`moslim.training.checkpoint_files`."""
+        """Lightning's; a checkpoint that is not whole is refused, see :mod:`moslim.training.checkpoint_files`."""
         within: AbstractContextManager[None] = nullcontext()
         if isinstance(checkpoint_path, (str, Path)):
             check_checkpoint(checkpoint_path, weights_only is not False)

@@ -363,7 +363,7 @@ class MoslimParser(LightningArgumentParser):
     """Says in one line which option is wrong, in which file, and why."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds an argument; a config is a layer over those before it, see :func:`~moslim.training.config_files.forget`."""
+        """Adds an argument; a config is a layer over those before it, see :func:`forget`."""
         if kwargs.get("action") is ActionConfigFile:
             kwargs["action"] = _ConfigLayer
         return super().add_argument(*args, **kwargs)

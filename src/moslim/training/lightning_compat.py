@@ -1,16 +1,7 @@
-"""Private interfaces of Lightning, W&B and jsonargparse, all in one place.
-
-Private and undocumented interfaces of Lightning, jsonargparse and W&B: every use of one is in this module.
+"""Every use of a private or undocumented interface of Lightning, jsonargparse, W&B, transformers, peft and torch.
 
 A release of these libraries may change them without notice. Each function or class names the interface and the version
-that it was checked with; ``tests/training/test_lightning_compat.py`` names the interface that has changed. Those of
-transformers, peft and torch are in :mod:`moslim.training.lightning_compat`.
-
-Private and undocumented interfaces of transformers, peft and torch: every use of one is in this module.
-
-A release of these libraries may change them without notice. Each function names the interface and the version that it
-was checked with; ``tests/training/test_transformers_compat.py`` names the interface that has changed. Those of Lightning,
-jsonargparse and W&B are in :mod:`moslim.training.lightning_compat`.
+that it was checked with; the tests of this module name the interface that has changed.
 
 Some names are undocumented, too, but used as they are: the tables of class names by ``model_type`` in
 ``transformers.models.auto.modeling_auto`` and the attention function ``sdpa_attention_forward`` (transformers 5.23).
