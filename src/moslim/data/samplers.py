@@ -22,14 +22,9 @@ import torch
 from torch import Tensor
 
 from moslim.data.types import Source
-from moslim.mapping.base import RunningLevels
+from moslim.mapping.base import RunningLevels, level_keys
 from moslim.preferences import Dimension, Preference, PreferenceSet, expected_distance
 from moslim.utils.errors import UsageError
-
-
-def level_keys(dimension: Dimension) -> list[str]:
-    """Names of a dimension's levels for states and logs: ``dimension/level``, lowest first."""
-    return [f"{dimension.name}/{level}" for level in dimension.levels]
 
 
 TRIES = 1000

@@ -6,7 +6,7 @@ The result of a test as one plain JSON document, ``reward.json``.
 |---|---|
 | ``schema`` | version of this document; a key that is added does not change it |
 | ``weights`` | added by the test stage: a fingerprint of the weights that were tested |
-| ``dimensions`` | by dimension: ``levels``, ``n_rows``, measures, ``recall``, ``confusion``, ``interval`` (95%, by question) |
+| ``dimensions`` | by dimension: ``levels``, ``n_rows``, measures, ``recall``, ``confusion``, ``interval`` (95%) |
 | ``mean`` | each measure's mean over the dimensions where it is defined |
 | ``baseline`` | by dimension: always the most frequent label of these rows: ``level``, ``accuracy``, ``within_one`` |
 | ``subsets`` | by subset: ``n_rows``, ``dimensions``, ``mean`` |

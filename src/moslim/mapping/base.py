@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moslim.ops.numerics import full_precision
 from moslim.plugin import Plugin
-from moslim.preferences import INACTIVE, PreferenceSet, level_keys
+from moslim.preferences import INACTIVE, Dimension, PreferenceSet
 from moslim.utils.errors import UsageError
 
 
@@ -194,3 +194,8 @@ class RunningLevels:
         spread = values.var(correction=0).item()
         variance = (1 - share) * variance + share * spread + share * (1 - share) * shift**2
         self._seen[key] = [count + n, mean + share * shift, variance]
+
+
+def level_keys(dimension: Dimension) -> list[str]:
+    """Names of a dimension's levels for states and logs: ``dimension/level``, lowest first."""
+    return [f"{dimension.name}/{level}" for level in dimension.levels]

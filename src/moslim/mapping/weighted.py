@@ -184,7 +184,8 @@ class UserWeights(MappingFunction):
             now = list(preferences[name].levels)
             if self.user_weights is not None and self.user_weights.levels[name] != now:
                 raise UsageError(
-                    f"the user weight for '{name}' was fitted with the levels {', '.join(self.user_weights.levels[name])}; "
+                    f"the user weight for '{name}' was fitted with "
+                    f"{', '.join(self.user_weights.levels[name])}; "
                     f"now they are {', '.join(now)}: fit it again"
                 )
 

@@ -20,6 +20,7 @@ from moslim.evaluation.best_of import BestOf
 from moslim.preferences import PreferenceSet
 from moslim.reward.reward_classifier import RewardClassifier
 from moslim.workbench.answers import best_of_records
+from moslim.evaluation.classifier_report import summary_table
 from moslim.workbench.grammar import LEVELS, TOPICS
 from tests.helpers.tiny_world import save_world
 from tests.helpers.word_task import WordSource
@@ -192,7 +193,7 @@ def test_unknown_dimension_in_pair_weights(preferences: PreferenceSet, backbone:
         RewardClassifier(preferences, backbone, pair_weights={"style": 1.0})
 
 
-def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     save_world(tmp_path)
@@ -219,6 +220,8 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     mapping = ["--model.best_of.mapping", "TargetProbability", "--model.best_of.mapping.scope", "group"]
     run(["test", "--config", "config.yaml", "--ckpt_path", "none", *mapping])
     result = json.loads(Path("report/reward.json").read_text())
+    said = capsys.readouterr().out
+    assert said.startswith(summary_table(result)) and said.count("accuracy") == 2  # of heads and best of n
     assert result["n_rows"] == 16 and set(result["subsets"]) == {"adversarial"}
     assert result["best_of"]["n_prompts"] == 6 and result["best_of"]["paraphrases"]["n"] == 12
     assert result["best_of"]["mapping"] == "TargetProbability"
