@@ -23,9 +23,8 @@ from torch import Tensor
 
 from moslim.data.types import Source
 from moslim.mapping.base import RunningLevels, level_keys
-from moslim.preferences import Dimension, Preference, PreferenceSet, expected_distance
+from moslim.preferences import Preference, PreferenceSet, expected_distance
 from moslim.utils.errors import UsageError
-
 
 TRIES = 1000
 """Draws after which a sampler gives up."""

@@ -17,10 +17,10 @@ from moslim.cli import run
 from moslim.data.data_module import PreferenceDataModule
 from moslim.data.types import Example, RowKind, Split
 from moslim.evaluation.best_of import BestOf
+from moslim.evaluation.classifier_report import summary_table
 from moslim.preferences import PreferenceSet
 from moslim.reward.reward_classifier import RewardClassifier
 from moslim.workbench.answers import best_of_records
-from moslim.evaluation.classifier_report import summary_table
 from moslim.workbench.grammar import LEVELS, TOPICS
 from tests.helpers.tiny_world import save_world
 from tests.helpers.word_task import WordSource
