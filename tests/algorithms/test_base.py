@@ -73,7 +73,7 @@ def test_equal_answers_score_nothing(floor):
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])
-@pytest.mark.parametrize("samples", [3, 7, 16])
+@pytest.mark.parametrize("num_generations", [3, 7, 16])
 def test_rounding_is_not_blown_up(floor, num_generations):
     rewards = torch.linspace(-3, 3, 200)[:, None, None].expand(200, num_generations, 1)  # their mean is rounded
     assert normalize_then_sum(rewards, floor).abs().max() < 0.01

@@ -66,14 +66,15 @@ def test_kl_is_no_part_of_the_advantages_but_the_penalty_is():
 
 
 @pytest.mark.parametrize(
-    ("reduction", "expected"), [("grpo", (2.0 + 9.0) / 2), ("token_mean", 15 / 4), ("constant", (6 / 5 + 9 / 5) / 2)]
+    ("loss_agg_mode", "expected"),
+    [("grpo", (2.0 + 9.0) / 2), ("token_mean", 15 / 4), ("constant", (6 / 5 + 9 / 5) / 2)],
 )
 def test_the_three_reductions(loss_agg_mode, expected):
     values = torch.tensor([[1.0, 2.0, 3.0], [9.0, 100.0, 100.0]])
     assert reduce_tokens(values, MASK, loss_agg_mode, 5).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_agg_mode", REDUCTIONS)
 def test_on_policy_loss_and_gradient(loss_agg_mode):
     logprobs = OLD.clone().requires_grad_()
     found = GRPO(kl_coef=0.0, loss_agg_mode=loss_agg_mode).loss(batch(logprobs))
@@ -100,7 +101,7 @@ def test_tokens_are_clipped_one_by_one():
     torch.testing.assert_close(gradient, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_agg_mode", REDUCTIONS)
 @pytest.mark.parametrize(("kind", "estimate"), [("k2", k2), ("k3", k3)])
 def test_kl_term_on_policy(kind, estimate, loss_agg_mode):
     found = GRPO(kl_coef=0.5, kl=kind, loss_agg_mode=loss_agg_mode).loss(
@@ -138,7 +139,7 @@ def test_without_a_reference_or_weight_there_is_no_kl_term():
         assert "kl_loss" not in optimizer.loss(batch(OLD, OLD, ref_logprobs, ADVANTAGES, MASK, 5)).metrics
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_agg_mode", REDUCTIONS)
 def test_padding_is_ignored(loss_agg_mode):
     rubbish = torch.where(MASK, OLD, torch.tensor(7.0))
     optimizer = GRPO(loss_agg_mode=loss_agg_mode)
@@ -147,7 +148,7 @@ def test_padding_is_ignored(loss_agg_mode):
     torch.testing.assert_close(dirty.loss, clean.loss)
 
 
-@pytest.mark.parametrize(("option", "value"), [("kl", "k1"), ("reduction", "mean"), ("scale", "all")])
+@pytest.mark.parametrize(("option", "value"), [("kl", "k1"), ("loss_agg_mode", "mean"), ("scale", "all")])
 def test_wrong_options_are_named(option, value):
     with pytest.raises(ValueError, match=f"{option} is '{value}'"):
         GRPO(**{option: value})

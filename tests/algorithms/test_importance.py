@@ -41,7 +41,7 @@ def test_in_the_sequence_form_an_answer_has_one_weight():
 @pytest.mark.parametrize("kl", ["k2", "k3"])
 def test_a_kl_in_the_loss_is_weighted_too(kl):
     optimizer = GRPO(kl_coef=0.5, kl=kl)
-    options = {"reference": REFERENCE, "advantages": 0 * ADVANTAGES}
+    options = {"ref_logprobs": REFERENCE, "advantages": 0 * ADVANTAGES}
     plain, weighted = (
         gradient(optimizer, **options),
         gradient(optimizer, behavior_logprobs=SAMPLER, importance_clip=2.0, **options),
@@ -81,7 +81,8 @@ def test_ppo_weights_the_policy_and_not_the_critic():
         -WEIGHTS * ADVANTAGES[:, None] * MASK / 4,
     )
     losses = [
-        PPO().loss(batch(OLD, **more, **own)).metrics["value_loss"] for own in ({}, {"sampler": SAMPLER, "cap": 2.0})
+        PPO().loss(batch(OLD, **more, **own)).metrics["value_loss"]
+        for own in ({}, {"behavior_logprobs": SAMPLER, "importance_clip": 2.0})
     ]
     assert losses[0] == losses[1] > 0
 

@@ -6,21 +6,22 @@ from tests.helpers.optimizer_tables import MASK, REDUCTIONS
 
 
 @pytest.mark.parametrize(
-    ("reduction", "expected"), [("grpo", (2.0 + 9.0) / 2), ("token_mean", 15 / 4), ("constant", (6 / 5 + 9 / 5) / 2)]
+    ("loss_agg_mode", "expected"),
+    [("grpo", (2.0 + 9.0) / 2), ("token_mean", 15 / 4), ("constant", (6 / 5 + 9 / 5) / 2)],
 )
 def test_the_three_reductions(loss_agg_mode, expected):
     values = torch.tensor([[1.0, 2.0, 3.0], [9.0, 100.0, 100.0]])
     assert reduce_tokens(values, MASK, loss_agg_mode, 5).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_agg_mode", REDUCTIONS)
 def test_an_answer_with_an_empty_mask_does_not_count(loss_agg_mode):
     values, mask = torch.tensor([[1.0, 2.0], [7.0, 7.0]]), torch.tensor([[True, True], [False, False]])
     assert reduce_tokens(values, mask, loss_agg_mode, 5) == reduce_tokens(values[:1], mask[:1], loss_agg_mode, 5)
     assert reduce_tokens(values, mask & False, loss_agg_mode, 5) == 0
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_agg_mode", REDUCTIONS)
 def test_parts_of_a_step_average_to_the_whole(loss_agg_mode):
     values = torch.arange(12.0).reshape(4, 3)
     mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)

@@ -7,12 +7,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moslim import recurrence, tree_attention
 from moslim.algorithms.functional import TrunkReader
 from moslim.algorithms.ppo import PPO
 from moslim.algorithms.rloo import RLOO
 from moslim.generation.decoding import Decoding, continues
 from moslim.generation.torch_engine import TorchEngine
+from moslim.ops import prefix_tree
 from moslim.ops.length_bucketing import CompletionBatch
 from moslim.ops.logprobs import ForwardConfig, completion_logprobs, plan
 from moslim.ops.prefix_tree import carries_state, masks_left_padding, reads_trees
@@ -126,17 +126,17 @@ def test_a_critic_s_states_are_those_of_each_text_by_itself(kind, models, prompt
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trial_of_trees_catches_what_is_not_declared(kind, models, monkeypatch):
     assert not reads_trees(models[kind].base_model, torch.device("cpu"))
-    monkeypatch.setattr(tree_attention, "carries_state", lambda trunk: False)
+    monkeypatch.setattr(prefix_tree, "carries_state", lambda trunk: False)
     monkeypatch.setattr(
-        tree_attention, "_KINDS", {"full_attention", "sliding_attention", "conv", "linear_attention", "hybrid"}
+        prefix_tree, "_KINDS", {"full_attention", "sliding_attention", "conv", "linear_attention", "hybrid"}
     )
-    assert not tree_attention._agrees(models[kind].base_model, torch.device("cpu"))
+    assert not prefix_tree._agrees(models[kind].base_model, torch.device("cpu"))
 
 
 def test_what_minds_padding_is_found_out_and_said_once(models, monkeypatch):
     said = []
-    monkeypatch.setattr(recurrence, "inform", said.append)
-    recurrence.say_once.cache_clear()
+    monkeypatch.setattr(prefix_tree, "inform", said.append)
+    prefix_tree.say_once.cache_clear()
     found = {kind: masks_left_padding(build(kind)) for kind in KINDS}
     assert found == {kind: kind not in UNCACHED for kind in KINDS}
     continues(build("rwkv")), continues(build("rwkv"))

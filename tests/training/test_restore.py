@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
+from moslim.callbacks.monitors import StepCheckpoint
 from moslim.cli import run
 from moslim.preferences import PreferenceSet
 from moslim.training.checkpointing import best_checkpoint_of, newest_checkpoint
-from moslim.training.trainer import MoslimTrainer, StepCheckpoint
+from moslim.training.trainer import MoslimTrainer
 from moslim.utils.errors import MissingFileError, UsageError
 from tests.helpers.cli_folder import CONFIG, PARTS
 from tests.helpers.cli_parts import Data, Plain

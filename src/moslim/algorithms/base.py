@@ -338,7 +338,7 @@ class PolicyGradient(PolicyOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.one_of("reduction", get_args(LossAggMode))
+        self.one_of("loss_agg_mode", get_args(LossAggMode))
         self.at_least("kl_coef", 0)
         self.at_least("entropy_coef", 0)
         self.above("dual_clip", 1)

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,11 @@ from moslim.data.types import Question
 from moslim.mapping.base import MappingFunction
 from moslim.plugin import Plugin
 from moslim.preferences import INACTIVE, PreferenceSet, expected_level
-from moslim.reward.scorer import Scorer
-from moslim.training.command_errors import reported, without_flag
-from moslim.training.config_files import MoslimParser
 from moslim.utils.errors import MissingFileError, UsageError, as_number, quoted
 from moslim.utils.files import write_text
+
+if TYPE_CHECKING:
+    from moslim.reward.scorer import Scorer
 
 
 class Weighted(MappingFunction):
@@ -313,7 +313,7 @@ def fit_user_weights(choices: list[UserChoice], scorer: Scorer, l2: float = 0.1)
 
 
 def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> None:
-    """Fits a user_weights to a file of choices and writes it.
+    """Fits user weights to a file of choices and writes them.
 
     Args:
         choices: JSON Lines of question, chosen and rejected answer.
@@ -321,6 +321,8 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
         output: JSON file to write.
         l2: Strength of the regularisation; the prior of a weight has a standard deviation of l2 ** -0.5.
     """
+    from moslim.reward.scorer import Scorer
+
     if not Path(choices).is_file():
         raise MissingFileError(f"--choices {choices}: there is no such file")
     user_weights = fit_user_weights(read_choices(choices), Scorer(classifier), l2)
@@ -337,6 +339,9 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
 def main(args: list[str] | None = None) -> None:
     """The command line; see the module."""
     from jsonargparse import auto_cli
+
+    from moslim.training.command_errors import reported, without_flag
+    from moslim.training.config_files import MoslimParser
 
     arguments = without_flag(sys.argv[1:] if args is None else args)
     with reported():

@@ -13,14 +13,13 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from moslim.generation.base import RolloutEngine
 from moslim.ops.numerics import at_least_float32
 from moslim.training.lightning_compat import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -39,6 +38,9 @@ _SHOWN = 4
 _CONSTANTS = re.compile(r"(\.masked_bias|\.attn\.bias|\.attn\.attention\.bias|\.attention\.bias|\.inv_freq)$")
 """Names of causal masks and of rotation frequencies, which earlier versions of transformers saved with the weights."""
 _INDEX = ".safetensors.index.json"
+
+if TYPE_CHECKING:
+    from moslim.generation.base import RolloutEngine
 
 
 def load_whole(
