@@ -88,9 +88,8 @@ def classes(lab: Lab) -> Any:
 def test_every_class_of_the_page_is_used_by_one_of_its_commands() -> None:
     defined = set(re.findall(r"^class (\w+)\(", PAGE, re.MULTILINE))
     assert {"Narrowing", "RankReinforce"} <= defined
-    assert defined - {"ScoredText"} == {
-        name for command in COMMANDS for name in re.findall(r"my_lab\.([A-Z]\w+)", command)
-    }
+    named = {name for command in COMMANDS for name in re.findall(r"my_lab\.([A-Z]\w+)", command)}
+    assert defined == {*named, "ScoredText"}  # which SteerLM makes
 
 
 def test_every_base_class_of_the_table_exists_with_what_is_to_be_written() -> None:
@@ -243,11 +242,6 @@ def test_the_source_serves_a_classifier_and_a_test_as_well(lab: Lab, classes: An
 # --- batch views and kinds of requests
 
 
-def test_a_conditional_method_takes_under_forty_lines() -> None:
-    (code,) = [code for _, _, code in BLOCKS if "class SteerLM" in code]
-    assert len(code.splitlines()) < 40
-
-
 def _check_prompts(cli: MoslimCLI, rows: list[Example], levels: list[dict[str, int]]) -> None:
     """Checks that the prompts trained on name these levels, and that the loss is on the answers alone."""
     view, data, model = cli.model.batch_view, cli.datamodule, cli.model
@@ -291,8 +285,10 @@ def test_a_conditional_method_with_levels_of_a_classifier(lab: Lab) -> None:
 
 def test_a_conditional_model_is_asked_for_levels(lab: Lab) -> None:
     lab.documented("my_lab.SteerLM")
-    command = "predict --config configs/quickstart/starter.yaml --model my_lab.SteerLM --model.architecture null"
-    given = ["--model.model", "outputs/steerlm", "--model.predictions", "outputs/steered.jsonl"]
+    command = (
+        "predict --config configs/quickstart/starter.yaml --model.class_path my_lab.SteerLM --model.architecture null"
+    )
+    given = ["--model.model", "outputs/steerlm", "--model.predictions", "outputs/steered.jsonl", "--ckpt_path", "none"]
     lab.run(command, *given, "--data.eval_batch_size", "4")
     lines = (lab.folder / "outputs/steered.jsonl").read_text().splitlines()
     assert len(lines) == 4

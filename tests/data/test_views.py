@@ -92,6 +92,12 @@ def test_an_instruction_without_room_is_said_before_the_first_step(tokenizer, pr
         instructed(tokenizer, preferences, Example("a", "b", {"size": 1, "heat": 0}), max_length=8)
 
 
+def test_an_encoder_without_room_for_an_instruction_refuses_the_row(tokenizer, preferences):
+    _, module_data = instructed(tokenizer, preferences, Example("a", "b", {"size": 1}))
+    with pytest.raises(ValueError, match="leaves no room for an answer in 8"):
+        module_data.pair_encoder(8).spans("a", "b", Preference({"size": 1}))
+
+
 def test_predict_asks_for_the_levels_of_its_rows(tokenizer, preferences):
     source = Given(Example("a", None, {"heat": 1}))
     (batch,) = trainer().predict(Recorder(InstructedTextView(), tokenizer), data(preferences, source=source))

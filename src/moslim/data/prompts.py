@@ -280,8 +280,17 @@ class PairEncoder:
     def _instruction_alone(
         self, messages: list[Message], end: list[int], most: int, preference: Preference
     ) -> tuple[list[int], list[int]]:
-        """A prompt whose question is gone, and what of the answer fits behind it; :meth:`check` has found room."""
+        """A prompt whose question is gone, and what of the answer fits behind it.
+
+        Raises:
+            UsageError: The instruction leaves no room, which :meth:`check` finds before, where rows are checked.
+        """
         prompt = self._ids(without_start(messages, None, self.encoder.least), preference)
+        if len(prompt) >= most:
+            raise UsageError(
+                f"the prompt without its question takes {len(prompt)} tokens, which leaves no room for an answer in "
+                f"{most}: raise max_length or shorten the instruction or system message"
+            )
         self.truncation.questions += 1
         self.truncation.answers += 1
         return prompt, self._last_tokens(end, most - len(prompt))
