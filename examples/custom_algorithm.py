@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from moslim import PolicyTrainer, PreferenceDataModule, PreferenceSet
-from moslim.algorithms import GroupScores, PolicyGradient
+from moslim.algorithms import AdvantageInputs, PolicyGradient
 from moslim.data import Workbench
 from moslim.generation import TorchEngine
 from moslim.mapping import ExpectedDistance
@@ -37,7 +37,7 @@ class MedianBaseline(PolicyGradient):
 
     limit: float = 2.0
 
-    def advantages(self, rewards: GroupScores) -> Tensor:
+    def advantages(self, rewards: AdvantageInputs) -> Tensor:
         """``[prompts, completions]``; completions that no reward applies to are compared among themselves."""
         score = self.scores_less_kl(rewards)
         peers = score[:, None, :].expand_as(rewards.peers).masked_fill(~rewards.peers, torch.nan)
