@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moslim.algorithms.functional import CriticOptions, TrunkReader, ValueHead
+from moslim.algorithms.functional import CriticOptions, HiddenStateReader, ValueHead
 from moslim.ops.length_bucketing import CompletionBatch
 from moslim.ops.logprobs import ForwardConfig, completion_logprobs
 from moslim.ops.lora import merged
@@ -57,7 +57,7 @@ def test_hidden_states_are_those_under_the_output_layer(kind, models, batch):
     model, ids, attention = models[kind], batch.input_ids, batch.attention_mask
     positions = (attention.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits
-    hidden = TrunkReader(model).states(4, input_ids=ids, attention_mask=attention, position_ids=positions)
+    hidden = HiddenStateReader(model).states(4, input_ids=ids, attention_mask=attention, position_ids=positions)
     torch.testing.assert_close(model.get_output_embeddings()(hidden), logits[:, -4:])
 
 
@@ -67,7 +67,7 @@ def test_each_token_is_valued_by_the_state_before_it(form, tokenizer, batch):
     models = build(form, tokenizer)
     positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "position_ids": positions}
-    hidden = TrunkReader(models.policy).states(9, **inputs)
+    hidden = HiddenStateReader(models.policy).states(9, **inputs)
     expected = models.critic(hidden[:, 4:8]) * batch.mask  # prompts have five columns
     torch.testing.assert_close(models.values(batch, ForwardConfig()), expected, atol=1e-5, rtol=1e-5)
 
@@ -148,7 +148,7 @@ def test_a_critic_with_an_adapter_leaves_policy_and_reference_alone(tokenizer, m
 
 def test_without_options_there_is_no_critic(tokenizer):
     models = PolicyModels(build_model("llama", tokenizer), LORA)
-    assert models.critic is None and not models.critic_shares_trunk
+    assert models.critic is None and not models.critic_shares_backbone
 
 
 def test_an_adapter_needs_a_frozen_base_and_kept_activations(tokenizer):

@@ -86,7 +86,7 @@ def test_one_number_can_have_the_gradient_alone(inputs):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_frozen_layer_and_a_frozen_trunk(inputs):
+def test_a_frozen_layer_and_a_frozen_backbone(inputs):
     hidden, _, tokens, _ = inputs
     head = linear(1, True)
     both = torch.autograd.grad(

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moslim.algorithms.functional import TrunkReader
+from moslim.algorithms.functional import HiddenStateReader
 from moslim.algorithms.ppo import PPO
 from moslim.algorithms.rloo import RLOO
 from moslim.generation.decoding import Decoding, continues
@@ -116,7 +116,7 @@ def test_a_critic_s_states_are_those_of_each_text_by_itself(kind, models, prompt
     batch = CompletionBatch(torch.cat([ids, answers], 1), torch.cat([mask, kept.long()], 1), kept)
     for one in plan(model, batch, ForwardConfig()):
         with torch.no_grad():
-            states = one.states(TrunkReader(model))
+            states = one.states(HiddenStateReader(model))
             for state, row, column in zip(states, one.rows, one.columns, strict=True):
                 text = torch.cat([ids[row][mask[row] == 1], answers[row, :column]])
                 alone = model.base_model(input_ids=text[None], use_cache=False).last_hidden_state[0, -1]
@@ -126,7 +126,7 @@ def test_a_critic_s_states_are_those_of_each_text_by_itself(kind, models, prompt
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_trial_of_trees_catches_what_is_not_declared(kind, models, monkeypatch):
     assert not reads_trees(models[kind].base_model, torch.device("cpu"))
-    monkeypatch.setattr(prefix_tree, "carries_state", lambda trunk: False)
+    monkeypatch.setattr(prefix_tree, "carries_state", lambda backbone: False)
     monkeypatch.setattr(
         prefix_tree, "_KINDS", {"full_attention", "sliding_attention", "conv", "linear_attention", "hybrid"}
     )

@@ -190,7 +190,7 @@ class ValueHead(nn.Module):
         return apply_wide(self.linear, states)[..., 0].clone()  # a view could lose the hooks of FSDP
 
 
-class TrunkReader:
+class HiddenStateReader:
     """Reads hidden states of answers, without computing logits, for :class:`moslim.ops.logprobs.CompletionPass`.
 
     Args:

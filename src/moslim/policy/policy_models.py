@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from moslim.algorithms.functional import CriticOptions, TrunkReader, ValueHead
+from moslim.algorithms.functional import CriticOptions, HiddenStateReader, ValueHead
 from moslim.ops.length_bucketing import CompletionBatch
 from moslim.ops.loading import freeze_unread, hidden_width, transformer_part, unwrapped
 from moslim.ops.logprobs import ForwardConfig, completion_logprobs, plan
@@ -64,7 +64,7 @@ class PolicyModels:
             model.train()  # transformers recomputes activations in training mode only
         self.policy: Any = add_lora(model, lora, name="policy") if lora else model
         self.critic = ValueHead(hidden_width(model.config)).to(at_least_float32(model.dtype)) if critic else None
-        self.critic_shares_trunk = critic is not None and critic.lora is None
+        self.critic_shares_backbone = critic is not None and critic.lora is None
         self.active: Role = "policy"
         self._adapters: dict[Role, list[str]] = {}  # names: sharding puts other parameters in their places
         self._shards: list[StepShards] = []
@@ -194,7 +194,7 @@ class PolicyModels:
         with self.activate("critic") as model:
             result = torch.zeros(batch.mask.shape, dtype=at_least_float32(model.dtype), device=batch.mask.device)
             for one in plan(model, batch, forward_config, among):
-                one.put(result, self.critic(one.states(TrunkReader(model))))
+                one.put(result, self.critic(one.states(HiddenStateReader(model))))
         return result
 
     def _adapter(self, role: Role) -> Role | None:

@@ -223,7 +223,7 @@ def policy_outputs(
     logprobs = torch.zeros(minibatch.mask.shape, dtype=predictor.dtype, device=minibatch.mask.device)
     entropies = torch.zeros_like(logprobs) if entropy else None
     # the states that predict tokens are what a critic on the policy's trunk reads, too
-    values = torch.zeros_like(logprobs) if models.critic_shares_trunk and predictor.head is not None else None
+    values = torch.zeros_like(logprobs) if models.critic_shares_backbone and predictor.head is not None else None
     divergence = logprobs.new_zeros(())
     for group, compared in ((needed & ~uninstructed, False), (uninstructed, True)):
         answer_passes = plan(models.policy, minibatch.batch, forward_config, group.nonzero()[:, 0])
