@@ -242,7 +242,7 @@ _VARIABLE = "MOSLIM_DEBUG"
 _STOPPED = (GuardError, GateError, ServerError)
 _DOTTED_ERROR = re.compile(r"^[ |+-]*([A-Za-z_][\w.]*(?:Error|Exception)): ?", re.MULTILINE)
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-_OWN = str(Path(__file__).parent)
+_OWN = str(Path(__file__).parents[1])
 
 
 @dataclass

@@ -29,7 +29,7 @@ from moslim.training.command_errors import debugging, in_own_code, shortened
 from moslim.training.lightning_compat import before_options, option_names
 from moslim.utils.errors import UsageError
 
-SHIPPED = Path(__file__).parent / "configs"
+SHIPPED = Path(__file__).parents[1] / "configs"
 """Folder of the shipped configs: in a checkout a link to ``configs``, in a wheel a copy of it."""
 PREFIX = "configs:"
 _SHIPPED_NAME = re.compile(rf"{PREFIX}([\w.-]+/)*[\w.-]+\.ya?ml")
