@@ -26,8 +26,8 @@ from racers import ours
 from worlds import World, save, worlds
 
 from moslim import PolicyTrainer
+from moslim.ops import ForwardConfig
 from moslim.ops.prefix_tree import in_order
-from moslim.policy import ForwardConfig
 
 WAYS = {"with": ForwardConfig(share_prefixes="always"), "without": ForwardConfig(share_prefixes="never")}
 

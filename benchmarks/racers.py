@@ -63,7 +63,8 @@ class Turns(Callback):
 def ours(world: World, folder: Path, steps: int, callbacks: list[Callback], settings: dict[str, Any]) -> None:
     """This project's policy stage; the settings are of passes, decoding and off_policy, and a number of processes."""
     from moslim.generation import Decoding
-    from moslim.policy import ForwardConfig, OffPolicy
+    from moslim.ops import ForwardConfig
+    from moslim.policy import OffPolicy
 
     options = {
         "engine": TorchEngine(world.new_tokens, decoding=Decoding(**settings.get("decoding", {}))),

@@ -23,7 +23,6 @@ PACKAGES = (
     "moslim.ops",
     "moslim.policy",
     "moslim.reward",
-    "moslim.ops",
     "moslim.training",
 )
 
@@ -63,7 +62,7 @@ def test_printed_configs_name_classes_by_their_public_paths() -> None:
     checked = 0
     for name, (package,) in public().items():
         kind = getattr(import_module(package), name)
-        if not inspect.isclass(kind) or inspect.isabstract(kind) or not kind.__module__.startswith(f"{package}."):
+        if not inspect.isclass(kind) or inspect.isabstract(kind):
             continue
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--kind", type=type[object])

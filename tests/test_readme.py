@@ -39,7 +39,7 @@ PARTS = [
 def shipped(base: type) -> set[str]:
     """Names of the classes of the package that can be chosen in the place of a base class."""
     below = {kind for one in base.__subclasses__() for kind in [one, *one.__subclasses__()]}
-    ours = {kind for kind in below if kind.__module__.startswith("moslim.")}
+    ours = {kind for kind in below if re.match(r"moslim\.(?!experimental)", kind.__module__)}
     return {kind.__name__ for kind in ours if not inspect.isabstract(kind)}
 
 

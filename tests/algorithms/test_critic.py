@@ -127,23 +127,23 @@ def test_what_the_value_loss_trains(form, tokenizer, batch):
 
 
 def test_a_critic_with_an_adapter_leaves_policy_and_reference_alone(tokenizer, models, batch):
-    models = build("adapter", tokenizer)
-    names = set(trained(models))
-    optimizer = torch.optim.SGD([*trained(models).values(), *models.critic.parameters()], lr=0.1)
+    shared = build("adapter", tokenizer)
+    names = set(trained(shared))
+    optimizer = torch.optim.SGD([*trained(shared).values(), *shared.critic.parameters()], lr=0.1)
     with torch.no_grad():
         start = completion_logprobs(models["grouped"], batch, 1.0, PLAIN)
-        before = models.values(batch, PLAIN)
+        before = shared.values(batch, PLAIN)
     for _ in range(3):
         optimizer.zero_grad()
-        models.values(batch, PLAIN).square().sum().backward()
+        shared.values(batch, PLAIN).square().sum().backward()
         optimizer.step()
     with torch.no_grad():
-        assert not torch.allclose(models.values(batch, PLAIN), before)
-        assert torch.equal(completion_logprobs(models.policy, batch, 1.0, PLAIN), start)
-        assert torch.equal(models.ref_logprobs(batch, 1.0, PLAIN), start)
-        exported = merged(models.policy)
+        assert not torch.allclose(shared.values(batch, PLAIN), before)
+        assert torch.equal(completion_logprobs(shared.policy, batch, 1.0, PLAIN), start)
+        assert torch.equal(shared.ref_logprobs(batch, 1.0, PLAIN), start)
+        exported = merged(shared.policy)
         torch.testing.assert_close(completion_logprobs(exported, batch, 1.0, PLAIN), start)
-    assert set(trained(models)) == names and {".policy." in name for name in names} == {True, False}
+    assert set(trained(shared)) == names and {".policy." in name for name in names} == {True, False}
 
 
 def test_without_options_there_is_no_critic(tokenizer):

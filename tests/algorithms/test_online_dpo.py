@@ -73,7 +73,7 @@ def test_dimensions_normalised_first():
 
 def test_a_reference_is_needed_always():
     assert OnlineDPO().needs_reference
-    with pytest.raises(ValueError, match="ref_logprobs"):
+    with pytest.raises(ValueError, match="reference"):
         OnlineDPO().loss(batch(LOGPROBS, torch.zeros(6, 1), None, SIGNS, ONE, num_generations=3))
 
 

@@ -102,7 +102,7 @@ def test_a_controller_needs_something_to_control():
 
 
 def test_a_reduction_of_token_losses_needs_token_losses():
-    with pytest.raises(ValueError, match="reduction is 'grpo', but ratio 'sequence'"):
+    with pytest.raises(ValueError, match="loss_agg_mode is 'grpo', but importance_sampling_level 'sequence'"):
         RLOO(loss_agg_mode="grpo", importance_sampling_level="sequence")
     found = RLOO(importance_sampling_level="token", loss_agg_mode="grpo").loss(batch(OLD))
     assert found.loss.item() == pytest.approx(-(2 - 1) / 2)

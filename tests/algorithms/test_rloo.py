@@ -43,7 +43,7 @@ def test_on_policy_gradients_agree_up_to_the_length_limit():
     gradients = {}
     for ratio in ("sequence", "token"):
         logprobs = OLD.clone().requires_grad_()
-        parts = RLOO(ratio=ratio).loss(batch(logprobs))
+        parts = RLOO(importance_sampling_level=ratio).loss(batch(logprobs))
         (gradients[ratio],) = torch.autograd.grad(parts.loss, logprobs)
     expected = -ADVANTAGES[:, None] * MASK / 2  # minus advantage per answer token, mean over two answers
     torch.testing.assert_close(gradients["sequence"], expected)
@@ -63,7 +63,7 @@ def test_on_policy_gradients_agree_up_to_the_length_limit():
 def test_clipping(ratio, shift, advantage, objective, clipped):
     logprobs = torch.tensor([[-1.0 + shift]], requires_grad=True)
     one, mask = torch.tensor([[-1.0]]), torch.tensor([[True]])
-    found = RLOO(ratio=ratio).loss(batch(logprobs, one, None, torch.tensor([advantage]), mask, 1))
+    found = RLOO(importance_sampling_level=ratio).loss(batch(logprobs, one, None, torch.tensor([advantage]), mask, 1))
     assert found.loss.item() == pytest.approx(-objective, rel=1e-5) and found.metrics["clip_fraction"] == clipped
     (gradient,) = torch.autograd.grad(found.loss, logprobs)
     assert gradient.item() == pytest.approx(0 if clipped else -objective, rel=1e-5)
@@ -71,19 +71,19 @@ def test_clipping(ratio, shift, advantage, objective, clipped):
 
 def test_the_sequence_ratio_clips_what_its_tokens_would_not():
     logprobs = OLD + torch.tensor([[0.15, 0.15, 0.15], [0.0, 0.0, 0.0]])
-    found = {kind: RLOO(ratio=kind).loss(batch(logprobs)) for kind in ("sequence", "token")}
+    found = {kind: RLOO(importance_sampling_level=kind).loss(batch(logprobs)) for kind in ("sequence", "token")}
     assert found["sequence"].metrics["clip_fraction"] == 0.5 and found["token"].metrics["clip_fraction"] == 0
 
 
 def test_padding_is_ignored():
     rubbish = torch.where(MASK, OLD, torch.tensor(7.0))
     for ratio in ("sequence", "token"):
-        clean = RLOO(ratio=ratio).loss(batch(OLD + 0.1))
-        dirty = RLOO(ratio=ratio).loss(batch(rubbish + 0.1))
+        clean = RLOO(importance_sampling_level=ratio).loss(batch(OLD + 0.1))
+        dirty = RLOO(importance_sampling_level=ratio).loss(batch(rubbish + 0.1))
         assert torch.equal(clean.loss, dirty.loss)
         assert torch.equal(clean.metrics["clip_fraction"], dirty.metrics["clip_fraction"])
 
 
 def test_an_unknown_ratio_is_named():
-    with pytest.raises(ValueError, match="ratio is 'word'"):
+    with pytest.raises(ValueError, match="importance_sampling_level is 'word'"):
         RLOO(importance_sampling_level="word")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
+    from moslim.ops.logprobs import ForwardConfig as ForwardConfig
     from moslim.ops.lora import LoraOptions as LoraOptions
     from moslim.ops.models import Architecture as Architecture
     from moslim.ops.models import PretrainedTokenizer as PretrainedTokenizer
@@ -18,6 +19,7 @@ __all__, __getattr__, __dir__ = lazy_exports(
         "PretrainedTokenizer": "moslim.ops.models",
         "TokenizerSource": "moslim.ops.models",
         "WorkbenchTokenizer": "moslim.ops.models",
+        "ForwardConfig": "moslim.ops.logprobs",
         "LoraOptions": "moslim.ops.lora",
     },
 )

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from moslim.utils import lazy_exports
 
 if TYPE_CHECKING:
-    from moslim.ops.logprobs import ForwardConfig as ForwardConfig
     from moslim.policy.generation import OffPolicy as OffPolicy
     from moslim.policy.reward_functions import RewardFunction as RewardFunction
 
@@ -13,7 +12,6 @@ __all__, __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "OffPolicy": "moslim.policy.generation",
-        "ForwardConfig": "moslim.ops.logprobs",
         "RewardFunction": "moslim.policy.reward_functions",
     },
 )

@@ -50,7 +50,7 @@ TRAINING_CLASSIFIER = JudgeInfo("training classifier", proxy=True)
 """The judge of last resort: the classifier that gave the rewards."""
 
 
-class Sweep:
+class EvaluationCollector:
     """The records of one evaluation, by who answered (``policy``, ``base``)."""
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         self.score = LevelScorer(self.scorer, columns, forward_config)
         if judge is not None:
             judge.setup(preferences)
-        self._sweep = Sweep()
+        self._sweep = EvaluationCollector()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
