@@ -119,7 +119,7 @@ def test_scoring_does_not_change_statistics() -> None:
 
 
 def test_clip() -> None:
-    assert rewards(bound(scope="batch", clip=0.5)).nan_to_num().abs().max() == 0.5
+    assert rewards(bound(scope="batch", reward_clip=0.5)).nan_to_num().abs().max() == 0.5
 
 
 def test_floor_must_be_positive() -> None:

@@ -1,4 +1,4 @@
-"""Mapping functions: from level probabilities and requested levels to reward."""
+"""Mapping functions: turn level probabilities and requested levels into rewards."""
 
 from moslim.mapping.base import MappedReward, MappingFunction, RunningLevels
 from moslim.mapping.constrained import Constrained

@@ -1,4 +1,4 @@
-"""The interface of every mapping function: level probabilities and requested levels to reward."""
+"""Base class of mapping functions, which turn level probabilities and requested levels into rewards."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from moslim.utils.errors import UsageError
 
 @dataclass
 class MappedReward:
-    """Reward of ``B`` answers.
+    """Rewards of ``B`` completions.
 
     Args:
-        total: ``[B]``, what the policy optimizer sees.
-        per_dimension: ``[B, D]``, NaN on dimensions that do not count for the answer; as a rule those that the
-            prompt did not mention.
-        weights: ``[B, D]``, how much each of them counts for the answer; of no meaning where ``per_dimension`` is NaN.
+        total: ``[B]``, scalar rewards for the policy optimizer.
+        per_dimension: ``[B, D]``, NaN on dimensions that do not count for the completion, usually those without a
+            requested level.
+        weights: ``[B, D]``, weights of the dimensions; meaningless where ``per_dimension`` is NaN.
     """
 
     total: Tensor
@@ -32,36 +32,44 @@ class MappedReward:
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """``sum_d w_d v_d / sum_d w_d`` over what is not NaN, 0 where all is; ``[B, D]`` and ``[B, D]`` to ``[B]``."""
-    absent = values.isnan() | (weights == 0)
-    weights = weights.to(values.dtype) * ~absent
-    return (values.masked_fill(absent, 0.0) * weights).sum(-1) / weights.sum(-1).clamp(min=1e-12)
+    """Computes ``sum_d w_d v_d / sum_d w_d`` over the values that are not NaN.
+
+    Args:
+        values: ``[B, D]``, NaN where inactive.
+        weights: ``[B, D]``.
+
+    Returns:
+        ``[B]``, 0 for rows that are all NaN.
+    """
+    inactive = values.isnan() | (weights == 0)
+    weights = weights.to(values.dtype) * ~inactive
+    return (values.masked_fill(inactive, 0.0) * weights).sum(-1) / weights.sum(-1).clamp(min=1e-12)
 
 
 class MappingFunction(Plugin, ABC):
-    """Turns the classifier's output into rewards. Subclass it, and name the subclass under ``model.mapping``.
+    """Turns the classifier's level probabilities into rewards.
 
-    Write :meth:`per_dimension`; the rest has defaults. A mapping is a Lightning callback as well: the Trainer
-    calls its hooks, and what ``state_dict`` returns (plain numbers) goes into every checkpoint. The policy passes
-    the answers of all processes at once.
+    Subclass it, implement :meth:`per_dimension`, and name the subclass under ``model.mapping``. The other methods have
+    defaults. A mapping is also a Lightning callback: the Trainer calls its hooks and saves its ``state_dict`` (plain
+    numbers) in every checkpoint. The policy passes the completions of all processes in one batch.
     """
 
     role: ClassVar[str] = "mapping"
     _preferences: PreferenceSet | None = None
 
     def bind(self, preferences: PreferenceSet) -> None:
-        """Tells the mapping what its tensors stand for; the policy does so when it is built.
+        """Sets the dimensions that the tensors refer to; the policy calls it when it is built.
 
-        A mapping whose arguments name dimensions checks them here; one that holds others binds them, too.
+        A mapping whose arguments name dimensions validates them here. A mapping that wraps others binds these, too.
         """
         self._preferences = preferences
 
     @property
     def preferences(self) -> PreferenceSet:
-        """The dimensions of the ``D`` axis.
+        """Dimensions of the ``D`` axis.
 
         Raises:
-            RuntimeError: :meth:`bind` was not called.
+            RuntimeError: :meth:`bind` has not been called.
         """
         if self._preferences is None:
             raise RuntimeError(f"{type(self).__name__} does not know its dimensions: call bind(preferences) first")
@@ -69,32 +77,33 @@ class MappingFunction(Plugin, ABC):
 
     @abstractmethod
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
-        """Reward of every answer on every dimension.
+        """Computes the reward of every completion on every dimension.
 
         Args:
-            probs: ``[B, D, K]``, 0 on levels that a dimension lacks.
-            targets: ``[B, D]`` int64, requested level, -1 where none was.
-            groups: ``[B]`` int64, equal for answers to the same prompt.
+            probs: ``[B, D, K]``, level probabilities; 0 on levels that a dimension lacks.
+            targets: ``[B, D]`` int64, requested levels, -1 where none is requested.
+            groups: ``[B]`` int64, equal for completions of the same prompt.
 
         Returns:
-            ``[B, D]``, NaN, never 0, where a dimension does not count: as a rule, where no level was requested.
+            ``[B, D]``. NaN, not 0, marks dimensions that do not count, usually those without a requested level.
         """
 
     def weights(self, targets: Tensor) -> Tensor:
-        """How much each dimension counts for each answer: all alike, unless a mapping overrides this.
+        """Weights of the dimensions for each completion; all 1 by default.
 
         Args:
-            targets: ``[B, D]`` int64, requested level, -1 where none was.
+            targets: ``[B, D]`` int64, requested levels, -1 where none is requested.
 
         Returns:
-            ``[B, D]`` float, 0 or more. Only ratios within a row matter.
+            ``[B, D]`` float, not negative. Only the ratios within a row matter.
         """
         return torch.ones(targets.shape, device=targets.device)
 
     def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
-        """One reward per answer: the weighted mean over its active dimensions, 0 where none is active.
+        """Reduces the rewards of each completion to a scalar.
 
-        A mapping whose scalar is something else overrides this; see :attr:`is_mean`.
+        The default is the weighted mean over the active dimensions, 0 where none is active. Override it for another
+        reduction; see :attr:`is_mean`.
 
         Args:
             per_dimension: ``[B, D]``, NaN where inactive.
@@ -107,18 +116,25 @@ class MappingFunction(Plugin, ABC):
 
     @property
     def is_mean(self) -> bool:
-        """Whether the scalar is the weighted mean. Only then may a policy optimizer aggregate dimensions by itself.
+        """Whether the scalar is the weighted mean, so that a policy optimizer may aggregate dimensions itself.
 
-        ``normalize_then_sum`` starts from the rewards per dimension and would silently ignore any other scalar.
+        ``normalize_then_sum`` starts from the rewards per dimension and would silently ignore any other reduction.
         """
         return type(self).scalarize is MappingFunction.scalarize
 
     def observe(self, probs: Tensor, targets: Tensor) -> None:
-        """Called once per training rollout, before the rewards are computed: the only place to update statistics."""
+        """Updates statistics; called once per training rollout, before its rewards are computed.
+
+        The default does nothing. No other method may update statistics.
+
+        Args:
+            probs: ``[B, D, K]``, level probabilities of the rollout.
+            targets: ``[B, D]`` int64, requested levels, -1 where none is requested.
+        """
 
     @full_precision()
     def __call__(self, probs: Tensor, targets: Tensor, groups: Tensor) -> MappedReward:
-        """Rewards of ``B`` answers; see :meth:`per_dimension` for the arguments.
+        """Computes the rewards of ``B`` completions; see :meth:`per_dimension` for the arguments.
 
         Raises:
             UsageError: :meth:`per_dimension` returns another shape than ``[B, D]``.
@@ -130,22 +146,21 @@ class MappingFunction(Plugin, ABC):
                 f"dimension is {list(targets.shape)}"
             )
         if self.is_mean:
-            rewards = rewards.masked_fill(weights == 0, torch.nan)  # what has no weight does not count
+            rewards = rewards.masked_fill(weights == 0, torch.nan)  # zero weight: inactive
         return MappedReward(self.scalarize(rewards, weights), rewards, weights)
 
     def sizes(self, like: Tensor) -> Tensor:
-        """Number of levels of each dimension, ``[D]`` int64, on the device of ``like``."""
+        """Numbers of levels of the dimensions, ``[D]`` int64, on the device of ``like``."""
         return torch.tensor(self.preferences.sizes, device=like.device)
 
 
 class RunningLevels:
-    """Mean and variance of some value, level by level: a plain average at first, then one that forgets.
+    """Running mean and variance of a value per requested level: a plain average first, then an exponential one.
 
-    The state is keyed by the names of dimension and level, never by their positions: a run may go on with its
-    dimensions in another order, or with more or fewer of them.
+    The state is keyed by the names of dimension and level, so a resumed run may reorder, add or remove dimensions.
 
     Args:
-        decay: Weight that the past keeps per value; 0.999 remembers about 1000 values.
+        decay: Decay of the exponential average per value; 0.999 averages over about 1000 values.
     """
 
     def __init__(self, decay: float) -> None:
@@ -155,12 +170,12 @@ class RunningLevels:
         self._seen: dict[str, list[float]] = {}  # count, mean, variance
 
     def update(self, preferences: PreferenceSet, values: Tensor, targets: Tensor) -> None:
-        """Takes in one value per answer and active dimension.
+        """Adds one value per completion and active dimension.
 
         Args:
             preferences: The ``D`` dimensions.
-            values: ``[N, D]``; read only where a level was requested.
-            targets: ``[N, D]`` int64, -1 where none was.
+            values: ``[N, D]``; read only where a level is requested.
+            targets: ``[N, D]`` int64, requested levels, -1 where none is requested.
         """
         values, targets = values.cpu().double(), targets.cpu()
         for d, dimension in enumerate(preferences.dimensions):
@@ -170,20 +185,20 @@ class RunningLevels:
                     self._merge(keys[level], values[targets[:, d] == level, d])
 
     def moments(self, preferences: PreferenceSet) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and population standard deviation, ``[D, K]`` float64 each; 0 where nothing was seen."""
-        found = torch.zeros(3, len(preferences), max(preferences.sizes), dtype=torch.float64)
+        """Counts, means and population standard deviations, ``[D, K]`` float64 each; 0 for levels without values."""
+        moments = torch.zeros(3, len(preferences), max(preferences.sizes), dtype=torch.float64)
         for d, dimension in enumerate(preferences.dimensions):
             for level, key in enumerate(level_keys(dimension)):
-                found[:, d, level] = torch.tensor(self._seen.get(key, [0.0, 0.0, 0.0]), dtype=torch.float64)
-        count, mean, variance = found
+                moments[:, d, level] = torch.tensor(self._seen.get(key, [0.0, 0.0, 0.0]), dtype=torch.float64)
+        count, mean, variance = moments
         return count, mean, variance.sqrt()
 
     def state_dict(self) -> dict[str, list[float]]:
-        """``dimension/level`` to count, mean, variance."""
+        """Count, mean and variance by ``dimension/level``."""
         return {key: list(values) for key, values in self._seen.items()}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Restores the state that :meth:`state_dict` returned."""
         self._seen = {key: list(values) for key, values in state.items()}
 
     def _merge(self, key: str, values: Tensor) -> None:
@@ -197,5 +212,5 @@ class RunningLevels:
 
 
 def level_keys(dimension: Dimension) -> list[str]:
-    """Names of a dimension's levels for states and logs: ``dimension/level``, lowest first."""
+    """Keys of a dimension's levels in states and logs: ``dimension/level``, lowest first."""
     return [f"{dimension.name}/{level}" for level in dimension.levels]

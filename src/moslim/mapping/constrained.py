@@ -1,4 +1,4 @@
-"""Reward under a constraint: one dimension is held at a level or above, whatever else is wanted."""
+"""Constrained reward: an objective subject to a lower bound on one dimension."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from moslim.utils.errors import UsageError
 
 
 class Constrained(MappingFunction):
-    """What another mapping rewards, as long as a dimension is held at a level or above.
+    """Rewards of another mapping under the constraint that one dimension stays at a level or above.
 
-    Maximise ``E[objective]`` subject to ``E[P(level_A >= a)] >= share``, by its Lagrangian. Every answer's reward is
-    ``(objective + m (P(level_A >= a) - share)) / (1 + m)``, as in Safe RLHF (Dai et al. 2024, arXiv 2310.12773): the
-    division keeps the scale of the reward while the multiplier ``m`` grows. In each rollout of training ``m`` moves by
-    ``rate`` times how far the mean over all processes' answers falls short of ``share`` (projected dual ascent), so it
-    rises while the constraint is violated and falls back to 0 when it is slack.
+    Maximises ``E[objective]`` subject to ``E[P(level_A >= a)] >= share`` by the Lagrangian. The reward of a completion
+    is ``(objective + m (P(level_A >= a) - share)) / (1 + m)``, as in Safe RLHF (Dai et al. 2024, arXiv 2310.12773); the
+    division keeps the scale of the reward while the multiplier ``m`` grows. Each training rollout adds
+    ``rate * (share - mean P(level_A >= a))`` to ``m``, with the mean over the completions of all processes (projected
+    dual ascent). So ``m`` rises while the constraint is violated and falls back to 0 when it is slack.
 
-    The constraint holds for every answer, also where the prompt asks for nothing: there the objective counts with its
-    mean over the batch's other answers, which neither rewards nor punishes. Requests for the held dimension
-    are not passed on to the objective. To simply maximise another dimension ``B``, take
-    :class:`~moslim.mapping.UserWeights` with the weights ``{B: 1}`` as objective.
+    The constraint applies to every completion. For completions on which the objective has no active dimension, the
+    objective is its mean over the other completions of the batch. Requests for the held dimension are not passed to the
+    objective. To maximise another dimension ``B``, use :class:`~moslim.mapping.UserWeights` with the weights
+    ``{B: 1}`` as objective.
 
     Args:
-        objective: What is to be made large.
-        hold: Name of the dimension ``A``.
-        at_least: Its lowest acceptable level ``a``, 1 or more.
-        share: Part of the probability that must lie at ``a`` or above, on average.
-        rate: Step of the multiplier per rollout.
-        limit: Largest multiplier.
+        objective: Mapping to maximise.
+        hold: Name of the held dimension ``A``.
+        at_least: Lowest acceptable level ``a`` of ``A``, 1 or more.
+        share: Required mean of ``P(level_A >= a)``.
+        rate: Step size of the multiplier per rollout.
+        limit: Maximum of the multiplier.
     """
 
     def __init__(
@@ -59,15 +59,14 @@ class Constrained(MappingFunction):
 
     @property
     def children(self) -> Sequence[Plugin]:
-        """The objective: its hooks are called and its state is saved, too."""
+        """The objective, whose hooks are called and whose state is saved, too."""
         return (self.objective,)
 
     def bind(self, preferences: PreferenceSet) -> None:
         """See the base class.
 
         Raises:
-            UsageError: There is no dimension ``hold``.
-            UsageError: It has no level ``at_least``, or that level is its lowest, which every answer reaches.
+            UsageError: There is no dimension ``hold``, or ``at_least`` is not one of its levels above the lowest.
         """
         super().bind(preferences)
         self.objective.bind(preferences)
@@ -76,34 +75,34 @@ class Constrained(MappingFunction):
             raise UsageError(f"at_least is {self.at_least}: dimension '{self.hold}' can be held at 1..{top}")
 
     def observe(self, probs: Tensor, targets: Tensor) -> None:
-        """Moves the multiplier, and lets the objective observe."""
-        shortfall = self.share - self._held(probs).mean().item()
+        """Updates the multiplier and the statistics of the objective."""
+        shortfall = self.share - self._satisfaction(probs).mean().item()
         self.multiplier = min(max(self.multiplier + self.rate * shortfall, 0.0), self.limit)
-        self.objective.observe(probs, self._others(targets))
+        self.objective.observe(probs, self._without_held(targets))
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
-        """The objective's rewards, and ``P(level_A >= a) - share`` in the column of the held dimension.
+        """Rewards of the objective, and ``P(level_A >= a) - share`` on the held dimension.
 
-        That column is NaN, too, where the multiplier is 0 and the objective rewards nothing: no reward applies there.
+        The held dimension is NaN, too, where the multiplier is 0 and the objective has no active dimension.
         """
-        rewards = self.objective.per_dimension(probs, self._others(targets), groups).clone()
-        rewards[:, self._column] = torch.nan
-        counts = ~rewards.isnan().all(dim=1) | (self.multiplier > 0)
-        rewards[:, self._column] = (self._held(probs) - self.share).masked_fill(~counts, torch.nan)
+        rewards = self.objective.per_dimension(probs, self._without_held(targets), groups).clone()
+        rewards[:, self._held_index] = torch.nan
+        active = ~rewards.isnan().all(dim=1) | (self.multiplier > 0)
+        rewards[:, self._held_index] = (self._satisfaction(probs) - self.share).masked_fill(~active, torch.nan)
         return rewards
 
     def weights(self, targets: Tensor) -> Tensor:
-        """The objective's."""
-        return self.objective.weights(self._others(targets))
+        """Weights of the objective."""
+        return self.objective.weights(self._without_held(targets))
 
     def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
-        """The Lagrangian, see above."""
-        others = per_dimension.clone()
-        others[:, self._column] = torch.nan
-        objective, applies = self.objective.scalarize(others, weights), ~others.isnan().all(dim=1)
-        mean = objective.masked_fill(~applies, 0.0).sum() / applies.sum().clamp(min=1)
-        slack = per_dimension[:, self._column].nan_to_num(0.0)
-        return (objective.where(applies, mean) + self.multiplier * slack) / (1 + self.multiplier)
+        """Lagrangian of the class docstring."""
+        unheld = per_dimension.clone()
+        unheld[:, self._held_index] = torch.nan
+        objective, active = self.objective.scalarize(unheld, weights), ~unheld.isnan().all(dim=1)
+        mean = objective.masked_fill(~active, 0.0).sum() / active.sum().clamp(min=1)
+        slack = per_dimension[:, self._held_index].nan_to_num(0.0)
+        return (objective.where(active, mean) + self.multiplier * slack) / (1 + self.multiplier)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Logs the multiplier."""
@@ -114,19 +113,19 @@ class Constrained(MappingFunction):
         return {"multiplier": self.multiplier}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Restores the multiplier."""
         self.multiplier = state_dict["multiplier"]
 
     @property
-    def _column(self) -> int:
+    def _held_index(self) -> int:
         return self.preferences.names.index(self.hold)
 
-    def _held(self, probs: Tensor) -> Tensor:
+    def _satisfaction(self, probs: Tensor) -> Tensor:
         """``P(level_A >= a)``, ``[B]``."""
-        return probs[:, self._column, self.at_least :].sum(-1)
+        return probs[:, self._held_index, self.at_least :].sum(-1)
 
-    def _others(self, targets: Tensor) -> Tensor:
-        """The request without the held dimension."""
-        others = targets.clone()
-        others[:, self._column] = INACTIVE
-        return others
+    def _without_held(self, targets: Tensor) -> Tensor:
+        """Requested levels, with the held dimension inactive."""
+        targets = targets.clone()
+        targets[:, self._held_index] = INACTIVE
+        return targets

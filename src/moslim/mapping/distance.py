@@ -1,9 +1,4 @@
-"""Rewards by the distance of achieved from requested levels: expected, or of the worst dimension.
-
-Reward by how far the achieved level is from the requested one.
-
-Reward by the dimension that misses its request the most.
-"""
+"""Rewards from the distance between achieved and requested levels: its mean, or that of the worst dimension."""
 
 from __future__ import annotations
 
@@ -18,14 +13,13 @@ from moslim.utils.errors import UsageError
 
 
 class ExpectedDistance(MappingFunction):
-    """Minus the expected distance between achieved and requested level, ``-sum_k p_k |k - target|``.
+    """Negative expected distance between achieved and requested level, ``-sum_k p_k |k - target|``.
 
-    Unlike the probability of the requested level it still has a slope where the request is far from what the
-    policy writes; unlike the distance of the expected level, a head that bets on both sides does not satisfy it.
+    Unlike the probability of the requested level, it keeps a slope where completions are far from the request. Unlike
+    the distance of the expected level, it penalises probability on both sides of the requested level.
 
     Args:
-        normalize: Divide by the number of levels minus one, so that dimensions with many levels do not outweigh
-            those with few.
+        normalize: Divide by ``K_d - 1``, so that dimensions with many levels do not outweigh those with few.
     """
 
     def __init__(self, normalize: bool = False) -> None:
@@ -38,18 +32,17 @@ class ExpectedDistance(MappingFunction):
 
 
 class Tchebycheff(MappingFunction):
-    """Minus the largest weighted distance from the request over the active dimensions.
+    """Negative maximum of the weighted distances from the request over the active dimensions.
 
-    With ``x_d = w_d E|level_d - target_d| / (K_d - 1)`` the reward is ``-max_d x_d`` (Steuer and Choo 1983). Where a
-    mean lets a dimension that is easy make up for one that is not, here only the worst one counts, and progress on
-    it. ``smoothing`` spreads the signal over those close to the worst: ``-m log mean_d exp(x_d / m)`` (smooth
-    Tchebycheff scalarisation, Lin et al. 2024, arXiv 2402.19078, with a mean for their sum, so that a fulfilled
-    request is worth 0 however many dimensions it names). It lies between minus the maximum (``m`` to 0) and minus the
-    mean (``m`` large).
+    With ``x_d = w_d E|level_d - target_d| / (K_d - 1)``, the reward is ``-max_d x_d`` (Steuer and Choo 1983). A mean
+    lets an easy dimension compensate for a difficult one; the maximum does not. ``smoothing`` also rewards progress on
+    dimensions close to the worst: ``-m log mean_d exp(x_d / m)`` (smooth Tchebycheff scalarisation, Lin et al. 2024,
+    arXiv 2402.19078, with a mean in place of the sum, so that a fulfilled request has reward 0 for any number of
+    dimensions). It lies between the negative maximum (``m`` to 0) and the negative mean (``m`` large).
 
     Args:
-        weights: ``w_d`` by dimension name; 1 for those not named.
-        smoothing: ``m``, in units of ``x``; 0 takes the maximum itself.
+        weights: ``w_d`` by dimension name; 1 for dimensions that are not named.
+        smoothing: ``m``, in units of ``x``; 0 for the exact maximum.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None, smoothing: float = 0.1) -> None:
@@ -77,11 +70,11 @@ class Tchebycheff(MappingFunction):
         return -factors * expected_distance(probs, targets) / (self.sizes(probs) - 1)
 
     def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
-        """The (smooth) minimum over active dimensions, 0 where none is active; ``w_d`` is in them already."""
-        count = (~per_dimension.isnan()).sum(-1)
-        missed = -per_dimension.nan_to_num(nan=torch.inf)
+        """The (smooth) minimum over the active dimensions, 0 where none is active; ``weights`` is not used."""
+        active_count = (~per_dimension.isnan()).sum(-1)
+        distances = -per_dimension.nan_to_num(nan=torch.inf)
         if self.smoothing == 0:
-            worst = missed.amax(-1)
+            worst = distances.amax(-1)
         else:
-            worst = self.smoothing * ((missed / self.smoothing).logsumexp(-1) - count.log())
-        return torch.where(count > 0, -worst, 0.0)
+            worst = self.smoothing * ((distances / self.smoothing).logsumexp(-1) - active_count.log())
+        return torch.where(active_count > 0, -worst, 0.0)

@@ -1,9 +1,4 @@
-"""Rewards by the probability of the requested level: standardised (the paper's mapping), and as a logarithm.
-
-The paper's mapping: the standardised probability of the requested level.
-
-Reward by the log-probability of the requested level.
-"""
+"""Rewards from the probability of the requested level: standardised (the mapping of the paper), or its logarithm."""
 
 from __future__ import annotations
 
@@ -20,33 +15,34 @@ Scope = Literal["class", "batch", "group", "running"]
 
 
 class TargetProbability(MappingFunction):
-    """``(p_target - mean) / std`` per active dimension, then the mean over them (MOSLIM, arXiv 2505.20336, Eq. 11).
+    """Standardised probability of the requested level, averaged over active dimensions (MOSLIM, Eq. 11).
 
-    The paper writes a sum; the mean keeps the scale the same however many dimensions a prompt names.
+    The reward on a dimension is ``(p_target - mean) / std``. The paper (arXiv 2505.20336) sums over dimensions; the
+    mean keeps the scale independent of their number. The paper does not say over what ``mean`` and ``std`` are
+    computed, so ``scope`` chooses:
 
-    What the mean and the standard deviation run over can not be read from the paper, so it is an argument. All
-    standard deviations are population ones, and all statistics ignore inactive dimensions.
+    - ``class``: the levels of one completion's distribution. It depends on the shape only: heads of two levels give +1
+      or -1 at any confidence.
+    - ``batch``: all completions of the batch, per dimension. Levels that the policy rarely writes get low rewards.
+    - ``group``: the completions of one prompt, per dimension.
+    - ``running``: all completions so far, per dimension and requested level (:class:`RunningLevels`). A level with
+      fewer than ``min_count`` completions is standardised as in ``batch``.
 
-    - ``class``: the levels of one answer's own distribution. Sees only its shape: two-level heads give +1 or -1
-      whatever their confidence.
-    - ``batch``: all answers of the batch, per dimension. Levels that the policy rarely writes get low rewards.
-    - ``group``: the answers to one prompt, per dimension.
-    - ``running``: all answers so far, per dimension and requested level: a plain average at first, then one that
-      forgets. Until ``min_count`` answers were seen for a level, it is standardised as in ``batch``.
+    Standard deviations are those of the population, and all statistics ignore inactive dimensions.
 
     Args:
-        scope: See above.
-        std_floor: Least standard deviation, on the scale of probabilities.
-        clip: Rewards per dimension are cut to ``[-clip, clip]``.
-        decay: ``running`` only: weight that the past keeps per answer; 0.999 remembers about 1000 answers.
-        min_count: ``running`` only: answers needed before the running statistics are used.
+        scope: Set over which mean and standard deviation are computed.
+        std_floor: Minimum of the standard deviation, on the scale of probabilities.
+        reward_clip: Rewards per dimension are clipped to ``[-reward_clip, reward_clip]``.
+        decay: Decay of the running statistics per completion; 0.999 averages over about 1000 completions.
+        min_count: Completions of a level before its running statistics are used.
     """
 
     def __init__(
         self,
         scope: Scope = "running",
         std_floor: float = 0.05,
-        clip: float = 5.0,
+        reward_clip: float = 5.0,
         decay: float = 0.999,
         min_count: int = 32,
     ) -> None:
@@ -54,58 +50,60 @@ class TargetProbability(MappingFunction):
             raise UsageError(f"std_floor is {std_floor}: it must be positive, groups of equal answers have no spread")
         if scope not in ("class", "batch", "group", "running"):
             raise UsageError(f"scope is '{scope}': give class, batch, group or running")
-        if clip <= 0:
-            raise UsageError(f"clip is {clip}: it must be positive")
+        if reward_clip <= 0:
+            raise UsageError(f"reward_clip is {reward_clip}: it must be positive")
         self.scope = scope
         self.std_floor = std_floor
-        self.clip = clip
+        self.reward_clip = reward_clip
         self.min_count = min_count
         self._running = RunningLevels(decay)
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
-        """See the base class; values lie in ``[-clip, clip]``."""
+        """See the base class; values lie in ``[-reward_clip, reward_clip]``."""
         p = requested_probability(probs, targets)
         if self.scope == "class":
-            mean, std = self._over_classes(probs)
+            mean, std = self._over_levels(probs)
         elif self.scope == "group":
-            mean, std = _over_rows(p, groups)
+            mean, std = _over_groups(p, groups)
         else:
-            mean, std = _over_rows(p, torch.zeros_like(groups))
+            mean, std = _over_groups(p, torch.zeros_like(groups))
         if self.scope == "running":
-            mean, std = self._over_history(targets, mean, std)
-        return ((p - mean) / std.clamp(min=self.std_floor)).clamp(-self.clip, self.clip)
+            mean, std = self._over_rollouts(targets, mean, std)
+        return ((p - mean) / std.clamp(min=self.std_floor)).clamp(-self.reward_clip, self.reward_clip)
 
     def observe(self, probs: Tensor, targets: Tensor) -> None:
-        """Updates the running statistics; nothing else changes them."""
+        """Updates the running statistics."""
         if self.scope != "running":
             return
         self._running.update(self.preferences, requested_probability(probs, targets), targets)
 
     def state_dict(self) -> dict[str, Any]:
-        """Running statistics: ``dimension/level``, by name, to count, mean, variance."""
+        """Running statistics: count, mean and variance by ``dimension/level``."""
         return {"running": self._running.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`."""
+        """Restores the running statistics."""
         self._running.load_state_dict(state_dict["running"])
 
-    def _over_classes(self, probs: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_levels(self, probs: Tensor) -> tuple[Tensor, Tensor]:
         sizes = self.sizes(probs)
         mean = probs.sum(-1) / sizes
-        real = torch.arange(probs.shape[-1], device=probs.device) < sizes[:, None]
-        variance = ((probs - mean[..., None]).square() * real).sum(-1) / sizes
+        exists = torch.arange(probs.shape[-1], device=probs.device) < sizes[:, None]
+        variance = ((probs - mean[..., None]).square() * exists).sum(-1) / sizes
         return mean, variance.sqrt()
 
-    def _over_history(self, targets: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the running statistics in the place of ``mean`` and ``std`` where they rest on enough answers."""
-        of_level = torch.arange(targets.shape[1], device=targets.device), targets.clamp(min=0)
-        count, seen_mean, seen_std = (table.to(mean)[of_level] for table in self._running.moments(self.preferences))
-        known = count >= self.min_count
-        return torch.where(known, seen_mean, mean), torch.where(known, seen_std, std)
+    def _over_rollouts(self, targets: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Replaces ``mean`` and ``std`` by the running statistics of levels with enough completions."""
+        level_index = torch.arange(targets.shape[1], device=targets.device), targets.clamp(min=0)
+        count, running_mean, running_std = (
+            table.to(mean)[level_index] for table in self._running.moments(self.preferences)
+        )
+        enough = count >= self.min_count
+        return torch.where(enough, running_mean, mean), torch.where(enough, running_std, std)
 
 
-def _over_rows(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each row's group, per column, without the NaN entries. ``[B, D]`` both."""
+def _over_groups(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over each completion's group, per dimension, without NaN: ``[B, D]`` each."""
     _, index = groups.unique(return_inverse=True)
     present = ~values.isnan()
 
@@ -119,13 +117,13 @@ def _over_rows(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LogProbability(MappingFunction):
-    """``max(log p_target, floor)`` per active dimension, then the mean over them.
+    """Log-probability of the requested level, ``max(log p_target, floor)``, averaged over active dimensions.
 
-    Its sum over dimensions is the log-likelihood of the whole request, were the heads independent. It still has a
-    slope where the probability itself is almost 0, as it is for requests far from what the policy writes.
+    Its sum over dimensions is the log-likelihood of the whole request if the heads are independent. Unlike the
+    probability, it keeps a slope where completions are far from the request.
 
     Args:
-        floor: Least log-probability, in nats; below it, answers are equally bad. -5 is a probability of 0.0067.
+        floor: Minimum of the log-probability, in nats; -5 is a probability of 0.0067.
     """
 
     def __init__(self, floor: float = -5.0) -> None:

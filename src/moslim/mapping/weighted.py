@@ -1,16 +1,12 @@
-"""Weights of dimensions: a wrapper of other mapping functions, user weights, and their fit to choices.
+"""Weighted dimensions: a wrapper of another mapping, and user weights with their fit to choices between answers.
 
-Another mapping's rewards, some dimensions counting more than others.
-
-A user's weights: weights over the dimensions, as a file, and as a mapping.
-
-Fits a user's weights to a few dozen of their choices between two answers.
+The command fits the weights of a user to a few dozen of their choices::
 
     python -m moslim.mapping.weighted --choices choices.jsonl --classifier outputs/quickstart/reward/classifier \\
         --output user_weights.json
 
-Every line of the file is ``{"question": ..., "chosen": ..., "rejected": ...}``. The result is an argument of
-:class:`~moslim.mapping.UserWeights`.
+Each line of the file of choices is ``{"question": ..., "chosen": ..., "rejected": ...}``.
+:class:`~moslim.mapping.UserWeights` reads the output.
 """
 
 from __future__ import annotations
@@ -39,81 +35,80 @@ if TYPE_CHECKING:
 
 
 class Weighted(MappingFunction):
-    """``sum_d w_d r_d / sum_d w_d`` over the dimensions that a prompt names, with another mapping's rewards ``r_d``.
+    """Weighted mean ``sum_d w_d r_d / sum_d w_d`` of another mapping's rewards ``r_d`` over the active dimensions.
 
-    A policy optimizer with ``normalize_then_sum`` weighs the normalised rewards so, whatever their scales (GDPO, arXiv
-    2601.05242, with weights). A weight may depend on the level asked for, and so differs between the answers of a
-    batch: where it matters most that answers are harmless, ``{harm: [4, 1]}`` insists on requests for the lowest level.
+    A policy optimizer with ``normalize_then_sum`` applies the weights to the normalised rewards (GDPO, arXiv
+    2601.05242, with weights). Weights may depend on the requested level: ``{harm: [4, 1]}`` weights requests for the
+    lowest level of ``harm`` by 4.
 
     Args:
-        objective: What rewards each dimension. Its scalar must be a mean, see :attr:`is_mean`.
-        weights: By dimension name: a number, or one per requested level; 1 for those not named.
+        objective: Mapping that rewards each dimension; its scalar must be a mean, see :attr:`is_mean`.
+        weights: By dimension name, one number, or one per requested level; 1 for dimensions that are not named.
 
     Raises:
-        UsageError: A weight is not above 0, or the objective makes a scalar of its own.
+        UsageError: A weight is not positive, or the scalar of the objective is not a weighted mean.
     """
 
     def __init__(self, objective: MappingFunction, weights: Mapping[str, float | list[float]]) -> None:
         if not objective.is_mean:
             raise UsageError(f"{type(objective).__name__} makes a scalar of its own, which Weighted would not follow")
-        for name, own in weights.items():
-            if min(own if isinstance(own, list) else [own], default=0.0) <= 0:
-                raise UsageError(f"the weight of '{name}' is {own}: give a number above 0, or one per level")
+        for name, weight in weights.items():
+            if min(weight if isinstance(weight, list) else [weight], default=0.0) <= 0:
+                raise UsageError(f"the weight of '{name}' is {weight}: give a number above 0, or one per level")
         self.objective = objective
         self.by_name = dict(weights)
 
     @property
     def children(self) -> Sequence[Plugin]:
-        """The objective: its hooks are called and its state is saved, too."""
+        """The objective, whose hooks are called and whose state is saved, too."""
         return (self.objective,)
 
     def bind(self, preferences: PreferenceSet) -> None:
         """See the base class.
 
         Raises:
-            UsageError: ``weights`` names an unknown dimension.
-            UsageError: A dimension has not as many levels as weights.
+            UsageError: ``weights`` names an unknown dimension, or lists another number of weights than of levels.
         """
         super().bind(preferences)
         self.objective.bind(preferences)
-        for name, own in self.by_name.items():
+        for name, weight in self.by_name.items():
             levels = preferences[name].levels
-            if isinstance(own, list) and len(own) != len(levels):
+            if isinstance(weight, list) and len(weight) != len(levels):
                 raise UsageError(
-                    f"'{name}' has {len(levels)} levels, but {len(own)} weights: give one number per level"
+                    f"'{name}' has {len(levels)} levels, but {len(weight)} weights: give one number per level"
                 )
 
     def observe(self, probs: Tensor, targets: Tensor) -> None:
-        """Lets the objective observe."""
+        """Updates the statistics of the objective."""
         self.objective.observe(probs, targets)
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
-        """The objective's rewards."""
+        """Rewards of the objective."""
         return self.objective.per_dimension(probs, targets, groups)
 
     def weights(self, targets: Tensor) -> Tensor:
-        """Those of the requested levels, times the objective's own."""
-        found = self.objective.weights(targets)
-        factors = torch.ones_like(found)
-        for column, name in enumerate(self.preferences.names):
-            own = self.by_name.get(name, 1.0)
-            table = found.new_tensor(own if isinstance(own, list) else [own] * self.preferences.sizes[column])
-            factors[:, column] = table[targets[:, column].clamp(min=0)]
-        return found * factors.masked_fill(targets == INACTIVE, 1.0)
+        """Weights of the requested levels, times the weights of the objective."""
+        objective_weights = self.objective.weights(targets)
+        factors = torch.ones_like(objective_weights)
+        for d, name in enumerate(self.preferences.names):
+            weight = self.by_name.get(name, 1.0)
+            by_level = weight if isinstance(weight, list) else [weight] * self.preferences.sizes[d]
+            factors[:, d] = objective_weights.new_tensor(by_level)[targets[:, d].clamp(min=0)]
+        return objective_weights * factors.masked_fill(targets == INACTIVE, 1.0)
 
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """Weights of a utility ``sum_d w_d E[level_d] / (K_d - 1)``, fitted by :mod:`moslim.mapping.weighted`.
+    """Weights of a utility ``sum_d w_d E[level_d] / (K_d - 1)``, fitted by :func:`fit_user_weights`.
 
     Args:
-        weights: By dimension name. In log-odds: an answer that is better by the whole range of a dimension is
-            chosen with probability ``sigmoid(w_d)``.
-        standard_errors: Of the weights.
-        levels: Names of the levels of each dimension that they were fitted for.
-        choices: Number of choices that they rest on.
+        weights: Log-odds by dimension name: an answer that is higher by the whole range of a dimension is chosen with
+            probability ``sigmoid(w_d)``.
+        standard_errors: Standard errors of the weights by dimension name.
+        levels: Level names of each dimension at the time of the fit.
+        choices: Number of choices.
         l2: Strength of the regularisation.
-        agreement: Share of these choices that weights fitted to the others foretell.
+        agreement: Share of the choices that cross-validated weights predict, see :func:`foretold`.
     """
 
     weights: dict[str, float]
@@ -130,11 +125,11 @@ class FittedWeights:
 
     @classmethod
     def load(cls, path: str | Path) -> FittedWeights:
-        """Inverse of :meth:`save`.
+        """Reads a file that :meth:`save` wrote.
 
         Raises:
             MissingFileError: There is no such file.
-            UsageError: It was not written by :meth:`save`.
+            UsageError: The file holds no user weights.
         """
         try:
             fields = parse_object(Path(path).read_text(encoding="utf-8"), str(path))
@@ -149,15 +144,15 @@ class FittedWeights:
 
 
 class UserWeights(MappingFunction):
-    """``sum_d w_d E[level_d] / (K_d - 1)``: what somebody likes, whatever the prompt asks for.
+    """Utility of a user, ``sum_d w_d E[level_d] / (K_d - 1)``, independent of the requested levels.
 
-    The heads' outputs are reward features, a person is a vector of weights over them (Barreto et al. 2025, "Capturing
-    Individual Human Preferences with Reward Features"). The request is not read, so these rewards also reach prompts
-    without instruction; a policy trained on them needs none.
+    The expected levels are reward features, and a user is a vector of weights over them (Barreto et al. 2025,
+    "Capturing Individual Human Preferences with Reward Features"). Prompts without an instruction are rewarded, too,
+    and a policy trained on this mapping needs no instruction.
 
     Args:
-        path: File that ``python -m moslim.mapping.weighted`` wrote from somebody's choices.
-        weights: By dimension name, in place of a file; dimensions that are not named do not count.
+        path: File of fitted weights, written by ``python -m moslim.mapping.weighted``.
+        weights: Weights by dimension name, in place of a file; dimensions that are not named have no weight.
     """
 
     def __init__(self, path: str | None = None, weights: Mapping[str, float] | None = None) -> None:
@@ -172,8 +167,7 @@ class UserWeights(MappingFunction):
         """See the base class.
 
         Raises:
-            UsageError: A dimension with a weight is unknown, or has other levels than those the user weights were
-                fitted for.
+            UsageError: A dimension with a weight is unknown, or its levels differ from those of the fit.
         """
         super().bind(preferences)
         for name in self.utility:
@@ -181,12 +175,12 @@ class UserWeights(MappingFunction):
                 raise UsageError(
                     f"there is a user weight for '{name}', but `preferences` names only: {', '.join(preferences.names)}"
                 )
-            now = list(preferences[name].levels)
-            if self.user_weights is not None and self.user_weights.levels[name] != now:
+            levels = list(preferences[name].levels)
+            if self.user_weights is not None and self.user_weights.levels[name] != levels:
                 raise UsageError(
                     f"the user weight for '{name}' was fitted with "
                     f"{', '.join(self.user_weights.levels[name])}; "
-                    f"now they are {', '.join(now)}: fit it again"
+                    f"now they are {', '.join(levels)}: fit it again"
                 )
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
@@ -195,7 +189,7 @@ class UserWeights(MappingFunction):
         return weights * expected_level(probs) / (self.sizes(probs) - 1)
 
     def scalarize(self, per_dimension: Tensor, weights: Tensor) -> Tensor:
-        """The utility: the sum; ``w_d`` is in them already."""
+        """Sum over the dimensions; ``weights`` is not used."""
         return per_dimension.nansum(-1)
 
 
@@ -205,7 +199,7 @@ _TOLERANCE = 1e-10
 
 @dataclass
 class UserChoice:
-    """One answer was preferred to another."""
+    """A user's choice between two answers to one question."""
 
     question: Question
     chosen: str
@@ -213,11 +207,11 @@ class UserChoice:
 
 
 def read_choices(path: str) -> list[UserChoice]:
-    """Reads a JSON Lines file (or another table, see :func:`~moslim.data.sources.records.read_file`).
+    """Reads choices from JSON Lines or another table, see :func:`~moslim.data.sources.records.read_file`.
 
     Raises:
         MissingFileError: There is no such file.
-        UsageError: A line lacks a field or holds something else than text; the message names file, line and field.
+        UsageError: A field is missing or is not a text; the message names file, line and field.
     """
     choices = []
     for record in read_file(path):
@@ -234,17 +228,20 @@ def read_choices(path: str) -> list[UserChoice]:
 
 
 def logistic_weights(differences: Tensor, l2: float) -> tuple[Tensor, Tensor]:
-    """Bradley-Terry weights: the maximum of ``sum_i log sigmoid(w . x_i) - l2/2 |w|^2``, by Newton's method.
+    """Fits Bradley-Terry weights: maximises ``sum_i log sigmoid(w . x_i) - l2/2 |w|^2`` by Newton's method.
 
-    The objective is strictly concave, so the result depends on neither start nor machine. Standard errors are those
-    of the normal approximation at the maximum (Laplace): the root of the diagonal of the inverse Hessian.
+    The objective is strictly concave, so the result does not depend on the start. Standard errors are the roots of
+    the diagonal of the inverse Hessian at the maximum (Laplace approximation).
 
     Args:
-        differences: ``[N, D]``, features of the chosen answer less those of the rejected one.
-        l2: Strength of the regularisation, above 0: the precision of a normal prior on each weight.
+        differences: ``[N, D]``, features of the chosen minus features of the rejected answers.
+        l2: Strength of the regularisation, positive: the precision of a normal prior on each weight.
 
     Returns:
         Weights and their standard errors, ``[D]`` float64 each.
+
+    Raises:
+        UsageError: ``l2`` is not positive.
     """
     if l2 <= 0:
         raise UsageError(f"l2 is {l2}: give a positive number, choices that all agree have no finite weights without")
@@ -254,46 +251,46 @@ def logistic_weights(differences: Tensor, l2: float) -> tuple[Tensor, Tensor]:
     def objective(weights: Tensor) -> Tensor:
         return torch.nn.functional.logsigmoid(x @ weights).sum() - 0.5 * l2 * weights @ weights
 
-    def curvature(weights: Tensor) -> Tensor:
-        chosen = (x @ weights).sigmoid()
-        return x.T @ ((chosen * (1 - chosen))[:, None] * x) + prior
+    def negative_hessian(weights: Tensor) -> Tensor:
+        probs = (x @ weights).sigmoid()
+        return x.T @ ((probs * (1 - probs))[:, None] * x) + prior
 
     weights = torch.zeros(x.shape[1], dtype=x.dtype)
     for _ in range(_STEPS):
         gradient = x.T @ (-(x @ weights)).sigmoid() - l2 * weights
-        step = torch.linalg.solve(curvature(weights), gradient)
+        step = torch.linalg.solve(negative_hessian(weights), gradient)
         while objective(weights + step) < objective(weights) and step.abs().max() > _TOLERANCE:
             step = step / 2
         weights = weights + step
         if step.abs().max() <= _TOLERANCE:
             break
-    return weights, torch.linalg.inv(curvature(weights)).diagonal().sqrt()
+    return weights, torch.linalg.inv(negative_hessian(weights)).diagonal().sqrt()
 
 
 def foretold(differences: Tensor, l2: float, folds: int = 50) -> float:
-    """Share of choices that weights fitted to other ones foretell.
+    """Share of choices that are predicted by weights fitted to the other folds (cross-validation).
 
     Args:
-        differences: ``[N, D]``, as :func:`logistic_weights` takes them.
-        l2: See there.
-        folds: Parts that are left out in turn; with fewer choices than that, each choice.
+        differences: ``[N, D]``, see :func:`logistic_weights`.
+        l2: Strength of the regularisation, see :func:`logistic_weights`.
+        folds: Number of folds; with fewer choices, each choice is a fold.
     """
     differences = differences.double().cpu()
-    right = torch.zeros(len(differences), dtype=torch.bool)
-    part = torch.arange(len(differences)) % folds
-    for fold in part.unique():
-        weights, _ = logistic_weights(differences[part != fold], l2)
-        right[part == fold] = differences[part == fold] @ weights > 0
-    return right.double().mean().item()
+    correct = torch.zeros(len(differences), dtype=torch.bool)
+    fold_index = torch.arange(len(differences)) % folds
+    for fold in fold_index.unique():
+        weights, _ = logistic_weights(differences[fold_index != fold], l2)
+        correct[fold_index == fold] = differences[fold_index == fold] @ weights > 0
+    return correct.double().mean().item()
 
 
 def fit_user_weights(choices: list[UserChoice], scorer: Scorer, l2: float = 0.1) -> FittedWeights:
-    """Fits the weights of all of a classifier's dimensions.
+    """Fits user weights for all dimensions of a classifier.
 
     Args:
-        choices: ``N`` choices of one person; 30 tell the large weights from the small ones.
-        scorer: The classifier.
-        l2: See :func:`logistic_weights`; the prior's standard deviation is ``l2 ** -0.5``.
+        choices: Choices of one user; about 30 separate large weights from small ones.
+        scorer: Reward classifier.
+        l2: Strength of the regularisation; the standard deviation of the prior is ``l2 ** -0.5``.
     """
     preferences = scorer.preferences
     questions = [choice.question for choice in choices]
@@ -319,7 +316,7 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
         choices: JSON Lines of question, chosen and rejected answer.
         classifier: Folder or Hub name of a reward classifier.
         output: JSON file to write.
-        l2: Strength of the regularisation; the prior of a weight has a standard deviation of l2 ** -0.5.
+        l2: Strength of the regularisation; the standard deviation of the prior is l2 ** -0.5.
     """
     from moslim.reward.scorer import Scorer
 
@@ -337,7 +334,7 @@ def fit_file(choices: str, classifier: str, output: str, l2: float = 0.1) -> Non
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command line; see the module."""
+    """Runs the command of the module docstring."""
     from jsonargparse import auto_cli
 
     from moslim.training.command_errors import reported, without_flag

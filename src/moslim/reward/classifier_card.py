@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moslim.data.data_module import PreferenceDataModule
 from moslim.data.prompts import around, end_id
-from moslim.data.sources.files import is_file_name
+from moslim.data.sources.table_files import is_file_name
 from moslim.data.types import Source, Split
 from moslim.preferences import Dimension, PreferenceSet
 from moslim.reward.classifier_export import Form

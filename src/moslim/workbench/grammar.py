@@ -279,10 +279,10 @@ def gold_levels(question: Question, answer: str) -> dict[str, int]:
             framing.add(part)
         else:
             counted += _sentences_worth(words)
-    spoken = {word for words in found for word in words}
+    answer_words = {word for words in found for word in words}
     return {
         "verbosity": min(max(counted - 1, 0), MAX_LEVEL),
-        "formality": len(spoken & FORMAL_WORDS),
+        "formality": len(answer_words & FORMAL_WORDS),
         "warmth": min(len(distinct & _WARM), MAX_LEVEL),
         "helpfulness": min(len(_right_steps_in(found, topic)), MAX_LEVEL) if topic else 0,
     }

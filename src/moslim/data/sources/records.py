@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moslim.data.sources.files import check_content, open_table, read_lines, table_files, table_suffix
+from moslim.data.sources.table_files import check_content, open_table, read_lines, table_files, table_suffix
 from moslim.utils.errors import MissingFileError, UsageError, json_float, listed, quoted
 
 _DEEPEST = 100
