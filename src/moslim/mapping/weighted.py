@@ -178,9 +178,8 @@ class UserWeights(MappingFunction):
             levels = list(preferences[name].levels)
             if self.user_weights is not None and self.user_weights.levels[name] != levels:
                 raise UsageError(
-                    f"the user weight for '{name}' was fitted with "
-                    f"{', '.join(self.user_weights.levels[name])}; "
-                    f"now they are {', '.join(levels)}: fit it again"
+                    f"the user weight for '{name}' was fitted with the levels "
+                    f"{', '.join(self.user_weights.levels[name])}; now they are {', '.join(levels)}: fit it again"
                 )
 
     def per_dimension(self, probs: Tensor, targets: Tensor, groups: Tensor) -> Tensor:
