@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 
 from moslim.data.sources import conversations as chats
-from moslim.data.sources.table_files import is_file_name
 from moslim.data.sources.labels import Scale
 from moslim.data.sources.records import read_file, scan_file
 from moslim.data.sources.table import Table
+from moslim.data.sources.table_files import is_file_name
 from moslim.data.types import RowKind, Split
 from moslim.preferences import PreferenceSet
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from moslim.data.prompts import as_messages
 from moslim.data.sources.combined import SharedQuestions, question_key, without_shared
 from moslim.data.sources.conversations import ChatFormat, Comparisons, chat_in_text, looks_like_chat
-from moslim.data.sources.table_files import is_file_name
 from moslim.data.sources.labels import Labels, Scale, is_missing, levels_of, requested_levels, several
 from moslim.data.sources.layouts import Layout
 from moslim.data.sources.records import Notices, Record, completed, find, require, scan_file, scan_hub
+from moslim.data.sources.table_files import is_file_name
 from moslim.data.types import Example, Question, RowKind, Source, Split
 from moslim.preferences import Preference, PreferenceSet
 from moslim.utils.errors import Scalar, UsageError, as_text, is_same, quoted
