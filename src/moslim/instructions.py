@@ -1,4 +1,4 @@
-"""How a preference is written into a prompt."""
+"""Instructions: the text that requests a preference in a prompt."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moslim.preferences import Preference, PreferenceSet
 from moslim.utils.errors import UsageError
 
 OPENING, CLOSING = "[[", "]]"
-"""Delimiters of the shipped instructions. They are ordinary text but for what an instruction in use writes in them."""
+"""Delimiters of the shipped instructions; ordinary text except in what the instruction in use writes."""
 
 _PROBE = "a question in the place of all"
 
 
 def level_words(preference: Preference, preferences: PreferenceSet) -> list[tuple[str, str]]:
-    """Returns (dimension name, level name) of what a preference asks for, in the order of the set.
+    """Returns (dimension name, level name) of each requested level, in the order of the set.
 
     Raises:
         UsageError: See :meth:`PreferenceSet.check`.
@@ -30,55 +30,56 @@ def level_words(preference: Preference, preferences: PreferenceSet) -> list[tupl
 
 
 class PreferenceInstruction(ABC):
-    """Writes a preference into a chat. Subclass it, and name the subclass under ``data.instruction``."""
+    """Base class of instructions. Subclass it, and name the subclass under ``data.instruction``."""
 
     reserved: tuple[str, ...] = ()
-    """Strings by which the policy recognises the instruction. They are taken out of every question and answer."""
+    """Strings that mark the instruction. They are removed from every question and answer."""
 
     @abstractmethod
     def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
-        """Returns a new chat that holds the instruction. An empty preference returns the chat as it is.
+        """Returns a new chat with the instruction. An empty preference leaves the chat unchanged.
 
         Args:
-            messages: The neutralised question; its last message is a user turn.
-            preference: The levels asked for.
-            preferences: The dimensions in use, which name the levels.
+            messages: Sanitised question, which ends with a user turn.
+            preference: Requested levels.
+            preferences: Dimensions in use, with the names of their levels.
         """
 
     def forms(self, preferences: PreferenceSet) -> dict[str, str]:
-        """Returns further texts that read as this instruction, with what is left of each in questions and answers.
+        """Returns further texts that read as this instruction, each with its replacement in questions and answers.
 
-        What :meth:`render` writes for a single level, and ``reserved``, are known without it (:func:`readings`). Case,
-        white space and look-alike characters do not count.
+        ``reserved`` and the output of :meth:`render` for single levels are included already (:func:`readings`). Case,
+        white space and look-alike characters are ignored.
 
         Args:
-            preferences: The dimensions in use.
+            preferences: Dimensions in use.
         """
         return {}
 
 
 def readings(instruction: PreferenceInstruction, preferences: PreferenceSet) -> dict[str, str]:
-    """Returns every text that reads as an instruction, with what is left of it in questions and answers.
+    """Returns every text that reads as an instruction, with its replacement in questions and answers.
 
-    It is what the instruction writes for each single level, without what it writes for all of them, and its ``forms``.
+    These are the texts that the instruction writes for single levels, without those that it writes for every level,
+    and its ``forms``.
     """
     written: list[list[str]] = []
-    with suppress(UsageError):  # the run's own prompts will say it, if there are any
+    with suppress(UsageError):  # the prompts of the run raise the same error
         for dimension in preferences.dimensions:
             for level in range(len(dimension.levels)):
                 chat: list[Message] = [{"role": "user", "content": _PROBE}]
                 messages = instruction.render(chat, Preference({dimension.name: level}), preferences)
                 texts = [part.strip() for message in messages for part in message["content"].split(_PROBE)]
                 written.append([text for text in texts if text])
-    found = {text: "" for texts in written for text in texts if not all(text in others for others in written)}
-    return found | instruction.forms(preferences)
+    distinctive = {text: "" for texts in written for text in texts if not all(text in other for other in written)}
+    return distinctive | instruction.forms(preferences)
 
 
 class SystemMessage(PreferenceInstruction):
     """A system message such as ``[[Preferences]] verbosity: short, warmth: friendly``.
 
-    A system message that the question already has is kept, and the instruction is appended to it. Where the chat
-    template knows no system role, the renderer moves it to the first user turn.
+    An existing system message is kept, and the instruction is appended to it. If the chat template has no system role,
+    the renderer moves the message into the first user turn.
     """
 
     def render(self, messages: list[Message], preference: Preference, preferences: PreferenceSet) -> list[Message]:
@@ -92,7 +93,7 @@ class SystemMessage(PreferenceInstruction):
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
 
     def forms(self, preferences: PreferenceSet) -> dict[str, str]:
-        """``[[Preferences]]``, which loses its brackets."""
+        """Returns ``[[Preferences]]``, which loses its brackets."""
         return {f"{OPENING}Preferences{CLOSING}": "Preferences"}
 
 
@@ -107,10 +108,10 @@ class Tags(PreferenceInstruction):
         self.names = names
 
     def text(self, preference: Preference, preferences: PreferenceSet) -> str:
-        """Returns the tags alone, one space between two.
+        """Returns the tags alone, separated by spaces.
 
         Raises:
-            UsageError: ``names`` is off, and two dimensions share a level name.
+            UsageError: ``names`` is false, and two dimensions share a level name.
         """
         if not self.names:
             _refuse_shared_level_names(preferences)
@@ -125,7 +126,7 @@ class Tags(PreferenceInstruction):
         return [*before, {"role": last["role"], "content": f"{self.text(preference, preferences)} {last['content']}"}]
 
     def forms(self, preferences: PreferenceSet) -> dict[str, str]:
-        """Each tag, which loses its brackets; also one that is open at an end, if it names its dimension."""
+        """Returns each tag, which loses its brackets; also half-open tags if they name their dimension."""
         forms = {}
         for dimension in preferences.dimensions:
             for level in dimension.levels:
@@ -137,16 +138,16 @@ class Tags(PreferenceInstruction):
 
 
 class Template(PreferenceInstruction):
-    """The user's own wording around the last user turn, e.g. ``Please answer like this: {preferences}. {question}``.
+    """Custom wording around the last user turn, e.g. ``Please answer like this: {preferences}. {question}``.
 
-    ``{preferences}`` becomes ``verbosity: short, warmth: friendly``. Nothing else can be filled in.
+    ``{preferences}`` becomes ``verbosity: short, warmth: friendly``. There are no other placeholders.
 
     Args:
-        text: The wording, with ``{question}`` and ``{preferences}`` once each; ``{{`` and ``}}`` stand for braces.
-        reserved: Strings of the wording that are to be taken out of every question and answer.
+        text: Wording with ``{question}`` and ``{preferences}`` once each; ``{{`` and ``}}`` are literal braces.
+        reserved: Strings of the wording to remove from every question and answer.
 
     Raises:
-        UsageError: A placeholder is missing, repeated or unknown, or asks for an attribute, item or format.
+        UsageError: A placeholder is missing, repeated or unknown, or has an attribute, item or format.
     """
 
     def __init__(self, text: str, reserved: Sequence[str] = ()) -> None:
@@ -184,7 +185,7 @@ class Template(PreferenceInstruction):
         return [*before, {"role": last["role"], "content": content}]
 
     def forms(self, preferences: PreferenceSet) -> dict[str, str]:
-        """Each level in the wording: behind what stands before ``{preferences}`` or else before what follows it."""
+        """Returns each level after the text before ``{preferences}``, or else before the text that follows it."""
         before, after = self._around
         words = [f"{dimension.name}: {level}" for dimension in preferences.dimensions for level in dimension.levels]
         if before:
@@ -195,10 +196,10 @@ class Template(PreferenceInstruction):
 def sample_prompts(
     instruction: PreferenceInstruction, preferences: PreferenceSet
 ) -> dict[str, dict[str, list[Message]]]:
-    """Prompts by which another instruction, or another wording of the same one, is noticed.
+    """Returns sample prompts, by which a checkpoint detects a changed instruction.
 
     Returns:
-        ``prompts``, a chat by what it asks for; nothing where an instruction is worded anew each time.
+        ``prompts``: chat by requested levels. Empty if the instruction is worded at random.
     """
     tops = {dimension.name: len(dimension.levels) - 1 for dimension in preferences.dimensions}
     single = [{name: level} for name, top in tops.items() for level in range(top + 1)]

@@ -1,4 +1,4 @@
-"""What mapping functions and policy optimizers have in common: they are Lightning callbacks with a role."""
+"""Base class of mapping functions and policy optimizers: Lightning callbacks with a role."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from moslim.utils.errors import UsageError
 
 
 class Plugin(Callback):
-    """A pluggable part whose hooks the Trainer calls and whose state goes into every checkpoint.
+    """A replaceable part of a module. The Trainer calls its hooks and saves its state in every checkpoint.
 
-    State is plain numbers, lists and dicts, returned by ``state_dict``: checkpoints load with ``weights_only``.
+    ``state_dict`` returns plain numbers, lists and dicts, since checkpoints are loaded with ``weights_only``.
     """
 
     role: ClassVar[str]
-    """What the part is for; a run has one part per role."""
+    """Purpose of the part; a run has one part per role."""
 
     place: str = ""
-    """Position inside the parts that contain this one, e.g. ``.1``; empty for the part that the config names."""
+    """Position in the parts that contain this one, e.g. ``.1``; empty for the part that the config names."""
 
     @property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint: role, place and class, so that another class is noticed."""
+        """Key of the state in a checkpoint: role, place and class, so that no other class loads it."""
         return f"{self.role}{self.place}:{class_key(type(self))}"
 
     @property
     def children(self) -> Sequence[Plugin]:
-        """The parts that this one is made of; a composite overrides it, and their state is saved with its own."""
+        """Parts of a composite, which overrides this; each part's state is saved under its own key."""
         return ()
 
 
 def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
-    """All parts, those inside of others after them, each with its place set.
+    """Returns all parts, each before the parts that it contains, with their places set.
 
     Raises:
-        UsageError: One and the same part stands in two places, where its state could not be told apart.
+        UsageError: The same instance occurs twice, so its state would be ambiguous.
     """
     parts = _placed(plugins)
     for i, part in enumerate(parts):
@@ -63,7 +63,7 @@ def _placed(plugins: Iterable[Plugin]) -> list[Plugin]:
 
 
 class Stateful(Protocol):
-    """A part of a run whose state goes into checkpoints; empty where it has none."""
+    """An object whose state goes into checkpoints; the state may be empty."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
@@ -71,7 +71,7 @@ class Stateful(Protocol):
 
 @contextmanager
 def unchanged_on_failure(parts: Sequence[Stateful]) -> Iterator[None]:
-    """Gives the parts their state back if what is inside fails or is interrupted, so that it can be done again."""
+    """Restores the state of the parts if the block raises, so that it can be repeated."""
     before = [deepcopy(part.state_dict()) for part in parts]
     try:
         yield
@@ -83,23 +83,23 @@ def unchanged_on_failure(parts: Sequence[Stateful]) -> Iterator[None]:
 
 
 def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:
-    """The parts as callbacks for ``configure_callbacks``.
+    """Returns the parts as callbacks for ``configure_callbacks``.
 
     Args:
-        plugins: The parts that the config names.
+        plugins: Parts that the config names.
         configured: ``trainer.callbacks``.
 
     Raises:
-        UsageError: A part's type, or one that it is derived from, is also in ``configured``, where Lightning would
-            silently replace one by the other.
+        UsageError: ``configured`` has a callback of the type, or a base type, of a part. Lightning would silently
+            replace one with the other.
     """
     parts = own_parts(plugins)
     for callback in configured:
-        own = type(callback)
-        twin = next((part for part in parts if own is not Callback and isinstance(part, own)), None)
+        callback_type = type(callback)
+        twin = next((part for part in parts if callback_type is not Callback and isinstance(part, callback_type)), None)
         if twin is not None and callback not in parts:  # after a first run, `configured` holds the parts themselves
             raise UsageError(
-                f"trainer.callbacks lists a {type(callback).__name__}, which is also the model's {twin.role}: "
+                f"trainer.callbacks lists a {callback_type.__name__}, which is also the model's {twin.role}: "
                 "remove it from trainer.callbacks"
             )
     return list(parts)

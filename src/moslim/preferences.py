@@ -1,9 +1,4 @@
-"""Preference dimensions, their levels, and requests for levels.
-
-What can be asked of a policy: dimensions, their levels, and a request for some of them.
-
-Level probabilities as numbers: where a distribution lies, and how far it is from a request.
-"""
+"""Preference dimensions, requests for their levels, and measures of level distributions."""
 
 from __future__ import annotations
 
@@ -21,28 +16,27 @@ from moslim.utils.errors import Scalar, UsageError, as_text, quoted
 INACTIVE = -1
 """Entry of a target tensor for a dimension that the prompt does not mention."""
 
-
 RESERVED_NAMES = (
     *("base", "best_of", "calibration", "default", "mean", "pairs", "requests", "reward", "seen", "subsets", "sweep"),
     *("total", "unseen", "weighted"),
 )
-"""Names of metrics and of parts of reports, which no dimension can have."""
+"""Names used by metrics and reports; no dimension can have them."""
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """One preference axis.
+    """A preference axis and its ordered levels.
+
+    Names are written into prompts: they are printable, without ``[[``, ``]]`` or surrounding white space. Names that
+    differ only in case, width or white space count as equal.
 
     Args:
-        name: Name of the axis, e.g. ``helpfulness``. It is part of the names of metrics, weights and columns, so it
-            has no ``/`` or ``.``, and is none of :data:`RESERVED_NAMES`.
-        levels: Names of its intensity levels, from the lowest to the highest; at least two, all different.
-
-    Names are printable, without ``[[``, ``]]`` or white space around them, since prompts hold them; names that differ
-    in case, width or white space only count as equal.
+        name: Name of the axis, e.g. ``helpfulness``. It is part of the names of metrics, weights and columns: no ``/``
+            or ``.``, and none of :data:`RESERVED_NAMES`.
+        levels: Names of the levels, lowest first; at least two, all different.
 
     Raises:
-        UsageError: A name or the list of levels is otherwise.
+        UsageError: A name or the list of levels is invalid.
     """
 
     name: str
@@ -66,27 +60,27 @@ class Dimension:
             _check_name(level, f"level {quoted(level)} of dimension '{self.name}'")
         _refuse_equal(self.levels, f"dimension '{self.name}': levels")
 
-    def number(self, asked: int | str) -> int:
-        """Returns the number of a level (0 = lowest) that is asked for by its name, or by that number.
+    def number(self, level: int | str) -> int:
+        """Returns the index of a level (0 = lowest), given its name or its index.
 
-        Where names of levels are numbers themselves, as with 1 to 5, a number is always a name.
+        If the names of levels are numbers, e.g. 1 to 5, a number is always read as a name.
 
         Raises:
-            UsageError: There is no such level; the message lists those there are.
+            UsageError: The level does not exist; the message lists the levels.
         """
-        text = str(asked).strip()
+        text = str(level).strip()
         if text in self.levels:
             return self.levels.index(text)
-        by_name = any(_is_number(level) for level in self.levels)
+        by_name = any(map(_is_number, self.levels))
         if not by_name and _is_number(text) and 0 <= int(text) < len(self.levels):
             return int(text)
-        known = ", ".join(level if by_name else f"{level} ({i})" for i, level in enumerate(self.levels))
+        known = ", ".join(name if by_name else f"{name} ({i})" for i, name in enumerate(self.levels))
         raise UsageError(f"dimension '{self.name}' has no level '{text}'; lowest first, there are: {known}")
 
 
 @dataclass(frozen=True)
 class Preference:
-    """The levels asked for in one prompt: dimension name to level (0 = lowest). Absent means inactive."""
+    """Requested levels of one prompt: dimension name to level (0 = lowest). An absent dimension is inactive."""
 
     levels: Mapping[str, int] = field(default_factory=dict)
 
@@ -98,11 +92,14 @@ class Preference:
 
 
 class PreferenceSet:
-    """The ordered dimensions that a classifier, a policy and a data module share.
+    """Ordered dimensions, shared by a classifier, a policy and a data module.
 
     Args:
-        dimensions: Dimension name to the names of its levels, lowest first. The order is kept and is the
-            order of every ``[.., D]`` tensor in the project. A whole number as a name is its digits.
+        dimensions: Dimension name to the names of its levels, lowest first. Every ``[..., D]`` tensor follows this
+            order. An integer as a name is read as its digits.
+
+    Raises:
+        UsageError: There are no dimensions, or a name is invalid or occurs twice.
     """
 
     def __init__(self, dimensions: Mapping[str, Sequence[Scalar]]) -> None:
@@ -140,22 +137,22 @@ class PreferenceSet:
         raise UsageError(f"no dimension '{name}'; there are: {', '.join(self.names)}")
 
     def requested(self, levels: Mapping[str, int | str]) -> Preference:
-        """Returns the preference that asks for levels by name or number; see :meth:`Dimension.number`.
+        """Returns the preference for levels given by name or index; see :meth:`Dimension.number`.
 
         Raises:
-            UsageError: There is no such dimension or level.
+            UsageError: A dimension or level does not exist.
         """
-        return Preference({name: self[name].number(asked) for name, asked in levels.items()})
+        return Preference({name: self[name].number(level) for name, level in levels.items()})
 
     def to_dict(self) -> dict[str, list[str]]:
-        """The constructor's argument, as plain data."""
+        """Returns the constructor's argument as plain data."""
         return {d.name: list(d.levels) for d in self.dimensions}
 
     def check(self, preference: Preference) -> None:
-        """Refuses a preference for what does not exist.
+        """Checks that every dimension and level of a preference exists.
 
         Raises:
-            UsageError: It names an unknown dimension, or asks for a level that the dimension does not have.
+            UsageError: A dimension is unknown or lacks the level.
         """
         for name, level in preference.levels.items():
             size = len(self[name].levels)
@@ -163,7 +160,7 @@ class PreferenceSet:
                 raise UsageError(f"level {level} of dimension '{name}' is outside 0..{size - 1}")
 
     def encode(self, preference: Preference) -> Tensor:
-        """Returns the targets ``[D]`` (int64) of a preference; ``INACTIVE`` where it asks for nothing.
+        """Returns the target ``[D]`` (int64) of a preference; ``INACTIVE`` for dimensions that it does not name.
 
         Raises:
             UsageError: See :meth:`check`.
@@ -173,18 +170,18 @@ class PreferenceSet:
 
     def decode(self, target: Tensor) -> Preference:
         """Inverse of :meth:`encode`."""
-        pairs = zip(self.names, target.tolist(), strict=True)
-        return Preference({name: level for name, level in pairs if level != INACTIVE})
+        levels = zip(self.names, target.tolist(), strict=True)
+        return Preference({name: level for name, level in levels if level != INACTIVE})
 
     def columns_in(self, other: PreferenceSet, owner: str) -> list[int]:
-        """Positions of these dimensions in ``other``, matched by name; ``other`` may have more.
+        """Returns the positions of these dimensions in ``other``, matched by name; ``other`` may have more.
 
         Args:
-            other: The set to look in, e.g. the classifier's heads.
-            owner: What ``other`` belongs to, for the error message.
+            other: Dimensions to look in, e.g. those of the classifier's heads.
+            owner: Name of the object that has ``other``, for the error message.
 
         Raises:
-            UsageError: A dimension is missing in ``other``, or its levels have other names or another order there.
+            UsageError: ``other`` lacks a dimension, or gives its levels other names or another order.
         """
         for dimension in self.dimensions:
             if dimension.name not in other.names:
@@ -217,7 +214,7 @@ def _check_name(name: str, what: str) -> None:
 
 
 def _refuse_equal(names: Sequence[str], what: str) -> None:
-    """Raises an error if two names differ in case, width or white space only."""
+    """Raises an error if two names differ only in case, width or white space."""
     known: dict[str, str] = {}
     for name in names:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -231,20 +228,20 @@ def _is_number(text: str) -> bool:
 
 
 def expected_level(probs: Tensor) -> Tensor:
-    """Mean of each level distribution, ``sum_k k p_k``: ``[..., K]`` to ``[...]``, in levels."""
-    probs = widened(probs)  # a sum, no matrix product, which autocast would round
+    """Returns the mean of each level distribution, ``sum_k k p_k``: ``[..., K]`` to ``[...]``, in levels."""
+    probs = widened(probs)  # summed, since autocast would round a matrix product
     return (probs * torch.arange(probs.shape[-1], device=probs.device)).sum(-1)
 
 
 def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
-    """Expected distance from the requested level, ``sum_k p_k |k - target|``.
+    """Returns the expected distance from the requested level, ``sum_k p_k |k - target|``.
 
     Args:
         probs: ``[B, D, K]``, 0 on levels that a dimension lacks.
-        targets: ``[B, D]`` int64, requested level, -1 where none was.
+        targets: ``[B, D]`` int64, requested level, -1 = not requested.
 
     Returns:
-        ``[B, D]``, in levels; NaN where none was requested.
+        ``[B, D]``, in levels; NaN where no level is requested.
     """
     probs = widened(probs)
     levels = torch.arange(probs.shape[-1], device=probs.device)
@@ -253,6 +250,11 @@ def expected_distance(probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:
-    """Probability of the requested level: ``[B, D, K]`` and ``[B, D]`` to ``[B, D]``, NaN where none was requested."""
-    picked = widened(probs).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return picked.masked_fill(targets == INACTIVE, torch.nan)
+    """Returns the probability of the requested level, ``[B, D]``; NaN where no level is requested.
+
+    Args:
+        probs: ``[B, D, K]``, 0 on levels that a dimension lacks.
+        targets: ``[B, D]`` int64, requested level, -1 = not requested.
+    """
+    probability = widened(probs).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return probability.masked_fill(targets == INACTIVE, torch.nan)

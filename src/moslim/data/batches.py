@@ -1,9 +1,4 @@
-"""Question-answer pairs as batches, from a list or streamed.
-
-Question-answer pairs as batches.
-
-Pairs that are read, encoded and batched only when they are asked for.
-"""
+"""Batches of question-answer pairs, from rows in memory (:class:`Pairs`) or streamed (:class:`StreamedPairs`)."""
 
 from __future__ import annotations
 
@@ -26,14 +21,15 @@ from moslim.utils.errors import UsageError
 
 @dataclass
 class Pair:
-    """One encoded pair.
+    """Encoded question-answer pair.
 
     Args:
-        prompt: Ids up to the answer.
-        answer: Ids of the answer and its end token.
-        row: The example, as the source gave it.
-        rejected: Ids of prompt and rejected answer, if the row has one.
-        features: What a frozen backbone made of the pair, ``[H]``, and of the rejected one; empty = to be run.
+        prompt: Token ids before the answer.
+        answer: Token ids of the answer and its end token.
+        row: Example, as the source gave it.
+        rejected: Token ids of prompt and rejected answer, if the row has one.
+        features: Pooled hidden states ``[H]`` from a frozen backbone, of the pair and of the rejected one; empty =
+            not computed.
     """
 
     prompt: list[int]
@@ -44,18 +40,18 @@ class Pair:
 
     @property
     def texts(self) -> list[list[int]]:
-        """Ids of the pair and, if there is one, of the rejected pair."""
-        pair = self.prompt + self.answer
-        return [pair] if self.rejected is None else [pair, self.rejected]
+        """Token ids of the pair and, if there is one, of the rejected pair."""
+        ids = self.prompt + self.answer
+        return [ids] if self.rejected is None else [ids, self.rejected]
 
 
 class Pairs(Examples):
-    """Encodes rows on first use and keeps the ids.
+    """Data set of pairs. Encodes rows on first use and keeps the token ids.
 
     Args:
         rows: Rows with answers.
-        encoder: Makes the ids.
-        instructed: Levels that the instruction of each row's question names; None = questions without instruction.
+        encoder: Encoder of pairs.
+        instructed: Preference that each row's prompt requests; None = prompts without instruction.
 
     Raises:
         UsageError: A row has no answer.
@@ -76,9 +72,10 @@ class Pairs(Examples):
         """Returns the pair of a row; it is the same in every epoch."""
         if draw.row not in self._encoded:
             row = self._rows[draw.row]
-            wanted = None if self._instructed is None else self._instructed[draw.row]
-            rejected = None if row.rejected is None else self._encoder.encode(row.question, row.rejected, wanted)
-            self._encoded[draw.row] = Pair(*self._encoder.spans(row.question, row.answer or "", wanted), row, rejected)
+            preference = None if self._instructed is None else self._instructed[draw.row]
+            rejected = None if row.rejected is None else self._encoder.encode(row.question, row.rejected, preference)
+            prompt, answer = self._encoder.spans(row.question, row.answer or "", preference)
+            self._encoded[draw.row] = Pair(prompt, answer, row, rejected)
         return self._encoded[draw.row]
 
     def prepare(self) -> None:
@@ -86,7 +83,7 @@ class Pairs(Examples):
         self._all()
 
     def lengths(self) -> list[int] | None:
-        """Tokens of each row, of its longer text where it has two; all rows are encoded for it."""
+        """Returns the tokens of each row, of its longer text if it has two. Encodes all rows."""
         return None if self.computed else [max(map(len, pair.texts)) for pair in self._all()]
 
     def budget(self, tokens: int) -> TokenBudget | None:
@@ -95,23 +92,23 @@ class Pairs(Examples):
         return None if lengths is None else TokenBudget(tokens, lengths, [len(pair.texts) for pair in self._all()])
 
     def origins(self) -> list[Example]:
-        """Returns the rows, which need not be encoded for it."""
+        """Returns the rows, without encoding them."""
         return self._rows
 
     def compute(self, features: Callable[[list[list[int]]], Tensor]) -> None:
-        """Gives every pair its features, so that batches come with these instead of tokens.
+        """Computes the features of every pair, so that batches hold these instead of tokens.
 
         Args:
-            features: Returns ``[N, H]`` of ``N`` lists of ids.
+            features: Function from ``N`` lists of token ids to ``[N, H]``.
         """
         pairs = self._all()
-        found = iter(features([ids for pair in pairs for ids in pair.texts]).unbind())
+        vectors = iter(features([ids for pair in pairs for ids in pair.texts]).unbind())
         for pair in pairs:
-            pair.features = [next(found) for _ in pair.texts]
+            pair.features = [next(vectors) for _ in pair.texts]
 
     @property
     def computed(self) -> bool:
-        """Whether pairs have features, which are all of one length."""
+        """Whether the features of the pairs are computed."""
         return bool(len(self) and self[Draw(0, 0)].features)
 
     def _all(self) -> list[Pair]:
@@ -120,29 +117,34 @@ class Pairs(Examples):
 
 @dataclass
 class CollateRewards:
-    """Makes a :class:`PairBatch`; what is said about dimensions that are not in ``preferences`` is left out."""
+    """Collates pairs to a :class:`PairBatch`.
+
+    Args:
+        preferences: Dimensions of the labels; labels of other dimensions are dropped.
+        pad: Id of padding tokens.
+    """
 
     preferences: PreferenceSet
     pad: int
 
     def __call__(self, pairs: list[Pair]) -> PairBatch:
-        """Right-pads the pairs, and the rejected answers after them; or stacks the features of all.
+        """Right-pads the pairs, followed by the rejected ones; or stacks their features.
 
         Raises:
             UsageError: A label or vote is a level that the dimension lacks.
         """
-        rejected = [i for i, pair in enumerate(pairs) if pair.rejected is not None]
-        places = [(pair, 0) for pair in pairs] + [(pairs[i], 1) for i in rejected]
+        chosen = [i for i, pair in enumerate(pairs) if pair.rejected is not None]
+        texts = [(pair, 0) for pair in pairs] + [(pairs[i], 1) for i in chosen]  # pair, index in `Pair.texts`
         features = None
         if pairs[0].features:
-            features = torch.stack([pair.features[place] for pair, place in places])
-            ids = mask = torch.zeros(len(places), 0, dtype=torch.long)
+            features = torch.stack([pair.features[index] for pair, index in texts])
+            ids = mask = torch.zeros(len(texts), 0, dtype=torch.long)
         else:
-            ids, mask = pad([pair.texts[place] for pair, place in places], self.pad, left=False)
+            ids, mask = pad([pair.texts[index] for pair, index in texts], self.pad, left=False)
         rows = [pair.row for pair in pairs]
-        compared = [rows[i] for i in rejected]
-        rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in compared]
-        masks = [self._comparison_mask(row) for row in compared]
+        comparisons = [rows[i] for i in chosen]
+        rows += [replace(row, answer=row.rejected, levels={}, votes={}, rejected=None) for row in comparisons]
+        masks = [self._comparison_mask(row) for row in comparisons]
         levels = torch.stack([self.preferences.encode(known_levels(row.levels, self.preferences)) for row in rows])
         return PairBatch(
             ids,
@@ -150,10 +152,10 @@ class CollateRewards:
             levels,
             level_shares(rows, levels, self.preferences),
             rows,
-            chosen=torch.tensor(rejected, dtype=torch.long),
+            chosen=torch.tensor(chosen, dtype=torch.long),
             rejected=torch.arange(len(pairs), len(rows)),
             comparison_mask=torch.tensor(masks, dtype=torch.bool).view(-1, levels.shape[1]),
-            margins=torch.tensor([row.margin for row in compared], dtype=torch.float32),
+            margins=torch.tensor([row.margin for row in comparisons], dtype=torch.float32),
             features=features,
         )
 
@@ -163,7 +165,11 @@ class CollateRewards:
 
 @dataclass
 class CollateTexts:
-    """Makes a :class:`TextBatch`, whose loss is on the answer and its end token only."""
+    """Collates pairs to a :class:`TextBatch`; only the answer and its end token are labelled.
+
+    Args:
+        pad: Id of padding tokens.
+    """
 
     pad: int
 
@@ -187,17 +193,17 @@ def require_answer(number: int, row: Example) -> str:
 
 
 def known_levels(levels: Mapping[str, int], preferences: PreferenceSet) -> Preference:
-    """Returns levels by dimension name, without those of dimensions that are not in use."""
+    """Returns the levels of the dimensions in use."""
     return Preference({name: level for name, level in levels.items() if name in preferences.names})
 
 
 def level_shares(rows: Sequence[Example], levels: Tensor, preferences: PreferenceSet) -> Tensor:
-    """Share of the raters that gave each level: of a row's votes where it has them, else all on its label.
+    """Returns the soft labels: the share of votes for each level, or a one-hot label where a row has no votes.
 
     Args:
         rows: ``B`` examples.
-        levels: ``[B, D]`` their labels, -1 = not labelled.
-        preferences: The ``D`` dimensions.
+        levels: ``[B, D]`` labels, -1 = not labelled.
+        preferences: ``D`` dimensions.
 
     Returns:
         ``[B, D, K]`` float32, all 0 where there is neither vote nor label.
@@ -211,13 +217,13 @@ def level_shares(rows: Sequence[Example], levels: Tensor, preferences: Preferenc
         for d, name in enumerate(preferences.names):
             if votes := row.votes.get(name):
                 for level in set(votes):
-                    preferences.encode(Preference({name: level}))  # refuses what the dimension lacks
+                    preferences.encode(Preference({name: level}))  # raises if the dimension lacks the level
                 shares[b, d] = torch.tensor(votes).bincount(minlength=width).float() / len(votes)
     return shares
 
 
 def unrounded(batch: PairBatch, preferences: PreferenceSet) -> PairBatch:
-    """Returns the batch with shares and margins in float32 where Lightning has rounded all inputs to 16 bits."""
+    """Returns the batch with ``targets`` and ``margins`` in float32, where Lightning rounded them to 16 bits."""
     if batch.targets.dtype == at_least_float32(batch.targets.dtype):
         return batch
     shares = level_shares(batch.rows, batch.levels.cpu(), preferences).to(batch.targets.device)
@@ -228,20 +234,20 @@ def unrounded(batch: PairBatch, preferences: PreferenceSet) -> PairBatch:
 
 
 def one_hot(levels: Tensor, width: int) -> Tensor:
-    """Returns ``[B, D, width]`` float32 with a 1 on each label of ``[B, D]``; all 0 where it is -1."""
+    """Returns the one-hot labels ``[B, D, width]`` float32 of ``[B, D]``; all 0 for -1."""
     return F.one_hot(levels.clamp(min=0), width).float() * (levels >= 0)[..., None]
 
 
 @dataclass
 class StreamedPairs:
-    """All pairs in order, with one batch of them in memory.
+    """Batches of all pairs in order; only one batch is in memory.
 
     Args:
-        rows: Begins a pass over the rows.
-        encoder: What makes the ids.
-        collate: Makes a batch of pairs.
+        rows: Function that starts a pass over the rows.
+        encoder: Encoder of pairs.
+        collate: Function that makes a batch of pairs.
         batch_size: Pairs per batch.
-        skip: Rows at the start to leave out. Batches end where they would end without this.
+        skip: Rows to skip at the start. The remaining batches end at the same rows as without it.
     """
 
     rows: Callable[[], Iterator[Example]]
@@ -251,10 +257,10 @@ class StreamedPairs:
     skip: int = 0
 
     def __iter__(self) -> Iterator[PairBatch]:
-        """Yields batches; there is no length, since nobody has counted the rows.
+        """Yields the batches, whose number is not known in advance.
 
         Raises:
-            UsageError: There are no rows, or one has no answer or cannot be used.
+            UsageError: There are no rows, or a row has no answer or is unusable.
         """
         rows = enumerate(self.rows())
         seen = sum(1 for _ in islice(rows, self.skip))

@@ -1,8 +1,7 @@
-"""Chat templates: fixed arguments and date, and limits for templates of others.
+"""Chat templates: resource limits, and arguments and date written into the template.
 
-A chat template is a program of whoever made the tokenizer: it is tried out where it can do no harm.
-
-Chat templates that render the same prompt on every day: arguments and date stand in the template itself.
+A chat template is untrusted code from the author of a tokenizer, so :func:`check_template` runs it in a child process.
+:func:`pinned` makes a template render the same prompt on every day.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from transformers import PreTrainedTokenizerBase
 from moslim.utils.errors import UsageError
 
 SECONDS = 20
-"""Time that a template has for the chats it is tried out on, and later for each chat."""
+"""Time limit for all trial chats together, and later for each chat."""
 
 _LONGEST = 100_000
-"""Most characters that it may write around a few words."""
+"""Most characters that a template may add to a chat."""
 
 _MEMORY = 4 * 2**30
 
@@ -85,14 +84,14 @@ for chat in task["chats"]:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Tries a tokenizer's chat template out in a process of its own, with limits on time, memory and output.
+    """Runs a tokenizer's chat template in a child process with limits on time, memory and output.
 
     Args:
-        tokenizer: The tokenizer.
-        name: What to call it.
+        tokenizer: Tokenizer whose template is checked.
+        name: Name of the tokenizer in error messages.
 
     Raises:
-        UsageError: The template does not end within the limits.
+        UsageError: The template exceeds a limit.
     """
     if tokenizer.chat_template is None:
         return
@@ -110,10 +109,10 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in what takes longer; only in the main thread, and where no other alarm is set.
+    """Raises ``TimeoutError`` in a block that takes longer. Has no effect outside the main thread or if an alarm is set.
 
     Args:
-        seconds: Time for what stands in the block.
+        seconds: Time limit of the block.
     """
     usable = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not usable or signal.getitimer(signal.ITIMER_REAL)[0]:
@@ -134,7 +133,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _is_simple(template: str) -> bool:
-    """Whether a template is one loop over the messages at most, and nothing that could grow: it ends."""
+    """Whether a template certainly ends: at most one loop over the messages, and no construct that can grow."""
     try:
         tree = Environment(trim_blocks=True, lstrip_blocks=True).parse(template)
     except (TemplateError, RecursionError):
@@ -145,20 +144,20 @@ def _is_simple(template: str) -> bool:
 def _harmless(node: nodes.Node, loops: int) -> bool:
     match node:
         case nodes.For(recursive=False):
-            of = node.iter.node if isinstance(node.iter, nodes.Getitem) else node.iter
-            known = isinstance(of, nodes.Name) and of.name == "messages" and loops > 0
+            sequence = node.iter.node if isinstance(node.iter, nodes.Getitem) else node.iter
+            allowed = isinstance(sequence, nodes.Name) and sequence.name == "messages" and loops > 0
             loops -= 1
         case nodes.Filter():
-            known = node.name in _FILTERS and not node.args and not node.kwargs
+            allowed = node.name in _FILTERS and not node.args and not node.kwargs
         case nodes.Call(node=nodes.Name(name="raise_exception")):
-            known = True
+            allowed = True
         case nodes.Call(node=nodes.Getattr(attr=method)):
-            known = method in _METHODS
+            allowed = method in _METHODS
         case nodes.Add():
-            known = True
+            allowed = True
         case _:
-            known = isinstance(node, _HARMLESS)
-    return known and all(_harmless(child, loops) for child in node.iter_child_nodes())
+            allowed = isinstance(node, _HARMLESS)
+    return allowed and all(_harmless(child, loops) for child in node.iter_child_nodes())
 
 
 @lru_cache(maxsize=64)
@@ -174,7 +173,7 @@ def _ends(template: str, tokens: str, seconds: int) -> bool:
         "longest": _LONGEST,
     }
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-I", "-c", _CHILD],
             input=json.dumps(task),
             text=True,
@@ -183,7 +182,7 @@ def _ends(template: str, tokens: str, seconds: int) -> bool:
         )
     except subprocess.TimeoutExpired:
         return False
-    return done.returncode in (0, 1)  # 1: it could not be tried out, e.g. as it is no valid JSON
+    return process.returncode in (0, 1)  # 1 = the trial failed, e.g. the task is no valid JSON
 
 
 _NOTE = re.compile(r"\A\{#- moslim: (?P<note>.*?) #\}\n(?P<header>.*?)\{#- end of moslim's part #\}\n", re.DOTALL)
@@ -216,11 +215,11 @@ _MACRO = """{%%- macro strftime_now(format) %%}
 
 @dataclass(frozen=True)
 class Pins:
-    """What a template was given to stand in it.
+    """Values that :func:`pinned` writes into a template.
 
     Args:
-        arguments: Values of variables that it reads.
-        day: Date of its ``strftime_now``, as ``YYYY-MM-DD``; None = the date of rendering, or it asks for none.
+        arguments: Values by variable that the template reads.
+        day: Date of ``strftime_now``, as ``YYYY-MM-DD``; None = the date of rendering, or the template reads no date.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -228,30 +227,30 @@ class Pins:
 
 
 def pins(template: str) -> tuple[Pins, str]:
-    """Returns what :func:`pinned` has put into a template, and the template without it."""
-    found = _NOTE.match(template)
-    if found is None:
+    """Returns the values that :func:`pinned` wrote into a template, and the original template."""
+    match = _NOTE.match(template)
+    if match is None:
         return Pins(), template
-    note = json.loads(found["note"])
-    return Pins(note["arguments"], note["date"]), template[found.end() :]
+    note = json.loads(match["note"])
+    return Pins(note["arguments"], note["date"]), template[match.end() :]
 
 
 def pinned(template: str, arguments: Mapping[str, Any], day: str | None, taken: Collection[str] = ()) -> str:
-    """Returns a template that renders alike for ever.
+    """Returns a template that renders the same text on every day.
 
-    Arguments become defaults of its variables, which a call of ``apply_chat_template`` can still override. The date of
-    ``strftime_now``, whatever the format and however it is made, becomes a fixed one, at midnight. What was put into
-    the template before stays, unless it is given anew.
+    Arguments become defaults of its variables, which a call of ``apply_chat_template`` can still override.
+    ``strftime_now`` returns the given date, at midnight, in any format. Values written earlier are kept unless
+    they are given again.
 
     Args:
-        template: The template, in Jinja.
+        template: Jinja template.
         arguments: Values by variable; plain data.
-        day: ``YYYY-MM-DD``; None = as it is.
-        taken: Variables that whatever renders the template sets itself, such as the special tokens.
+        day: Date as ``YYYY-MM-DD``; None = unchanged.
+        taken: Variables that the caller of the template sets, such as the special tokens.
 
     Raises:
-        UsageError: The template does not read an argument, or asks for no date though one is given; it is no valid
-            template; or a value or the date cannot be written into it.
+        UsageError: The template is invalid, does not read an argument or a date that is given, or a value or the date
+            cannot be written into it.
     """
     before, plain = pins(template)
     read = reads(plain)
@@ -285,16 +284,16 @@ def pinned(template: str, arguments: Mapping[str, Any], day: str | None, taken: 
 def pin_tokenizer(
     tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], day: str | None, today: str | None = None
 ) -> None:
-    """Puts arguments and date into the chat template of a tokenizer, in place.
+    """Writes arguments and date into the chat template of a tokenizer, in place.
 
     Args:
-        tokenizer: The tokenizer.
+        tokenizer: Tokenizer to change.
         arguments: Values by variable.
-        day: The date that was asked for.
-        today: The date of templates that ask for one and have none yet.
+        day: Configured date, as ``YYYY-MM-DD``; None = not configured.
+        today: Date for templates that read a date and have none yet.
 
     Raises:
-        UsageError: See :func:`pinned`; or there is no chat template to put anything into.
+        UsageError: See :func:`pinned`; or values are given, but the tokenizer has no chat template.
     """
     template: Any = tokenizer.chat_template
     if template is None:
@@ -308,26 +307,26 @@ def pin_tokenizer(
     if day is None and asks_for_date(used):
         day = today
     now: Any = pinned(used, arguments, day, tokenizer.special_tokens_map)
-    if isinstance(template, dict):  # several by name, of which one writes the prompts
+    if isinstance(template, dict):  # templates by name, one of which writes the prompts
         now = {**template, **{name: now for name, text in template.items() if text == used}}
     tokenizer.chat_template = now
 
 
 def tokenizer_pins(tokenizer: PreTrainedTokenizerBase) -> tuple[Pins, str | None]:
-    """What stands in the template that writes prompts, and that template without it; None where there is none."""
+    """Returns the values written into the tokenizer's template, and the original template; None if it has none."""
     return (Pins(), None) if tokenizer.chat_template is None else pins(tokenizer.get_chat_template())
 
 
 def asks_for_date(template: str) -> bool:
-    """Whether a template writes the date of rendering into prompts; one with a date of its own does not."""
+    """Whether a template writes the date of rendering into prompts, not a date that is written into it."""
     return _CLOCK in reads(template)
 
 
 def reads(template: str) -> set[str]:
-    """Variables and functions that a template expects from outside.
+    """Returns the undeclared variables and functions of a template.
 
     Raises:
-        UsageError: It is no valid Jinja template.
+        UsageError: The template is invalid.
     """
     environment = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
@@ -337,7 +336,7 @@ def reads(template: str) -> set[str]:
 
 
 class _Generation(Extension):
-    """The tag ``{% generation %}`` of transformers, which is about training masks; only its content matters here."""
+    """Tag ``{% generation %}`` of transformers, which marks text for training masks; parsed as its content."""
 
     tags = {"generation"}
 
@@ -349,8 +348,12 @@ class _Generation(Extension):
 def as_day(value: str | date, option: str) -> str:
     """Returns a date as ``YYYY-MM-DD``.
 
+    Args:
+        value: Date or its text.
+        option: Name of the option, for the error message.
+
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no date.
     """
     try:
         return (value if isinstance(value, date) else date.fromisoformat(value)).isoformat()[:10]
@@ -359,26 +362,26 @@ def as_day(value: str | date, option: str) -> str:
 
 
 def _directives(day: str) -> dict[str, str]:
-    """The text of each ``strftime`` directive on a day."""
+    """Returns the text of each ``strftime`` directive on a day."""
     moment = datetime.fromisoformat(day)
     names = [f"%{letter}" for letter in _PLAIN]
     names += [f"%{flag}{letter}" for flag, letters in _FLAGGED.items() for letter in letters]
-    found = {}
+    texts = {}
     for name in names:
         try:
             text = moment.strftime(name)
-        except ValueError:  # this system does not know it
+        except ValueError:  # not supported on this system
             continue
         if "%" not in text:
-            found[name] = text
-    return found
+            texts[name] = text
+    return texts
 
 
 def _literal(value: Any, name: str) -> str:
-    """Plain data as a Jinja expression.
+    """Returns plain data as a Jinja expression.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no plain data.
     """
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
@@ -387,9 +390,9 @@ def _literal(value: Any, name: str) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_literal(one, name) for one in value)}]"
+        return f"[{', '.join(_literal(item, name) for item in value)}]"
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return f"{{{', '.join(f'{_literal(key, name)}: {_literal(one, name)}' for key, one in value.items())}}}"
+        return f"{{{', '.join(f'{_literal(key, name)}: {_literal(item, name)}' for key, item in value.items())}}}"
     raise UsageError(
         f"data.template_args.{name} is {value!r}: give plain data (text, number, true or false, list, mapping)"
     )

@@ -1,11 +1,4 @@
-"""Rows, examples and batches, and the interface of a data source.
-
-What flows from a source to a module: rows and batches.
-
-What several raters' votes come to.
-
-The interface of every data source.
-"""
+"""Rows (:class:`Example`), batches, and the interface of a data source."""
 
 from __future__ import annotations
 
@@ -26,22 +19,22 @@ Message = dict[str, str]
 """One chat turn: ``{"role": ..., "content": ...}``."""
 
 Question = str | list[Message]
-"""A question as plain text or as the chat so far, which must not end with an assistant turn."""
+"""Plain text, or the chat so far, which ends with a user turn."""
 
 
 class RowKind(StrEnum):
-    """Kind of rows that a batch view asks a source for. A source needs to know these three, and no view."""
+    """Kind of rows that a batch view reads from a source."""
 
     LABELLED = "labelled"
-    """Question and answer, with the levels that are known; or answers to be scored."""
+    """Question and answer with the known levels; in ``predict``, answers to score."""
     PROMPTS = "prompts"
-    """Questions, each of them once; to be answered (``predict``), every row, with the levels to ask for."""
+    """Questions, each once; in ``predict``, every row, with the levels to request."""
     TEXTS = "texts"
-    """Question and answer, for plain language modelling; levels do not matter."""
+    """Question and answer for plain language modelling; levels are not used."""
 
 
 class Split(StrEnum):
-    """Which part of a source is asked for."""
+    """Part of a source."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -54,23 +47,23 @@ class Example:
     """One row of a source.
 
     Args:
-        question: The question, or the chat so far.
-        answer: The answer; None where only questions are given.
-        levels: Level by dimension name; a dimension that is absent is not labelled.
-        subset: Part of the split that metrics are reported for separately, e.g. a language.
-        stage: When in an epoch of training the row comes: rows of lower stages first, each stage in random order. Every
-            epoch begins anew; one that is cut short does not reach the last stages.
-        votes: Level that each rater gave, by dimension name, where there were several; ``levels`` then holds what they
-            come to.
-        rejected: Another answer to the question, which people liked less than ``answer``.
-        comparison_dimensions: Dimensions that this comparison speaks about; empty = all.
-        margin: How clearly ``answer`` was preferred to ``rejected``, in levels; 0 = unknown.
-        requested: Level by dimension name that a policy was asked for when it gave the answer.
-        id: What the source calls the row, carried into predictions.
-        group: What the row has in common with others, besides a question, e.g. the article that was summarised.
-            Calibration and intervals take the rows of one group together; None = of one question.
-        columns: What else the row says that reward functions are to know, e.g. a reference answer.
-        place: Where the row stands, e.g. ``ratings.csv, line 7``; None where the source cannot say.
+        question: Question, or the chat so far.
+        answer: Answer; None for a row with a question only.
+        levels: Labels: level by dimension name; an absent dimension is not labelled.
+        subset: Part of the split with metrics of its own, e.g. a language.
+        stage: Position in a training epoch: rows of lower stages come first, each stage in random order. An epoch that
+            is cut short does not reach the last stages.
+        votes: Level given by each rater, by dimension name, if there are several; ``levels`` then holds the level that
+            they agree on (:func:`agreed_level`).
+        rejected: Answer to the same question that people preferred less than ``answer``.
+        comparison_dimensions: Dimensions that the comparison is about; empty = all.
+        margin: Strength of the preference for ``answer`` over ``rejected``, in levels; 0 = unknown.
+        requested: Levels by dimension name that a policy was asked for when it generated the answer.
+        id: Identifier of the row in the source, copied into predictions.
+        group: Name shared by dependent rows, e.g. of the article that they summarise. Calibration and confidence
+            intervals keep a group together; None = the rows with the same question.
+        columns: Further fields for reward functions, e.g. a reference answer.
+        place: Location of the row, e.g. ``ratings.csv, line 7``; None if the source does not know it.
     """
 
     question: Question
@@ -93,21 +86,20 @@ class Example:
 class PairBatch:
     """Batch of :class:`~moslim.data.views.RewardView`, right-padded.
 
-    ``B`` pairs of ``T`` tokens, ``D`` dimensions of up to ``K`` levels, ``P`` comparisons of two answers. The rejected
-    answers of comparisons are rows of their own, behind the others and without labels.
+    ``B`` pairs of ``T`` tokens, ``D`` dimensions of up to ``K`` levels, ``P`` comparisons of two answers. Rejected
+    answers are pairs of their own, after all others and without labels.
 
     Args:
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]``.
         levels: ``[B, D]`` int64, -1 = not labelled.
-        targets: ``[B, D, K]`` float, share of the raters that gave each level; all 0 where not labelled.
-        rows: The ``B`` examples.
-        chosen: ``[P]`` int64, row of the chosen answer.
-        rejected: ``[P]`` int64, row of the rejected answer.
-        comparison_mask: ``[P, D]`` bool, the dimensions that each comparison speaks about.
-        margins: ``[P]`` float, how clearly the answer was preferred, in levels.
-        features: ``[B, H]`` float32 or finer, pooled hidden states that a frozen backbone has made of the pairs; there
-            are no tokens then (``T`` is 0).
+        targets: ``[B, D, K]`` float, soft labels: share of the raters that gave each level; all 0 = not labelled.
+        rows: ``B`` examples.
+        chosen: ``[P]`` int64, index of the chosen answer in the batch.
+        rejected: ``[P]`` int64, index of the rejected answer in the batch.
+        comparison_mask: ``[P, D]`` bool, dimensions that each comparison is about.
+        margins: ``[P]`` float, strength of each preference, in levels.
+        features: ``[B, H]`` float32 or float64, pooled hidden states from a frozen backbone; ``T`` is 0 then.
     """
 
     input_ids: Tensor
@@ -129,12 +121,12 @@ class PromptBatch:
     Args:
         input_ids: ``[B, P]``.
         attention_mask: ``[B, P]``.
-        targets: ``[B, D]`` int64, requested level, -1 = not mentioned in the prompt.
-        index: ``[B]`` int64, row of the source: the same whatever the batch size or number of processes.
-        questions: The ``B`` neutralised questions, without the instruction.
+        targets: ``[B, D]`` int64, requested level, -1 = not requested.
+        index: ``[B]`` int64, row of the source; independent of the batch size and the number of processes.
+        questions: ``B`` sanitised questions, without the instruction.
         kinds: Name of the :class:`~moslim.data.prompt_batches.EvaluationKind` of each prompt, e.g. ``sweep``; empty
             strings in training.
-        columns: In training, the ``B`` rows' own columns, see :class:`Example`; empty if no row has any.
+        columns: In training, ``columns`` of the ``B`` examples; empty if no example has any.
     """
 
     input_ids: Tensor
@@ -154,7 +146,7 @@ class TextBatch:
         input_ids: ``[B, T]``.
         attention_mask: ``[B, T]``.
         labels: ``[B, T]`` int64, -100 on the prompt and on padding; the end-of-sequence token is labelled.
-        rows: The ``B`` examples.
+        rows: ``B`` examples.
     """
 
     input_ids: Tensor
@@ -167,7 +159,7 @@ Batch = PairBatch | PromptBatch | TextBatch
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch with its tensors on a device; the rest is shared."""
+    """Returns a copy of the batch with its tensors on a device; all other fields are shared."""
     moved = copy.copy(batch)
     for name, value in vars(batch).items():
         if isinstance(value, Tensor):
@@ -176,39 +168,39 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def agreed_level(votes: Sequence[int]) -> int:
-    """Returns the level nearest to the votes' mean; where two are equally near, the lower one."""
+    """Returns the level nearest to the mean of the votes; the lower one of two equally near levels."""
     return math.ceil(sum(votes) / len(votes) - 0.5)
 
 
 class Source(ABC):
-    """Rows of every kind. Subclass it, and name the subclass under ``data.source``."""
+    """Base class of data sources. Subclass it, and name the subclass under ``data.source``."""
 
     @abstractmethod
     def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
         """Returns the rows of one split, in a fixed order for a fixed seed.
 
         Args:
-            kind: What the rows must have, see :class:`~moslim.data.types.RowKind`.
-            split: Which part is asked for.
-            preferences: The dimensions in use; a label outside their levels is an error.
-            seed: Seed of everything that is drawn.
+            kind: Kind of rows, which says which fields they need.
+            split: Part of the source.
+            preferences: Dimensions in use; a label outside their levels is an error.
+            seed: Seed of all random choices.
 
         Raises:
-            ValueError: A row cannot be used; the message names file, line and field.
+            ValueError: A row is invalid; the message names file, line and field.
         """
 
     def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
-        """Yields the same rows one by one. A source that need not hold them all in memory overrides it."""
+        """Yields the same rows one at a time. Override it to avoid loading all rows into memory."""
         yield from self.rows(kind, split, preferences, seed)
 
     def parts(self) -> Sequence[Source]:
-        """The sources that this one reads from; none if it reads tables itself."""
+        """Returns the sources that this one combines; empty if it reads tables itself."""
         return ()
 
     def reachable(self, preference: Preference) -> bool:
-        """Whether some answer can have these levels at once. Unreachable ones are not worth asking for."""
+        """Whether some answer can have all these levels at once."""
         return True
 
     def held_out(self, preference: Preference) -> bool:
-        """Whether this combination is kept from training, to test what was never asked for."""
+        """Whether this combination is excluded from training and reserved for the test."""
         return False
