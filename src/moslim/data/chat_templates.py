@@ -109,7 +109,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises ``TimeoutError`` in a block that takes longer. Has no effect outside the main thread or if an alarm is set.
+    """Raises ``TimeoutError`` in a block that takes longer. No effect outside the main thread or if an alarm is set.
 
     Args:
         seconds: Time limit of the block.
