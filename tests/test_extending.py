@@ -177,7 +177,9 @@ def test_the_optimizer_s_loss(classes: Any) -> None:
     old = torch.full((2, 2), -1.0)
     logprobs = (old + torch.tensor([[0.0, 0.0], [1.0, 0.0]])).requires_grad_()
     mask = torch.tensor([[True, True], [True, False]])
-    parts = optimizer.loss(LossInputs(logprobs, old, torch.tensor([1.0, -1.0]), mask, length=4, samples=2))
+    parts = optimizer.loss(
+        LossInputs(logprobs, old, torch.tensor([1.0, -1.0]), mask, max_completion_length=4, num_generations=2)
+    )
     # Ratios 1, 1 and e; the last, with a negative advantage, is not clipped: -(1 + 1)/4 and +e/4, averaged.
     assert parts.loss.item() == pytest.approx((-2 + 2.7182818) / 4 / 2)
     assert parts.metrics["clip_fraction"].item() == 0

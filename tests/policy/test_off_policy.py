@@ -52,7 +52,9 @@ def test_answers_cut_by_top_p_are_corrected_without_another_pass(run):
     assert module.logged[0]["train/off_policy/staleness"] == 0
 
 
-@pytest.mark.parametrize(("options", "message"), [({"cap": 0.5}, "cap is 0.5"), ({"old_logprobs": "no"}, "is 'no'")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"importance_clip": 0.5}, "importance_clip is 0.5"), ({"old_logprobs": "no"}, "is 'no'")]
+)
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         OffPolicy(**options)

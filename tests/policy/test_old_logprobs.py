@@ -63,8 +63,8 @@ def test_before_the_first_step_the_ratio_is_one(fit, kind, precision):
     optimizer = OPTIMIZERS[kind]()
     fit(optimizer, 1, precision, engine=TorchEngine(LONG))
     (batch,) = optimizer.seen
-    assert batch.mask.any() and torch.equal(batch.log_ratio, torch.zeros_like(batch.old))
-    assert torch.equal(batch.old, batch.logprobs.detach())
+    assert batch.mask.any() and torch.equal(batch.log_ratio, torch.zeros_like(batch.old_logprobs))
+    assert torch.equal(batch.old_logprobs, batch.logprobs.detach())
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_later_minibatches_are_compared_with_the_same_computation(fit, options, 
     optimizer = watching(GRPO)
     module = fit(optimizer, 4, minibatches=2, num_iterations=2, rate=0.0, engine=TorchEngine(LONG, **cut), **options)
     rounding = (module.rollout.old_logprobs - module.rollout.engine_logprobs)[module.rollout.mask].abs()
-    assert rounding.mean() > 1e-3
+    assert rounding.mean() > 1e-4
     for batch in optimizer.seen:
         assert batch.log_ratio.abs().mean() < 0.2 * rounding.mean()
     if cut:  # what was cut off is weighed as the engine measured it
         assert module.rollout.behavior_logprobs is not None
         assert all((batch.log_importance_weight <= 1e-5).all() for batch in optimizer.seen)
     else:
-        assert all(batch.sampler is None for batch in optimizer.seen)
+        assert all(batch.behavior_logprobs is None for batch in optimizer.seen)
 
 
 def test_in_float32_the_engine_s_will_do(fit):
@@ -105,7 +105,9 @@ def test_accumulated_minibatches_are_all_before_the_step(preferences, lm, classi
 
 
 def test_the_token_form_is_the_default():
-    assert RLOO().ratio == "token" and not RLOO().weighs_completions and RLOO(**SEQUENCE).weighs_completions
+    assert RLOO().importance_sampling_level == "token" and not RLOO().weighs_completions
+  
+     and RLOO(**SEQUENCE).weighs_completions
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.95}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}])
@@ -113,7 +115,7 @@ def test_whole_answers_are_not_weighed_by_what_was_cut(preferences, lm, classifi
     def build(optimizer, **more):
         return make(preferences, lm, classifier, policy_optimizer=optimizer, engine=TorchEngine(8, **cut), **more)
 
-    with pytest.raises(UsageError, match=r"RLOO weighs whole answers.*ratio to token"):
+    with pytest.raises(UsageError, match=r"RLOO weighs whole answers.*importance_sampling_level to token"):
         build(RLOO(**SEQUENCE))
     build(RLOO())
     build(RLOO(**SEQUENCE), off_policy=OffPolicy(importance_clip=None))  # nothing is weighed

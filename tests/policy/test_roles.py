@@ -51,16 +51,16 @@ def test_at_first_policy_and_reference_are_the_start(models, tokenizer, batch, l
 
 @BOTH
 def test_the_reference_stays_exactly_the_start_while_the_policy_learns(models, tokenizer, batch, lora):
-    models = PolicyModels(build_model("grouped", tokenizer), lora)
-    frozen = {name: value.clone() for name, value in models.frozen().items()}
-    train(models, batch)
+    shared = PolicyModels(build_model("grouped", tokenizer), lora)
+    frozen = {name: value.clone() for name, value in shared.frozen().items()}
+    train(shared, batch)
     with torch.no_grad():
-        start, learnt = logprobs(models["grouped"], batch), logprobs(models.policy, batch)
-        with models.reference() as reference:
+        start, learnt = logprobs(models["grouped"], batch), logprobs(shared.policy, batch)
+        with shared.reference() as reference:
             assert torch.equal(logprobs(reference, batch), start)
-        assert torch.equal(logprobs(models.policy, batch), learnt) and (learnt - start).abs().max() > 1e-3
-    assert frozen.keys() == models.frozen().keys()
-    assert all(torch.equal(value, frozen[name]) for name, value in models.frozen().items())
+        assert torch.equal(logprobs(shared.policy, batch), learnt) and (learnt - start).abs().max() > 1e-3
+    assert frozen.keys() == shared.frozen().keys()
+    assert all(torch.equal(value, frozen[name]) for name, value in shared.frozen().items())
 
 
 @BOTH
