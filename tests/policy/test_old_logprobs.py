@@ -106,8 +106,7 @@ def test_accumulated_minibatches_are_all_before_the_step(preferences, lm, classi
 
 def test_the_token_form_is_the_default():
     assert RLOO().importance_sampling_level == "token" and not RLOO().weighs_completions
-  
-     and RLOO(**SEQUENCE).weighs_completions
+    assert RLOO(**SEQUENCE).weighs_completions
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.95}, {"top_k": 5}, {"top_k": 5, "top_p": 0.9}])
