@@ -1,11 +1,4 @@
-"""Sources made of other sources: concatenation, comparisons from ratings, and overlap between splits.
-
-Questions that are asked in training and in a held-out part.
-
-Several sources as one.
-
-Comparisons made of ratings: of two answers to one question, the one that raters put higher was preferred.
-"""
+"""Sources made of other sources (concatenation, comparisons from ratings), and questions that splits share."""
 
 from __future__ import annotations
 
@@ -27,7 +20,7 @@ SharedQuestions = Literal["warn", "drop", "error"]
 
 
 def question_key(question: Question) -> str:
-    """Returns what is equal for questions that differ in case or white space only; a chat of one turn is its text."""
+    """Returns a key that ignores case and white space; a chat of one turn has the key of its text."""
     messages = as_messages(question)
     text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
     return " ".join((messages[0]["content"] if len(messages) == 1 else text).casefold().split())
@@ -36,18 +29,18 @@ def question_key(question: Question) -> str:
 def without_shared(
     held_out: list[tuple[str, Record]], training: Mapping[str, Record], policy: SharedQuestions
 ) -> list[Record]:
-    """Looks for held-out rows whose question training has, too: what is measured on them is no surprise.
+    """Handles held-out rows whose question occurs in training, too.
 
     Args:
         held_out: Key and row of each held-out row.
-        training: A training row by key.
-        policy: What is done about shared questions: the rows are kept, or dropped, with a warning, or are an error.
+        training: Training rows by key.
+        policy: ``warn`` keeps the rows, ``drop`` removes them; both warn. ``error`` raises.
 
     Returns:
-        The held-out rows that stay.
+        The remaining held-out rows.
 
     Raises:
-        UsageError: There are shared questions, and ``policy`` is ``error``.
+        UsageError: Questions are shared, and ``policy`` is ``error``.
     """
     shared = [(key, row) for key, row in held_out if key in training]
     if not shared:
@@ -64,9 +57,9 @@ def without_shared(
 
 
 def warn_if_shared(held_out: Sequence[Example], training: Sequence[Example]) -> None:
-    """Warns of held-out rows of one source whose question another source has in training."""
-    known = {question_key(row.question) for row in training}
-    shared = [key for key in (question_key(row.question) for row in held_out) if key in known]
+    """Warns of held-out rows of one source whose question is among the training rows of another."""
+    training_keys = {question_key(row.question) for row in training}
+    shared = [key for key in (question_key(row.question) for row in held_out) if key in training_keys]
     if shared:
         warnings.warn(
             f"{len(shared)} of {len(held_out)} held-out rows ask {len(set(shared))} questions that another source "
@@ -76,7 +69,7 @@ def warn_if_shared(held_out: Sequence[Example], training: Sequence[Example]) -> 
 
 
 class ConcatSource(Source):
-    """The rows of several sources, one after the other, e.g. tables that label different dimensions.
+    """Concatenation of the rows of several sources, e.g. of tables that label different dimensions.
 
     Args:
         sources: The sources; in YAML also files that hold one each.
@@ -88,7 +81,7 @@ class ConcatSource(Source):
         self.sources = sources
 
     def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        """See the base class. Questions of held-out rows that another source trains on are said in a warning."""
+        """See the base class. Warns of held-out questions that another source has in training."""
         parts = [source.rows(kind, split, preferences, seed) for source in self.sources]
         if kind is RowKind.LABELLED and split in (Split.VALIDATION, Split.TEST) and len(self.sources) > 1:
             training = [source.rows(kind, Split.TRAIN, preferences, seed) for source in self.sources]
@@ -97,7 +90,7 @@ class ConcatSource(Source):
         return [row for part in parts for row in part]
 
     def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
-        """See the base class. Rows to be scored are read one at a time where the sources can."""
+        """See the base class. Rows to be scored are streamed if the sources support it."""
         if kind is RowKind.LABELLED and split is Split.PREDICT:
             for source in self.sources:
                 yield from source.stream(kind, split, preferences, seed)
@@ -109,24 +102,24 @@ class ConcatSource(Source):
         return self.sources
 
     def reachable(self, preference: Preference) -> bool:
-        """Whether one of the sources calls it reachable."""
+        """Whether the preference is reachable in at least one source."""
         return any(source.reachable(preference) for source in self.sources)
 
     def held_out(self, preference: Preference) -> bool:
-        """Whether one of the sources holds it out."""
+        """Whether at least one source holds the preference out."""
         return any(source.held_out(preference) for source in self.sources)
 
 
 class ComparisonsFromRatings(Source):
-    """The rows of another source, each beside an answer to the same question that raters put lower on a dimension.
+    """Comparisons derived from ratings: adds to each row a rejected answer to the same question with a lower rating.
 
-    The margin is the difference between the means of their votes, so that it is small where raters disagree (the idea
-    of "Beyond the Binary", arXiv 2412.03822). Labels and votes stay, and teach the classifier besides. A row without a
-    lower rival, or that compares something already, is left as it is.
+    The margin is the difference between the mean votes of the two answers, so that it is small where raters disagree
+    ("Beyond the Binary", arXiv 2412.03822). Labels and votes are kept. A row without a lower-rated answer, or with a
+    comparison of its own, is unchanged.
 
     Args:
-        source: The source of the rated answers; in YAML also a file that holds one.
-        dimension: What is compared.
+        source: Source of the rated answers; in YAML also a file that holds one.
+        dimension: Dimension of the ratings to compare.
     """
 
     def __init__(self, source: Source, dimension: str) -> None:
@@ -134,17 +127,17 @@ class ComparisonsFromRatings(Source):
         self.dimension = dimension
 
     def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        """See the base class; which of the lower answers is the rival is drawn."""
-        preferences[self.dimension]
+        """See the base class. The rejected answer is drawn from the lower-rated ones."""
+        preferences[self.dimension]  # raises if it is unknown
         rows = self.source.rows(kind, split, preferences, seed)
         if kind is not RowKind.LABELLED or split is Split.PREDICT:
             return rows
-        answers = defaultdict(list)
+        rated_answers = defaultdict(list)
         for row in rows:
             if self.dimension in row.levels:
-                answers[question_key(row.question)].append((self._mean(row), row.answer))
+                rated_answers[question_key(row.question)].append((self._mean_vote(row), row.answer))
         rng = random.Random(derive_seed(seed, *b"rivals"))
-        return [self._compared(row, answers[question_key(row.question)], rng) for row in rows]
+        return [self._with_rejected(row, rated_answers[question_key(row.question)], rng) for row in rows]
 
     def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
         """See the base class."""
@@ -165,16 +158,18 @@ class ComparisonsFromRatings(Source):
         """See the base class."""
         return self.source.held_out(preference)
 
-    def _compared(self, row: Example, answers: list[tuple[float, str | None]], rng: random.Random) -> Example:
+    def _with_rejected(
+        self, row: Example, rated_answers: list[tuple[float, str | None]], rng: random.Random
+    ) -> Example:
         if row.rejected is not None or self.dimension not in row.levels:
             return row
-        own = self._mean(row)
-        lower = [(mean, answer) for mean, answer in answers if mean < own and answer != row.answer]
+        rating = self._mean_vote(row)
+        lower = [(mean, answer) for mean, answer in rated_answers if mean < rating and answer != row.answer]
         if not lower:
             return row
-        mean, rejected = rng.choice(lower)
-        return replace(row, rejected=rejected, comparison_dimensions=(self.dimension,), margin=own - mean)
+        lower_rating, rejected = rng.choice(lower)
+        return replace(row, rejected=rejected, comparison_dimensions=(self.dimension,), margin=rating - lower_rating)
 
-    def _mean(self, row: Example) -> float:
+    def _mean_vote(self, row: Example) -> float:
         votes = row.votes.get(self.dimension, (row.levels[self.dimension],))
         return sum(votes) / len(votes)

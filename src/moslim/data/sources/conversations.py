@@ -1,9 +1,4 @@
-"""Messages, and the rejected answer, from the fields of a row.
-
-From the ways in which tables write a conversation to messages.
-
-From the columns of a row to the answer that was liked less.
-"""
+"""Reading of conversations and of comparisons (rejected answer, dimensions, margin) from the fields of a row."""
 
 from __future__ import annotations
 
@@ -22,33 +17,36 @@ _PAIRS = re.compile(r"""\s*\[\s*[\[(]\s*(["'])(system|user|assistant|human|gpt|b
 _TWICE = re.compile(r"""\s*"\s*(\[\s*)?\{\s*\\\"""")
 _LIST = re.compile(r"\s*\[\s*\{")
 _TURNS = ({"role", "content"}, {"role", "text"}, {"from", "value"}, {"speaker", "text"})
-"""Fields of turns, one of which objects have that open with another field."""
+"""Sets of fields by which a JSON object is recognised as a turn."""
 
 
 class ChatFormat(ABC):
-    """How the question column writes the chat so far. Subclass it, and name the subclass under ``source.chat``."""
+    """Format of the conversation in the question column.
+
+    Subclass it, and name the subclass under ``source.chat``.
+    """
 
     @abstractmethod
     def question(self, value: Any) -> Question:
         """Returns the question as text or messages.
 
         Raises:
-            UsageError: The value is not written in this way.
+            UsageError: The value is not in this format.
         """
 
 
 class PlainText(ChatFormat):
-    """A text that is one user turn whatever it looks like, also where it is JSON with roles."""
+    """Text that is one user turn, even if it is JSON with roles."""
 
     def question(self, value: Any) -> Question:
-        """Returns the text itself."""
+        """Returns the text unchanged."""
         if not isinstance(value, str):
             raise UsageError(f"the question is {quoted(value)}, not a text")
         return value
 
 
 class Turns(ChatFormat):
-    """One text with a marker before each turn; text before the first marker is a user turn.
+    """Text with a marker before each turn; text before the first marker is a user turn.
 
     Args:
         user: Marker of a user turn, e.g. ``"\\n<extra_id_1>User\\n"``.
@@ -60,19 +58,19 @@ class Turns(ChatFormat):
         self.assistant = assistant
 
     def question(self, value: Any) -> Question:
-        """Returns the turns as messages, or the text itself where it has no marker."""
+        """Returns the turns as messages, or the text itself if it has no marker."""
         if not isinstance(value, str):
             raise UsageError(f"the chat is {quoted(value)}, not a text with turns")
         return split_turns(value, self.user, self.assistant) if self.user in value or self.assistant in value else value
 
 
 class Messages(ChatFormat):
-    """A list of objects, one per turn, under other names than ``role`` and ``content``; in a text, written as JSON.
+    """List of objects, one per turn, with other field names than ``role`` and ``content``; a text is parsed as JSON.
 
     Args:
         role: Field of the role.
         content: Field of the text.
-        roles: The usual name (``user``, ``assistant``, ``system``) of each role that is called otherwise.
+        roles: Standard name (``user``, ``assistant``, ``system``) of each role with another name.
     """
 
     def __init__(self, role: str = "role", content: str = "content", roles: dict[str, str] | None = None) -> None:
@@ -87,9 +85,11 @@ class Messages(ChatFormat):
             turns = parse_json(value, "the chat")[0]
         if not isinstance(turns, list):
             raise UsageError(f"the chat is {quoted(value)}, not a list of turns")
-        absent = [turn for turn in turns if not isinstance(turn, dict) or not {self.role, self.content} <= set(turn)]
-        if absent:
-            raise UsageError(f"the turn {quoted(absent[0])} lacks '{self.role}' or '{self.content}'")
+        incomplete = [
+            turn for turn in turns if not isinstance(turn, dict) or not {self.role, self.content} <= set(turn)
+        ]
+        if incomplete:
+            raise UsageError(f"the turn {quoted(incomplete[0])} lacks '{self.role}' or '{self.content}'")
         unknown = [turn[self.role] for turn in turns if not isinstance(turn[self.role], str)]
         if unknown:
             raise UsageError(f"the role {quoted(unknown[0])} is not a text")
@@ -99,7 +99,7 @@ class Messages(ChatFormat):
 
 
 def looks_like_chat(text: str) -> bool:
-    """Whether a text opens as a chat in JSON does, or is a JSON list of turns."""
+    """Whether a text begins like a chat in JSON, or is a JSON list of turns."""
     return _CHAT_TEXT.match(text) is not None or (_LIST.match(text) is not None and _is_list_of_turns(text))
 
 
@@ -112,10 +112,10 @@ def _is_list_of_turns(text: str) -> bool:
 
 
 def chat_in_text(value: Any) -> Any:
-    """Returns the chat that a text holds as JSON, as a cell of a CSV file does; any other value as it is.
+    """Parses a chat that is stored as JSON in a text, e.g. in a cell of a CSV file; returns other values unchanged.
 
     Raises:
-        UsageError: The text looks like such a chat, and is none.
+        UsageError: The text looks like a chat but cannot be parsed as one.
     """
     if not isinstance(value, str):
         return value
@@ -134,7 +134,7 @@ def chat_in_text(value: Any) -> Any:
             f"{error}; the question {quoted(value)} looks like a chat: write it with json.dumps, or, if it is a plain "
             "text, set `chat` to moslim.data.PlainText"
         ) from None
-    if value[end:].strip():  # a text that opens with JSON
+    if value[end:].strip():  # plain text that begins with JSON
         return value
     if not isinstance(chat, list):
         raise UsageError(
@@ -145,7 +145,7 @@ def chat_in_text(value: Any) -> Any:
 
 
 def split_turns(text: str, user: str, assistant: str) -> list[Message]:
-    """Cuts a dialogue at the markers of its turns; white space around a turn is left out."""
+    """Splits a dialogue at the markers of its turns and strips the turns."""
     opening, *rest = re.split(f"({re.escape(user)}|{re.escape(assistant)})", text)
     turns = [{"role": "user", "content": opening.strip()}] if opening.strip() else []
     for marker, content in zip(rest[::2], rest[1::2], strict=True):
@@ -154,7 +154,7 @@ def split_turns(text: str, user: str, assistant: str) -> list[Message]:
 
 
 class Comparison(NamedTuple):
-    """The part of an :class:`~moslim.data.Example` that compares two answers; by default there is none."""
+    """Fields of an :class:`~moslim.data.Example` that compare two answers; by default, no comparison."""
 
     rejected: str | None = None
     comparison_dimensions: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ class Comparison(NamedTuple):
 
 
 class Comparisons:
-    """Reads comparisons of rows; the arguments are those of :class:`~moslim.data.Table`."""
+    """Reader of the comparison in a row; the arguments are those of :class:`~moslim.data.Table`."""
 
     def __init__(self, rejected: str | None, comparison_dimensions: str | list[str] | None, margin: str | None) -> None:
         if rejected is None and (comparison_dimensions or margin):
@@ -172,7 +172,11 @@ class Comparisons:
         self.margin = margin
 
     def check(self, preferences: PreferenceSet) -> None:
-        """Raises an error that lists the known dimensions if ``comparison_dimensions`` names another one."""
+        """Checks the names in ``comparison_dimensions``.
+
+        Raises:
+            UsageError: A dimension is unknown.
+        """
         check_names(
             "data.source.comparison_dimensions",
             [] if isinstance(self.comparison_dimensions, str) else self.comparison_dimensions,
@@ -180,10 +184,10 @@ class Comparisons:
         )
 
     def read(self, record: Record, preferences: PreferenceSet) -> Comparison:
-        """Returns a row's comparison.
+        """Returns the comparison of a row.
 
         Raises:
-            UsageError: A column is missing, or what it holds cannot be used.
+            UsageError: A column is missing, or its value is invalid.
         """
         if self.rejected is None:
             return Comparison()
@@ -197,22 +201,22 @@ class Comparisons:
     def _dimensions(self, record: Record, preferences: PreferenceSet) -> tuple[str, ...]:
         if not isinstance(self.comparison_dimensions, str):
             return tuple(self.comparison_dimensions)
-        named = require(record, self.comparison_dimensions, "comparison_dimensions")
-        if not isinstance(named, list) or not all(isinstance(n, str) and n in preferences.names for n in named):
+        names = require(record, self.comparison_dimensions, "comparison_dimensions")
+        if not isinstance(names, list) or not all(isinstance(n, str) and n in preferences.names for n in names):
             raise UsageError(
-                f"{record.place}, field '{self.comparison_dimensions}': {quoted(named)} is no list of dimensions; "
+                f"{record.place}, field '{self.comparison_dimensions}': {quoted(names)} is no list of dimensions; "
                 f"there are: {', '.join(preferences.names)}"
             )
-        return tuple(named)
+        return tuple(names)
 
     def _margin(self, record: Record) -> float:
         if self.margin is None:
             return 0.0
         value = require(record, self.margin, "margin")
-        given = [one for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
+        margins = [entry for entry in (value if isinstance(value, list) else [value]) if not is_missing(entry)]
         where = f"{record.place}, field '{self.margin}'"
         try:
-            margin = float(sum(map(as_number, given)) / len(given)) if given else 0.0
+            margin = float(sum(map(as_number, margins)) / len(margins)) if margins else 0.0
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
         if margin < 0:

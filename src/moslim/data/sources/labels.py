@@ -1,11 +1,4 @@
-"""Levels and votes from the fields of a row.
-
-From what a table says to a level.
-
-From the columns of a row to levels, and to the votes of several raters.
-
-From a column of a row to the levels that a policy was asked for.
-"""
+"""Reading of labels from the fields of a row: levels, votes of several raters, and requested levels."""
 
 from __future__ import annotations
 
@@ -29,7 +22,7 @@ def is_missing(value: Any) -> bool:
 
 
 def is_nan(value: Any) -> bool:
-    """Whether a field is not a number, though something stands there: it is missing, but hardly on purpose."""
+    """Whether a field is NaN, as a number or text; NaN counts as missing, with a warning."""
     if isinstance(value, str):
         return value.strip().lower() == "nan"
     return isinstance(value, float) and math.isnan(value)
@@ -37,15 +30,15 @@ def is_nan(value: Any) -> bool:
 
 @dataclass
 class Scale:
-    """How the values of a column become levels 0..K-1. At most one of the first three is given.
+    """Conversion of the values of a column to levels 0..K-1. Give at most one of the first three arguments.
 
     Args:
-        offset: Added to a whole number: -1 turns ratings 1..5 into levels 0..4.
-        values: Level of each value, e.g. ``{poor: 0, fair: 1, good: 2}`` or ``{false: 0, true: 1}``; compared as
-            :func:`~moslim.utils.errors.is_same` says.
-        bins: Ascending borders: the level is the number of borders that are at most the value. ``[0.3, 0.7]``
-            turns scores into three levels. Compared as decimals, as they are written.
-        missing: Values that are no label, such as ``N/A`` or ``Unsure``; blank, null and NaN never are one.
+        offset: Added to whole numbers: -1 turns ratings 1..5 into levels 0..4.
+        values: Level of each value, e.g. ``{poor: 0, fair: 1, good: 2}`` or ``{false: 0, true: 1}``; compared by
+            :func:`~moslim.utils.errors.is_same`.
+        bins: Ascending borders; the level is the number of borders at or below the value. ``[0.3, 0.7]`` turns scores
+            into three levels. Compared as decimals.
+        missing: Values without a label, such as ``N/A`` or ``Unsure``; blank, null and NaN are always missing.
     """
 
     offset: int = 0
@@ -68,20 +61,22 @@ class Scale:
             text = _key_text(key)
             if type(level) is not int or level < 0:
                 raise UsageError(f"scales.values: {quoted(text)} is given the level {quoted(level)}: give 0 or more")
-            same = [known for known, other in self._levels if other != level and _may_be_one(known, text)]
-            if same:
-                raise UsageError(f"scales.values: {quoted(same[0])} and {quoted(text)} are one value with two levels")
+            conflicts = [other for other, other_level in self._levels if other_level != level and _overlap(other, text)]
+            if conflicts:
+                raise UsageError(
+                    f"scales.values: {quoted(conflicts[0])} and {quoted(text)} are one value with two levels"
+                )
             self._levels.append((text, level))
 
     def is_missing(self, value: Any) -> bool:
-        """Whether a value is no label."""
+        """Whether a value holds no label."""
         return is_missing(value) or any(is_same(value, text) for text in self._missing)
 
     def level(self, value: Any) -> int:
         """Returns the level of a value that is not missing.
 
         Raises:
-            UsageError: The value is none that this scale knows.
+            UsageError: The value is not on this scale.
         """
         if self.values is not None:
             for text, level in self._levels:
@@ -99,12 +94,12 @@ class Scale:
 
 
 def _key_text(key: Scalar) -> str:
-    """The text of a key of ``values``; Python code may give numbers and truth values, of which YAML keeps the text."""
+    """Text of a key of ``values``; from Python, keys may be numbers or truth values."""
     return str(key).lower() if isinstance(key, bool | float) else as_text(key, "scales.values")
 
 
-def _may_be_one(a: str, b: str) -> bool:
-    """Whether some value of a table would be both."""
+def _overlap(a: str, b: str) -> bool:
+    """Whether one value of a table can match both keys."""
     if is_same(a, b):
         return True
     try:
@@ -114,14 +109,14 @@ def _may_be_one(a: str, b: str) -> bool:
 
 
 _LEVELS = Scale()
-"""Labels that are levels already."""
+"""Scale of labels that are levels already."""
 _MOST_RATERS = 10_000
 _ROUNDING = Decimal("0.01")
-"""By how much a share times the number of raters may miss a whole number, since shares are rounded."""
+"""Tolerance of a share times the number of raters to a whole number, since shares are rounded."""
 
 
 class Labels:
-    """Reads the labels of rows; the arguments are those of :class:`~moslim.data.Table`."""
+    """Reader of the labels in a row; the arguments are those of :class:`~moslim.data.Table`."""
 
     def __init__(
         self,
@@ -136,49 +131,53 @@ class Labels:
             raise UsageError(f"dimension '{name}': give either scales or counts, which is for shares of yes votes")
 
     def check(self, preferences: PreferenceSet) -> None:
-        """Raises an error that lists the known dimensions if an argument names another one."""
-        for option, named in (("columns", self.columns), ("scales", self.scales), ("counts", self.counts)):
-            check_names(f"data.source.{option}", named, preferences)
+        """Checks the dimensions that the arguments name.
+
+        Raises:
+            UsageError: A dimension is unknown, or one in ``counts`` does not have two levels.
+        """
+        for option, names in (("columns", self.columns), ("scales", self.scales), ("counts", self.counts)):
+            check_names(f"data.source.{option}", names, preferences)
         for name in self.counts:
             if len(preferences[name].levels) != 2:
                 raise UsageError(f"counts.{name}: votes of yes or no need two levels, not {preferences[name].levels}")
 
     def paths(self, dimension: str) -> list[str]:
-        """Returns the columns of a dimension's labels."""
+        """Returns the columns that hold the labels of a dimension."""
         paths = self.columns.get(dimension, dimension)
         return [paths] if isinstance(paths, str) else paths
 
     def votes(self, record: Record, preferences: PreferenceSet, required: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Returns the level that each rater gave, by dimension; dimensions without a label are left out.
+        """Returns the level from each rater by dimension name; dimensions without a label are omitted.
 
         Args:
             record: The row.
             preferences: The dimensions in use.
-            required: Dimensions that must have a column; one that ``columns`` names always must.
+            required: Dimensions that must have a column, besides those that ``columns`` names.
 
         Raises:
             UsageError: A column is missing, or a value is no level of its dimension.
         """
-        found = {}
+        votes_by_name = {}
         for dimension in preferences.dimensions:
             votes: list[int] = []
             for path in self.paths(dimension.name):
                 if has_column(record, path) or dimension.name in (*required, *self.columns):
-                    votes += self._column(record, path, dimension)
+                    votes += self._votes_in(record, path, dimension)
             if votes:
-                found[dimension.name] = tuple(votes)
-        return found
+                votes_by_name[dimension.name] = tuple(votes)
+        return votes_by_name
 
     def not_numbers(self, record: Record, preferences: PreferenceSet) -> list[str]:
-        """Returns the columns of labels where a row has NaN."""
+        """Returns the label columns in which a row has NaN."""
         paths = [path for name in preferences.names for path in self.paths(name)]
-        found = {path: find(record.fields, path) for path in paths}
+        values = {path: find(record.fields, path) for path in paths}
         return [
-            path for path, value in found.items() if any(map(is_nan, value if isinstance(value, list) else [value]))
+            path for path, value in values.items() if any(map(is_nan, value if isinstance(value, list) else [value]))
         ]
 
     def warn_if_constant(self, table: str, rows: Sequence[Example], names: Sequence[str]) -> None:
-        """Warns of dimensions whose labels are all the same in a table, or that none of its rows has a label for."""
+        """Warns of dimensions whose labels in a table are all equal or all missing."""
         for name in names:
             levels = [row.levels[name] for row in rows if name in row.levels]
             field = " and ".join(f"'{path}'" for path in self.paths(name))
@@ -193,45 +192,49 @@ class Labels:
                     stacklevel=3,
                 )
 
-    def _column(self, record: Record, path: str, dimension: Dimension) -> list[int]:
+    def _votes_in(self, record: Record, path: str, dimension: Dimension) -> list[int]:
         value = require(record, path, f"columns.{dimension.name}")
         where = f"{record.place}, field '{path}'"
         if dimension.name in self.counts:
             count = require(record, self.counts[dimension.name], f"counts.{dimension.name}")
-            return _yes_and_no(value, count, where)
+            return _yes_no_votes(value, count, where)
         values = value if isinstance(value, list) else [value]
         scale = self.scales.get(dimension.name, _LEVELS)
-        return [level_of(one, scale, dimension, where) for one in values if not scale.is_missing(one)]
+        return [level_of(entry, scale, dimension, where) for entry in values if not scale.is_missing(entry)]
 
 
 def check_names(option: str, names: Iterable[str], preferences: PreferenceSet) -> None:
-    """Raises a KeyError that lists the known dimensions if an option names another one."""
+    """Checks the dimensions that an option names.
+
+    Raises:
+        UsageError: A dimension is unknown; the message lists the known ones.
+    """
     for name in names:
         if name not in preferences.names:
             raise UsageError(f"{option}: no dimension '{name}'; there are: {', '.join(preferences.names)}")
 
 
 def levels_of(votes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Returns the level that the votes of each dimension come to."""
-    return {name: agreed_level(given) for name, given in votes.items()}
+    """Returns the agreed level of each dimension, see :func:`~moslim.data.types.agreed_level`."""
+    return {name: agreed_level(levels) for name, levels in votes.items()}
 
 
-def several(votes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the votes of the dimensions that more than one rater looked at."""
-    return {name: given for name, given in votes.items() if len(given) > 1}
+def with_several_votes(votes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the votes of the dimensions with more than one rater."""
+    return {name: levels for name, levels in votes.items() if len(levels) > 1}
 
 
 def level_of(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
-    """Returns the level that a value is on a scale.
+    """Returns the level of a value on a scale.
 
     Args:
-        value: The value, which is not missing.
-        scale: What makes a level of it.
-        dimension: What it is a level of.
-        where: Where it stands, for error messages.
+        value: The value, not missing.
+        scale: Conversion to a level.
+        dimension: Dimension of the level.
+        where: Place of the value, for error messages.
 
     Raises:
-        UsageError: It is no level of the dimension.
+        UsageError: The value is not on the scale, or the dimension does not have its level.
     """
     try:
         level = scale.level(value)
@@ -245,43 +248,43 @@ def level_of(value: Any, scale: Scale, dimension: Dimension, where: str) -> int:
     return level
 
 
-def _yes_and_no(share: Any, count: Any, where: str) -> list[int]:
-    """The votes behind a share of yes votes."""
+def _yes_no_votes(share: Any, count: Any, where: str) -> list[int]:
+    """Votes (0 or 1) that give a share of yes votes among a number of raters."""
     if is_missing(share) or is_missing(count):
         return []
     try:
-        part, raters = as_number(share), as_whole_number(count)
+        yes_share, raters = as_number(share), as_whole_number(count)
     except UsageError as error:
         raise UsageError(
             f"{where}: {quoted(share)} of {quoted(count)} votes: give a share, 0 to 1, and a whole number ({error})"
         ) from None
     if not 0 <= raters <= _MOST_RATERS:
         raise UsageError(f"{where}: {raters} raters: give 0 to {_MOST_RATERS}")
-    yes = round(part * raters)
-    if abs(part * raters - yes) > _ROUNDING or not 0 <= part <= 1:
+    yes = round(yes_share * raters)
+    if abs(yes_share * raters - yes) > _ROUNDING or not 0 <= yes_share <= 1:
         raise UsageError(f"{where}: {quoted(share)} is no share of {raters} votes")
     return [0] * (raters - yes) + [1] * yes
 
 
 def requested_levels(record: Record, path: str, preferences: PreferenceSet) -> dict[str, int]:
-    """Returns level by dimension name; dimensions that were not asked for, or are not in use, are left out.
+    """Returns the requested level by dimension name; dimensions not requested or not in use are omitted.
 
     Args:
         record: The row.
-        path: Where it holds an object with a level for each dimension that was asked for; null = for none.
+        path: Field with an object of requested level by dimension name; null = none requested.
         preferences: The dimensions in use.
 
     Raises:
-        UsageError: There is no such column, or it holds something else.
+        UsageError: The column is missing, or its value is not such an object.
     """
-    asked = require(record, path, "requested")
+    requested = require(record, path, "requested")
     where = f"{record.place}, field '{path}'"
-    if asked is None:
+    if requested is None:
         return {}
-    if not isinstance(asked, dict):
-        raise UsageError(f"{where}: {quoted(asked)} is no object with the level of each dimension")
+    if not isinstance(requested, dict):
+        raise UsageError(f"{where}: {quoted(requested)} is no object with the level of each dimension")
     return {
-        dimension.name: level_of(asked[dimension.name], Scale(), dimension, where)
+        dimension.name: level_of(requested[dimension.name], Scale(), dimension, where)
         for dimension in preferences.dimensions
-        if not is_missing(asked.get(dimension.name))
+        if not is_missing(requested.get(dimension.name))
     }

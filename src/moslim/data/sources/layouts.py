@@ -1,19 +1,4 @@
-"""Layouts: question-answer rows from tables whose rows are something else.
-
-The interface of every layout.
-
-One row with two dialogues that part at their last turn.
-
-One row with a list of answers.
-
-Texts in which quotes and other characters are written as escapes.
-
-One text that holds question and answer, as in prompts that were made for a judge.
-
-One row per message of a tree of conversations.
-
-One row with two answers, and which of them is better.
-"""
+"""Layouts: convert rows of other shapes to rows of one question and one answer."""
 
 from __future__ import annotations
 
@@ -33,32 +18,34 @@ from moslim.utils.errors import UsageError, as_number, quoted
 
 
 class Layout(ABC):
-    """Makes rows of one question and one answer. Subclass it, and name the subclass under ``source.layout``."""
+    """Conversion of the rows of a table to rows of one question and one answer.
+
+    Subclass it, and name the subclass under ``source.layout``.
+    """
 
     @abstractmethod
     def rows(self, records: list[Record]) -> list[Record]:
-        """Returns the new rows, with the columns that the Table's arguments name.
+        """Returns the new rows, with the columns that the arguments of the Table name.
 
         Args:
-            records: All rows of a table, as they were read. Their fields must not be changed.
+            records: All rows of a table. Their fields must not be modified.
 
         Raises:
-            ValueError: A row is not laid out in this way; the message names file, line and field.
+            ValueError: A row has another layout; the message names file, line and field.
         """
 
 
 class Dialogues(Layout):
-    """Two whole dialogues, of which people preferred one, as in HH-RLHF.
+    """Two whole dialogues per row, chosen and rejected, as in HH-RLHF.
 
-    The new rows have the columns ``question`` (the turns that both share, as messages), ``answer`` and ``rejected``
-    (their last turns). Dialogues that part earlier are left out, since no single answer was compared, and counted in a
-    warning.
+    The new rows have the columns ``question`` (the shared turns, as messages), ``answer`` and ``rejected`` (the last
+    turns). Dialogues that differ before their last turn are dropped and counted in a warning.
 
     Args:
-        chosen: Column of the preferred dialogue.
-        rejected: Column of the other.
-        user: What stands before a user turn.
-        assistant: What stands before an assistant turn.
+        chosen: Column of the chosen dialogue.
+        rejected: Column of the rejected dialogue.
+        user: Marker before a user turn.
+        assistant: Marker before an assistant turn.
     """
 
     def __init__(
@@ -80,11 +67,11 @@ class Dialogues(Layout):
         for record in records:
             chosen = self._turns(record, self.chosen, "layout.chosen")
             rejected = self._turns(record, self.rejected, "layout.rejected")
-            if not _part_at_the_last_answer(chosen, rejected):
+            if not _differ_in_last_answer_only(chosen, rejected):
                 notices.add("left out, since the two dialogues do not part at their last answer", record.place)
                 continue
-            new = {"question": chosen[:-1], "answer": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
-            rows.append(Record(record.place, {**record.fields, **new}))
+            fields = {"question": chosen[:-1], "answer": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+            rows.append(Record(record.place, {**record.fields, **fields}))
         notices.warn(len(records))
         return rows
 
@@ -95,16 +82,16 @@ class Dialogues(Layout):
         return split_turns(text, self.user, self.assistant)
 
 
-def _part_at_the_last_answer(chosen: list[Message], rejected: list[Message]) -> bool:
-    ends = [message["role"] for message in (*chosen[-2:], *rejected[-2:])]
-    return ends == ["user", "assistant"] * 2 and chosen[:-1] == rejected[:-1]
+def _differ_in_last_answer_only(chosen: list[Message], rejected: list[Message]) -> bool:
+    last_roles = [message["role"] for message in (*chosen[-2:], *rejected[-2:])]
+    return last_roles == ["user", "assistant"] * 2 and chosen[:-1] == rejected[:-1]
 
 
 class Each(Layout):
-    """Each entry of a list becomes a row of its own, such as UltraFeedback's completions.
+    """A list per row, each entry of which becomes a row, as the completions of UltraFeedback.
 
-    In the new rows the entry stands in place of the list: with ``column: completions``, its fields are
-    ``completions.response`` and so on. The other columns are repeated.
+    The entry replaces the list: with ``column: completions``, its fields are ``completions.response`` and so on. The
+    other columns are repeated.
 
     Args:
         column: Column of the list.
@@ -131,10 +118,10 @@ _ESCAPE = re.compile(r"""(?:\\u[0-9a-fA-F]{4})+|\\["\\/bfnrt]""")
 
 
 class Escaped(Layout):
-    r"""Writes JSON's escapes out, such as ``\"`` and ``\u00a3``, in tables that kept them; other backslashes stay.
+    r"""Columns with JSON escapes, such as ``\"`` and ``\u00a3``, which are decoded; other backslashes are kept.
 
     Args:
-        columns: The columns in which there are some.
+        columns: Columns to decode.
     """
 
     def __init__(self, columns: list[str]) -> None:
@@ -143,33 +130,33 @@ class Escaped(Layout):
     def rows(self, records: list[Record]) -> list[Record]:
         """See the base class."""
         return [
-            Record(row.place, {**row.fields, **{name: self._plain(row, name) for name in self.columns}})
+            Record(row.place, {**row.fields, **{name: self._decoded(row, name) for name in self.columns}})
             for row in records
         ]
 
-    def _plain(self, record: Record, column: str) -> str:
+    def _decoded(self, record: Record, column: str) -> str:
         text = require(record, column, "layout.columns")
         if not isinstance(text, str):
             raise UsageError(f"{record.place}, field '{column}': {quoted(text)} is not a text")
-        return _ESCAPE.sub(_written_out, text)
+        return _ESCAPE.sub(_decode_escape, text)
 
 
-def _written_out(found: re.Match[str]) -> str:
-    """A character; one beyond the first 65536 is two escapes, and half of it, where a text was cut, is U+FFFD."""
-    text: str = json.loads(f'"{found[0]}"')
+def _decode_escape(match: re.Match[str]) -> str:
+    """Decodes an escape, or a run of ``\\u`` escapes, which may hold surrogate pairs; lone surrogates become U+FFFD."""
+    text: str = json.loads(f'"{match[0]}"')
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Pattern(Layout):
-    """Takes a field apart; each named group of a regular expression becomes a column.
+    """A text field that a regular expression splits; each named group becomes a column.
 
     Args:
-        field: The field.
-        pattern: What the whole field must look like, e.g. ``Q: (?P<question>.*)\\nA: (?P<answer>.*)\\nTrue:``. A dot
-            stands for line ends, too.
+        field: Field to split.
+        pattern: Pattern of the whole field, e.g. ``Q: (?P<question>.*)\\nA: (?P<answer>.*)\\nTrue:``. A dot also
+            matches line ends.
 
     Raises:
-        UsageError: The pattern is no regular expression, or names no group.
+        UsageError: The pattern is no regular expression, or has no named group.
     """
 
     def __init__(self, field: str, pattern: str) -> None:
@@ -187,20 +174,20 @@ class Pattern(Layout):
 
     def _columns(self, record: Record) -> dict[str, str]:
         value = require(record, self.field, "layout.field")
-        found = self.pattern.fullmatch(str(value))
-        if found is None:
+        match = self.pattern.fullmatch(str(value))
+        if match is None:
             raise UsageError(
                 f"{record.place}, field '{self.field}': {str(value)[:80]!r} is not like {self.pattern.pattern!r}"
             )
-        return found.groupdict(default="")
+        return match.groupdict(default="")
 
 
 class Replies(Layout):
-    """Messages that name the message they reply to, as OpenAssistant publishes them.
+    """One message per row, with the id of the message it replies to, as in OpenAssistant.
 
-    Each rated assistant message becomes a row with the columns ``context`` (the messages before it, first to last, as
-    ``{"role": ..., "text": ...}``), ``response``, and ``ratings`` and ``counts`` by name of the attribute. A message
-    without ratings, or whose conversation is not complete in the table, is left out.
+    Each rated assistant message becomes a row with the columns ``context`` (the earlier messages in order, as
+    ``{"role": ..., "text": ...}``), ``response``, and ``ratings`` and ``counts`` by attribute name. Messages without
+    ratings, or with earlier messages missing from the table, are dropped.
     """
 
     def rows(self, records: list[Record]) -> list[Record]:
@@ -211,40 +198,40 @@ class Replies(Layout):
             names = find(record.fields, "labels.name")
             if require(record, "role", "layout") != "assistant" or not names:
                 continue
-            context = _before(record, messages)
+            context = _context(record, messages)
             if context is None:
                 continue
-            new = {
+            fields = {
                 "context": context,
                 "response": require(record, "text", "layout"),
                 "ratings": _by_name(record, names, "value"),
                 "counts": _by_name(record, names, "count"),
             }
-            rows.append(Record(record.place, {**record.fields, **new}))
+            rows.append(Record(record.place, {**record.fields, **fields}))
         return rows
 
 
-def _by_name(record: Record, names: Any, kind: str) -> dict[str, Any]:
-    """Values of one kind by name of the attribute."""
-    values = find(record.fields, f"labels.{kind}")
-    lists = isinstance(names, list) and isinstance(values, list) and len(names) == len(values)
-    if not lists or not all(isinstance(name, str) for name in names):
+def _by_name(record: Record, names: Any, field: str) -> dict[str, Any]:
+    """Entries of ``labels.<field>`` by attribute name."""
+    values = find(record.fields, f"labels.{field}")
+    same_length = isinstance(names, list) and isinstance(values, list) and len(names) == len(values)
+    if not same_length or not all(isinstance(name, str) for name in names):
         raise UsageError(
-            f"{record.place}, field 'labels.{kind}': {quoted(values)} is no list with an entry for each of "
+            f"{record.place}, field 'labels.{field}': {quoted(values)} is no list with an entry for each of "
             f"'labels.name', {quoted(names)}"
         )
     return dict(zip(names, values, strict=True))
 
 
-def _before(record: Record, messages: dict[str, Record]) -> list[dict[str, Any]] | None:
-    """The conversation up to a message; None where a message of it is not in the table."""
+def _context(record: Record, messages: dict[str, Record]) -> list[dict[str, Any]] | None:
+    """Conversation before a message; None if one of its messages is not in the table."""
     context: list[dict[str, Any]] = []
-    seen: set[str] = set()
+    seen_ids: set[str] = set()
     message = record
     while (parent := require(message, "parent_id", "layout")) is not None:
-        if str(parent) in seen:
+        if str(parent) in seen_ids:
             raise UsageError(f"{record.place}, field 'parent_id': message {quoted(parent)} replies to itself")
-        seen.add(str(parent))
+        seen_ids.add(str(parent))
         if str(parent) not in messages:
             return None
         message = messages[str(parent)]
@@ -254,14 +241,13 @@ def _before(record: Record, messages: dict[str, Record]) -> list[dict[str, Any]]
 
 @dataclass
 class Verdict:
-    """A column that says which of two answers is better.
+    """Column that says which of two answers is better.
 
     Args:
-        column: A number, or a list of several raters' numbers, of which the mean counts: raters who disagree make a
-            small margin, or none.
-        dimensions: The dimensions that it speaks about; empty = all.
-        tie: The number that calls the answers equally good: below it the first is better, above it the second.
-        graded: Whether the distance from ``tie`` says how clearly, and becomes the margin.
+        column: Column with a number, or with a list of numbers of several raters, which are averaged.
+        dimensions: Dimensions that it compares; empty = all.
+        tie: Number that stands for a tie; the first answer is better below it, the second above it.
+        graded: Whether the distance from ``tie`` is the margin.
     """
 
     column: str
@@ -274,11 +260,11 @@ class Verdict:
             raise UsageError(f"layout.verdicts: the tie of '{self.column}' is {self.tie}: give a finite number")
 
     def lead(self, record: Record) -> float:
-        """Returns by how much the second answer is better; negative if the first is, 0 if nothing is said."""
+        """Returns the lead of the second answer over the first: negative if the first is better, 0 for a tie."""
         value = require(record, self.column, "layout.verdicts")
-        given = [one for one in (value if isinstance(value, list) else [value]) if not is_missing(one)]
+        ratings = [entry for entry in (value if isinstance(value, list) else [value]) if not is_missing(entry)]
         try:
-            numbers = list(map(as_number, given))
+            numbers = list(map(as_number, ratings))
         except UsageError as error:
             raise UsageError(f"{record.place}, field '{self.column}': {error}") from None
         tie = Decimal(repr(float(self.tie)))
@@ -286,16 +272,16 @@ class Verdict:
 
 
 class SideBySide(Layout):
-    """Each of two answers becomes a row of its own; one that a verdict calls better has the other to compare with.
+    """Two answers per row, each of which becomes a row; an answer that a verdict prefers is compared with the other.
 
-    The new rows have the columns ``answer``, ``rejected`` (null where the answer won nothing),
-    ``comparison_dimensions`` (the dimensions on which it won; empty = all) and ``margin``, and what else ``first`` and
-    ``second`` name. An answer that won nothing and has no column of its own is left out: nothing is said about it.
+    The new rows have the columns ``answer``, ``rejected`` (null if no verdict prefers the answer),
+    ``comparison_dimensions`` (of the verdicts that prefer it; empty = all), ``margin``, and the others in ``first`` and
+    ``second``. An answer that no verdict prefers and that has no other column is dropped.
 
     Args:
-        first: New column to field of the first answer: ``{answer: response_0, safe: is_response_0_safe}``.
+        first: Field of the first answer by new column, e.g. ``{answer: response_0, safe: is_response_0_safe}``.
         second: The same for the second answer.
-        verdicts: What says which is better.
+        verdicts: Columns that say which answer is better.
     """
 
     def __init__(self, first: dict[str, str], second: dict[str, str], verdicts: list[Verdict]) -> None:
@@ -307,9 +293,9 @@ class SideBySide(Layout):
 
     def rows(self, records: list[Record]) -> list[Record]:
         """See the base class."""
-        return [row for record in records for row in self._both(record)]
+        return [row for record in records for row in self._answer_rows(record)]
 
-    def _both(self, record: Record) -> list[Record]:
+    def _answer_rows(self, record: Record) -> list[Record]:
         first, second = (
             {name: require(record, path, f"layout.{which}") for name, path in columns.items()}
             for which, columns in self.answers.items()
@@ -322,16 +308,16 @@ class SideBySide(Layout):
         return [row for row in rows if row is not None]
 
     def _row(
-        self, record: Record, which: str, columns: dict[str, object], other: object, leads: list[float]
+        self, record: Record, which: str, columns: dict[str, object], other_answer: object, leads: list[float]
     ) -> Record | None:
         won = [(verdict, lead) for verdict, lead in zip(self.verdicts, leads, strict=True) if lead > 0]
         if not won and len(columns) == 1:
             return None
         margins = [lead for verdict, lead in won if verdict.graded]
-        about_all = any(not v.dimensions for v, _ in won)
+        all_dimensions = any(not verdict.dimensions for verdict, _ in won)
         comparison = {
-            "rejected": other if won else None,
-            "comparison_dimensions": [] if about_all else [d for v, _ in won for d in v.dimensions],
+            "rejected": other_answer if won else None,
+            "comparison_dimensions": [] if all_dimensions else [d for verdict, _ in won for d in verdict.dimensions],
             "margin": sum(margins) / len(margins) if margins else 0.0,
         }
         return Record(f"{record.place}, {which} answer", {**record.fields, **columns, **comparison})

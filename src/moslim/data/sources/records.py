@@ -1,11 +1,4 @@
-"""Tables row by row, each with its place, and fields of a row.
-
-Reads tables row by row and remembers where each row stands.
-
-What is odd about some rows without being wrong: said once for a table, not once per row.
-
-Finds a field of a row, also inside nested objects and lists.
-"""
+"""Reading of tables row by row, with the place of each row, and access to nested fields of a row."""
 
 from __future__ import annotations
 
@@ -21,7 +14,7 @@ from moslim.data.sources.table_files import check_content, open_table, read_line
 from moslim.utils.errors import MissingFileError, UsageError, json_float, listed, quoted
 
 _DEEPEST = 100
-"""Most levels of objects and lists in each other."""
+"""Maximum nesting of objects and lists."""
 _LONGEST_INTEGER = 4000
 _LONGEST_FIELD = 2**31 - 1
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,8 +26,8 @@ class Record:
     """One row of a table.
 
     Args:
-        place: Where it stands, e.g. ``ratings.csv, line 7``.
-        fields: Value by column name. A JSON object may lack some; :func:`completed` fills them in.
+        place: File and line, e.g. ``ratings.csv, line 7``.
+        fields: Values by column name. A JSON object may omit some; :func:`completed` adds them.
     """
 
     place: str
@@ -42,27 +35,31 @@ class Record:
 
 
 def scan_file(name: str, encoding: str | None = None) -> Iterator[Record]:
-    """Reads a CSV, TSV, JSON Lines, JSON or parquet file, or those that a pattern matches, row by row.
+    """Reads CSV, TSV, JSON Lines, JSON or parquet files row by row.
 
     Text may be compressed (``.gz``, ``.bz2``, ``.xz``, or a ``.zip`` with one table).
 
     Args:
-        name: File, or a pattern such as ``part-*.parquet``; its files are read in alphabetical order.
-        encoding: Of text; None = what its byte order mark says, else UTF-8.
+        name: File, or a pattern such as ``part-*.parquet``, whose files are read in alphabetical order.
+        encoding: Encoding of text files; None = that of the byte order mark, else UTF-8.
+
+    Yields:
+        The rows.
 
     Raises:
         MissingFileError: There is no such file.
-        UsageError: A line cannot be read; the message names file and line. Or there are no rows.
+        UsageError: A line cannot be read (the message names file and line), or the table has no rows.
     """
-    files, columns, count = table_files(name), None, 0
+    files, first_columns, count = table_files(name), None, 0
     for file in files:
         for position, record in enumerate(_scan(file, encoding)):
             if position == 0 and len(files) > 1 and table_suffix(file) in (".csv", ".tsv", ".parquet"):
-                columns = columns or (file, set(record.fields))
-                if columns[1] != set(record.fields):
+                first_columns = first_columns or (file, set(record.fields))
+                if first_columns[1] != set(record.fields):
                     raise UsageError(
-                        f"{record.place}: other columns than in {columns[0]}: "
-                        f"{listed(sorted(columns[1] ^ set(record.fields)))}; the files of '{name}' must be one table"
+                        f"{record.place}: other columns than in {first_columns[0]}: "
+                        f"{listed(sorted(first_columns[1] ^ set(record.fields)))}; "
+                        f"the files of '{name}' must be one table"
                     )
             count += 1
             yield record
@@ -82,28 +79,31 @@ def _scan(file: str, encoding: str | None) -> Iterator[Record]:
 
 
 def read_file(path: str) -> list[Record]:
-    """Reads such a file at once; every record has the columns of all."""
+    """Returns all rows of :func:`scan_file`, each with the columns of all."""
     return completed(scan_file(path))
 
 
 def scan_hub(name: str, split: str, folder: str | None = None, config_name: str | None = None) -> Iterator[Record]:
-    """Reads a split of a Hub data set (or of a local folder in the Hub's layout), or of a folder in it, row by row.
+    """Reads a split of a Hub data set, or of a local folder in the layout of the Hub, row by row.
 
     Args:
-        name: The data set.
-        split: Its split.
-        folder: Folder in it; None = the whole.
-        config_name: Which of its configurations; None = its default.
+        name: Name of the data set.
+        split: Name of the split.
+        folder: Folder of the data set to read; None = all.
+        config_name: Configuration of the data set; None = the default.
+
+    Yields:
+        The rows.
 
     Raises:
-        MissingFileError: It cannot be read.
-        UsageError: It has no rows.
+        MissingFileError: The data set cannot be read.
+        UsageError: The split has no rows.
     """
     from datasets import load_dataset
 
     try:
         rows = load_dataset(name, config_name, data_dir=folder, split=split)
-    except Exception as error:  # of many kinds: network, access, no such split, damaged files
+    except Exception as error:  # network, access, no such split, damaged files
         raise MissingFileError(
             f"data.source: '{name}' is no file here, and its split '{split}' cannot be read as a data set of the Hub: "
             f"{type(error).__name__}: {quoted(str(error), 400)}"
@@ -116,18 +116,18 @@ def scan_hub(name: str, split: str, folder: str | None = None, config_name: str 
 
 
 def completed(records: Iterable[Record]) -> list[Record]:
-    """Gives every record the columns of all, since a JSON object may leave out what it lacks."""
+    """Returns the records with the columns of all; a column that a record omits is None."""
     rows = list(records)
     columns = {column: None for record in rows for column in record.fields}
     return [Record(record.place, {**columns, **record.fields}) for record in rows]
 
 
 def parse_object(text: str, place: str) -> dict[str, Any]:
-    """Returns the object that a JSON text holds.
+    """Parses a JSON object.
 
     Raises:
-        UsageError: It holds none, or one that cannot be used: a name twice, half of a character, an integer of
-            thousands of digits, or more than a hundred levels.
+        UsageError: The text is no JSON object, or holds a repeated name, a lone surrogate, an integer of thousands of
+            digits, or more than a hundred levels of nesting.
     """
     if not text.strip():
         raise UsageError(f"{place}: is empty, and should hold a JSON object")
@@ -138,16 +138,19 @@ def parse_object(text: str, place: str) -> dict[str, Any]:
 
 
 def parse_json(text: str, place: str, start: int = 0, whole: bool = True) -> tuple[Any, int]:
-    """Returns the JSON value at a position of a text, and where it ends.
+    """Parses the JSON value at a position of a text.
 
     Args:
         text: The text.
-        place: Where it stands, for error messages.
-        start: The position.
-        whole: Whether nothing may follow the value.
+        place: File and line of the text, for error messages.
+        start: Position of the value.
+        whole: Whether the value must be the last thing in the text.
+
+    Returns:
+        The value and its end position.
 
     Raises:
-        UsageError: There is none, or one that cannot be used; see :func:`parse_object`.
+        UsageError: There is no valid value; see :func:`parse_object`.
     """
     try:
         value, end = _DECODER.raw_decode(text, _after_space(text, start))
@@ -164,25 +167,25 @@ def parse_json(text: str, place: str, start: int = 0, whole: bool = True) -> tup
         raise UsageError(f"{place}: {error}") from None
     if text.count("[", start, end) + text.count("{", start, end) > _DEEPEST and _depth(value) > _DEEPEST:
         raise UsageError(f"{place}: more than {_DEEPEST} levels of objects and lists in each other")
-    if text.find("\\u", start, end) >= 0 and (found := _half_character(value, "")) is not None:
+    if text.find("\\u", start, end) >= 0 and (path := _lone_surrogate(value, "")) is not None:
         raise UsageError(
-            f"{place}, field '{found}': holds half of a character (a lone surrogate, such as \\ud83d), which no text "
+            f"{place}, field '{path}': holds half of a character (a lone surrogate, such as \\ud83d), which no text "
             "can hold: mend it, or leave the row out"
         )
     return value, end
 
 
 def _after_space(text: str, start: int) -> int:
-    found = _SPACE.match(text, start)
-    return found.end() if found else start
+    match = _SPACE.match(text, start)
+    return match.end() if match else start
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"field {quoted(twice)} is given twice")
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(items)
+    if len(fields) < len(items):
+        names = [name for name, _ in items]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"field {quoted(repeated)} is given twice")
     return fields
 
 
@@ -196,29 +199,30 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=json_float, p
 
 
 def _depth(value: Any) -> int:
-    """Depth of nested objects and lists, without recursion."""
-    depth, level = 0, [value]
-    while level:
-        level = [
+    """Depth of nested objects and lists, computed without recursion."""
+    depth, values = 0, [value]
+    while values:
+        values = [
             entry
-            for inside in level
-            if isinstance(inside, list | dict)
-            for entry in (inside.values() if isinstance(inside, dict) else inside)
+            for container in values
+            if isinstance(container, list | dict)
+            for entry in (container.values() if isinstance(container, dict) else container)
         ]
         depth += 1
     return depth - 1
 
 
-def _half_character(value: Any, path: str) -> str | None:
-    """Path of a text, or name, that holds a lone surrogate."""
+def _lone_surrogate(value: Any, path: str) -> str | None:
+    """Path of the first text or name with a lone surrogate; None if there is none."""
     if isinstance(value, str):
         return path if _SURROGATE.search(value) else None
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, entry in entries:
-        inside = f"{path}.{name}".removeprefix(".").encode(errors="backslashreplace").decode()
-        found = inside if isinstance(name, str) and _SURROGATE.search(name) else _half_character(entry, inside)
-        if found is not None:
-            return found
+        entry_path = f"{path}.{name}".removeprefix(".").encode(errors="backslashreplace").decode()
+        if isinstance(name, str) and _SURROGATE.search(name):
+            return entry_path
+        if (surrogate_path := _lone_surrogate(entry, entry_path)) is not None:
+            return surrogate_path
     return None
 
 
@@ -228,7 +232,7 @@ def _csv(path: str, lines: Iterator[str], delimiter: str) -> Iterator[Record]:
     end, header = 0, None
     try:
         for cells in reader:
-            line, end = end + 1, reader.line_num  # a quoted field may have lines
+            line, end = end + 1, reader.line_num  # a quoted field may span lines
             if not cells or (header is not None and len(header) > 1 and cells[0].isspace() and len(cells) == 1):
                 continue
             if header is None:
@@ -250,16 +254,16 @@ def _header(path: str, line: int, cells: list[str], delimiter: str) -> list[str]
             f"{path}, line {line}: the header {quoted(cells[0])} has no {delimiter!r}, but {others[0]!r}: part columns "
             "with commas in .csv, with tabs in .tsv"
         )
-    _refuse_twice(f"{path}, line {line}", [cell for cell in cells if cell.strip()])
+    _check_unique(f"{path}, line {line}", [cell for cell in cells if cell.strip()])
     if not any(cell.strip() for cell in cells):
         raise UsageError(f"{path}, line {line}: the header names no columns")
     return cells
 
 
-def _refuse_twice(place: str, names: list[str]) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise UsageError(f"{place}: column {quoted(twice[0])} is there twice: rename one, or take it out")
+def _check_unique(place: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise UsageError(f"{place}: column {quoted(repeated[0])} is there twice: rename one, or take it out")
 
 
 def _json(path: str, lines: Iterator[str]) -> Iterator[Record]:
@@ -275,22 +279,22 @@ def _json(path: str, lines: Iterator[str]) -> Iterator[Record]:
 
 
 def _json_list(path: str, line: int, text: str) -> Iterator[Record]:
-    """The entries of a file that is one list of objects."""
-    at, counted, mark = text.index("[") + 1, 0, ","
-    if text.startswith("]", _after_space(text, at)):
+    """Yields the entries of a file that is one list of objects."""
+    position, counted, separator = text.index("[") + 1, 0, ","  # lines are counted up to `counted`
+    if text.startswith("]", _after_space(text, position)):
         return
-    while mark == ",":
-        at = _after_space(text, at)
-        line += text.count("\n", counted, at)
-        counted, place = at, f"{path}, line {line}"
-        value, at = parse_json(text, place, at, whole=False)
+    while separator == ",":
+        position = _after_space(text, position)
+        line += text.count("\n", counted, position)
+        counted, place = position, f"{path}, line {line}"
+        value, position = parse_json(text, place, position, whole=False)
         if not isinstance(value, dict):
             raise UsageError(f"{place}: {quoted(value)} is no JSON object")
         yield Record(place, value)
-        at = _after_space(text, at)
-        mark, at = text[at : at + 1], at + 1
-    if mark != "]" or text[at:].strip():
-        line += text.count("\n", counted, at)
+        position = _after_space(text, position)
+        separator, position = text[position : position + 1], position + 1
+    if separator != "]" or text[position:].strip():
+        line += text.count("\n", counted, position)
         raise UsageError(f"{path}, line {line}: the list of objects is cut off, or something else follows its entries")
 
 
@@ -309,36 +313,45 @@ def _parquet(path: str) -> Iterator[Record]:
 
 def _parquet_rows(path: str, parquet: Any) -> Iterator[dict[str, Any]]:
     with parquet.ParquetFile(path) as file:
-        _refuse_twice(path, list(file.schema_arrow.names))
-        narrow = {field.name: convert for field in file.schema_arrow if (convert := _narrow(field.type)) is not None}
+        _check_unique(path, list(file.schema_arrow.names))
+        converters = {
+            field.name: convert for field in file.schema_arrow if (convert := _float_converter(field.type)) is not None
+        }
         for batch in file.iter_batches():
             for fields in batch.to_pylist():
-                yield {**fields, **{name: convert(fields[name]) for name, convert in narrow.items()}}
+                yield {**fields, **{name: convert(fields[name]) for name, convert in converters.items()}}
 
 
-def _narrow(kind: Any) -> Callable[[Any], Any] | None:
-    """What makes the shortest decimal of narrow floats, 0.7 of float32 and not 0.699999988; None = there are none.
+def _float_converter(arrow_type: Any) -> Callable[[Any], Any] | None:
+    """Function that converts float16 and float32 to their shortest decimals, 0.7 rather than 0.699999988.
 
     Args:
-        kind: An Arrow type.
+        arrow_type: Arrow type of the values.
+
+    Returns:
+        The function, or None if the type contains no such floats.
     """
     import numpy
     from pyarrow import types
 
-    if types.is_float16(kind) or types.is_float32(kind):
-        number = numpy.float16 if types.is_float16(kind) else numpy.float32
+    if types.is_float16(arrow_type) or types.is_float32(arrow_type):
+        number = numpy.float16 if types.is_float16(arrow_type) else numpy.float32
         return lambda value: None if value is None else float(str(number(value)))
-    if types.is_list(kind) or types.is_large_list(kind):
-        entry = _narrow(kind.value_type)
-        return entry and (lambda value: None if value is None else [entry(one) for one in value])
-    if types.is_struct(kind):
-        inside = {field.name: convert for field in kind if (convert := _narrow(field.type)) is not None}
-        return (lambda value: value and {**value, **{n: f(value[n]) for n, f in inside.items()}}) if inside else None
+    if types.is_list(arrow_type) or types.is_large_list(arrow_type):
+        of_entry = _float_converter(arrow_type.value_type)
+        return of_entry and (lambda value: None if value is None else [of_entry(entry) for entry in value])
+    if types.is_struct(arrow_type):
+        of_fields = {
+            field.name: convert for field in arrow_type if (convert := _float_converter(field.type)) is not None
+        }
+        if not of_fields:
+            return None
+        return lambda value: value and {**value, **{name: f(value[name]) for name, f in of_fields.items()}}
     return None
 
 
 def _guarded(path: str, rows: Iterable[Any]) -> Iterator[Any]:
-    """Rows of a reader of another package, whose errors get a place."""
+    """Yields rows from a reader of another package; its errors become UsageErrors with the row."""
     entries, number = iter(rows), 1
     while True:
         try:
@@ -347,7 +360,7 @@ def _guarded(path: str, rows: Iterable[Any]) -> Iterator[Any]:
             return
         except UsageError:
             raise
-        except Exception as error:  # of many kinds, for a damaged file
+        except Exception as error:  # readers raise many types for a damaged file
             raise UsageError(
                 f"{path}, row {number} or later: the table is damaged or cannot be read "
                 f"({type(error).__name__}: {str(error)[:200]}): get it again"
@@ -357,44 +370,44 @@ def _guarded(path: str, rows: Iterable[Any]) -> Iterator[Any]:
 
 
 class Notices:
-    """Counts rows by what is odd about them."""
+    """Warnings about rows, issued once per table with the number of rows."""
 
     def __init__(self) -> None:
         self._places: dict[str, list[str]] = {}
 
-    def add(self, what: str, place: str) -> None:
-        """Notes one row.
+    def add(self, message: str, place: str) -> None:
+        """Adds a row.
 
         Args:
-            what: What is odd about it.
-            place: Where it stands.
+            message: Text of the warning.
+            place: File and line of the row.
         """
-        self._places.setdefault(what, []).append(place)
+        self._places.setdefault(message, []).append(place)
 
     def warn(self, rows: int) -> None:
-        """Warns of each oddity with the number of its rows, out of ``rows``, and the first of them."""
-        for what, places in self._places.items():
-            warnings.warn(f"{len(places)} of {rows} rows: {what} (first: {places[0]})", stacklevel=3)
+        """Issues a warning per message, with the number of its rows out of ``rows`` and the first place."""
+        for message, places in self._places.items():
+            warnings.warn(f"{len(places)} of {rows} rows: {message} (first: {places[0]})", stacklevel=3)
 
 
-def find(inside: Any, path: str) -> Any:
-    """Returns what stands at a path, or None where there is nothing.
+def find(container: Any, path: str) -> Any:
+    """Returns the value at a path, or None if there is none.
 
     Args:
-        inside: An object, e.g. the fields of a record.
+        container: An object, e.g. the fields of a record.
         path: Names and list positions joined by dots: ``ratings.quality``, ``turns.0``. ``*`` stands for every entry of
-            a list: ``raters.*.score`` is a list of scores. A field whose own name has dots is found, too.
+            a list: ``raters.*.score`` is a list of scores. A field name with dots is matched, too.
     """
-    if isinstance(inside, Mapping) and path in inside:
-        return inside[path]
+    if isinstance(container, Mapping) and path in container:
+        return container[path]
     step, _, rest = path.partition(".")
-    if isinstance(inside, list) and step == "*":
-        return [find(entry, rest) if rest else entry for entry in inside]
+    if isinstance(container, list) and step == "*":
+        return [find(entry, rest) if rest else entry for entry in container]
     entry = None
-    if isinstance(inside, list) and _is_position(step) and int(step) < len(inside):
-        entry = inside[int(step)]
-    elif isinstance(inside, Mapping):
-        entry = inside.get(step)
+    if isinstance(container, list) and _is_position(step) and int(step) < len(container):
+        entry = container[int(step)]
+    elif isinstance(container, Mapping):
+        entry = container.get(step)
     return find(entry, rest) if rest else entry
 
 
@@ -403,12 +416,12 @@ def _is_position(step: str) -> bool:
 
 
 def has_column(record: Record, path: str) -> bool:
-    """Whether the table has the column in which a path starts; what it leads to may still be missing in a row."""
+    """Whether the table has the column at the start of a path; the value at the path may still be missing."""
     return path in record.fields or path.partition(".")[0] in record.fields
 
 
 def require(record: Record, path: str, argument: str) -> Any:
-    """Like :func:`find`, for a column that must be there.
+    """Returns the value at a path, see :func:`find`, of a column that must exist.
 
     Args:
         record: The row.

@@ -9,7 +9,7 @@ from pathlib import Path
 from moslim.data.prompts import as_messages
 from moslim.data.sources.combined import SharedQuestions, question_key, without_shared
 from moslim.data.sources.conversations import ChatFormat, Comparisons, chat_in_text, looks_like_chat
-from moslim.data.sources.labels import Labels, Scale, is_missing, levels_of, requested_levels, several
+from moslim.data.sources.labels import Labels, Scale, is_missing, levels_of, requested_levels, with_several_votes
 from moslim.data.sources.layouts import Layout
 from moslim.data.sources.records import Notices, Record, completed, find, require, scan_file, scan_hub
 from moslim.data.sources.table_files import is_file_name
@@ -301,7 +301,7 @@ class Table(Source):
             return example
         required = [name for name in preferences.names if kind is RowKind.LABELLED and self._must_be_labelled(name)]
         votes = self.labels.votes(record, preferences, required)
-        example.levels, example.votes = levels_of(votes), several(votes)
+        example.levels, example.votes = levels_of(votes), with_several_votes(votes)
         for path in self.labels.not_numbers(record, preferences):
             notices.add(f"field '{path}' is NaN, which is no label", record.place)
         if self.subset is not None:

@@ -1,4 +1,4 @@
-"""Finds the files that a name stands for, and reads their text line by line."""
+"""Table files: resolves names and patterns to files, and reads text files line by line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import IO, Any
 from moslim.utils.errors import MissingFileError, UsageError, listed
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-"""Kinds of tables."""
+"""Suffixes of table files."""
 _OPENERS: dict[str, Callable[[str, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zip": open}
 _REMEDIES = {
     **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods"), "save the sheet as CSV (UTF-8)"),
@@ -27,15 +27,15 @@ _REMEDIES = {
     **dict.fromkeys((".zst", ".7z", ".rar", ".tar", ".tgz"), "unpack it"),
     **dict.fromkeys((".txt", ".dat", ".data", ".xml", ".html", ".yaml", ".yml"), "write its rows as JSON Lines or CSV"),
 }
-"""What to do with files that are refused."""
-_BOMS = (  # of UTF-32 first: its mark begins with that of UTF-16
+"""Remedy by suffix for files that are not supported."""
+_BOMS = (  # UTF-32 first: its mark begins with the mark of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_OTHER_KINDS = {
+_OTHER_FORMATS = {
     b"\x1f\x8b": "a gzip file: give it the ending .gz",
     b"BZh": "a bzip2 file: give it the ending .bz2",
     b"\xfd7zXZ": "an xz file: give it the ending .xz",
@@ -43,20 +43,20 @@ _OTHER_KINDS = {
     b"PAR1": "a parquet file: give it the ending .parquet",
     b"version https://git-lfs": "a pointer of Git LFS, which stands for the file: get the file with `git lfs pull`",
 }
-"""What files are whose text begins so."""
+"""Description by first bytes of files that are not text."""
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, NotImplementedError)
-"""Errors by which a compressed file says that it is damaged, cut off or locked."""
+"""Errors raised by compressed files that are damaged, truncated or locked."""
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a name is that of a table file, or looks like one, rather than of a Hub data set or one of its splits."""
+    """Whether a name is, or looks like, a table file rather than a Hub data set or one of its splits."""
     if Path(name).is_dir():
         return False
     path = Path(name.lower())
-    known = {*SUFFIXES, *_OPENERS, *_REMEDIES} & {path.suffix, _named_suffix(name)}
-    if known or re.search(r"[*?\\]|://|^[/~.]", name) or name.count("/") > 1:
+    has_known_suffix = {*SUFFIXES, *_OPENERS, *_REMEDIES} & {path.suffix, _named_suffix(name)}
+    if has_known_suffix or re.search(r"[*?\\]|://|^[/~.]", name) or name.count("/") > 1:
         return True
-    if "/" in name and not path.suffix:  # OWNER/NAME of the Hub, though there may be a folder OWNER
+    if "/" in name and not path.suffix:  # OWNER/NAME of the Hub, even if a folder OWNER exists
         return Path(name).is_file()
     if "/" in name:
         return Path(name).is_file() or Path(name).parent.is_dir()
@@ -64,56 +64,56 @@ def is_file_name(name: str) -> bool:
 
 
 def table_files(name: str) -> list[str]:
-    """Returns the files that a name, which may be a pattern such as ``part-*.parquet``, stands for, sorted.
+    """Returns the sorted files that match a name or a pattern such as ``part-*.parquet``.
 
     Raises:
-        MissingFileError: There are none.
-        UsageError: They are of a kind that is not read.
+        MissingFileError: No file matches.
+        UsageError: A file has an unsupported format.
     """
     path = str(Path(name).expanduser()) if name.startswith("~") else name
     if "://" in name:
         raise UsageError(f"data.source: '{name}' is an address: download the file and name its path")
-    files = [path] if Path(path).is_file() else sorted(filter(_is_file, glob.glob(path, recursive=True)))
+    files = (
+        [path]
+        if Path(path).is_file()
+        else sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+    )
     if not files:
         matches = "no file matches" if glob.has_magic(path) else "there is no file"
         raise MissingFileError(f"data.source: {matches} '{name}' (looked in {Path.cwd()})")
     for file in files:
-        _check_kind(file)
+        _check_suffix(file)
     return files
 
 
-def _is_file(path: str) -> bool:
-    return Path(path).is_file()
-
-
-def _check_kind(file: str) -> None:
-    suffix, packed = _named_suffix(file), Path(file.lower()).suffix in _OPENERS
-    if packed and suffix == ".parquet":
+def _check_suffix(file: str) -> None:
+    suffix, outer_suffix = _named_suffix(file), Path(file.lower()).suffix
+    compressed = outer_suffix in _OPENERS
+    if compressed and suffix == ".parquet":
         raise UsageError(f"{file}: parquet is compressed already: unpack the file, and name the .parquet in it")
-    if suffix in SUFFIXES or (packed and file.lower().endswith(".zip")):
+    if suffix in SUFFIXES or (compressed and file.lower().endswith(".zip")):
         return
-    kind = Path(file.lower()).suffix
-    remedy = _REMEDIES.get(kind) or _REMEDIES.get(suffix) or "convert it, or give it the right ending"
+    remedy = _REMEDIES.get(outer_suffix) or _REMEDIES.get(suffix) or "convert it, or give it the right ending"
     raise UsageError(
-        f"{file}: a {kind or 'file without an ending'} is not read: {remedy}; tables are {', '.join(SUFFIXES)} "
+        f"{file}: a {outer_suffix or 'file without an ending'} is not read: {remedy}; tables are {', '.join(SUFFIXES)} "
         f"(text also as {', '.join(_OPENERS)})"
     )
 
 
 def open_table(path: str) -> IO[bytes]:
-    """Opens a text file, unpacked."""
-    packed = Path(path.lower()).suffix
-    if packed == ".zip":
+    """Opens a table file for reading bytes, decompressed if needed."""
+    suffix = Path(path.lower()).suffix
+    if suffix == ".zip":
         return zipfile.ZipFile(path).open(_member(path))
-    file: IO[bytes] = _OPENERS.get(packed, open)(path, "rb")
+    file: IO[bytes] = _OPENERS.get(suffix, open)(path, "rb")
     return file
 
 
 def table_suffix(path: str) -> str:
-    """Returns the kind of a table file that is there, e.g. ``.csv`` of ``rows.csv.gz``, or of an archive's one file.
+    """Returns the suffix of an existing table file without compression, e.g. ``.csv`` for ``rows.csv.gz``.
 
     Raises:
-        UsageError: A zip archive is damaged, or holds no table or several files.
+        UsageError: A zip archive is damaged, or does not hold exactly one table.
     """
     return Path(_member(path).lower()).suffix if path.lower().endswith(".zip") else _named_suffix(path)
 
@@ -135,20 +135,20 @@ def _member(path: str) -> str:
 
 
 def read_lines(path: str, encoding: str | None) -> Iterator[str]:
-    """Yields the lines of a text file with their ends.
+    """Yields the lines of a text file with their line ends.
 
     Args:
-        path: The file, or a packed one.
-        encoding: Its encoding; None = what its byte order mark says, else UTF-8.
+        path: The file, possibly compressed.
+        encoding: Its encoding; None = that of its byte order mark, else UTF-8.
 
     Raises:
-        UsageError: The file is damaged, or is not in this encoding; the message names file and line.
+        UsageError: The file is damaged or not in this encoding; the message names file and line.
     """
-    line, chosen = 0, "utf-8"
+    line, actual_encoding = 0, "utf-8"
     try:
         with open_table(path) as opened:
-            chosen = _encoding(path, opened.read(4096), encoding)
-        with io.TextIOWrapper(open_table(path), chosen, newline="") as file:
+            actual_encoding = _encoding(path, opened.read(4096), encoding)
+        with io.TextIOWrapper(open_table(path), actual_encoding, newline="") as file:
             for text in file:
                 line += 1
                 yield text
@@ -156,7 +156,7 @@ def read_lines(path: str, encoding: str | None) -> Iterator[str]:
         byte = error.object[error.start : error.start + 1].hex()
         remedy = "give another `encoding`" if encoding else "save it as UTF-8, or give a Table its `encoding`: cp1252"
         raise UsageError(
-            f"{path}, line {_undecodable_line(path, chosen)}: not {encoding or chosen} text "
+            f"{path}, line {_undecodable_line(path, actual_encoding)}: not {encoding or actual_encoding} text "
             f"(byte 0x{byte}: {error.reason}): {remedy}"
         ) from None
     except DAMAGED as error:
@@ -167,50 +167,52 @@ def read_lines(path: str, encoding: str | None) -> Iterator[str]:
 
 
 def check_content(path: str, head: bytes) -> None:
-    """Refuses a file that is of another kind than its ending says.
+    """Raises an error if a file has another format than its suffix says.
 
     Args:
         path: The file.
-        head: Its first bytes, unpacked.
+        head: Its first bytes, decompressed.
 
     Raises:
-        UsageError: It is a packed file, or the pointer to one that is elsewhere.
+        UsageError: The file is compressed, a parquet file, or a pointer of Git LFS.
     """
-    kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), None)
-    if kind is not None:
-        raise UsageError(f"{path}, line 1: is {kind}")
+    description = next((text for mark, text in _OTHER_FORMATS.items() if head.startswith(mark)), None)
+    if description is not None:
+        raise UsageError(f"{path}, line 1: is {description}")
 
 
 def _undecodable_line(path: str, encoding: str) -> int:
-    """The first line that cannot be decoded; a text stream only knows the part of the file that it was reading."""
+    """Number of the first line that cannot be decoded; the error of a text stream refers to its buffer only."""
     decoder, line = codecs.getincrementaldecoder(encoding)(), 1
     with open_table(path) as file:
         while chunk := file.read(1 << 16):
-            before = decoder.getstate()
+            state = decoder.getstate()
             try:
                 line += decoder.decode(chunk).count("\n")
             except UnicodeDecodeError as error:
-                decoder.setstate(before)
-                good = len(chunk) - (len(error.object) - error.start)  # the object has what was left of the last chunk
-                return line + (decoder.decode(chunk[:good]).count("\n") if good > 0 else 0)
+                decoder.setstate(state)
+                valid = len(chunk) - (len(error.object) - error.start)  # error.object begins with the last chunk's rest
+                return line + (decoder.decode(chunk[:valid]).count("\n") if valid > 0 else 0)
     return line
 
 
 def _encoding(path: str, head: bytes, encoding: str | None) -> str:
     check_content(path, head)
-    marked = next((name for mark, name in _BOMS if head.startswith(mark)), None)
+    bom_encoding = next((name for mark, name in _BOMS if head.startswith(mark)), None)
     if encoding is None:
-        if marked is None and b"\0" in head:
+        if bom_encoding is None and b"\0" in head:
             raise UsageError(
                 f"{path}, line 1: holds zero bytes, so it is no UTF-8 text: save it as UTF-8, or give the Table "
                 "`encoding`, e.g. utf-16-le"
             )
-        return marked or "utf-8"
+        return bom_encoding or "utf-8"
     try:
         name = codecs.lookup(encoding).name
-        io.TextIOWrapper(io.BytesIO(), encoding)  # that it is of text
+        io.TextIOWrapper(io.BytesIO(), encoding)  # raises for encodings that are not text
     except LookupError:
         raise UsageError(f"data.source.encoding: '{encoding}' is no encoding; give e.g. cp1252 or utf-16") from None
-    if marked is not None and not name.startswith(marked.removesuffix("-sig")):
-        raise UsageError(f"{path}, line 1: begins with the mark of {marked}, not of {encoding}: leave out `encoding`")
-    return marked or name
+    if bom_encoding is not None and not name.startswith(bom_encoding.removesuffix("-sig")):
+        raise UsageError(
+            f"{path}, line 1: begins with the mark of {bom_encoding}, not of {encoding}: leave out `encoding`"
+        )
+    return bom_encoding or name
