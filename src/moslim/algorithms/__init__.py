@@ -1,4 +1,4 @@
-"""Policy optimizers, one file each, and controllers of the KL penalty."""
+"""Algorithms (policy optimizers), one file each, and controllers of the KL penalty."""
 
 from moslim.algorithms.base import AdvantageInputs, LossInputs, LossOutput, PolicyGradient, PolicyOptimizer
 from moslim.algorithms.functional import AdaptiveKL, CriticOptions, KLController

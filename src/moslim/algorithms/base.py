@@ -1,8 +1,8 @@
-"""The interface of every policy optimizer, and the base of those that clip a probability ratio.
+"""The interface of all policy optimizers, and the base class of those that clip a probability ratio.
 
-The interface of every policy optimizer.
-
-What the optimizers that clip a probability ratio have in common.
+:class:`AdvantageInputs` and :class:`LossInputs` are the two inputs of an algorithm: rewards of a rollout, and
+log-probabilities of a minibatch. Shapes: ``G`` prompts, ``n`` completions per prompt, ``N = G * n`` completions, ``T``
+tokens per completion, ``D`` reward dimensions.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ from moslim.utils.errors import UsageError
 
 @dataclass
 class AdvantageInputs:
-    """What is known of the answers of one rollout: ``G`` prompts, ``n`` answers each, ``D`` dimensions, ``T`` tokens.
+    """Rewards of one rollout, from which advantages are computed: ``G`` prompts with ``n`` completions each.
 
     Args:
-        total: ``[G, n]`` the mapping function's scalar reward.
-        per_dimension: ``[G, n, D]`` its reward per dimension and those of reward functions, NaN where inactive.
-        penalty: ``[G, n]`` what an answer loses for breaking a rule, e.g. for not ending.
-        token_kl: ``[G, n, T]`` k1 estimates of the divergence from the reference; 0 where masked or without one.
-        mask: ``[G, n, T]`` bool, up to and including the end-of-sequence token.
-        values: ``[G, n, T]`` the critic's, before each token, 0 where masked; None without a critic.
-        weights: ``[G, n, D]`` how much each dimension counts in normalise-then-sum; None = equally.
+        total: ``[G, n]`` scalar rewards of the mapping function.
+        per_dimension: ``[G, n, D]`` rewards per dimension, then those of reward functions; NaN where inactive.
+        penalty: ``[G, n]`` deduction from the score, e.g. ``missing_eos_penalty``.
+        token_kl: ``[G, n, T]`` k1 estimates of KL(policy || reference) per token; 0 where masked or without a
+            reference.
+        mask: ``[G, n, T]`` bool, completion tokens up to and including the end-of-sequence token.
+        values: ``[G, n, T]`` values of the critic before each token, 0 where masked; None without a critic.
+        weights: ``[G, n, D]`` weights of the dimensions in ``normalize_then_sum``; None = equal weights.
     """
 
     total: Tensor
@@ -57,28 +58,28 @@ class AdvantageInputs:
 
     @property
     def sequence_kl(self) -> Tensor:
-        """``[G, n]`` nats per answer."""
+        """``[G, n]`` k1 estimates of KL(policy || reference), in nats per completion."""
         return self.token_kl.sum(dim=-1)
 
     @property
     def rewarded(self) -> Tensor:
-        """``[G, n]`` bool: a dimension or a reward function applies to the answer."""
+        """``[G, n]`` bool: at least one dimension or reward function applies to the completion."""
         return ~self.per_dimension.isnan().all(dim=-1)
 
     @property
     def peers(self) -> Tensor:
-        """``[G, n, n]`` bool: both answers to the prompt are rewarded, or both are not."""
+        """``[G, n, n]`` bool: two completions of a prompt are comparable, since both are rewarded or neither is."""
         rewarded = self.rewarded
         return rewarded[:, :, None] == rewarded[:, None, :]
 
     def peer_moments(self, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Number of each answer's peers, itself included, and their mean and Bessel-corrected variance.
+        """Count, mean and Bessel-corrected variance of the scores of each completion's peers, itself included.
 
         Args:
-            score: ``[G, n]``.
+            score: ``[G, n]`` scores.
 
         Returns:
-            Three times ``[G, n]``; the variance of an answer without another peer is 0.
+            Three tensors ``[G, n]``. The variance of a completion without another peer is 0.
         """
         peers = self.peers
         count = peers.sum(dim=-1)
@@ -89,27 +90,30 @@ class AdvantageInputs:
 
 @dataclass
 class LossInputs:
-    """What the loss of ``N`` answers is computed from.
+    """Inputs of the loss of ``N`` completions.
 
     Args:
-        logprobs: ``[N, T]`` under the current weights, with gradient.
-        old_logprobs: ``[N, T]`` under the policy before its first step on these completions; until then ``logprobs``
-            themselves, so that the ratio is exactly 1 in any precision.
-        advantages: ``[N]`` or ``[N, T]``, as ``advantages`` returned them.
-        mask: ``[N, T]`` bool, up to and including the end-of-sequence token; empty for answers that are not ``used``.
-        max_completion_length: The engine's length limit, for constant normalisation.
-        num_generations: Answers per prompt; those of one prompt are adjacent.
-        ref_logprobs: ``[N, T]`` under the reference; None unless ``needs_reference``.
-        entropy: ``[N, T]`` nats, with gradient; None unless ``needs_entropy``.
-        values: ``[N, T]`` the critic's, with gradient; None without a critic, as the next two.
-        old_values: ``[N, T]`` when sampled.
-        returns: ``[N, T]`` what the critic should have said.
-        value_mask: ``[N, T]`` bool, the tokens that the critic learns from: of ``mask``, those of rewarded answers.
-        behavior_logprobs: ``[N, T]`` under what the tokens were drawn from; None = the policy of ``old_logprobs``.
-        importance_clip: Largest importance weight; None = all are 1.
-        step_mask: ``[M, T]`` the masks of all minibatches whose gradients make one step, where they are several.
-        step_value_mask: ``[M, T]`` their value masks.
-        parts: What the loss is multiplied by, since Lightning takes the mean of those of all minibatches of the step.
+        logprobs: ``[N, T]`` log-probabilities under the current weights, with gradient.
+        old_logprobs: ``[N, T]`` log-probabilities under the policy before its first optimizer step on the rollout. In
+            that first step they are ``logprobs`` detached, so that the ratio is exactly 1 in any precision.
+        advantages: ``[N]`` or ``[N, T]``, from :meth:`PolicyOptimizer.advantages`.
+        mask: ``[N, T]`` bool, completion tokens up to and including the end-of-sequence token; all False for
+            completions that are not :meth:`~PolicyOptimizer.used`.
+        max_completion_length: Length limit of completions in tokens, for ``loss_agg_mode: constant``.
+        num_generations: Completions per prompt, ``n``; those of one prompt are adjacent.
+        ref_logprobs: ``[N, T]`` log-probabilities under the reference; None unless ``needs_reference``.
+        entropy: ``[N, T]`` entropy in nats, with gradient; None unless ``needs_entropy``.
+        values: ``[N, T]`` values of the critic, with gradient; None without a critic.
+        old_values: ``[N, T]`` values of the critic when the rollout was made; None without a critic.
+        returns: ``[N, T]`` regression targets of the critic; None without a critic.
+        value_mask: ``[N, T]`` bool, the tokens of ``mask`` in rewarded completions: the critic learns from these.
+        behavior_logprobs: ``[N, T]`` log-probabilities under the policy that sampled the tokens; None = that of
+            ``old_logprobs``.
+        importance_clip: Largest importance weight; None = no correction, all weights are 1.
+        step_mask: ``[M, T]`` bool, the concatenated masks of all minibatches that make one optimizer step; None =
+            ``mask``.
+        step_value_mask: ``[M, T]`` bool, the concatenated value masks of the same minibatches.
+        parts: Factor of the loss. It undoes the mean over accumulated batches that Lightning takes.
     """
 
     logprobs: Tensor
@@ -132,33 +136,34 @@ class LossInputs:
 
     @property
     def log_ratio(self) -> Tensor:
-        """``[N, T]`` log of current over old probability, 0 where masked."""
+        """``[N, T]`` ``logprobs - old_logprobs``, 0 where masked."""
         return (self.logprobs - self.old_logprobs) * self.mask
 
     @property
     def log_importance_weight(self) -> Tensor:
-        """``[N, T]`` log of old probability over that of the sampler, 0 where masked."""
-        return (
-            torch.zeros_like(self.old_logprobs)
-            if self.behavior_logprobs is None
-            else (self.old_logprobs - self.behavior_logprobs) * self.mask
-        )
+        """``[N, T]`` ``old_logprobs - behavior_logprobs``, 0 where masked."""
+        if self.behavior_logprobs is None:
+            return torch.zeros_like(self.old_logprobs)
+        return (self.old_logprobs - self.behavior_logprobs) * self.mask
 
     def importance(self, log_importance_weight: Tensor) -> Tensor:
-        """Truncated weights of what another policy sampled (arXiv 1802.01561), shape as given: 1 where none did.
+        """Truncated importance weights ``min(exp(w), importance_clip)`` (IMPALA, arXiv 1802.01561, section 4.1).
 
         Args:
-            log_importance_weight: Of tokens, or summed over answers.
+            log_importance_weight: ``[N, T]`` of tokens, or ``[N]`` summed over completions.
+
+        Returns:
+            Weights of the same shape; all 1 without ``importance_clip``.
         """
         if self.importance_clip is None:
             return torch.ones_like(log_importance_weight)
         return log_importance_weight.exp().clamp(max=self.importance_clip)
 
     def importance_metrics(self, weights: Tensor) -> dict[str, Tensor]:
-        """The mean of the weights that the loss is multiplied by, and the share that is truncated; empty without any.
+        """Mean of the importance weights and the fraction that is truncated; empty without a correction.
 
         Args:
-            weights: From :meth:`importance`, of tokens ``[N, T]`` or answers ``[N]``.
+            weights: From :meth:`importance`, of tokens ``[N, T]`` or completions ``[N]``.
         """
         if self.behavior_logprobs is None or self.importance_clip is None:
             return {}
@@ -173,24 +178,24 @@ class LossInputs:
 
     @property
     def token_advantages(self) -> Tensor:
-        """``[N, T]``, or ``[N, 1]`` where all tokens of an answer share one."""
+        """``[N, T]`` advantages, or ``[N, 1]`` where all tokens of a completion share one."""
         return self.advantages if self.advantages.dim() == 2 else self.advantages[:, None]
 
     def reduce(self, values: Tensor, loss_agg_mode: LossAggMode) -> Tensor:
-        """Averages per-token values ``[N, T]`` to a scalar, see :func:`reduce_tokens`."""
+        """Reduces per-token values ``[N, T]`` to a scalar, see :func:`~moslim.algorithms.functional.reduce_tokens`."""
         return reduce_tokens(values, self.mask, loss_agg_mode, self.max_completion_length, self.step_mask, self.parts)
 
     def token_mean(self, values: Tensor) -> Tensor:
-        """Mean over this process's tokens, detached, for metrics."""
+        """Mean of ``[N, T]`` values over the tokens of this process, detached, for metrics."""
         return (values.detach() * self.mask).sum() / self.mask.sum().clamp(min=1)
 
 
 @dataclass
 class LossOutput:
-    """A loss and what it is made of.
+    """A loss and its metrics.
 
     Args:
-        loss: Scalar with a gradient.
+        loss: Scalar with gradient.
         metrics: Detached scalars to log, by name.
     """
 
@@ -200,19 +205,20 @@ class LossOutput:
 
 @dataclass(eq=False, kw_only=True)
 class PolicyOptimizer(Plugin, ABC):
-    """Turns scores into advantages, and advantages into a loss. Name a subclass under ``model.policy_optimizer``.
+    """Base class of algorithms: rewards to advantages, and advantages to a loss.
 
-    An optimizer is a dataclass: its fields are its options, a subclass inherits them and may change a default. It is a
-    Lightning callback as well: the Trainer calls its hooks, and what ``state_dict`` returns (plain numbers) goes into
-    every checkpoint.
+    A subclass implements :meth:`advantages` and :meth:`loss`, and a config names it under ``model.policy_optimizer``.
+    It is a dataclass whose fields are its options. It is also a Lightning callback: the Trainer calls its hooks and
+    saves its ``state_dict`` (plain numbers) in every checkpoint.
 
-    An answer to which no reward applies (all of ``per_dimension`` is NaN) is neutral. Its score is 0 less the penalty.
-    It enters no mean or deviation of rewarded answers, and is compared with its like only: ``AdvantageInputs.peers``.
+    A completion to which no reward applies (``per_dimension`` is all NaN) is neutral: its score is ``-penalty``, it
+    does not enter the statistics of rewarded completions, and it is compared with other neutral ones only (see
+    :attr:`AdvantageInputs.peers`).
 
     Args:
-        aggregation: ``sum_then_normalize`` takes the mapping function's scalar; ``normalize_then_sum`` normalises
-            each dimension's reward within its group first (GDPO, arXiv 2601.05242).
-        std_floor: Softening of every standard deviation that rewards are divided by, ``sqrt(std^2 + floor^2)``, in
+        aggregation: ``sum_then_normalize`` takes the mapping function's scalar reward; ``normalize_then_sum``
+            normalises the reward of each dimension within the group, then adds up (GDPO, arXiv 2601.05242).
+        std_floor: Floor of every standard deviation that rewards are divided by, ``sqrt(std^2 + std_floor^2)``, in
             units of the reward.
     """
 
@@ -237,58 +243,55 @@ class PolicyOptimizer(Plugin, ABC):
 
     @property
     def weighs_completions(self) -> bool:
-        """Whether probability ratio, clip and importance weight are of whole answers, not of tokens."""
+        """Whether ratio, clip and importance weight apply to whole completions instead of tokens."""
         return False
 
     @property
     def critic(self) -> CriticOptions | None:
-        """The critic that the PolicyTrainer is to build and train; None = none is needed."""
+        """Options of the critic that the PolicyTrainer builds and trains; None = no critic."""
         return None
 
     def scores(self, rewards: AdvantageInputs) -> Tensor:
-        """One score per answer ``[G, n]``: the aggregated reward, less the penalty; without any KL.
-
-        Where no reward applies, the score is the negative penalty alone.
-        """
+        """``[G, n]`` scores: aggregated reward minus penalty, without KL; ``-penalty`` where no reward applies."""
         if self.aggregation == "normalize_then_sum":
             return normalize_then_sum(rewards.per_dimension, self.std_floor, rewards.weights) - rewards.penalty
         return rewards.total.masked_fill(~rewards.rewarded, 0.0) - rewards.penalty
 
     @abstractmethod
     def advantages(self, rewards: AdvantageInputs) -> Tensor:
-        """Returns ``[G, n]`` or ``[G, n, T]``: how much better each answer, or token, is than was to be expected."""
+        """Returns advantages per completion ``[G, n]`` or per token ``[G, n, T]``."""
 
     @abstractmethod
     def loss(self, batch: LossInputs) -> LossOutput:
-        """Returns the loss of a (mini)batch of answers."""
+        """Returns the loss of a minibatch of completions."""
 
     def used(self, rewards: AdvantageInputs) -> Tensor:
-        """Which answers take part in updates, ``[G, n]`` bool; the others cost nothing there."""
+        """``[G, n]`` bool: the completions that take part in updates; the others are skipped."""
         return torch.ones_like(rewards.total, dtype=torch.bool)
 
     def returns(self, rewards: AdvantageInputs) -> Tensor | None:
-        """What the critic is to learn, ``[G, n, T]``; None without a critic."""
+        """``[G, n, T]`` regression targets of the critic; None without a critic."""
         return None
 
     def observe(self, rewards: AdvantageInputs) -> None:
-        """Called once per training rollout, after its advantages: the only place to update state."""
+        """Updates the state of the algorithm. Called once per training rollout, after its advantages."""
 
     # Checks, for __post_init__ and advantages -------------------------------------------------------------------
 
     def one_of(self, option: str, allowed: tuple[str, ...]) -> None:
-        """Refuses an option that is none of the words allowed."""
+        """Refuses an option that is not one of the allowed words."""
         if getattr(self, option) not in allowed:
             words = ", ".join(f"'{word}'" for word in allowed)
             raise UsageError(f"policy_optimizer.{option} is '{getattr(self, option)}': give one of {words}")
 
     def at_least(self, option: str, least: float) -> None:
-        """Refuses an option below ``least``; None passes."""
+        """Refuses an option below ``least``; None is accepted."""
         value = getattr(self, option)
         if value is not None and not value >= least:
             raise UsageError(f"policy_optimizer.{option} is {value}: give {least:g} or more")
 
     def above(self, option: str, least: float) -> None:
-        """Refuses an option that is ``least`` or below; None passes."""
+        """Refuses an option that is ``least`` or below; None is accepted."""
         value = getattr(self, option)
         if value is not None and not value > least:
             raise UsageError(f"policy_optimizer.{option} is {value}: give more than {least:g}")
@@ -300,30 +303,34 @@ class PolicyOptimizer(Plugin, ABC):
             raise UsageError(f"policy_optimizer.{option} is {value}: give a number from 0 to 1")
 
     def compares(self, score: Tensor) -> Tensor:
-        """Returns ``[G, n]`` scores as they are, and refuses groups of one."""
+        """Returns ``[G, n]`` scores unchanged; refuses groups of one completion."""
         if score.shape[1] < 2:
             name = type(self).__name__
-            raise UsageError(f"{name} compares the answers to a prompt: set num_generations to 2 or more")
+            raise UsageError(f"{name} compares the completions of a prompt: set num_generations to 2 or more")
         return score
 
 
 @dataclass(eq=False, kw_only=True)
 class PolicyGradient(PolicyOptimizer):
-    """Advantage times probability ratio, clipped token by token (PPO's surrogate). A subclass writes ``advantages``.
+    """Policy gradient with PPO's clipped surrogate (arXiv 1707.06347, eq. 7). A subclass implements ``advantages``.
+
+    With ``r = exp(logprobs - old_logprobs)``, advantage ``A`` and truncated importance weight ``w``, each token has the
+    loss ``-w min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A)``, reduced by ``loss_agg_mode``.
 
     Args:
-        kl_coef: Weight of the KL divergence to the reference; 0 does without.
-        kl_in: ``reward`` subtracts the estimate from the score; ``loss`` adds it to the loss.
-        kl: Its estimator: ``k1`` in the reward, ``k2`` or ``k3`` in the loss. Other combinations have no gradient or a
-            wrong one and are refused, see :mod:`moslim.algorithms.functional`.
-        kl_controller: What changes the weight during training; None = nothing.
-        epsilon_low: How far below 1 the probability ratio may fall before its gradient stops.
-        epsilon_high: How far above 1 it may rise; above ``epsilon_low`` is DAPO's clip-higher (arXiv 2503.14476).
-        dual_clip: Bounds the loss of a bad answer that became likelier at this many times its advantage
-            (arXiv 1912.09729; verl has 3); None = no bound.
-        loss_agg_mode: How token losses are averaged, see :func:`reduce_tokens`.
-        entropy_coef: Weight of the mean entropy per token (nats, at the sampler's temperature), which is subtracted
-            from the loss. As in TRL it is a mean over tokens whatever the reduction; in verl it follows the reduction.
+        kl_coef: Weight of KL(policy || reference); 0 = no KL penalty and no reference.
+        kl_in: ``reward`` subtracts the estimate from the reward; ``loss`` adds it to the loss.
+        kl: Estimator: ``k1`` in the reward, ``k2`` or ``k3`` in the loss. Other combinations have no gradient or a
+            biased one and are refused, see :mod:`moslim.algorithms.functional`.
+        kl_controller: Controller that changes the weight during training; None = constant weight.
+        epsilon_low: Lower clip range: the gradient stops where the ratio is below ``1 - epsilon_low``.
+        epsilon_high: Upper clip range, ``1 + epsilon_high``; above ``epsilon_low`` it is DAPO's clip-higher
+            (arXiv 2503.14476).
+        dual_clip: Bound of the loss for negative advantages: the objective is at least ``dual_clip * A`` (dual-clip
+            PPO, arXiv 1912.09729; verl has 3); None = no bound.
+        loss_agg_mode: Reduction of token losses, see :func:`~moslim.algorithms.functional.reduce_tokens`.
+        entropy_coef: Weight of the mean entropy per token (nats, at the sampling temperature), which is subtracted
+            from the loss. It is a mean over tokens in every ``loss_agg_mode``, as in TRL; verl reduces it as the loss.
     """
 
     kl_coef: float = 0.05
@@ -368,20 +375,20 @@ class PolicyGradient(PolicyOptimizer):
 
     @property
     def beta(self) -> float:
-        """The weight of the KL divergence at present."""
+        """The current weight of the KL divergence."""
         return self.kl_coef if self.kl_controller is None else self.kl_coef * self.kl_controller.factor
 
     def scores_less_kl(self, rewards: AdvantageInputs) -> Tensor:
-        """``[G, n]``: the score of each answer, less its summed KL if that stands in the reward."""
+        """``[G, n]`` scores, minus ``beta`` times the KL per completion if ``kl_in`` is ``reward``."""
         score = self.scores(rewards)
         return score - self.beta * rewards.sequence_kl if self.kl_in == "reward" else score
 
     def token_rewards(self, rewards: AdvantageInputs, score: Tensor) -> Tensor:
-        """``[G, n, T]``: the score at the last token, less each token's KL at its own if it stands in the reward.
+        """``[G, n, T]`` token rewards: the score at the last token; minus ``beta * token_kl`` if KL is in the reward.
 
         Args:
-            rewards: The rollout.
-            score: ``[G, n]``, without any KL.
+            rewards: Rewards of the rollout.
+            score: ``[G, n]`` scores without KL.
         """
         steps = rewards.mask.cumsum(dim=-1)
         last = rewards.mask & (steps == steps[..., -1:])
@@ -389,7 +396,7 @@ class PolicyGradient(PolicyOptimizer):
         return reward - self.beta * rewards.token_kl if self.kl_in == "reward" else reward
 
     def observe(self, rewards: AdvantageInputs) -> None:
-        """Shows the divergence to the KL controller."""
+        """Passes the mean KL per completion to the KL controller."""
         if self.kl_controller is not None:
             self.kl_controller.observe(mean_over_processes(rewards.sequence_kl.mean()).item())
 
@@ -400,7 +407,15 @@ class PolicyGradient(PolicyOptimizer):
         return self.regularized(self.reduce(-objective * weights, batch), metrics, batch)
 
     def clipped(self, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """PPO's pessimistic objective (arXiv 1707.06347, eq. 7), and where a clip was active; shapes as given."""
+        """Clipped surrogate objective (arXiv 1707.06347, eq. 7), with the dual clip (arXiv 1912.09729).
+
+        Args:
+            log_ratio: ``[N, T]`` or ``[N]`` log of the probability ratio.
+            advantages: A shape that broadcasts to it.
+
+        Returns:
+            The objective, and 1.0 where a clip is active else 0.0, both of the shape of ``log_ratio``.
+        """
         ratio = probability_ratio(log_ratio)
         bounded = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
         objective = torch.minimum(ratio * advantages, bounded * advantages)
@@ -409,11 +424,11 @@ class PolicyGradient(PolicyOptimizer):
         return objective, (objective != ratio * advantages).float()
 
     def reduce(self, values: Tensor, batch: LossInputs) -> Tensor:
-        """Averages per-token values ``[N, T]`` to a scalar."""
+        """Reduces per-token values ``[N, T]`` to a scalar by ``loss_agg_mode``."""
         return batch.reduce(values, self.loss_agg_mode)
 
     def regularized(self, surrogate: Tensor, metrics: dict[str, Tensor], batch: LossInputs) -> LossOutput:
-        """Adds the KL divergence where it stands in the loss, reduced as the surrogate, and the entropy bonus."""
+        """Adds the KL penalty if ``kl_in`` is ``loss``, reduced like the surrogate, and subtracts the entropy bonus."""
         loss = surrogate
         if self.kl_in == "loss" and self.kl_coef > 0 and batch.ref_logprobs is not None:
             estimates = kl_loss(self.kl, batch.logprobs, batch.ref_logprobs, batch.log_ratio)

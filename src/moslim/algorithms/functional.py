@@ -1,27 +1,19 @@
-"""Formulas that the algorithms share: KL estimates, returns, aggregation of losses and rewards.
+"""Formulas that the algorithms share: KL estimates and controllers, the value head, returns, reward aggregation, loss
+reduction and whitening.
 
-Per-token estimates of KL(policy || reference) from sampled tokens (Schulman 2020), for reward or loss.
+KL estimates. For sampled tokens and ``x = log p - log q``, policy ``p``, reference ``q`` (Schulman 2020, "Approximating
+KL divergence"): ``k1 = x``, ``k2 = x^2 / 2``, ``k3 = exp(-x) - 1 + x``. Their use (arXiv 2510.01555, 2512.21852):
 
-Where they may stand (arXiv 2510.01555, 2512.21852), with ``x = log p - log q``:
+- In the reward, only ``k1`` is unbiased in value and gradient. ``E[k2]`` is not the divergence, and the score-function
+  gradient of ``k3`` omits ``E[grad k3]``, which is zero for ``k1`` only.
+- In the loss, the gradient of ``k1`` is ``E[grad log p] = 0``. The gradient of ``k2`` is ``E[x grad log p]``, that of
+  the divergence. ``k3`` is biased, but ``k3`` times the probability ratio, with gradient through both, has the gradient
+  of the divergence. Off policy, ``k2`` and ``k3`` both need the ratio.
 
-- ``k1`` in the reward is unbiased, in value and gradient. Nothing else is, there: ``E[k2]`` is not the divergence, and
-  the score-function gradient of ``k3`` leaves out ``E[grad k3]``, which is zero for ``k1`` alone.
-- In the loss, where the gradient goes through the estimate, ``k1`` has ``E[grad log p] = 0``: no gradient at all.
-  ``k2`` has ``E[x grad log p]``, that of the divergence. ``k3`` alone is biased, but weighted with the probability
-  ratio, through which the gradient goes too, it has that of the divergence as well. Off policy both need the ratio.
+Hence ``k1`` is allowed in the reward, and ``k2`` (times the detached ratio) and ``k3`` (times the ratio) in the loss.
+TRL's GRPO uses ``k3`` without the ratio unless ``use_bias_correction_kl`` is set.
 
-So this project puts ``k1`` in rewards, ``k2`` (weighted by the detached ratio) or ``k3`` (weighted by the ratio) in
-losses, and refuses the rest. TRL's GRPO has ``k3`` without weight unless ``use_bias_correction_kl`` is set.
-
-What changes the weight of the KL divergence during training; without one it stays as it is.
-
-The critic: how much is still to come before each token of an answer, read from hidden states.
-
-From rewards per token to what follows each token.
-
-Several rewards per answer, one per dimension, made into one.
-
-How per-token values become one number: averages whose gradient, averaged over processes, is that of all answers.
+All means and moments are over the completions of all processes.
 """
 
 from __future__ import annotations
@@ -53,10 +45,10 @@ _REFUSED = {
 
 
 def check_kl(place: KLPlace, estimator: KLEstimator) -> None:
-    """Refuses combinations that have no gradient, or a wrong one.
+    """Refuses a place and an estimator whose combination has no gradient or a biased one.
 
     Raises:
-        UsageError: With the reason.
+        UsageError: The combination is refused, or a word is unknown.
     """
     if place not in ("reward", "loss") or estimator not in ("k1", "k2", "k3"):
         raise UsageError(
@@ -68,37 +60,39 @@ def check_kl(place: KLPlace, estimator: KLEstimator) -> None:
 
 
 def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """``x = log p - log q``: unbiased, signed."""
+    """``k1 = x = log p - log q``: unbiased, may be negative."""
     return logprobs - ref_logprobs
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """``x^2 / 2``."""
+    """``k2 = x^2 / 2``: biased, low variance, never negative."""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """``exp(-x) - 1 + x``: unbiased and never negative; ``x`` is clamped to +-20 against overflow."""
+    """``k3 = exp(-x) - 1 + x``: unbiased, never negative; ``x`` is clamped to +-20 against overflow."""
     x = (logprobs - ref_logprobs).clamp(-_LIMIT, _LIMIT)
     return (-x).exp() - 1 + x
 
 
 def probability_ratio(log_ratio: Tensor) -> Tensor:
-    """Ratio of probabilities from its log, which is clamped to +-20 against overflow; shape as given."""
+    """``exp(log_ratio)``, with the log clamped to +-20 against overflow; same shape."""
     return log_ratio.clamp(-_LIMIT, _LIMIT).exp()
 
 
 def kl_loss(estimator: KLEstimator, logprobs: Tensor, ref_logprobs: Tensor, log_ratio: Tensor) -> Tensor:
-    """A per-token loss whose gradient, under answers sampled by an earlier policy too, is that of the divergence.
+    """Per-token KL loss ``[N, T]`` with the gradient of KL(policy || reference), on and off policy.
+
+    ``k2`` times the detached probability ratio, or ``k3`` times the ratio with gradient.
 
     Args:
         estimator: ``k2`` or ``k3``.
-        logprobs: ``[N, T]`` with gradient.
-        ref_logprobs: ``[N, T]``.
-        log_ratio: ``[N, T]`` log of current over old probability.
+        logprobs: ``[N, T]`` log-probabilities under the current weights, with gradient.
+        ref_logprobs: ``[N, T]`` log-probabilities under the reference.
+        log_ratio: ``[N, T]`` ``logprobs - old_logprobs``, with gradient.
 
     Raises:
-        UsageError: The estimator has no place in a loss.
+        UsageError: The estimator is ``k1``, which has no gradient in a loss.
     """
     check_kl("loss", estimator)
     ratio = probability_ratio(log_ratio)
@@ -108,19 +102,19 @@ def kl_loss(estimator: KLEstimator, logprobs: Tensor, ref_logprobs: Tensor, log_
 
 
 class KLController(Plugin, ABC):
-    """Multiplies ``kl_coef`` by a factor that follows the divergence. Its state goes into every checkpoint."""
+    """Controller of the KL weight: ``kl_coef`` is multiplied by ``factor``. Its state goes into every checkpoint."""
 
     role: ClassVar[str] = "kl_controller"
 
     factor: float = 1.0
-    """What ``kl_coef`` is multiplied by at present."""
+    """Current multiplier of ``kl_coef``."""
 
     @abstractmethod
     def observe(self, sequence_kl: float) -> None:
-        """Called once per training rollout: the place to change ``factor``.
+        """Updates ``factor``. Called once per training rollout.
 
         Args:
-            sequence_kl: Mean over all processes' answers of KL(policy || reference), in nats per answer.
+            sequence_kl: Mean of KL(policy || reference) over the completions of all processes, in nats per completion.
         """
 
     def state_dict(self) -> dict[str, float]:
@@ -131,14 +125,17 @@ class KLController(Plugin, ABC):
 
 
 class AdaptiveKL(KLController):
-    """Steers the divergence to a target by a proportional controller in log space (Ziegler et al. 2019, section 2.2).
+    """Log-space proportional controller that keeps the KL near a target (Ziegler et al. 2019, arXiv 1909.08593, 2.2).
 
-    ``error = clip((KL - target) / target, -0.2, 0.2)``, ``factor *= 1 + gain * error`` (arXiv 1909.08593). TRL and
-    OpenRLHF write the gain as answers per rollout over a horizon.
+    ``error = clip((KL - target) / target, -0.2, 0.2)``, ``factor *= 1 + gain * error``. TRL and OpenRLHF give the gain
+    as completions per rollout divided by a horizon.
 
     Args:
-        target: Wanted divergence in nats per answer.
-        gain: Step per rollout, the paper's ``K_beta``.
+        target: Target of the KL in nats per completion.
+        gain: Step per rollout, ``K_beta`` in the paper.
+
+    Raises:
+        UsageError: An option is out of range.
     """
 
     def __init__(self, target: float = 6.0, gain: float = 0.1) -> None:
@@ -155,16 +152,18 @@ class AdaptiveKL(KLController):
 
 
 CRITIC_RATE = 1e-5
-"""A policy's usual rate of 1e-6 is too low for a head that starts at 0: verl and OpenRLHF have about this one, too."""
+"""Default learning rate of the critic. A policy's usual 1e-6 is too low for a head that starts at 0; verl and OpenRLHF
+have similar defaults."""
 
 
 @dataclass
 class CriticOptions:
-    """What a policy optimizer asks the PolicyTrainer to build.
+    """Options of the critic that the PolicyTrainer builds.
 
     Args:
-        lora: Adapter of the critic's own on the policy's frozen base; None = a head on the policy's trunk.
-        lr: Rate at which its head and adapter are trained; None = :data:`CRITIC_RATE`, or the policy's where that is
+        lora: Low-rank adapter of the critic on the frozen base of the policy; None = a head on the policy's hidden
+            states.
+        lr: Learning rate of the critic's head and adapter; None = :data:`CRITIC_RATE`, or the policy's rate if that is
             higher.
     """
 
@@ -173,10 +172,10 @@ class CriticOptions:
 
 
 class ValueHead(nn.Module):
-    """A linear layer from hidden state to value; it starts at 0 everywhere.
+    """Linear value head of the critic, initialised to 0.
 
     Args:
-        hidden_size: ``H``.
+        hidden_size: Width ``H`` of the hidden states.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -186,7 +185,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        """Values of states in which tokens were chosen: ``[M, H]`` to ``[M]``, float32 or finer."""
+        """Values ``[M]``, float32 or finer, of the hidden states ``[M, H]`` from which tokens were sampled."""
         return apply_wide(self.linear, states)[..., 0].clone()  # a view could lose the hooks of FSDP
 
 
@@ -201,39 +200,44 @@ class HiddenStateReader:
         self.model = model
 
     def states(self, keep: int | Tensor, **inputs: Any) -> Tensor:
-        """``[B, keep, H]`` at the last positions, or at those given; the arguments are the trunk's."""
+        """Hidden states ``[B, keep, H]`` at the last ``keep`` positions, or at the given ones.
+
+        Args:
+            keep: Number of last positions, or positions.
+            inputs: Arguments of the transformer's forward pass.
+        """
         return kept(transformer_part(self.model)(**inputs).last_hidden_state, keep)
 
 
 def discounted_sums(values: Tensor, factor: float) -> Tensor:
-    """``s_t = x_t + factor * s_{t+1}`` along the last axis."""
+    """Reverse discounted sums ``s_t = x_t + factor * s_{t+1}`` along the last axis; same shape."""
     total = torch.zeros_like(values[..., 0])
     sums = []
-    for step in values.unbind(dim=-1)[::-1]:
-        total = step + factor * total
+    for value in values.unbind(dim=-1)[::-1]:
+        total = value + factor * total
         sums.append(total)
     return torch.stack(sums[::-1], dim=-1)
 
 
 def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """GAE (Schulman et al. 2015, arXiv 1506.02438, eq. 16): the discounted sum of one-step surprises.
+    """Generalized advantage estimates (Schulman et al. 2015, arXiv 1506.02438, eq. 16).
 
-    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lambda A_{t+1}``. After an answer's last token
-    nothing follows, also where it was cut at the length limit.
+    ``delta_t = r_t + gamma V_{t+1} - V_t``, ``A_t = delta_t + gamma lam A_{t+1}``. The value after the last token of a
+    completion is 0, also if the completion was truncated at the length limit.
 
     Args:
-        rewards: ``[.., T]``, 0 where masked.
-        values: ``[.., T]``, before each token.
-        mask: ``[.., T]`` bool, padding on the right.
+        rewards: ``[..., T]`` token rewards, 0 where masked.
+        values: ``[..., T]`` values before each token.
+        mask: ``[..., T]`` bool, padding on the right.
         gamma: Discount per token.
-        lam: 1 trusts the rewards, 0 the values.
+        lam: GAE's lambda: 1 relies on the rewards only, 0 on the values.
 
     Returns:
-        ``[.., T]``, 0 where masked.
+        Advantages ``[..., T]``, 0 where masked.
     """
     values = values * mask
-    following = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)
-    return discounted_sums(rewards + gamma * following - values, gamma * lam) * mask
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], dim=-1)
+    return discounted_sums(rewards + gamma * next_values - values, gamma * lam) * mask
 
 
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -241,29 +245,29 @@ _LEAST = 1e-4
 
 
 def normalize_then_sum(per_dimension: Tensor, std_floor: float, weights: Tensor | None = None) -> Tensor:
-    """Normalises every dimension within its group, then adds up (GDPO, arXiv 2601.05242, with a softened std).
+    """Normalises each dimension within its group, then adds up (GDPO, arXiv 2601.05242, with a floor of the std).
 
-    ``sum_d w_d (r_d - mean_G r_d) / sqrt(var_G r_d + std_floor^2) / sqrt(sum_d w_d^2)`` over the dimensions that are
-    active for the answer; mean and variance (uncorrected) are those of the group's answers that have a value. The floor
-    keeps a dimension that is already satisfied from being noise blown up to unit variance; without one, a deviation
-    below 1e-4 is taken for rounding. The root keeps prompts that name many dimensions from counting more. GDPO's last
-    step, dividing by the standard deviation of the whole batch, is GRPO's ``scale: batch`` and the whitening of
-    REINFORCE++ and PPO.
+    ``sum_d w_d (r_d - mean_G r_d) / sqrt(var_G r_d + std_floor^2) / sqrt(sum_d w_d^2)`` over the active dimensions of
+    the completion. Mean and (uncorrected) variance are over the group's completions in which the dimension is active.
+
+    The floor keeps a satisfied dimension from being amplified to unit variance; the deviation is at least 1e-4 in any
+    case. The last root keeps prompts that name many dimensions from having larger advantages. GDPO's division by the
+    standard deviation of the batch is ``scale: batch`` of GRPO, and the whitening of REINFORCE++ and PPO.
 
     Args:
-        per_dimension: ``[G, n, D]``, NaN where inactive.
-        std_floor: In units of the reward.
-        weights: ``[G, n, D]``, 0 or more; None = equal ones.
+        per_dimension: ``[G, n, D]`` rewards, NaN where inactive.
+        std_floor: Floor of the standard deviation, in units of the reward.
+        weights: ``[G, n, D]`` non-negative weights; None = equal weights.
 
     Returns:
-        ``[G, n]``; 0 where no dimension is active.
+        Scores ``[G, n]``; 0 where no dimension is active.
 
     Raises:
-        UsageError: There is one answer per prompt, which is no group to normalise in.
+        UsageError: There is one completion per prompt, so no group to normalise in.
     """
     if per_dimension.shape[1] < 2:
         raise UsageError(
-            "aggregation normalize_then_sum compares the answers to a prompt: set num_generations to 2 or more, "
+            "aggregation normalize_then_sum compares the completions of a prompt: set num_generations to 2 or more, "
             "or aggregation to sum_then_normalize"
         )
     active = (~per_dimension.isnan()).to(per_dimension.dtype)
@@ -287,32 +291,35 @@ def reduce_tokens(
     step_mask: Tensor | None = None,
     parts: float = 1,
 ) -> Tensor:
-    """Averages per-token values to a scalar.
+    """Reduces per-token values to a scalar: the share of this minibatch in a mean over one optimizer step.
 
-    Answers with an empty mask do not count.
+    - ``grpo``: mean over completions of the mean over tokens (GRPO, arXiv 2402.03300).
+    - ``token_mean``: mean over all tokens (DAPO, arXiv 2503.14476).
+    - ``constant``: sum over tokens divided by ``max_completion_length``, then mean over completions (Dr. GRPO,
+      arXiv 2503.20783).
+
+    Means are over all minibatches of the step and all processes. Completions without unmasked tokens do not count.
 
     Args:
-        values: ``[N, T]``.
+        values: ``[N, T]`` values of this minibatch.
         mask: ``[N, T]`` bool.
-        loss_agg_mode: ``grpo`` is the mean over answers of the mean over tokens (arXiv 2402.03300), ``token_mean`` the
-            mean over all tokens (DAPO, arXiv 2503.14476), ``constant`` the sum over tokens divided by the length limit,
-            then the mean over answers (Dr. GRPO, arXiv 2503.20783). All over all processes.
-        max_completion_length: The engine's length limit.
-        step_mask: ``[M, T]`` bool, the masks of all minibatches whose gradients make one step, this one's among them:
-            the mean of their results, which Lightning takes, is then that over all they hold. None = this one alone.
-        parts: How many results that mean is taken of; the last step of an epoch may have fewer than it.
+        loss_agg_mode: ``grpo``, ``token_mean`` or ``constant``.
+        max_completion_length: Length limit of completions in tokens.
+        step_mask: ``[M, T]`` bool, the concatenated masks of all minibatches that make one optimizer step, this one
+            included; None = ``mask``.
+        parts: Factor of the result. It undoes the mean over accumulated batches that Lightning takes.
     """
     counted = mask if step_mask is None else step_mask
     if loss_agg_mode == "token_mean":
         return (values * mask).sum() / shared_count(counted) * parts
-    answers = shared_count(counted.any(dim=1)) / parts
+    completions = shared_count(counted.any(dim=1)) / parts
     if loss_agg_mode == "constant":
-        return (values * mask).sum() / (answers * max_completion_length)
-    return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / answers
+        return (values * mask).sum() / (completions * max_completion_length)
+    return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / completions
 
 
 def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and Bessel-corrected variance of the unmasked values of all processes."""
+    """Mean and Bessel-corrected variance of the unmasked values of all processes; two scalars."""
     count = shared_count(mask)
     mean = mean_over_processes((values * mask).sum()) / count
     variance = mean_over_processes(((values - mean).square() * mask).sum()) / count
@@ -321,20 +328,21 @@ def moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten(values: Tensor, mask: Tensor, std_floor: float = 0.0, rewarded: Tensor | None = None) -> Tensor:
-    """Shifts and scales to mean 0 and variance 1 over all processes' unmasked values; 0 where masked.
+    """Shifts and scales values to mean 0 and variance 1 over all processes; 0 where masked.
 
-    ``(x - mean) / sqrt(var + std_floor^2 + 1e-8)`` with the Bessel-corrected variance, as TRL and verl have it;
-    OpenRLHF's is not corrected. Values to which no reward applies are left out of both moments. They are shifted by
-    their own mean, and scaled by the larger of both variances, so that they keep the unit of the others.
+    ``(x - mean) / sqrt(var + std_floor^2 + 1e-8)`` with the Bessel-corrected variance, as in TRL and verl; OpenRLHF
+    does not correct it. Values to which no reward applies do not enter these moments: they are shifted by their own
+    mean and scaled by the larger of both variances, so that they keep the scale of the others.
 
     Args:
-        values: Any shape.
-        mask: The same shape, bool.
-        std_floor: In units of the values.
-        rewarded: Bool, a shape that broadcasts to it; None = all are.
+        values: Values of any shape.
+        mask: Bool mask of the same shape.
+        std_floor: Floor of the standard deviation, in units of the values.
+        rewarded: Bool of a shape that broadcasts to ``values``: a reward applies; None = everywhere.
     """
     rewarded = torch.ones_like(mask) if rewarded is None else rewarded.expand_as(mask)
     mean, variance = moments(values, mask & rewarded)
-    own_mean, own_variance = moments(values, mask & ~rewarded)
-    variance = torch.where(rewarded, variance, torch.maximum(variance, own_variance))
-    return (values - torch.where(rewarded, mean, own_mean)) * torch.rsqrt(variance + std_floor**2 + 1e-8) * mask
+    neutral_mean, neutral_variance = moments(values, mask & ~rewarded)
+    mean = torch.where(rewarded, mean, neutral_mean)
+    variance = torch.where(rewarded, variance, torch.maximum(variance, neutral_variance))
+    return (values - mean) * torch.rsqrt(variance + std_floor**2 + 1e-8) * mask

@@ -1,4 +1,4 @@
-"""GRPO: group-normalised advantages, per-token clipping, KL in the loss (Shao et al. 2024, arXiv 2402.03300)."""
+"""GRPO: group relative policy optimization (Shao et al. 2024, arXiv 2402.03300)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _EPS = 1e-4
 
 @dataclass(eq=False, kw_only=True)
 class GRPO(PolicyGradient):
-    """Each answer's advantage is its score's distance from its group's mean, in standard deviations.
+    """Group relative policy optimization: scores normalised within the group of a prompt's completions.
 
-    ``(score - mean_G) / (sqrt(var + std_floor^2) + 1e-4)`` with the Bessel-corrected variance; with ``std_floor: 0`` it
-    is TRL's. verl adds 1e-6 and OpenRLHF 1e-9 instead of 1e-4; NeMo-RL takes leave-one-out moments.
+    ``A_i = (s_i - mean(s)) / (sqrt(var(s) + std_floor^2) + 1e-4)`` with the Bessel-corrected variance
+    (arXiv 2402.03300, section 4.1.2); with ``std_floor: 0`` it is TRL's. verl adds 1e-6 and OpenRLHF 1e-9 instead of 1e-4; NeMo-RL uses
+    leave-one-out moments. The loss is the clipped surrogate plus ``kl_coef`` times k3, see :class:`PolicyGradient`.
 
-    Answers to which no reward applies enter neither the mean nor the deviation. Their scores, minus penalty and KL, are
-    compared with their own mean in the group, in units of the larger of both deviations.
+    Completions to which no reward applies enter neither mean nor variance. They are compared with their own mean in the
+    group and divided by the larger of both deviations.
 
     Args:
-        loss_agg_mode: ``token_mean`` is DAPO's and TRL's default, ``grpo`` the paper's, ``constant`` Dr. GRPO's.
-        scale: Whose standard deviation is divided by: the ``group``'s; that of all scores of the ``batch`` (with
-            ``normalize_then_sum``, GDPO's last step, arXiv 2601.05242); or ``none`` (Dr. GRPO, arXiv 2503.20783).
-        min_spread: Groups whose scores, before any KL, have a standard deviation of this or less are left out of
-            updates (DAPO's dynamic sampling without resampling; a learned reward's spread is never exactly 0). None
-            keeps them all.
+        loss_agg_mode: ``token_mean`` (DAPO, TRL's default), ``grpo`` (the paper) or ``constant`` (Dr. GRPO).
+        scale: Standard deviation to divide by: that of the ``group``, that of all scores of the ``batch`` (with
+            ``normalize_then_sum``, the last step of GDPO, arXiv 2601.05242), or ``none`` (Dr. GRPO, arXiv 2503.20783).
+        min_spread: Groups whose scores, without KL, have a standard deviation of at most this are left out of updates
+            (DAPO's dynamic sampling, arXiv 2503.14476, without resampling); None = all groups are used.
     """
 
     kl_in: KLPlace = "loss"
@@ -48,19 +48,19 @@ class GRPO(PolicyGradient):
     def advantages(self, rewards: AdvantageInputs) -> Tensor:
         score = self.compares(self.scores_less_kl(rewards))
         _, mean, variance = rewards.peer_moments(score)
-        centred, rewarded = score - mean, rewards.rewarded
+        centered, rewarded = score - mean, rewards.rewarded
         if self.scale == "none":
-            return centred
+            return centered
         if self.scale == "batch":
-            others = moments(score, rewarded)[1]
-            variance = torch.where(rewarded, others, moments(score, ~rewarded)[1])
+            rewarded_variance = moments(score, rewarded)[1]
+            variance = torch.where(rewarded, rewarded_variance, moments(score, ~rewarded)[1])
         else:
-            others = variance.masked_fill(~rewarded, 0.0).amax(dim=1, keepdim=True)
-        variance = torch.where(rewarded, variance, torch.maximum(variance, others))
-        return centred / ((variance + self.std_floor**2).sqrt() + _EPS)
+            rewarded_variance = variance.masked_fill(~rewarded, 0.0).amax(dim=1, keepdim=True)
+        variance = torch.where(rewarded, variance, torch.maximum(variance, rewarded_variance))
+        return centered / ((variance + self.std_floor**2).sqrt() + _EPS)
 
     def used(self, rewards: AdvantageInputs) -> Tensor:
-        """Leaves out answers whose peers in the group are all about equally good, ``[G, n]`` bool."""
+        """``[G, n]`` bool: the scores of the completion's peers have a standard deviation above ``min_spread``."""
         if self.min_spread is None:
             return super().used(rewards)
         return rewards.peer_moments(self.scores(rewards))[2].sqrt() > self.min_spread

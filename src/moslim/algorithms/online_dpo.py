@@ -1,4 +1,4 @@
-"""Online DPO: a preference loss on the policy's own answers (Guo et al. 2024, arXiv 2402.04792)."""
+"""Online DPO: a preference loss on completions of the policy (Guo et al. 2024, arXiv 2402.04792)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ LossType = Literal["sigmoid", "ipo"]
 
 @dataclass(eq=False, kw_only=True)
 class OnlineDPO(PolicyOptimizer):
-    """The best answer to each prompt is chosen over the worst; only the order of the scores matters.
+    """DPO on the policy's own completions: the best completion of each prompt is chosen, the worst is rejected.
 
-    With ``h`` the answer's summed ``log p - log q`` to the reference and ``m = h_best - h_worst``, the loss is
+    With ``h = sum_t (logprobs - ref_logprobs)`` and ``m = h_chosen - h_rejected``, the loss per comparison is
     ``-log sigmoid(beta m)`` (DPO, arXiv 2305.18290, eq. 7) or ``(m - 1 / (2 beta))^2`` (IPO, arXiv 2310.12036, eq. 17,
-    with sums as in TRL's Online DPO). TRL samples two answers and lets the first win ties; here the best and the worst
-    of all samples make the pair, the others cost nothing, and ties are dropped. Answers to which no reward applies make
-    a pair with each other only, by their penalties, and only where fewer than two of the group are rewarded.
+    with sums over tokens as in TRL). Only the order of the scores matters; the other completions are skipped, and ties
+    are dropped. TRL generates two completions and chooses the first one of a tie.
+
+    Completions to which no reward applies are compared with each other only, by their penalties, and only where fewer
+    than two completions of the prompt are rewarded.
 
     Args:
-        beta: Strength of the pull to the reference.
+        beta: Weight of the implicit KL penalty to the reference.
         loss_type: ``sigmoid`` or ``ipo``.
-        min_margin: Pairs whose scores differ by this or less are dropped, in units of the score.
+        min_margin: Comparisons whose score margin is this or less are dropped, in units of the score.
     """
 
     beta: float = 0.1
@@ -48,39 +50,41 @@ class OnlineDPO(PolicyOptimizer):
         return True
 
     def advantages(self, rewards: AdvantageInputs) -> Tensor:
-        """``[G, n]``: 1 for the answer that is chosen, -1 for the one that is rejected, 0 for the others."""
+        """``[G, n]``: 1 for the chosen completion of a prompt, -1 for the rejected one, 0 for the others."""
         score = self.compares(self.scores(rewards))
         rewarded = rewards.rewarded
-        among = torch.where(rewarded.sum(dim=1, keepdim=True) > 1, rewarded, ~rewarded)
-        above, below = score.masked_fill(~among, -torch.inf), score.masked_fill(~among, torch.inf)
-        best, worst = above.argmax(dim=1), below.argmin(dim=1)
-        gap = (above.amax(dim=1) - below.amin(dim=1))[:, None]
-        sign = one_hot(best, score.shape[1]) - one_hot(worst, score.shape[1])
-        return (sign * (gap > self.min_margin)).to(score.dtype)
+        eligible = torch.where(rewarded.sum(dim=1, keepdim=True) > 1, rewarded, ~rewarded)
+        highest, chosen = score.masked_fill(~eligible, -torch.inf).max(dim=1)
+        lowest, rejected = score.masked_fill(~eligible, torch.inf).min(dim=1)
+        sign = one_hot(chosen, score.shape[1]) - one_hot(rejected, score.shape[1])
+        score_margin = (highest - lowest)[:, None]
+        return (sign * (score_margin > self.min_margin)).to(score.dtype)
 
     def used(self, rewards: AdvantageInputs) -> Tensor:
-        """The pairs, ``[G, n]`` bool."""
+        """``[G, n]`` bool: the completion is chosen or rejected."""
         return self.advantages(rewards) != 0
 
     def loss(self, batch: LossInputs) -> LossOutput:
         if batch.ref_logprobs is None:
             raise UsageError("OnlineDPO needs the reference's log-probabilities in the batch")
         log_odds = ((batch.logprobs - batch.ref_logprobs) * batch.mask).sum(dim=1)
-        margin = (log_odds * batch.advantages).reshape(-1, batch.num_generations).sum(dim=1)  # one per prompt
-        pair = _pairs(batch.mask, batch.num_generations)
-        counted = pair if batch.step_mask is None else _pairs(batch.step_mask, batch.num_generations)
+        margin = (log_odds * batch.advantages).reshape(-1, batch.num_generations).sum(dim=1)  # [G]
+        compared_prompts = _comparison_mask(batch.mask, batch.num_generations)
+        step_prompts = compared_prompts
+        if batch.step_mask is not None:
+            step_prompts = _comparison_mask(batch.step_mask, batch.num_generations)
         if self.loss_type == "sigmoid":
             losses = -logsigmoid(self.beta * margin)
         else:
             losses = (margin - 1 / (2 * self.beta)).square()
-        loss = (losses * pair).sum() / shared_count(counted) * batch.parts
-        won = margin.detach()[pair]
-        metrics = {"pairs": pair.float().mean()}
-        if len(won):
-            metrics |= {"accuracy": (won > 0).float().mean(), "margin": self.beta * won.mean()}
+        loss = (losses * compared_prompts).sum() / shared_count(step_prompts) * batch.parts
+        margins = margin.detach()[compared_prompts]
+        metrics = {"pairs": compared_prompts.float().mean()}
+        if len(margins):
+            metrics |= {"accuracy": (margins > 0).float().mean(), "margin": self.beta * margins.mean()}
         return LossOutput(loss, metrics)
 
 
-def _pairs(mask: Tensor, num_generations: int) -> Tensor:
-    """Which prompts have a pair, ``[G]`` bool."""
+def _comparison_mask(mask: Tensor, num_generations: int) -> Tensor:
+    """``[G]`` bool: the prompt has a chosen and a rejected completion; from the token mask ``[N, T]``."""
     return mask.any(dim=1).reshape(-1, num_generations).any(dim=1)

@@ -1,4 +1,4 @@
-"""REINFORCE++: returns to go, whitened over the whole batch instead of a critic (Hu 2025, arXiv 2501.03262)."""
+"""REINFORCE++: returns to go, whitened over the batch (Hu 2025, arXiv 2501.03262)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from moslim.algorithms.functional import LossAggMode, discounted_sums, whiten
 
 @dataclass(eq=False, kw_only=True)
 class ReinforcePlusPlus(PolicyGradient):
-    """Each token's advantage is what follows it, less the batch's mean, in the batch's standard deviations.
+    """REINFORCE with returns to go that are whitened over the batch; no critic.
 
-    A token's reward is ``-kl_coef * k1``; the answer's score is added to that of its last token. Returns to go are
-    whitened over all tokens of all processes (Bessel-corrected; with ``std_floor: 0`` as in verl; OpenRLHF's is not
-    corrected). The loss is PPO's.
+    The token reward is ``r_t = -beta * k1``, plus the score at the last token. The advantage is the return to go
+    ``R_t = r_t + gamma R_{t+1}``, whitened over the tokens of all processes. With ``std_floor: 0`` it is verl's;
+    OpenRLHF's variance is not Bessel-corrected. The loss is the clipped surrogate of :class:`PolicyGradient`.
 
-    Answers to which no reward applies enter neither the mean nor the deviation. Their returns, penalty and KL alone,
-    are shifted by their own mean and scaled by the larger of both deviations, see :func:`whiten`; the baseline form
-    compares them with each other only.
+    Completions to which no reward applies do not enter these moments, see
+    :func:`~moslim.algorithms.functional.whiten`; with ``baseline`` they are compared with each other only.
 
     Args:
-        baseline: Subtract the mean score of the prompt's answers first (REINFORCE++-baseline, OpenRLHF's
-            ``reinforce_baseline``), without dividing by the group's deviation. Without it, one answer per prompt
-            will do. OpenRLHF pairs it with k2 in the loss: ``kl_in: loss, kl: k2``.
+        loss_agg_mode: Reduction of token losses; ``token_mean`` is verl's.
+        baseline: Whether the mean score of the prompt's completions is subtracted first, without division by the
+            group's deviation (REINFORCE++-baseline, OpenRLHF's ``reinforce_baseline``); it needs ``num_generations`` of
+            2 or more. OpenRLHF combines it with k2 in the loss: ``kl_in: loss, kl: k2``.
         gamma: Discount per token.
-        loss_agg_mode: How token losses are averaged; ``token_mean`` is verl's.
     """
 
     loss_agg_mode: LossAggMode = "token_mean"
@@ -42,5 +41,5 @@ class ReinforcePlusPlus(PolicyGradient):
         score = self.scores(rewards)
         if self.baseline:
             score = self.compares(score) - rewards.peer_moments(score)[1]
-        to_go = discounted_sums(self.token_rewards(rewards, score), self.gamma)
-        return whiten(to_go, rewards.mask, self.std_floor, rewards.rewarded[..., None])
+        returns = discounted_sums(self.token_rewards(rewards, score), self.gamma)
+        return whiten(returns, rewards.mask, self.std_floor, rewards.rewarded[..., None])

@@ -15,21 +15,22 @@ ImportanceSamplingLevel = Literal["sequence", "token"]
 
 @dataclass(eq=False, kw_only=True)
 class RLOO(PolicyGradient):
-    """Each answer's advantage is its score less the mean score of the other answers to the same prompt.
+    """REINFORCE leave-one-out: the baseline of a completion is the mean score of the prompt's other completions.
 
-    Rewarded answers are compared with rewarded ones only. The others, whose score is minus penalty and KL, are compared
-    among themselves. An answer without another of its kind has advantage 0.
+    With scores ``s``, which include the KL penalty ``-beta * sum_t k1`` as in TRL, the advantage is
+    ``A_i = s_i - mean_{j != i} s_j`` (arXiv 2402.14740), the same as verl's ``n / (n - 1) (s_i - mean(s))``.
+    OpenRLHF subtracts the KL per token after the baseline. The loss is the clipped surrogate of
+    :class:`PolicyGradient`.
 
-    The KL divergence is k1 in the reward, inside the baseline, as in TRL; OpenRLHF adds it per token after the
-    baseline, which is another estimator. verl's ``n/(n-1) (score - group mean)`` is the same advantage.
+    Rewarded completions are compared with rewarded ones, neutral ones with neutral ones; a completion without another
+    of its kind has advantage 0.
 
     Args:
-        importance_sampling_level: ``token`` clips one ratio per token and, by the default ``loss_agg_mode``,
-            divides by the length limit, so that long answers neither gain nor lose (Dr. GRPO, arXiv 2503.20783);
-            ``sequence`` clips one per answer and
-            takes the mean over answers (TRL). On policy both have the same gradient up to that constant. An answer's
-            ratio, and its importance weight, is the product of those of its tokens: ``sequence`` adds up the rounding
-            of all of them, and is refused with ``top_p`` and ``top_k``.
+        importance_sampling_level: ``token`` clips one ratio per token; with the default ``loss_agg_mode: constant``
+            the weight of a token does not depend on the length of its completion (Dr. GRPO, arXiv 2503.20783).
+            ``sequence`` clips one ratio per completion, the product over its tokens, and takes the mean over
+            completions (TRL). On policy the two gradients differ by a constant factor. ``sequence`` accumulates the
+            rounding of all tokens, and is refused with ``top_p`` and ``top_k``.
     """
 
     importance_sampling_level: ImportanceSamplingLevel = "token"
@@ -45,25 +46,26 @@ class RLOO(PolicyGradient):
 
     @property
     def weighs_completions(self) -> bool:
-        """In the sequence form."""
+        """Whether ratio, clip and importance weight apply to whole completions instead of tokens."""
         return self.importance_sampling_level == "sequence"
 
     def advantages(self, rewards: AdvantageInputs) -> Tensor:
+        """``[G, n]``: score minus mean score of the other peers, ``score - (count * mean - score) / (count - 1)``."""
         score = self.compares(self.scores_less_kl(rewards))
         count, mean, _ = rewards.peer_moments(score)
-        return (score - mean) * count / (count - 1).clamp(min=1)  # score - (count * mean - score) / (count - 1)
+        return (score - mean) * count / (count - 1).clamp(min=1)
 
     def loss(self, batch: LossInputs) -> LossOutput:
         if self.importance_sampling_level == "token":
             return super().loss(batch)
         objective, clipped = self.clipped(batch.log_ratio.sum(dim=1), batch.advantages)
         weights = batch.importance(batch.log_importance_weight.sum(dim=1))
-        answers = len(batch.mask if batch.step_mask is None else batch.step_mask)
-        surrogate = -(objective * weights).sum() / answers * batch.parts
+        completions = len(batch.mask if batch.step_mask is None else batch.step_mask)
+        surrogate = -(objective * weights).sum() / completions * batch.parts
         metrics = {"clip_fraction": clipped.mean(), **batch.importance_metrics(weights)}
         return self.regularized(surrogate, metrics, batch)
 
     def reduce(self, values: Tensor, batch: LossInputs) -> Tensor:
-        """Averages per-token values; in the sequence form, sums them over each answer and averages over answers."""
+        """Reduces per-token values ``[N, T]``; with ``sequence``, sums over tokens, then the mean over completions."""
         reduced = super().reduce(values, batch)
         return reduced * batch.max_completion_length if self.importance_sampling_level == "sequence" else reduced

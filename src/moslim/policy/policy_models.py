@@ -198,7 +198,7 @@ class PolicyModels:
         return result
 
     def _adapter(self, role: Role) -> Role | None:
-        """The adapter that a role needs; a critic without one of its own reads the policy's trunk."""
+        """The adapter that a role needs; a critic without an adapter reads the policy's hidden states."""
         if role == "reference":
             return None
         return role if role in self._adapters else "policy"
@@ -229,7 +229,7 @@ def _check_critic_lora(lora: LoraOptions | None, gradient_checkpointing: bool) -
     if lora is None:
         raise UsageError(
             "policy_optimizer.critic_lora puts an adapter on the policy's frozen base, but without model.lora "
-            "that base is trained: give model.lora, or leave critic_lora out and have a head on the policy's trunk"
+            "that base is trained: give model.lora, or leave critic_lora out for a head on the policy's hidden states"
         )
     if gradient_checkpointing:
         raise UsageError(

@@ -1,9 +1,4 @@
-"""The forward pass and the loss of an update.
-
-The update: from a minibatch of a rollout to the loss of an optimizer step.
-
-What is logged of rollouts.
-"""
+"""The loss of a training step, from a minibatch of a rollout, and the metrics of rollouts."""
 
 from __future__ import annotations
 
@@ -33,27 +28,27 @@ from moslim.utils.errors import UsageError
 
 
 def rollout_batches(trainer: Trainer, batch_idx: int, repeats: int) -> tuple[list[int], float]:
-    """The batches of the current rollout whose gradients make one optimizer step with that of ``batch_idx``.
+    """The batches of the current rollout that make one optimizer step together with batch ``batch_idx``.
 
     Args:
-        trainer: The run's Trainer.
+        trainer: The Trainer of the run.
         batch_idx: Number of a batch in the epoch.
-        repeats: Batches of a rollout.
+        repeats: Batches per rollout, ``num_iterations * minibatches``.
 
     Returns:
-        Their numbers in the epoch, and what their losses are multiplied by: a step over several rollouts is the mean of
-        theirs, and Lightning divides by ``accumulate_grad_batches``.
+        Their numbers in the epoch, and the factor of their losses. Lightning divides losses by
+        ``accumulate_grad_batches``; the loss of a step over several rollouts is the mean over these.
     """
-    window = step_batches(trainer, batch_idx)
-    own = [number for number in window if number // repeats == batch_idx // repeats]
-    return own, trainer.accumulate_grad_batches / len({number // repeats for number in window})
+    step_numbers = step_batches(trainer, batch_idx)
+    of_rollout = [number for number in step_numbers if number // repeats == batch_idx // repeats]
+    return of_rollout, trainer.accumulate_grad_batches / len({number // repeats for number in step_numbers})
 
 
 def check_accumulation_of_rollouts(trainer: Trainer, repeats: int) -> None:
-    """Checks that optimizer steps end where rollouts do.
+    """Checks that no optimizer step ends in the middle of a rollout.
 
     Raises:
-        UsageError: They do not.
+        UsageError: ``accumulate_grad_batches`` neither divides ``repeats`` nor is a multiple of it.
     """
     accumulate = trainer.accumulate_grad_batches
     if repeats % accumulate and accumulate % repeats:
@@ -64,26 +59,26 @@ def check_accumulation_of_rollouts(trainer: Trainer, repeats: int) -> None:
 
 
 def warn_of_part_rollouts(trainer: Trainer, repeats: int) -> None:
-    """Says where an epoch ends within a rollout, which is then used in part, by steps of full scale."""
+    """Warns if an epoch ends in the middle of a rollout, so that only a part of it is used."""
     batches = trainer.num_training_batches
     if batches % repeats and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
         rank_zero_warn(
             f"an epoch has {batches} batches (trainer.limit_train_batches or overfit_batches), no multiple of "
             f"num_iterations * minibatches = {repeats}: only {batches % repeats} of the {repeats} batches of its last "
-            "rollout are learnt from"
+            "rollout are used"
         )
 
 
 @dataclass
 class PolicyOutputs:
-    """Results of the forward passes of policy and critic over ``N`` completions.
+    """Outputs of the forward passes of policy and critic over ``N`` completions, with gradient.
 
     Args:
-        logprobs: ``[N, T]`` under the current weights, with gradient; 0 where masked or not needed.
-        entropy: ``[N, T]`` nats, with gradient; None unless asked for.
-        values: ``[N, T]`` by the critic, with gradient; None without a critic.
-        default_kl: The sum over the tokens of prompts without instruction of the exact KL(policy || reference), with
-            gradient; None unless asked for.
+        logprobs: ``[N, T]`` log-probabilities under the current weights; 0 where masked or not needed.
+        entropy: ``[N, T]`` entropy in nats; None unless requested.
+        values: ``[N, T]`` values of the critic; None without a critic.
+        default_kl: Scalar, the exact KL(policy || reference) summed over the tokens of completions to prompts without
+            instruction; None unless requested.
     """
 
     logprobs: Tensor
@@ -94,11 +89,11 @@ class PolicyOutputs:
 
 @dataclass
 class StepLoss:
-    """The loss of a minibatch.
+    """Loss of a minibatch.
 
     Args:
         loss: Scalar with gradient.
-        logprobs: ``[N, T]`` under the current weights, detached.
+        logprobs: ``[N, T]`` log-probabilities under the current weights, detached.
         metrics: Detached scalars by name.
     """
 
@@ -109,16 +104,16 @@ class StepLoss:
 
 @dataclass
 class PolicyUpdate:
-    """Computes the loss of one training step. :meth:`loss` is the whole of it.
+    """Computes the loss of one training step: call :meth:`loss`.
 
     Args:
         models: Policy, reference and critic.
-        optimizer: The algorithm, from advantages to loss.
-        engine: The engine of the completions; its temperature and length limit count.
-        forward_config: How forward passes are made.
-        num_generations: Completions per prompt.
-        default_kl_coef: Weight of the KL divergence on prompts without instruction.
-        importance_clip: Largest importance weight of completions that another policy sampled; None = all are 1.
+        optimizer: Algorithm; computes the loss from log-probabilities and advantages.
+        engine: Engine that sampled the completions; gives temperature and length limit.
+        forward_config: Options of forward passes.
+        num_generations: Completions per prompt, ``n``.
+        default_kl_coef: Weight of KL(policy || reference) on prompts without instruction.
+        importance_clip: Largest importance weight; None = no correction, all weights are 1.
     """
 
     models: PolicyModels
@@ -130,14 +125,14 @@ class PolicyUpdate:
     importance_clip: float | None
 
     def loss(self, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool) -> StepLoss:
-        """The loss of a minibatch under the current weights.
+        """Computes the loss of a minibatch under the current weights.
 
         Args:
             minibatch: ``N`` completions.
-            together: All minibatches of the rollout whose gradients make one optimizer step, ``minibatch`` among them.
+            together: All minibatches of the rollout that make one optimizer step, ``minibatch`` included.
             scale: Factor of the loss, see :func:`rollout_batches`.
-            first: Whether no optimizer step lies between the rollout and this pass: the old log-probabilities are then
-                those of this pass.
+            first: Whether no optimizer step has been made since the rollout; ``old_logprobs`` are then taken from this
+                forward pass.
         """
         # 1. Forward passes: log-probabilities, entropy and values under the current weights.
         outputs = policy_outputs(
@@ -157,7 +152,7 @@ class PolicyUpdate:
             output = self.optimizer.loss(inputs)
         loss, metrics = output.loss, {f"train/{name}": value for name, value in output.metrics.items()}
 
-        # 4. KL divergence on prompts without instruction, which keeps the default behavior.
+        # 4. KL penalty on prompts without instruction, which preserves the default behavior.
         default_kl = mean_default_kl(outputs.default_kl, together, scale)
         if default_kl is not None:
             loss = loss + self.default_kl_coef * default_kl
@@ -170,7 +165,7 @@ class PolicyUpdate:
     def loss_inputs(
         self, outputs: PolicyOutputs, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool
     ) -> LossInputs:
-        """Puts together the inputs of the algorithm's loss; see :meth:`loss` for the arguments."""
+        """Collects the inputs of the algorithm's loss; see :meth:`loss` for the arguments."""
         old_logprobs, behavior_logprobs = minibatch.old_logprobs, minibatch.behavior_logprobs
         if first:
             old_logprobs, behavior_logprobs = rounded_anew(
@@ -205,56 +200,54 @@ def policy_outputs(
     entropy: bool = False,
     default_kl: bool = False,
 ) -> PolicyOutputs:
-    """Runs policy and critic over a minibatch. Completions that nothing needs are skipped.
+    """Runs policy and critic over a minibatch. Unused completions are skipped.
 
     Args:
-        models: Policy, critic and reference.
+        models: Policy, reference and critic.
         minibatch: ``N`` completions.
-        temperature: The sampler's.
-        forward_config: How forward passes are made.
-        entropy: Whether to compute the entropy of the (tempered) distributions.
-        default_kl: Whether to compute the divergence from the reference on prompts without instruction.
+        temperature: Sampling temperature.
+        forward_config: Options of forward passes.
+        entropy: Whether to compute the entropy of the distributions at that temperature.
+        default_kl: Whether to compute the KL to the reference on prompts without instruction.
     """
     uninstructed = minibatch.uninstructed if default_kl else torch.zeros_like(minibatch.uninstructed)
     needed = minibatch.used | uninstructed
     if not needed.any():
-        needed[0] = True  # its mask is empty, but every process must have a gradient, be it zero
+        needed[0] = True  # its mask is empty, but every process needs a gradient, if only zeros
     predictor = Predictor(models.policy, forward_config.chunked_logprobs)
     logprobs = torch.zeros(minibatch.mask.shape, dtype=predictor.dtype, device=minibatch.mask.device)
     entropies = torch.zeros_like(logprobs) if entropy else None
-    # the states that predict tokens are what a critic on the policy's trunk reads, too
+    # a critic on the policy's backbone reads the states that predict tokens
     values = torch.zeros_like(logprobs) if models.critic_shares_backbone and predictor.head is not None else None
-    divergence = logprobs.new_zeros(())
-    for group, compared in ((needed & ~uninstructed, False), (uninstructed, True)):
-        answer_passes = plan(models.policy, minibatch.batch, forward_config, group.nonzero()[:, 0])
-        references = (
-            _reference_states(models, answer_passes, forward_config) if compared else [None] * len(answer_passes)
-        )
-        for answer_pass, reference in zip(answer_passes, references, strict=True):
-            states = answer_pass.states(predictor)
-            statistics = predictor.statistics(states, answer_pass.tokens, temperature, entropy, reference)
-            answer_pass.put(logprobs, statistics.logprobs)
+    kl_sum = logprobs.new_zeros(())
+    for group, needs_kl in ((needed & ~uninstructed, False), (uninstructed, True)):
+        passes = plan(models.policy, minibatch.batch, forward_config, group.nonzero()[:, 0])
+        ref_states = _reference_states(models, passes, forward_config) if needs_kl else [None] * len(passes)
+        for forward_pass, ref_state in zip(passes, ref_states, strict=True):
+            states = forward_pass.states(predictor)
+            statistics = predictor.statistics(states, forward_pass.tokens, temperature, entropy, ref_state)
+            forward_pass.put(logprobs, statistics.logprobs)
             if entropies is not None and statistics.entropy is not None:
-                answer_pass.put(entropies, statistics.entropy)
+                forward_pass.put(entropies, statistics.entropy)
             if values is not None and models.critic is not None:
-                answer_pass.put(values, models.critic(states))
+                forward_pass.put(values, models.critic(states))
             if statistics.kl is not None:
-                divergence = divergence + answer_pass.spread(statistics.kl).sum()
+                kl_sum = kl_sum + forward_pass.spread(statistics.kl).sum()
     if models.critic is not None and values is None:
         values = models.values(minibatch.batch, forward_config, needed.nonzero()[:, 0])
-    return PolicyOutputs(logprobs, entropies, values, divergence if default_kl else None)
+    return PolicyOutputs(logprobs, entropies, values, kl_sum if default_kl else None)
 
 
 def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], scale: float) -> Tensor | None:
-    """Averages the divergence over the tokens of prompts without instruction.
+    """Averages the KL to the reference over the tokens of completions to prompts without instruction.
 
     Args:
-        total: Its sum over those of this process's minibatch; None if it was not asked for.
-        together: All minibatches of the rollout whose gradients make one optimizer step.
-        scale: Factor of the loss.
+        total: Sum over these tokens in the minibatch of this process; None if it was not requested.
+        together: All minibatches of the rollout that make one optimizer step.
+        scale: Factor of the loss, see :func:`rollout_batches`.
 
     Returns:
-        This process's part, such that the mean over processes and minibatches is that over all tokens; None if no
+        The share of this minibatch: its mean over processes and minibatches is the mean over all tokens. None if no
         process has such prompts.
     """
     if total is None:
@@ -265,16 +258,16 @@ def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], scale: fl
 
 
 def _reference_states(
-    models: PolicyModels, answer_passes: Sequence[CompletionPass], forward_config: ForwardConfig
+    models: PolicyModels, passes: Sequence[CompletionPass], forward_config: ForwardConfig
 ) -> list[tuple[Predictor, Tensor]]:
-    """The reference's states of all passes: in a row, as switching between policy and reference takes time."""
+    """States of the reference for all passes, computed together since each switch of the active role takes time."""
     with torch.no_grad(), models.reference() as reference:
         predictor = Predictor(reference, forward_config.chunked_logprobs)
-        return [(predictor, answer_pass.states(predictor)) for answer_pass in answer_passes]
+        return [(predictor, forward_pass.states(predictor)) for forward_pass in passes]
 
 
 def progress_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """What the progress bar shows: mean reward of instructed answers, KL divergence in nats per answer."""
+    """Metrics of the progress bar: mean reward of rewarded completions, and KL in nats per completion."""
     metrics = {"train/reward": rollout.rewards[~rollout.per_dimension.isnan().all(dim=1)].mean()}
     if rollout.ref_logprobs is not None:
         kl = k1(rollout.old_logprobs, rollout.ref_logprobs) * rollout.mask
@@ -283,21 +276,21 @@ def progress_metrics(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judged: Tensor | None) -> dict[str, Tensor]:
-    """Further scalars by name; what has no value, because nothing asked for it, is left out.
+    """Further scalars by name, without those that have no value.
 
-    ``train/proxy`` is the mean probability that the classifier gives to the requested levels, ``train/gold`` the share
-    of requested levels that the judge finds: the gap between them is how far the classifier is being fooled.
-    ``train/entropy`` is estimated from the sampled tokens, whose mean negative log-probability it is.
+    ``train/proxy`` is the mean probability of the requested levels by the classifier, ``train/gold`` the fraction of
+    requested levels that the judge confirms; a growing difference indicates reward hacking. ``train/entropy`` is the
+    mean negative log-probability of the sampled tokens.
 
     Args:
-        rollout: ``N`` answers.
+        rollout: ``N`` completions.
         preferences: The ``D`` dimensions.
-        judged: ``[N, D]`` levels that the judge found, for gold; None leaves it out.
+        judged: ``[N, D]`` levels by the judge; None = no ``train/gold``.
     """
     metrics: dict[str, Tensor] = {
-        "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per answer
+        "train/length": rollout.mask.sum(dim=1).float().mean(),  # tokens per completion
         "train/truncated": 1 - rollout.ended.float().mean(),
-        "train/used": rollout.used.float().mean(),  # share of answers that take part in updates
+        "train/used": rollout.used.float().mean(),  # fraction of completions that take part in updates
         "train/entropy": -(rollout.old_logprobs * rollout.mask).sum() / rollout.mask.sum(),  # nats per token
     }
     if rollout.ref_logprobs is not None:
@@ -307,40 +300,44 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judged: Tensor
     if judged is not None:
         hit = (judged == rollout.targets).float()
         by_dimension["gold"] = hit.masked_fill((rollout.targets < 0) | judged.isnan(), torch.nan)
-    metrics |= {f"train/{kind}": values.nanmean() for kind, values in by_dimension.items()}
-    for kind, values in {"reward": rollout.per_dimension[:, : len(preferences)], **by_dimension}.items():
-        per_dimension = zip(preferences.names, values.nanmean(dim=0), strict=True)
-        metrics |= {f"train/{kind}/{name}": value for name, value in per_dimension}
+    metrics |= {f"train/{metric}": values.nanmean() for metric, values in by_dimension.items()}
+    for metric, values in {"reward": rollout.per_dimension[:, : len(preferences)], **by_dimension}.items():
+        means = zip(preferences.names, values.nanmean(dim=0), strict=True)
+        metrics |= {f"train/{metric}/{name}": mean for name, mean in means}
     return {name: value for name, value in metrics.items() if not value.isnan()}
 
 
 def level_offsets(rollout: Rollout, preferences: PreferenceSet, judged: Tensor | None) -> dict[str, float]:
-    """How far the achieved levels lie above (+) or below (-) the requested one, in levels.
+    """Mean difference of achieved minus requested level, in levels.
 
     Args:
-        rollout: ``N`` answers.
+        rollout: ``N`` completions.
         preferences: The ``D`` dimensions.
-        judged: ``[N, D]`` levels that the judge found; None takes those that the classifier expects.
+        judged: ``[N, D]`` levels by the judge; None = expected levels by the classifier.
 
     Returns:
-        Mean by ``offset/{dimension}/{number of the requested level}``; a level that nothing asked for is left out.
+        Mean by ``offset/{dimension}/{number of the requested level}``, for the levels that were requested.
     """
     targets, width = rollout.targets, rollout.probs.shape[-1]
     achieved = expected_level(rollout.probs) if judged is None else judged
     known = (targets >= 0) & ~achieved.isnan()
-    asked = F.one_hot(targets.clamp(min=0), width) * known[..., None]  # [N, D, K]
-    offsets = ((achieved - targets).nan_to_num()[..., None] * asked).sum(dim=0) / asked.sum(dim=0)  # 0 / 0 = NaN
-    rows = zip(preferences.names, offsets.tolist(), strict=True)
-    found = {f"offset/{name}/{level}": value for name, row in rows for level, value in enumerate(row)}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    requested = F.one_hot(targets.clamp(min=0), width) * known[..., None]  # [N, D, K]
+    offsets = ((achieved - targets).nan_to_num()[..., None] * requested).sum(dim=0) / requested.sum(dim=0)  # or NaN
+    by_name = {
+        f"offset/{name}/{level}": offset
+        for name, level_means in zip(preferences.names, offsets.tolist(), strict=True)
+        for level, offset in enumerate(level_means)
+    }
+    return {name: offset for name, offset in by_name.items() if not math.isnan(offset)}
 
 
 def staleness_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """Distance of the sampler from the policy; empty where they are the same."""
+    """Distance between the policy and the behavior policy; empty where they are the same."""
     if rollout.behavior_logprobs is None:
         return {}
-    surplus = (rollout.old_logprobs - rollout.behavior_logprobs)[rollout.mask]
+    log_weights = (rollout.old_logprobs - rollout.behavior_logprobs)[rollout.mask]
     return {
-        "train/off_policy/staleness": surplus.new_tensor(rollout.staleness),
-        "train/off_policy/kl": k3(-surplus, torch.zeros_like(surplus)).mean(),  # KL(sampler || policy), nats per token
+        "train/off_policy/staleness": log_weights.new_tensor(rollout.staleness),
+        # KL(behavior policy || policy), nats per token
+        "train/off_policy/kl": k3(-log_weights, torch.zeros_like(log_weights)).mean(),
     }
