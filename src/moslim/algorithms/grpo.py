@@ -20,8 +20,9 @@ class GRPO(PolicyGradient):
     """Group relative policy optimization: scores normalised within the group of a prompt's completions.
 
     ``A_i = (s_i - mean(s)) / (sqrt(var(s) + std_floor^2) + 1e-4)`` with the Bessel-corrected variance
-    (arXiv 2402.03300, section 4.1.2); with ``std_floor: 0`` it is TRL's. verl adds 1e-6 and OpenRLHF 1e-9 instead of 1e-4; NeMo-RL uses
-    leave-one-out moments. The loss is the clipped surrogate plus ``kl_coef`` times k3, see :class:`PolicyGradient`.
+    (arXiv 2402.03300, section 4.1.2); with ``std_floor: 0`` it is TRL's. verl adds 1e-6 and OpenRLHF 1e-9 instead of
+    1e-4; NeMo-RL uses leave-one-out moments. The loss is the clipped surrogate plus ``kl_coef`` times k3, see
+    :class:`PolicyGradient`.
 
     Completions to which no reward applies enter neither mean nor variance. They are compared with their own mean in the
     group and divided by the larger of both deviations.
