@@ -1,8 +1,7 @@
-"""Chats and texts as token ids, in which no text can be read as a control token or a turn.
+"""Encoding of chats and texts as token ids.
 
-What only the chat template and the trainer may write into a prompt: control tokens and markers of turns.
-
-Chats and texts as token ids, so that nothing in a text can be read as a control token or a turn.
+Only the chat template and the instruction may write control tokens and markers of turns. :class:`Control` finds these
+for a tokenizer, and :class:`ChatEncoder` keeps them out of texts.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ _TEMPLATE_ERRORS = (
     *(TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
     *(RecursionError, TypeError, ValueError),
 )
-"""What a chat template raises that refuses messages, or that is wrong."""
+"""Errors of a chat template that refuses messages or is faulty."""
 
 _ENDLESS: list[Any] = []
-"""Chat templates that did not end in time: they are not tried again."""
+"""Chat templates that exceeded the time limit and are not run again."""
 
 _PROBES = ("system user", "user", "system user assistant user", "user assistant user assistant user")
-"""Roles of the chats from which the markers of turns are read off."""
+"""Roles of the probe chats, whose rendering shows the markers of turns."""
 
 _BRACKETED = re.compile(r"<+[^<>\n]{1,40}>+|\[+[^\[\]\n]{1,40}\]+|\{+[^{}\n]{1,40}\}+|｜[^｜\n]{1,40}｜")  # noqa: RUF001
 _REASONING = re.compile(r"</?(think|thinking|thought|reasoning)>")
 _LONGEST_MARKER = 4
-"""Most words of a marker that no sign sets apart from ordinary text."""
+"""Most words in a marker of turns without brackets."""
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """Returns a chat as the tokenizer's template writes it, up to the point where the answer begins.
+    """Returns a chat as rendered by the tokenizer's template, up to the start of the answer.
 
     Raises:
-        UsageError: The template refuses the messages, or did not end for some.
+        UsageError: The template refuses the messages or exceeds the time limit.
     """
     endless = UsageError(
         f"the tokenizer's chat template does not end: for a chat it takes more than {template_limits.SECONDS} seconds; "
@@ -60,8 +59,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     except _TEMPLATE_ERRORS as error:
         roles = [message["role"] for message in messages]
         reason = str(error) or type(error).__name__
-        twice = next((role for role, other in pairwise(roles) if role == other), None)
-        remedy = "leave the row out" if twice is None else f"join the {twice} turns that follow each other"
+        repeated = next((role for role, following in pairwise(roles) if role == following), None)
+        remedy = "leave the row out" if repeated is None else f"join the {repeated} turns that follow each other"
         raise UsageError(
             f"the tokenizer's chat template refuses messages with roles {roles}: {reason}; {remedy}, or set another "
             "tokenizer.chat_template"
@@ -69,7 +68,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str | int]:
-    """Returns what the template writes around the messages of a chat, and their numbers where their contents stand.
+    """Returns the rendering of a chat: texts written by the template, and message indices in place of contents.
 
     Raises:
         UsageError: The template refuses such a chat.
@@ -81,11 +80,11 @@ def pieces(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str
 
 @dataclass(frozen=True)
 class Control:
-    """What a text must not hold.
+    """Control tokens and markers of turns, which no text may contain.
 
     Args:
-        ids: Ids of special and control tokens. That of an unknown word is none of them.
-        patterns: These tokens' strings, and the markers of turns that the chat template writes in plain text.
+        ids: Ids of special and control tokens, without the id of unknown words.
+        patterns: Strings of these tokens, and markers of turns that the chat template writes as plain text.
     """
 
     ids: frozenset[int]
@@ -93,7 +92,7 @@ class Control:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Control:
-        """Reads it off the tokenizer and its chat template."""
+        """Returns the control tokens and markers of a tokenizer and its chat template."""
         probes = list(_probes(tokenizer))
         tokens = _control_tokens(tokenizer, probes)
         ids = {i for i in map(tokenizer.convert_tokens_to_ids, tokens) if isinstance(i, int)}
@@ -108,19 +107,19 @@ class Control:
 
 
 def normaliser(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str] | None:
-    """Returns the tokenizer's own normaliser of texts; None where it has none, or is not a fast one."""
-    own = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    return None if own is None else own.normalize_str
+    """Returns the text normaliser of a fast tokenizer; None if there is none."""
+    backend = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return None if backend is None else backend.normalize_str
 
 
 def special_strings(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """All strings that the tokenizer turns into a special token."""
+    """Returns all strings that the tokenizer encodes as a special token."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | {str(token) for token in tokenizer.all_special_tokens}
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
-    """What the template writes around turns, and whether a turn stands before it; the first piece has none."""
+    """Yields each text that the template writes around turns, with a flag that is false before the first turn."""
     if tokenizer.chat_template is None:
         return
     for roles in _PROBES:
@@ -134,7 +133,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, probes: list[tuple[bool, str]]) -> set[str]:
-    """Special tokens, and added ones that look like control tokens: ``<|...|>``, or bracketed and in the template."""
+    """Returns special tokens, and added tokens like ``<|...|>`` or with brackets and in the template."""
     special = special_strings(tokenizer)
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()} - special
     written = "\n".join(piece for _, piece in probes)
@@ -150,9 +149,13 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, probes: list[tuple[bool,
 
 
 def _markers(piece: str, tokens: set[str], whole: bool) -> Iterator[ForbiddenText]:
-    """Markers of turns in what the template writes between two turns, or, if not ``whole``, before the first one.
+    """Yields the markers of turns in a text that the template writes.
 
-    Of the latter only the end counts: there may be a preamble or a default system message before it.
+    Args:
+        piece: Text between two turns or before the first one.
+        tokens: Control tokens, which are no markers.
+        whole: Whether to search the whole text. Before the first turn, only the end is searched, since a preamble or a
+            default system message may precede it.
     """
     if not whole:
         piece = re.split(r"\n|(?<=[.!?])\s", piece.rstrip())[-1]
@@ -178,23 +181,23 @@ def _markers(piece: str, tokens: set[str], whole: bool) -> Iterator[ForbiddenTex
 
 
 Frame = tuple[list[int], list[int]]
-"""Special ids before a text, and between two texts."""
+"""Special token ids before a text, and after it or between two texts."""
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-"""A token of a single byte, as tokenizers with byte fallback name it."""
+"""Token of a single byte in a tokenizer with byte fallback."""
 
 
 class ChatEncoder:
-    """Makes ids of chats and texts.
+    """Encodes chats and texts as token ids.
 
-    Strings that read as a control token, as a turn of the chat template or as an instruction are taken out first. Then
-    the ids are looked at: where a text still gives a special or control id, it is encoded piece by piece without it; so
-    is the name of a byte, such as ``<0x0A>``, where the tokenizer would take it for that byte.
+    :meth:`clean` removes strings that read as a control token, a turn of the chat template or an instruction. If a
+    cleaned text still yields a control id, or names a byte that the tokenizer would decode (``<0x0A>``), it is split
+    and encoded in parts without such ids.
 
     Args:
-        tokenizer: The tokenizer.
-        frame: Special ids that stand around texts where there is no chat template.
-        instruction: What reads as an instruction.
+        tokenizer: Tokenizer of the model.
+        frame: Special ids around texts, used without a chat template.
+        instruction: Patterns that read as an instruction.
     """
 
     def __init__(
@@ -212,7 +215,7 @@ class ChatEncoder:
         self._takes_bytes = byte is not None and byte in self._ids("<0x0A>")
 
     def clean(self, text: str) -> str:
-        """Returns a text without what is taken out."""
+        """Returns a text without forbidden patterns."""
         return self._neutraliser.text(text)
 
     def question(self, question: Question) -> Question:
@@ -223,7 +226,7 @@ class ChatEncoder:
 
     @property
     def least(self) -> int:
-        """Characters that must be left of a turn: 1 where the template refuses an empty one."""
+        """Fewest characters of a turn: 1 if the template refuses an empty turn, else 0."""
         if self.tokenizer.chat_template is None:
             return 0
         try:
@@ -233,19 +236,17 @@ class ChatEncoder:
         return 0
 
     def fit_roles(self, messages: list[Message]) -> list[Message]:
-        """Moves a leading system message into the first user turn where the template has no system role."""
+        """Moves a leading system message into the first user turn if the template has no system role."""
         if messages[0]["role"] != "system" or self.tokenizer.chat_template is None or self._has_system_role:
             return messages
         system, first, *rest = messages
         return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
     def render(self, messages: list[Message]) -> str:
-        """Returns a chat as text, up to the point where the answer begins.
-
-        Without a chat template, the contents stand one per line.
+        """Returns a chat as text, up to the start of the answer; without a chat template, one content per line.
 
         Raises:
-            UsageError: The template refuses the messages, or does not show one of them.
+            UsageError: The template refuses the messages or omits one.
         """
         if self.tokenizer.chat_template is None:
             return "".join(f"{message['content']}\n" for message in messages)
@@ -255,12 +256,12 @@ class ChatEncoder:
         return text
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """Returns the ids of a chat of cleaned contents, up to the point where the answer begins.
+        """Returns the token ids of a cleaned chat, up to the start of the answer.
 
-        Without a chat template, the contents stand one per line, between the special ids of the ``frame``.
+        Without a chat template: one content per line, between the special ids of ``frame``.
 
         Raises:
-            UsageError: The template refuses the messages, or does not show one of them.
+            UsageError: The template refuses the messages or omits one.
         """
         text = self.render(messages)
         if self.tokenizer.chat_template is None:
@@ -268,8 +269,8 @@ class ChatEncoder:
             return [*before, *self.texts([text])[0], *after]
         ids = self._ids(text)
         messages = self.fit_roles(messages)
-        named = any(self._names_bytes(message["content"]) for message in messages)
-        if not named and self._control_ids(ids) == self._control_ids_of(messages):
+        names_bytes = any(self._names_bytes(message["content"]) for message in messages)
+        if not names_bytes and self._control_ids(ids) == self._control_ids_of(messages):
             return ids
         parts = pieces(self.tokenizer, [message["role"] for message in messages])
         spans = [
@@ -280,18 +281,20 @@ class ChatEncoder:
         return [i for span in spans for i in span]
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of cleaned texts, tokenised together; none is special or a control token."""
+        """Returns the token ids of cleaned texts, tokenised in one call; no id is special or a control token."""
         if not texts:
             return []
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [row if self._is_plain(text, row) else self._safe(text) for text, row in zip(texts, rows, strict=True)]
+        encoded: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [
+            ids if self._is_plain(text, ids) else self._safe(text) for text, ids in zip(texts, encoded, strict=True)
+        ]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def _safe(self, text: str) -> list[int]:
-        """Ids of a text, halved until no part gives a forbidden one; single characters that do are left out."""
+        """Returns the ids of a text, halved until no part yields a forbidden id; such single characters are dropped."""
         result: list[int] = []
         waiting = [text]
         while waiting:
@@ -309,7 +312,7 @@ class ChatEncoder:
         return self._forbidden.isdisjoint(ids) and not self._names_bytes(text)
 
     def _names_bytes(self, text: str) -> bool:
-        """Whether the tokenizer would take some characters, such as ``<0x0A>``, for the byte that they name."""
+        """Whether the text names a byte, e.g. ``<0x0A>``, that the tokenizer would encode as this byte."""
         if not self._takes_bytes:
             return False
         return _BYTE.search(text if self._normalise is None else self._normalise(text)) is not None
@@ -318,10 +321,10 @@ class ChatEncoder:
         return [i for i in ids if i in self._forbidden]
 
     def _control_ids_of(self, messages: list[Message]) -> list[int]:
-        """The control ids that the template itself writes around such messages, in order.
+        """Returns the control ids that the template writes around messages with these roles, in order.
 
         Raises:
-            UsageError: It does not show one of the messages.
+            UsageError: The template omits one of the messages.
         """
         roles = tuple(message["role"] for message in messages)
         if roles not in self._written:
@@ -339,7 +342,7 @@ class ChatEncoder:
 
     @property
     def _has_system_role(self) -> bool:
-        """Whether the chat template shows system messages: some refuse them, some drop them silently."""
+        """Whether the chat template renders system messages; some templates refuse or silently drop them."""
         if self._system_role is None:
             try:
                 self._system_role = 0 in pieces(self.tokenizer, ["system", "user"])
@@ -351,13 +354,13 @@ class ChatEncoder:
 def without_start(
     messages: list[Message], characters: int | None, least: int = 0, system: bool = False
 ) -> list[Message]:
-    """Drops characters from the start of the chat; turns stay.
+    """Returns a chat without its first characters; all turns remain.
 
     Args:
-        messages: The chat.
-        characters: How many; None = all.
-        least: Characters that each message keeps, white space at its end aside.
-        system: Whether system messages are cut, too.
+        messages: Chat to cut.
+        characters: Number of characters to drop; None = all.
+        least: Characters that each message keeps, not counting white space at its end.
+        system: Whether to cut system messages as well.
     """
     result = []
     for message in messages:

@@ -1,9 +1,4 @@
-"""Which rows make which batch, how an interrupted epoch continues, and the check of every row.
-
-Every row is looked at when a run begins, so that none stops it later.
-
-Which rows make which batch, and how an interrupted epoch goes on where it stopped.
-"""
+"""Batch samplers, loaders that resume within an epoch, and the check of all rows at the start of a run."""
 
 from __future__ import annotations
 
@@ -22,27 +17,28 @@ from moslim.ops.numerics import derive_seed
 from moslim.utils.errors import UsageError
 
 _FEW = 3
+"""Faults that an error message lists."""
 
 
 def place_of(row: Example, number: int, what: str = "rows") -> str:
-    """Returns where a row stands, by its number from 0 where the source does not say."""
+    """Returns the location of a row for messages; its number (from 0) is used if the source gives no place."""
     return row.place or f"row {number + 1} of the {what}"
 
 
 def usable_rows(
     rows: Sequence[Example], check: Callable[[Example], bool], what: str = "rows", skipped: float = 0.0
 ) -> list[int]:
-    """Returns the numbers of the rows that can be used, and warns of those that cannot.
+    """Returns the indices of the usable rows, and warns of the others.
 
     Args:
-        rows: The rows.
-        check: Raises a :class:`UsageError` for a row that cannot be used. It returns whether something is taken out of
-            the row's texts, which is said in a warning.
-        what: What the rows are called.
-        skipped: Largest share of them that may be left out.
+        rows: Rows to check.
+        check: Function that raises a :class:`UsageError` for an unusable row, and returns whether text was removed
+            from the row, which is reported in a warning.
+        what: Name of the rows in messages.
+        skipped: Largest share of unusable rows.
 
     Raises:
-        UsageError: More rows cannot be used; or none can be.
+        UsageError: The share of unusable rows is larger, or no row is usable.
     """
     kept: list[int] = []
     faults: list[str] = []
@@ -73,7 +69,7 @@ def usable_rows(
 
 
 class Rows(Protocol):
-    """A data set whose rows are asked for by :class:`Draw`."""
+    """Data set that is indexed by :class:`Draw`."""
 
     def __len__(self) -> int: ...
 
@@ -81,23 +77,22 @@ class Rows(Protocol):
 
 
 _WINDOW = 50
-"""Batches among which rows of like length are grouped."""
-
+"""Batches in a window within which rows are grouped by length."""
 
 _ALIKE = 1.06
-"""Ratio of lengths up to which rows of a token budget count as equally long."""
+"""Ratio of lengths up to which rows count as equally long in batches with a token budget."""
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """Batches by what they cost instead of by rows.
+    """Limit on the tokens of a batch, instead of a number of rows.
 
     Args:
-        tokens: Most tokens of a process's batch, padding included; a row that is longer makes a batch of its own.
-            Several processes have the batch of one with as many times the tokens, cut by rows: the part with the longer
-            rows may exceed the budget by their difference.
-        widths: Tokens of each row; of its longest text, where it has several.
-        texts: Texts of each row.
+        tokens: Most tokens, padding included, in the batch of a process; a longer row is a batch of its own. ``W``
+            processes split a global batch of ``W * tokens`` tokens by rows, so the part with the longer rows may
+            exceed the limit slightly.
+        widths: Tokens of each row, of its longest text if it has several.
+        texts: Number of texts of each row.
     """
 
     tokens: int
@@ -106,28 +101,28 @@ class TokenBudget:
 
 
 class Draw(NamedTuple):
-    """What a data set is asked for: a row, in an epoch, so that what is drawn for it can depend on both."""
+    """Index into a data set: row and epoch, so that random choices for a row can depend on both."""
 
     epoch: int
     row: int
 
 
 def share(batch: list[int], rank: int, ranks: int) -> list[int]:
-    """Returns a rank's part of a global batch: contiguous, and all of one size where the batch divides evenly."""
+    """Returns a rank's contiguous part of a global batch; the parts differ by at most one row."""
     return batch[len(batch) * rank // ranks : len(batch) * (rank + 1) // ranks]
 
 
 def shuffled_batches(
     rows: Sequence[int], size: int, generator: torch.Generator, lengths: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Cuts rows, in random order, into full batches; the rows left over are dropped.
+    """Splits rows, in random order, into full batches; remaining rows are dropped.
 
     Args:
-        rows: The rows' numbers.
-        size: Rows of a batch.
-        generator: What makes the order.
-        lengths: Length of each row of the data set. If given, rows of like length share a batch: windows of the
-            shuffled order are sorted by length, and their batches are shuffled, so that there is little padding.
+        rows: Row indices.
+        size: Rows per batch.
+        generator: Random generator of the order.
+        lengths: Length of each row of the data set. If given, rows of similar length share a batch, for less padding:
+            windows of the shuffled order are sorted by length, and the batches are shuffled.
     """
     shuffled = torch.randperm(len(rows), generator=generator).tolist()
     order = [rows[i] for i in shuffled[: len(rows) - len(rows) % size]]
@@ -143,27 +138,27 @@ def shuffled_batches(
 def budget_batches(
     rows: Sequence[int], budget: TokenBudget, generator: torch.Generator, ranks: int = 1
 ) -> list[list[int]]:
-    """Cuts all rows into batches of like length, in random order.
+    """Splits all rows into batches of similar length, in random order.
 
-    Rows whose lengths are within 6% of each other are mixed anew by each generator. The number of batches is the same
-    for all generators, as a schedule needs it.
+    The generator shuffles rows whose lengths are within 6% of each other. The number of batches does not depend on the
+    generator, so that learning-rate schedules can rely on it.
 
     Args:
-        rows: The rows' numbers, at least one per rank.
-        budget: Length and price of every row of the data set.
-        generator: What makes the order.
-        ranks: Number of processes that share a batch; each has at least one row of it.
+        rows: Row indices, at least one per rank.
+        budget: Token limit, and size of every row of the data set.
+        generator: Random generator of the order.
+        ranks: Number of processes that share a batch; each gets at least one row of it.
     """
-    kinds = {row: (_length_class(budget.widths[row]), budget.texts[row]) for row in rows}
+    classes = {row: (_length_class(budget.widths[row]), budget.texts[row]) for row in rows}
     widest: dict[int, int] = {}
-    for row, (length, _) in kinds.items():
+    for row, (length, _) in classes.items():
         widest[length] = max(widest.get(length, 0), budget.widths[row])
     shuffled = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     batches: list[list[int]] = [[]]
     texts = 0
-    for row in sorted(shuffled, key=kinds.__getitem__):  # stable: the kinds stand in the same order in every epoch
+    for row in sorted(shuffled, key=classes.__getitem__):  # stable: only rows of one class change places
         texts += budget.texts[row]
-        if len(batches[-1]) >= ranks and texts * widest[kinds[row][0]] > budget.tokens * ranks:
+        if len(batches[-1]) >= ranks and texts * widest[classes[row][0]] > budget.tokens * ranks:
             batches.append([])
             texts = budget.texts[row]
         batches[-1].append(row)
@@ -178,10 +173,10 @@ def _length_class(width: int) -> int:
 
 
 def ordered_batches(rows: int, size: int, ranks: int) -> list[list[int]]:
-    """Cuts the rows, in order, into batches. A last one with fewer rows than ranks joins the one before it.
+    """Splits the rows, in order, into batches. A last batch with fewer rows than ranks joins the one before it.
 
     Raises:
-        UsageError: There are fewer rows than ranks, so that a rank would have nothing to do.
+        UsageError: There are fewer rows than ranks.
     """
     if rows < ranks:
         raise UsageError(f"{rows} rows cannot be shared out to {ranks} processes: use fewer devices")
@@ -193,7 +188,7 @@ def ordered_batches(rows: int, size: int, ranks: int) -> list[list[int]]:
 
 
 def full_batches(stages: Sequence[int], size: int, ranks: int) -> list[list[int]]:
-    """Returns the rows of each stage, the first stage first.
+    """Returns the rows of each stage, in the order of the stages.
 
     Args:
         stages: Stage of each row.
@@ -201,9 +196,9 @@ def full_batches(stages: Sequence[int], size: int, ranks: int) -> list[list[int]
         ranks: Number of processes.
 
     Raises:
-        UsageError: A stage has too few rows for a single batch.
+        UsageError: A stage has too few rows for one batch.
     """
-    rows = [[row for row, own in enumerate(stages) if own == stage] for stage in sorted(set(stages))]
+    rows = [[row for row, of_row in enumerate(stages) if of_row == stage] for stage in sorted(set(stages))]
     fewest = min(map(len, rows), default=0)
     if fewest < size * ranks:
         which = " of one stage" if len(rows) > 1 else ""
@@ -215,7 +210,7 @@ def full_batches(stages: Sequence[int], size: int, ranks: int) -> list[list[int]
 
 
 class Examples(Dataset[Any]):
-    """Rows as a batch view makes them. A subclass has a length and is indexed by :class:`Draw`."""
+    """Base class of the data sets that batch views make. A subclass has a length and is indexed by :class:`Draw`."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -224,30 +219,30 @@ class Examples(Dataset[Any]):
         raise NotImplementedError
 
     def start_epoch(self, epoch: int) -> None:
-        """Begins an epoch of training, before its first draw and before workers copy the data set."""
+        """Starts a training epoch. Called before its first draw and before workers copy the data set."""
 
     def prepare(self) -> None:
-        """Does once, in the main process, work that the workers of each epoch would do anew."""
+        """Does work once in the main process that workers would otherwise repeat in each epoch."""
 
     def lengths(self) -> list[int] | None:
-        """Tokens of each row, of its longest text where it has several; None where rows are not grouped by length."""
+        """Returns the tokens of each row, of its longest text if it has several; None = not grouped by length."""
         return None
 
     def budget(self, tokens: int) -> TokenBudget | None:
-        """Returns a budget for batches of so many padded tokens; None where all rows cost the same."""
+        """Returns a budget for batches of ``tokens`` padded tokens; None if all rows have the same size."""
         return None
 
     def origins(self) -> Sequence[Any]:
-        """Returns what each row was made of; predictions depend on it."""
+        """Returns the content of each row that predictions depend on."""
         return [self[Draw(0, row)] for row in range(len(self))]
 
 
 class Remaining(Examples):
-    """The rows of a data set from one row on.
+    """View of a data set that starts at a given row.
 
     Args:
-        examples: The data set.
-        first: Number of the first row.
+        examples: Data set.
+        first: Index of the first row.
     """
 
     def __init__(self, examples: Examples, first: int) -> None:
@@ -257,30 +252,30 @@ class Remaining(Examples):
         return len(self._examples) - self._first
 
     def __getitem__(self, draw: Draw) -> Any:
-        """Returns a row, counted from the first of the rest."""
+        """Returns a row, counted from ``first``."""
         return self._examples[Draw(draw.epoch, draw.row + self._first)]
 
 
 class RepeatBatchSampler(Sampler[list[Draw]]):
-    """Yields each batch ``repeats`` times; every rank gets its slice of the same global batch.
+    """Batch sampler that yields each batch ``repeats`` times; every rank gets its part of the same global batch.
 
-    The order is a function of seed and epoch only, and the slices of ``W`` ranks with batch size ``B`` are the
-    batch of one process with batch size ``W * B``, cut into contiguous parts.
+    The order depends only on seed and epoch. The parts of ``W`` ranks with batch size ``B`` together are the batch of
+    one process with batch size ``W * B``.
 
     Args:
         rows: Number of rows.
         batch_size: Rows per rank and batch.
         seed: Seed of the order.
-        repeats: How often each batch is yielded in a row.
-        rank: This process.
+        repeats: Number of consecutive times that each batch is yielded.
+        rank: Rank of this process.
         ranks: Number of processes.
-        lengths: Length of each row, to group rows of like length.
-        stages: Stage of each row: an epoch goes through stage after stage. None: all rows are of one.
-        same_epochs: Whether every epoch is like the first, as ``Trainer(overfit_batches=...)`` asks for.
-        budget: What batches may cost, instead of ``batch_size`` and ``lengths``; no row is dropped then.
+        lengths: Length of each row, to group rows of similar length.
+        stages: Stage of each row; an epoch goes through the stages in order. None = a single stage.
+        same_epochs: Whether every epoch repeats the first, as with ``Trainer(overfit_batches=...)``.
+        budget: Token budget, which replaces ``batch_size`` and ``lengths``; no row is dropped then.
 
     Raises:
-        UsageError: A stage has too few rows for a single batch, or there is not one stage per row.
+        UsageError: A stage has too few rows for one batch, or ``stages`` has not one entry per row.
     """
 
     def __init__(
@@ -306,18 +301,18 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
         self._count = len(self._batches(torch.Generator()))
         self.epoch = 0
         self.start = 0
-        self._current: tuple[int, list[list[int]]] | None = None  # epoch and batches that are being yielded
+        self._current: tuple[int, list[list[int]]] | None = None  # current epoch and its global batches
         self.sampler = self  # Lightning calls set_epoch on `batch_sampler.sampler`, never on the batch sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next iteration."""
+        """Sets the epoch, and so the order, of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
         return self._count * self.repeats
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        """Yields the batches of the epoch from number ``start`` on; ``start`` is then 0 again."""
+        """Yields the batches of the epoch from index ``start``, then resets ``start`` to 0."""
         start, self.start = self.start, 0
         epoch = 0 if self.same_epochs else self.epoch
         self._current = epoch, self._batches(torch.Generator().manual_seed(derive_seed(self.seed, epoch)))
@@ -325,13 +320,13 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
             yield self.draws(number)
 
     def draws(self, number: int) -> list[Draw]:
-        """The rank's part of a batch of the epoch that is being yielded."""
+        """Returns this rank's part of a batch of the current epoch."""
         assert self._current is not None
         epoch, batches = self._current
         return [Draw(epoch, row) for row in share(batches[number // self.repeats], self.rank, self.ranks)]
 
     def _batches(self, generator: torch.Generator) -> list[list[int]]:
-        """The global batches of an epoch; how many there are does not depend on the generator."""
+        """Returns the global batches of an epoch; their number does not depend on the generator."""
         if self.budget is not None:
             return [
                 batch for rows in self._stages for batch in budget_batches(rows, self.budget, generator, self.ranks)
@@ -341,17 +336,16 @@ class RepeatBatchSampler(Sampler[list[Draw]]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader whose position goes into checkpoints, with any number of workers.
+    """Loader that saves its position in checkpoints, with any number of workers.
 
     Args:
         dataset: Rows, indexed by :class:`Draw`.
-        sampler: Which draws make which batch.
-        collate: Makes a batch of a list of items.
-        position: Tells (epoch, batches finished in it). It is asked when a checkpoint is saved: batches that a
-            worker prepared ahead do not count.
+        sampler: Batch sampler.
+        collate: Function that makes a batch of a list of items.
+        position: Function that returns (epoch, batches finished in it) when a checkpoint is saved. Batches that
+            workers prepared ahead are not finished.
         workers: Number of worker processes.
-        start_epoch: Told an epoch's number before its first draw and before its workers, which copy the data set, are
-            started.
+        start_epoch: Function called with the epoch before its first draw and before workers copy the data set.
     """
 
     batch_sampler: RepeatBatchSampler
@@ -375,7 +369,7 @@ class ResumableLoader(DataLoader[Any]):
         return super().__iter__()
 
     def together(self, numbers: range) -> Any:
-        """One batch, made in the main process, of all rows in those batches of the current epoch."""
+        """Returns one batch of all rows in several batches of the current epoch, made in the main process."""
         rows: Any = self.dataset
         assert self.collate_fn is not None
         return self.collate_fn([rows[draw] for number in numbers for draw in self.batch_sampler.draws(number)])
@@ -386,19 +380,19 @@ class ResumableLoader(DataLoader[Any]):
         return {"epoch": epoch, "done": done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration start behind the finished batches."""
-        self.batch_sampler.set_epoch(state["epoch"])  # at an epoch's end this is the next, which workers draw ahead
+        """Makes the next iteration start after the finished batches."""
+        self.batch_sampler.set_epoch(state["epoch"])  # at the end of an epoch, the next one
         self.batch_sampler.start = state["done"]
 
 
 class OrderedBatches:
-    """All rows in order, for evaluation. Every row is in exactly one batch of one rank.
+    """Batches of all rows in order, for evaluation. Every row is in exactly one batch of one rank.
 
     Args:
         dataset: Rows, indexed by :class:`Draw`.
         batch_size: Rows per rank and batch.
-        collate: Makes a batch of a list of items.
-        rank: This process.
+        collate: Function that makes a batch of a list of items.
+        rank: Rank of this process.
         ranks: Number of processes; all have the same number of batches.
 
     Raises:

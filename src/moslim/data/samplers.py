@@ -1,15 +1,4 @@
-"""Samplers of preferences: which levels are requested during training.
-
-Running statistics of every level that is asked for.
-
-The interface of every sampler: which preferences are asked for during training.
-
-Preferences drawn uniformly.
-
-Preferences that name more and more dimensions.
-
-Preferences drawn more often where control is worst.
-"""
+"""Samplers of preferences, which choose the levels that training prompts request."""
 
 from __future__ import annotations
 
@@ -27,57 +16,56 @@ from moslim.preferences import Preference, PreferenceSet, expected_distance
 from moslim.utils.errors import UsageError
 
 TRIES = 1000
-"""Draws after which a sampler gives up."""
+"""Most draws of a sampler that searches for an allowed preference."""
 
 
 def draw_levels(preferences: PreferenceSet, count: int, generator: random.Random) -> Preference:
-    """Draws ``count`` different dimensions and a level for each, all uniformly."""
-    chosen = sorted(generator.sample(range(len(preferences)), count))
-    return Preference({preferences.names[i]: generator.randrange(preferences.sizes[i]) for i in chosen})
+    """Draws ``count`` different dimensions and a level of each, uniformly."""
+    dimensions = sorted(generator.sample(range(len(preferences)), count))
+    return Preference({preferences.names[i]: generator.randrange(preferences.sizes[i]) for i in dimensions})
 
 
 class PreferenceSampler(ABC):
-    """Draws the preference of one training prompt. Subclass it, and name the subclass under ``data.sampler``.
+    """Base class of samplers. Subclass it, and name the subclass under ``data.sampler``.
 
-    A sampler may learn from the run. What it learns takes effect at the start of the next epoch: within an epoch,
-    what :meth:`draw` returns is a function of the generator alone. Workers may then draw as far ahead as they like,
-    every process draws the same, and a resumed run goes on with the same draws. Make epochs as short as the sampler
-    is to be quick, with ``trainer.limit_train_batches``.
+    A sampler may adapt to the run, but only at the start of an epoch: within an epoch, :meth:`draw` depends only on the
+    generator. Workers can thus draw ahead, all processes draw the same, and a resumed run repeats the same draws.
+    Shorten epochs with ``trainer.limit_train_batches`` to make a sampler adapt faster.
     """
 
     @abstractmethod
     def draw(self, preferences: PreferenceSet, generator: random.Random, source: Source) -> Preference:
-        """Returns a preference; an empty one makes a prompt without an instruction.
+        """Returns the preference of a training prompt; an empty one makes a prompt without an instruction.
 
         Args:
-            preferences: The dimensions in use.
-            generator: The only source of randomness to use; its seed is a function of seed, epoch and row.
-            source: Says what is reachable, and what is held out: a held-out preference must not be returned.
+            preferences: Dimensions in use.
+            generator: Only source of randomness to use; seeded by seed, epoch and row.
+            source: Source of the rows. A preference that it holds out must not be returned.
         """
 
     def start_epoch(self, epoch: int, preferences: PreferenceSet) -> None:  # noqa: B027 (optional)
-        """The only place where what :meth:`draw` depends on may change.
+        """Updates the state that :meth:`draw` depends on; no other method may change it.
 
-        Called in every process before an epoch's first draw and before workers, which copy the sampler, are started;
-        again with the same epoch when a run is resumed in the middle of it, after :meth:`load_state_dict`: nothing
-        may change then.
+        Called in every process before the first draw of an epoch and before workers copy the sampler. A run that is
+        resumed within an epoch calls it again for this epoch, after :meth:`load_state_dict`; the state must not change
+        then.
         """
 
     def observe(self, preferences: PreferenceSet, probs: Tensor, targets: Tensor) -> None:  # noqa: B027 (optional)
-        """Takes in the answers of a training rollout, those of all processes, for the next :meth:`start_epoch`.
+        """Records the completions of a training rollout, from all processes, for the next :meth:`start_epoch`.
 
         Args:
-            preferences: The ``D`` dimensions.
-            probs: ``[N, D, K]`` level probabilities.
-            targets: ``[N, D]`` int64, requested level, -1 where none was.
+            preferences: ``D`` dimensions.
+            probs: ``[N, D, K]`` level probabilities of the completions.
+            targets: ``[N, D]`` int64, requested level, -1 = not requested.
         """
 
     def metrics(self) -> dict[str, float]:
-        """What to log with every rollout, by name."""
+        """Returns metrics to log with every rollout, by name."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has to hold, as plain data; empty for nothing."""
+        """Returns the state for checkpoints, as plain data; empty if there is none."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (optional)
@@ -85,17 +73,16 @@ class PreferenceSampler(ABC):
 
 
 class Uniform(PreferenceSampler):
-    """Draws how many dimensions are named, then which, then their levels, the last two uniformly.
+    """Draws the number of requested dimensions, then uniformly the dimensions and their levels.
 
     A combination that the source holds out is drawn again.
 
     Args:
-        active: ``active[k]`` is the probability that ``k`` dimensions are named, so ``active[0]`` is the share of
-            prompts without an instruction. The sum is 1. Default: 0.2 without, the rest spread evenly over the
-            other numbers.
+        active: ``active[k]`` is the probability that ``k`` dimensions are requested; ``active[0]`` is the share of
+            prompts without an instruction. The sum is 1. Default: 0.2 for ``k = 0``, the rest spread evenly.
 
     Raises:
-        UsageError: ``active`` holds a negative number or does not add up to 1.
+        UsageError: ``active`` has a negative entry or does not add up to 1.
     """
 
     def __init__(self, active: Sequence[float] | None = None) -> None:
@@ -107,7 +94,7 @@ class Uniform(PreferenceSampler):
         """See the base class.
 
         Raises:
-            UsageError: ``active`` counts more dimensions than there are, or no allowed preference was found.
+            UsageError: ``active`` has entries for more dimensions than exist, or no draw is allowed.
         """
         weights = self.counts(len(preferences))
         count = generator.choices(range(len(weights)), weights)[0]
@@ -125,11 +112,11 @@ class Uniform(PreferenceSampler):
         return draw_levels(preferences, count, generator)
 
     def allows(self, preference: Preference, source: Source) -> bool:
-        """Whether a preference that was drawn may be asked for."""
+        """Whether a drawn preference may be requested."""
         return not source.held_out(preference)
 
     def counts(self, dimensions: int) -> tuple[float, ...]:
-        """Weights of the numbers of named dimensions, from 0 to at most ``dimensions``."""
+        """Returns the weights of requesting 0, 1, ... dimensions, up to at most ``dimensions``."""
         if self.active is None:
             return (0.2, *[0.8 / dimensions] * dimensions)
         if len(self.active) > dimensions + 1 and any(self.active[dimensions + 1 :]):
@@ -141,7 +128,7 @@ class Uniform(PreferenceSampler):
 
 
 class Reachable(Uniform):
-    """Like :class:`Uniform`, but draws again until some answer can have the levels at once."""
+    """Sampler like :class:`Uniform` that draws again until some answer can have all levels at once."""
 
     def allows(self, preference: Preference, source: Source) -> bool:
         """See the base class."""
@@ -149,16 +136,19 @@ class Reachable(Uniform):
 
 
 class Curriculum(Reachable):
-    """Like :class:`Reachable`, but prompts name few dimensions at first: at most ``start + epoch // every``.
+    """Sampler like :class:`Reachable` whose prompts request at most ``start + epoch // every`` dimensions.
 
-    Numbers of dimensions above that are not drawn; the others share their probability in proportion to ``active``,
-    and the share of prompts without an instruction stays. Set ``trainer.limit_train_batches``, so that epochs are
-    short: the schedule is a function of the epoch, and so of nothing that a resumed run or a worker could miss.
+    Larger numbers of dimensions are not drawn; their probability is shared among the allowed numbers in proportion to
+    ``active``. The share of prompts without an instruction stays the same. The schedule depends only on the epoch, so
+    shorten epochs with ``trainer.limit_train_batches``.
 
     Args:
-        active: See :class:`Uniform`: what holds once all dimensions may be named.
+        active: Probabilities once all dimensions are allowed, see :class:`Uniform`.
         start: Most dimensions in the first epoch.
-        every: Epochs after which one more is allowed.
+        every: Number of epochs after which one more dimension is allowed.
+
+    Raises:
+        UsageError: ``start`` or ``every`` is below 1.
     """
 
     def __init__(self, active: Sequence[float] | None = None, start: int = 1, every: int = 1) -> None:
@@ -177,7 +167,7 @@ class Curriculum(Reachable):
         """See the base class.
 
         Raises:
-            UsageError: ``active`` gives no probability to what may be drawn now.
+            UsageError: ``active`` is 0 for all allowed numbers of dimensions.
         """
         none, *named = super().counts(dimensions)
         allowed = named[: self._most]
@@ -190,25 +180,29 @@ class Curriculum(Reachable):
         return (none, *(share * sum(named) / sum(allowed) for share in allowed))
 
     def metrics(self) -> dict[str, float]:
-        """``sampler/dimensions``: the most that a prompt may name."""
+        """Returns ``sampler/dimensions``, the most dimensions that a prompt may request."""
         return {"sampler/dimensions": float(self._most)}
 
 
 class ErrorWeighted(Reachable):
-    """Like :class:`Reachable`, but dimensions and levels that the policy misses are drawn more often.
+    """Sampler like :class:`Reachable` that draws dimensions and levels more often the worse the policy follows them.
 
-    The error of a level is the running mean, over the answers that were to have it, of the expected distance
-    ``E|level - target| / (K - 1)``, as the classifier sees it; a level that was not asked for yet counts as the worst
-    one. A dimension is drawn with probability ``uniform / D + (1 - uniform) error_d / sum_j error_j``, with the mean
-    error of its levels, and one of its levels in the same way. How many are named is drawn as in :class:`Uniform`.
+    The error of a level is the running mean of the expected distance ``E|level - target| / (K - 1)`` under the
+    classifier, over the completions for which the level was requested. A level that was not requested yet has the
+    largest error of all levels. A dimension is drawn with probability ``uniform / D + (1 - uniform) error_d / sum_j
+    error_j``, where ``error_d`` is the mean error of its levels; its level is drawn in the same way. The number of
+    dimensions is drawn as in :class:`Uniform`.
 
-    The probabilities are set anew at the start of each epoch, see :class:`PreferenceSampler`. So an epoch must be
-    short: set ``trainer.limit_train_batches`` to 20, for example.
+    The probabilities change at the start of each epoch only, so keep epochs short, e.g. with
+    ``trainer.limit_train_batches: 20``.
 
     Args:
         active: See :class:`Uniform`.
-        uniform: Part of the probability that is spread evenly, so that nothing is forgotten.
-        decay: Weight that the past keeps per answer; 0.98 remembers about 50 answers of each level.
+        uniform: Share of the probability that is spread evenly.
+        decay: Decay of the running mean per completion; 0.98 averages over about 50 completions of each level.
+
+    Raises:
+        UsageError: ``uniform`` is not in (0, 1].
     """
 
     def __init__(self, active: Sequence[float] | None = None, uniform: float = 0.3, decay: float = 0.98) -> None:
@@ -218,34 +212,34 @@ class ErrorWeighted(Reachable):
         self.uniform = uniform
         self._errors = RunningLevels(decay)
         self._epoch: int | None = None
-        self._shares: dict[str, float] = {}  # "dimension/level" -> probability among all, in this epoch
+        self._shares: dict[str, float] = {}  # "dimension/level" -> probability in this epoch
 
     def propose(self, preferences: PreferenceSet, count: int, generator: random.Random) -> Preference:
         """Draws different dimensions one after the other, and a level of each."""
-        if not self._shares:  # no epoch was started
+        if not self._shares:  # no epoch has started
             return super().propose(preferences, count, generator)
-        left = {d.name: [self._shares[key] for key in level_keys(d)] for d in preferences.dimensions}
-        found = {}
+        remaining = {d.name: [self._shares[key] for key in level_keys(d)] for d in preferences.dimensions}
+        levels = {}
         for _ in range(count):
-            name = generator.choices(list(left), [sum(shares) for shares in left.values()])[0]
-            shares = left.pop(name)
-            found[name] = generator.choices(range(len(shares)), shares)[0]
-        return Preference({name: found[name] for name in preferences.names if name in found})
+            name = generator.choices(list(remaining), [sum(shares) for shares in remaining.values()])[0]
+            shares = remaining.pop(name)
+            levels[name] = generator.choices(range(len(shares)), shares)[0]
+        return Preference({name: levels[name] for name in preferences.names if name in levels})
 
     def start_epoch(self, epoch: int, preferences: PreferenceSet) -> None:
-        """Sets the probabilities by the errors as they are now, unless this epoch has its own already."""
+        """Sets the probabilities from the current errors, unless they are already set for this epoch."""
         keys = {key for dimension in preferences.dimensions for key in level_keys(dimension)}
         if epoch == self._epoch and keys <= self._shares.keys():
             return
         count, mean, _ = self._errors.moments(preferences)
         worst = mean.max().item() if count.any() else 1.0
-        rows = mean.masked_fill(count == 0, worst).tolist()
-        errors = [row[:size] for row, size in zip(rows, preferences.sizes, strict=True)]
-        of_dimension = _shares([sum(row) / len(row) for row in errors], self.uniform)
+        padded = mean.masked_fill(count == 0, worst).tolist()
+        errors = [of_levels[:size] for of_levels, size in zip(padded, preferences.sizes, strict=True)]
+        dimension_shares = _shares([sum(of_levels) / len(of_levels) for of_levels in errors], self.uniform)
         self._epoch, self._shares = epoch, {}
-        for dimension, row, share in zip(preferences.dimensions, errors, of_dimension, strict=True):
-            of_level = _shares(row, self.uniform)
-            self._shares |= {key: share * part for key, part in zip(level_keys(dimension), of_level, strict=True)}
+        for dimension, of_levels, share in zip(preferences.dimensions, errors, dimension_shares, strict=True):
+            level_shares = _shares(of_levels, self.uniform)
+            self._shares |= {key: share * part for key, part in zip(level_keys(dimension), level_shares, strict=True)}
 
     def observe(self, preferences: PreferenceSet, probs: Tensor, targets: Tensor) -> None:
         """See the base class."""
@@ -253,11 +247,11 @@ class ErrorWeighted(Reachable):
         self._errors.update(preferences, expected_distance(probs, targets) / top, targets)
 
     def metrics(self) -> dict[str, float]:
-        """``sampler/dimension/level``: probability that a prompt of one dimension asks for this level."""
+        """Returns ``sampler/dimension/level``, the probability of each level in prompts with one dimension."""
         return {f"sampler/{key}": share for key, share in self._shares.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The errors so far, and the probabilities of the epoch that runs."""
+        """Returns the running errors, and the probabilities of the current epoch."""
         return {"errors": self._errors.state_dict(), "epoch": self._epoch, "shares": dict(self._shares)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -267,6 +261,6 @@ class ErrorWeighted(Reachable):
 
 
 def _shares(errors: Sequence[float], uniform: float) -> list[float]:
-    """Probabilities proportional to the errors, mixed with ``uniform`` parts of an even spread."""
+    """Returns probabilities proportional to the errors, mixed with the uniform distribution."""
     total, even = sum(errors), 1 / len(errors)
     return [uniform * even + (1 - uniform) * (error / total if total else even) for error in errors]
