@@ -179,5 +179,5 @@ def test_a_guard_s_file_is_replayed_on_the_command_line(folder, monkeypatch, cap
     run(["replay", "--config", "outputs/quickstart/policy/version_0/config.yaml", "--ckpt_path", str(kept)])
     out = capsys.readouterr().out
     loss, noted = re.search("loss (.+), noted when it tripped: (.+)", out).groups()
-    assert loss == noted and "guard `truncated`: all 8 answers were cut at the length limit" in out
+    assert loss == noted and "guard `truncated`: all 8 completions were cut at the length limit" in out
     assert sorted(folder.rglob("*")) == before  # nothing was written

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
-NAMES = ("nonfinite", "kl", "ratio", "identical", "truncated")
+NAMES = ("nonfinite", "kl", "log_ratio", "identical", "truncated")
 
 
 class Broken(ExpectedDistance):
@@ -81,10 +81,14 @@ class SaveEachStep(ModelCheckpoint):
 
 MISBEHAVIOUR = {  # guard: what makes it trip, before which step, and what it says
     "nonfinite": (lambda: {"mapping": Broken()}, 2, "a reward is not finite in 1 of 12 places"),
-    "kl": (lambda: {"rate": 0.1}, 1, r"the KL divergence to the reference is \d.* nats per answer, not within 1"),
-    "ratio": (lambda: {"engine": OtherTemperature(8)}, 0, r"mean \|log ratio\| over tokens is [\d.]+, above 0.05"),
-    "identical": (lambda: {"engine": TorchEngine(8, temperature=0)}, 0, "the 3 answers to every prompt are the same.*"),
-    "truncated": (lambda: {"engine": Endless(8)}, 0, "all 12 answers were cut at the length limit"),
+    "kl": (lambda: {"rate": 0.1}, 1, r"the KL divergence to the reference is \d.* nats per completion, not within 1"),
+    "log_ratio": (lambda: {"engine": OtherTemperature(8)}, 0, r"mean \|log ratio\| over tokens is [\d.]+, above 0.05"),
+    "identical": (
+        lambda: {"engine": TorchEngine(8, temperature=0)},
+        0,
+        "the 3 completions of every prompt are the same.*",
+    ),
+    "truncated": (lambda: {"engine": Endless(8)}, 0, "all 12 completions were cut at the length limit"),
 }
 
 
@@ -177,7 +181,7 @@ def test_a_run_resumed_within_a_rollout_is_not_called_off_policy(policy, prefere
         policy(**options), data(preferences)
     )
     module = policy(**options)
-    guards = only("ratio", "stop")
+    guards = only("log_ratio", "stop")
     run = trainer(tmp_path, max_steps=4, callbacks=[guards])
     run.fit(module, data(preferences), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
     assert not module.trace[0]["new"] and run.global_step == 4 and guards.trips == {}
@@ -313,8 +317,8 @@ def test_faults_by_hand():
     assert faults.off_policy("engine", now, old, mask & False, 1e-9) is None
     assert "over tokens is 0.02, above 0.019" in faults.off_policy("engine", now, old, mask, 0.019)
     now = old + torch.tensor([[0.03, 0.03], [0.01, 99.0]])  # answers: 0.06 and 0.01
-    assert faults.off_policy("engine", now, old, mask, 0.036, answers=True) is None
-    assert "engine disagree" in faults.off_policy("engine", now, old, mask, 0.034, answers=True)
+    assert faults.off_policy("engine", now, old, mask, 0.036, completions=True) is None
+    assert "engine disagree" in faults.off_policy("engine", now, old, mask, 0.034, completions=True)
     assert faults.identical(["a", "a", "b", "b"], 2) and not faults.identical(["a", "a", "b", "c"], 2)
     assert not faults.identical(["a", "a"], 1)
     assert faults.truncated(torch.tensor([False, False])) and not faults.truncated(torch.tensor([False, True]))

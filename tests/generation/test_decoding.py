@@ -66,10 +66,10 @@ def test_a_model_whose_forward_takes_no_cache_reads_the_whole_text_for_every_tok
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_masks_come_as_they_are_where_all_layers_attend_to_everything(models, kind):
+def test_masks_come_takes_full_masks_where_all_layers_attend_to_everything(models, kind):
     config = models[kind].config
-    assert decoding._as_they_are(models[kind], GrowingCache(config, 2, 2)) == (kind != "sliding")
-    assert not decoding._as_they_are(models[kind], DynamicCache(config=config))
+    assert decoding._takes_full_masks(models[kind], GrowingCache(config, 2, 2)) == (kind != "sliding")
+    assert not decoding._takes_full_masks(models[kind], DynamicCache(config=config))
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -80,7 +80,7 @@ def test_masks_that_are_made_once_say_the_same(models, prompts, half, adapted, m
         model = add_lora(model, LORA).eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         found = sampled(model, prompts, Decoding())
-        monkeypatch.setattr(decoding, "_as_they_are", lambda *_: False)
+        monkeypatch.setattr(decoding, "_takes_full_masks", lambda *_: False)
         assert_same(found, sampled(model, prompts, Decoding()))
 
 
@@ -120,7 +120,7 @@ def test_how_tokens_are_drawn_depends_on_the_device_unless_it_is_said(device, me
         assert TorchEngine(4, decoding=Decoding(draw=said))._choice(torch.device(device)).method == said
 
 
-def test_answers_are_computed_once_for_as_long_as_they_are_the_same(models, prompts):
+def test_answers_are_computed_once_for_as_long_takes_full_masks_the_same(models, prompts):
     """Greedy answers to one prompt never differ: one row each."""
     rows = []
     handle = models["llama"].model.embed_tokens.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))

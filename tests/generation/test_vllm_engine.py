@@ -185,7 +185,7 @@ def test_answers_that_a_server_breaks_off_are_sampled_anew(engine, server, adapt
         return found
 
     server.change = end
-    with pytest.warns(UserWarning, match="waiting up to .* broke an answer off"):
+    with pytest.warns(UserWarning, match="waiting up to .* aborted a completion"):
         found = sample(engine, adapted, prompts)
     server.change = None
     assert torch.equal(found.tokens, expected.tokens)

@@ -13,13 +13,13 @@ import torch
 
 from moslim.generation.vllm_client import Client, ServerError
 from moslim.generation.vllm_engine import VLLMEngine
-from moslim.generation.vllm_server import CompletionRequest, Limits, answers_of, largest_reply, models_of
+from moslim.generation.vllm_server import CompletionRequest, SamplingLimits, completions_of, largest_reply, models_of
 from moslim.utils.errors import UsageError
 from tests.helpers.policy_runs import data, make, trainer, weights
 from tests.helpers.raw_server import RawServer, reply
 from tests.helpers.small_server import SmallServer
 
-REQUEST, LIMITS = CompletionRequest([5, 6, 7], 2, 0), Limits(4, 1.0, [2], 10)
+REQUEST, LIMITS = CompletionRequest([5, 6, 7], 2, 0), SamplingLimits(4, 1.0, [2], 10)
 CLIENT = Client("http://127.0.0.1:9", "NO_KEY", 1.0, 0.0)
 SECRET = "sk-a/b&c-0123456789"
 
@@ -31,23 +31,23 @@ def choice(index, tokens, logprobs=None, reason=None, **more):
     return {"index": index, **parts, "finish_reason": reason, **more}
 
 
-def test_answers_come_in_the_order_of_their_seeds():
+def test_completions_come_in_the_order_of_their_seeds():
     good = {"choices": [choice(1, [3, 4, 2]), choice(0, [1, 1, 1, 1], [-1, 0.0, -2.5, 1e-6])]}
-    first, second = answers_of(good, REQUEST, LIMITS, CLIENT)
+    first, second = completions_of(good, REQUEST, LIMITS, CLIENT)
     assert first.tokens == [1, 1, 1, 1] and first.logprobs == [-1.0, 0.0, -2.5, 1e-6]
     assert second.tokens == [3, 4, 2]
     at_the_limit = {"choices": [choice(i, [1, 1, 1, 2], reason=reason) for i, reason in enumerate(["stop", "length"])]}
-    assert len(answers_of(at_the_limit, REQUEST, LIMITS, CLIENT)) == 2
+    assert len(completions_of(at_the_limit, REQUEST, LIMITS, CLIENT)) == 2
 
 
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ([choice(0, [2])], "gave 1 answers"),
-        ([choice(i, [2]) for i in range(3)], "gave 3 answers"),
-        ([], "gave 0 answers"),
-        ([choice(0, [2]), choice(0, [2])], "an answer of index 0, twice"),
-        ([choice(0, [2]), choice(2, [2])], "an answer of index 2, which was not asked for"),
+        ([choice(0, [2])], "gave 1 completions"),
+        ([choice(i, [2]) for i in range(3)], "gave 3 completions"),
+        ([], "gave 0 completions"),
+        ([choice(0, [2]), choice(0, [2])], "a completion of index 0, twice"),
+        ([choice(0, [2]), choice(2, [2])], "a completion of index 2, which was not requested"),
         ([choice(0, [2]), choice(-1, [2])], "index -1"),
         ([choice(False, [2]), choice(True, [2])], "index False"),
         ([choice("0", [2]), choice(1, [2])], "index 0"),
@@ -55,19 +55,19 @@ def test_answers_come_in_the_order_of_their_seeds():
         ([choice(0, [2]), None], "sent"),
         (None, "sent"),
         ({"0": choice(0, [2])}, "sent"),
-        ([choice(0, [2]), choice(1, [2], prompt_token_ids=[5, 6])], "answer 1 is to another prompt"),
-        ([choice(0, [2], prompt_token_ids=None), choice(1, [2])], "does not say which prompt"),
-        ([choice(0, [2]), choice(1, [])], "answer 1 has no token ids"),
-        ([choice(0, [2]), choice(1, [2], token_ids=None)], "answer 1 has no token ids, but None"),
-        ([choice(0, [2]), choice(1, [2], token_ids="2")], "answer 1 has no token ids, but 2"),
-        ([choice(0, [2]), choice(1, [10, 2])], "the token 10, which is none of the vocabulary of 10"),
+        ([choice(0, [2]), choice(1, [2], prompt_token_ids=[5, 6])], "completion 1 is of another prompt"),
+        ([choice(0, [2], prompt_token_ids=None), choice(1, [2])], "does not return the prompt"),
+        ([choice(0, [2]), choice(1, [])], "completion 1 has no token ids"),
+        ([choice(0, [2]), choice(1, [2], token_ids=None)], "completion 1 has no token ids, but None"),
+        ([choice(0, [2]), choice(1, [2], token_ids="2")], "completion 1 has no token ids, but 2"),
+        ([choice(0, [2]), choice(1, [10, 2])], "the token 10, which is not in the vocabulary of 10"),
         ([choice(0, [2]), choice(1, [-1, 2])], "the token -1"),
         ([choice(0, [2]), choice(1, [1.0, 2])], r"the token 1\.0"),
         ([choice(0, [2]), choice(1, [None, 2])], "the token None"),
         ([choice(0, [2]), choice(1, [True, 2])], "the token True"),
-        ([choice(0, [2]), choice(1, [1, 1, 1, 1, 2])], "answer 1 has 5 tokens"),
-        ([choice(0, [2]), choice(1, [1, 2, 1, 1])], "goes on after the token 2 at place 1"),
-        ([choice(0, [2]), choice(1, [2, 2])], "goes on after the token 2 at place 0"),
+        ([choice(0, [2]), choice(1, [1, 1, 1, 1, 2])], "completion 1 has 5 tokens"),
+        ([choice(0, [2]), choice(1, [1, 2, 1, 1])], "continues after the token 2 at position 1"),
+        ([choice(0, [2]), choice(1, [2, 2])], "continues after the token 2 at position 0"),
         ([choice(0, [2]), choice(1, [1, 2], [-0.5])], "has 1 log-probabilities for 2 tokens"),
         ([choice(0, [2]), choice(1, [2], logprobs=None) | {"logprobs": None}], "has no log-probabilities"),
         ([choice(0, [2]), choice(1, [2], [math.nan])], "log-probability of nan"),
@@ -84,21 +84,23 @@ def test_answers_come_in_the_order_of_their_seeds():
     ],
 )
 def test_a_reply_that_is_not_what_was_asked_for_is_refused(choices, message):
-    asked = r"http://127.0.0.1:9/v1/completions was asked for 2 answers of at most 4 tokens to one prompt of 3 tokens"
+    asked = (
+        r"http://127.0.0.1:9/v1/completions was asked for 2 completions of at most 4 tokens of one prompt of 3 tokens"
+    )
     with pytest.raises(ServerError, match=f"{asked}, and .*{message}"):
-        answers_of({"choices": choices}, REQUEST, LIMITS, CLIENT)
+        completions_of({"choices": choices}, REQUEST, LIMITS, CLIENT)
 
 
 @pytest.mark.parametrize(
     "found", [None, [], "x", 1, {}, {"data": []}, {"data": [1]}, {"data": [{"id": 5}]}, {"data": {}}]
 )
 def test_a_list_of_models_that_is_none_is_refused(found):
-    with pytest.raises(ServerError, match="/v1/models was asked which models there are, and sent"):
+    with pytest.raises(ServerError, match="/v1/models was asked for the list of models, and sent"):
         models_of(found, CLIENT)
 
 
 def test_adapters_without_their_model_are_refused():
-    with pytest.raises(ServerError, match="names adapters only"):
+    with pytest.raises(ServerError, match="lists adapters only"):
         models_of({"data": [{"id": "a", "parent": "b"}]}, CLIENT)
 
 
@@ -119,7 +121,7 @@ def test_more_answers_to_one_prompt_and_fewer_to_the_next_train_nothing(server, 
             found["choices"].pop()
         return found
 
-    assert_nothing_is_trained(server, uneven, r"gave [24] answers", preferences, lm, classifier, tmp_path)
+    assert_nothing_is_trained(server, uneven, r"gave [24] completions", preferences, lm, classifier, tmp_path)
 
 
 def test_log_probabilities_that_are_none_train_nothing(server, preferences, lm, classifier, tmp_path):
@@ -129,7 +131,7 @@ def test_log_probabilities_that_are_none_train_nothing(server, preferences, lm, 
         return found
 
     assert_nothing_is_trained(
-        server, spoilt, "answer 1 has a log-probability of nan", preferences, lm, classifier, tmp_path
+        server, spoilt, "completion 1 has a log-probability of nan", preferences, lm, classifier, tmp_path
     )
 
 
@@ -165,14 +167,14 @@ def refused(parts, timeout=5.0, limit=1000, pause=0.0):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (reply(b"<html>log in</html>", kind="text/html"), "no JSON, but text/html: <html>log in"),
-        (reply(b"{}", kind="text/plain"), "no JSON, but text/plain"),
-        ([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"], "no JSON, but nothing"),
-        (reply(b'{"choices": ['), "no whole JSON"),
-        (reply(b""), "no whole JSON"),
-        (reply(b"\xff\xfe{}"), "no whole JSON"),
-        (reply(b"[" * 900), "no whole JSON"),
-        (reply(b'{"error": {"message": "out of memory"}}'), "tells of an error: .*out of memory"),
+        (reply(b"<html>log in</html>", kind="text/html"), "not JSON, but text/html: <html>log in"),
+        (reply(b"{}", kind="text/plain"), "not JSON, but text/plain"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"], "not JSON, but nothing"),
+        (reply(b'{"choices": ['), "not complete JSON"),
+        (reply(b""), "not complete JSON"),
+        (reply(b"\xff\xfe{}"), "not complete JSON"),
+        (reply(b"[" * 900), "not complete JSON"),
+        (reply(b'{"error": {"message": "out of memory"}}'), "reports an error: .*out of memory"),
         (
             reply(b"", "302 Found", more="Location: http://evil.example/?key=1\r\n"),
             "redirects to evil.example, which is not",
@@ -209,7 +211,7 @@ def test_an_answer_larger_than_what_was_asked_for_is_not_read_to_its_end():
     assert "longer than 131072 bytes" in str(error.value)
     time.sleep(0.05)
     assert server.sent < 20 << 20  # of 50 MB: what fits between two sockets
-    many = largest_reply(CompletionRequest([1] * 1000, 8, 0), Limits(256, 1.0, [], 10))
+    many = largest_reply(CompletionRequest([1] * 1000, 8, 0), SamplingLimits(256, 1.0, [], 10))
     assert 1 << 20 < many < 10 << 20
 
 
@@ -224,7 +226,7 @@ def test_a_server_that_drips_is_given_up_in_time(where):
     }
     start = time.monotonic()
     error, _ = refused(parts[where], timeout=0.4, pause=0.02)
-    assert "no whole answer within engine.timeout = 0.4 s" in str(error.value)
+    assert "no complete response within engine.timeout = 0.4 s" in str(error.value)
     assert time.monotonic() - start < 1.5
 
 
@@ -254,7 +256,7 @@ def test_a_key_in_a_reply_is_taken_out(monkeypatch):
     monkeypatch.setenv("MY_KEY", SECRET)
     one = Client("http://127.0.0.1:9", "MY_KEY", 1.0, 0.0)
     with pytest.raises(ServerError) as error:
-        answers_of({"headers": {"Authorization": f"Bearer {SECRET}"}}, REQUEST, LIMITS, one)
+        completions_of({"headers": {"Authorization": f"Bearer {SECRET}"}}, REQUEST, LIMITS, one)
     assert "[the key]" in str(error.value) and SECRET not in str(error.value)
     assert SECRET not in repr(vars(one))
 
@@ -302,9 +304,9 @@ def test_weights_count_as_pushed_only_where_the_server_says_so(route):
         client(server).order(route, {})
         server.stop()
     for parts, message in (
-        (reply(b"<html>", kind="text/html"), "no JSON, but text/html"),
-        (reply(b'{"error": "no"}'), "tells of an error"),
-        (reply(b"{"), "no whole JSON"),
+        (reply(b"<html>", kind="text/html"), "not JSON, but text/html"),
+        (reply(b'{"error": "no"}'), "reports an error"),
+        (reply(b"{"), "not complete JSON"),
         (reply(b"", "202 Accepted"), "status 202"),
     ):
         server = RawServer(parts)

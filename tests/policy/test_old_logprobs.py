@@ -148,7 +148,7 @@ def test_the_guard_looks_at_the_ratio_that_is_clipped(fit):
         return Guards(nonfinite="off", kl="off", ratio="stop", identical="off", truncated="off", keep=False)
 
     fit(RLOO(kl_coef=0.0), 1, callbacks=[guards()], engine=Warmer(LONG), minibatches=2)  # of a token: within 0.05
-    with pytest.raises(GuardError, match=r"old log-probabilities disagree .* over answers is 0\.\d+, above 0\.05"):
+    with pytest.raises(GuardError, match=r"old log-probabilities disagree .* over completions is 0\.\d+, above 0\.05"):
         fit(RLOO(**SEQUENCE), 1, callbacks=[guards()], engine=Warmer(LONG), minibatches=2)
     for minibatches in (1, 2):  # the same in rounding: nothing is clipped by it
         module = fit(RLOO(**SEQUENCE), 1, "bf16-mixed", [guards()], engine=TorchEngine(LONG), minibatches=minibatches)

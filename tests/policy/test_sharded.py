@@ -30,7 +30,7 @@ def adapted(preferences, lm, classifier):
 
 def clipped_steps(folder, preferences, lm, classifier, batch_size, **options):
     """Accumulated, clipped steps, with a guard that writes a file in the middle of the first and lets it go on."""
-    guards = Guards(truncated="off", identical="off", ratio="warn", ratio_tolerance=1e-30)
+    guards = Guards(truncated="off", identical="off", log_ratio="warn", ratio_tolerance=1e-30)
     several = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "limit_val_batches": 1, "val_check_interval": 2}
     run = trainer(folder, max_steps=3, callbacks=[guards], **several, **options)
     run.fit(adapted(preferences, lm, classifier), data(preferences, batch_size=batch_size))

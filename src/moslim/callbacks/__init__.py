@@ -1,4 +1,4 @@
-"""Callbacks that watch a run."""
+"""Callbacks that monitor, log, check and save a run."""
 
 from typing import TYPE_CHECKING
 

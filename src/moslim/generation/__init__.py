@@ -1,4 +1,4 @@
-"""Engines that sample completions."""
+"""Engines that generate completions: :class:`TorchEngine` in this process, :class:`VLLMEngine` on servers."""
 
 from moslim.generation.base import Completions, RolloutEngine
 from moslim.generation.decoding import Decoding

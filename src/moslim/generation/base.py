@@ -1,4 +1,4 @@
-"""The interface of every rollout engine."""
+"""Interface of the rollout engines, and the completions that they return."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moslim.utils.errors import UsageError
 
 @dataclass
 class Completions:
-    """Sampled answers, right-padded. ``N`` answers of at most ``T`` tokens.
+    """``N`` sampled completions of at most ``T`` tokens, right-padded.
 
     Args:
-        tokens: ``[N, T]`` int64, pad after the end.
-        mask: ``[N, T]`` bool, true up to and including the token that ends the answer.
-        logprobs: ``[N, T]`` float32 or finer, log-probability of each token under the tempered distribution; 0 where
-            masked.
-        ended: ``[N]`` bool, false where the answer was cut at the length limit.
-        behavior_logprobs: ``[N, T]`` under the distribution that it was drawn from, where that is another one (top-k,
-            top-p); None = the same.
+        tokens: ``[N, T]`` int64 token ids, padding after the end.
+        mask: ``[N, T]`` bool, true up to and including the token that ends the completion.
+        logprobs: ``[N, T]`` float32 or float64, log-probability of each token under the tempered distribution; 0 where
+            ``mask`` is false.
+        ended: ``[N]`` bool, false where the completion was cut at the length limit.
+        behavior_logprobs: ``[N, T]`` log-probabilities under the truncated distribution (top-k, top-p) that the tokens
+            were drawn from; None if it was not truncated.
     """
 
     tokens: Tensor
@@ -35,22 +35,25 @@ class Completions:
 
 
 class RolloutEngine(ABC):
-    """Samples answers from a policy.
+    """Base class of engines that sample completions from a policy.
 
     Args:
-        max_new_tokens: Length limit of an answer, the end-of-sequence token included.
+        max_new_tokens: Length limit of a completion, the end-of-sequence token included.
         temperature: Sampling temperature; 0 takes the most likely token. Log-probabilities, here and in
-            training, are those of the tempered distribution, so that sampler and trainer agree.
-        stop_strings: Texts that end an answer, as end-of-sequence tokens do; they are left out of its text.
-        stop_ids: Tokens that end an answer, besides the model's own; they are left out of its text.
+            training, are those of the tempered distribution, so that engine and trainer agree.
+        stop_strings: Texts that end a completion, as end-of-sequence tokens do; its text excludes them.
+        stop_ids: Tokens that end a completion, besides the model's own; its text excludes them.
+
+    Raises:
+        UsageError: An argument is out of range.
     """
 
     in_process: ClassVar[bool] = True
-    """Whether it computes with the model that it is given, not with copies of the weights elsewhere."""
+    """True if the engine computes with the given model itself, false if with copies of its weights elsewhere."""
     top_k: int | None = None
-    """Among how many of the most likely tokens it draws; None = among all."""
+    """Number of most likely tokens that are drawn from; None = all."""
     top_p: float = 1.0
-    """Probability of the most likely tokens among which it draws; 1 = among all."""
+    """Total probability of the most likely tokens that are drawn from; 1 = all."""
 
     def __init__(
         self,
@@ -65,23 +68,23 @@ class RolloutEngine(ABC):
             raise UsageError(f"engine.temperature is {temperature}: give 0 (greedy) or more")
         self.max_new_tokens = max_new_tokens
         if any(not text for text in stop_strings):
-            raise UsageError("engine.stop_strings holds an empty text: it would end every answer at once")
+            raise UsageError("engine.stop_strings holds an empty text: it would end every completion at once")
         self.temperature = temperature
         self.stop_strings = tuple(stop_strings)
         self.stop_ids = tuple(stop_ids)
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Takes the policy's tokenizer, by which texts that end an answer are recognised."""
+        """Sets the tokenizer of the policy, which recognises ``stop_strings``."""
         self.tokenizer = tokenizer
 
     def before_stop(self, text: str) -> str:
-        """An answer's text without what ended it."""
+        """Returns the text of a completion up to the first stop string."""
         return min((text.partition(stop)[0] for stop in self.stop_strings), key=len, default=text)
 
     @property
     def cuts(self) -> bool:
-        """Whether some tokens are never drawn (top-k, top-p), so that answers are not the policy's own."""
+        """Whether the distribution is truncated (top-k, top-p) and so differs from the policy's."""
         return False
 
     @abstractmethod
@@ -94,17 +97,17 @@ class RolloutEngine(ABC):
         eos_ids: list[int],
         pad_id: int,
     ) -> Completions:
-        """Samples ``n`` answers to each prompt.
+        """Samples ``n`` completions of each prompt.
 
         Args:
             model: Causal language model in the Hugging Face form, in eval mode.
             input_ids: ``[B, P]`` prompts, left-padded.
             attention_mask: ``[B, P]``.
-            seeds: ``[B, n]`` int64, one per answer; an answer depends on its prompt and its seed alone, but
-                where ``decoding.draw`` is ``multinomial``.
-            eos_ids: Tokens that end an answer.
-            pad_id: Token to put after the end.
+            seeds: ``[B, n]`` int64, one per completion. A completion depends on its prompt and its seed alone, unless
+                ``decoding.draw`` is ``multinomial``.
+            eos_ids: Tokens that end a completion.
+            pad_id: Token after the end.
 
         Returns:
-            ``N = B * n`` answers, those of one prompt adjacent.
+            ``N = B * n`` completions, those of one prompt adjacent.
         """

@@ -1,9 +1,4 @@
-"""Decoding: completions in progress, and the choice of their next tokens.
-
-From logits to tokens: how the next token is chosen.
-
-The model's side of sampling: answers in progress, which are given tokens and say what may follow.
-"""
+"""Choice of the next tokens, and options and state of decoding with a key-value cache."""
 
 from __future__ import annotations
 
@@ -37,12 +32,12 @@ DrawMethod = Literal["inverse_cdf", "multinomial"]
 
 @dataclass
 class Chosen:
-    """One token for each of ``B`` rows; any, with a log-probability of NaN, where the logits are not finite.
+    """One token for each of ``B`` rows; arbitrary, with a log-probability of NaN, where the logits are not finite.
 
     Args:
         tokens: ``[B]`` int64.
-        logprobs: ``[B]`` float32 or finer, under the tempered distribution.
-        behavior_logprobs: ``[B]`` the same, under what is left of it by top-k and top-p; None where nothing was cut.
+        logprobs: ``[B]`` float32 or float64, under the tempered distribution.
+        behavior_logprobs: ``[B]`` log-probabilities after top-k and top-p; None if neither applies.
     """
 
     tokens: Tensor
@@ -52,14 +47,18 @@ class Chosen:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """How tokens are drawn.
+    """Sampling of one token per row.
 
     Args:
-        temperature: 0 takes the most likely token, whose log-probability is then that at temperature 1.
-        top_k: Draw among this many of the most likely tokens; None = among all.
-        top_p: Draw among the most likely tokens that together have this probability; 1 = among all.
-        method: ``inverse_cdf`` takes one uniform number per row. ``multinomial`` is torch's own: slow on a CPU, and
-            what is drawn for a row depends on the rows beside it.
+        temperature: Sampling temperature; 0 takes the most likely token and reports its log-probability at
+            temperature 1.
+        top_k: Number of most likely tokens to draw from; None = all.
+        top_p: Total probability of the most likely tokens to draw from; 1 = all.
+        method: ``inverse_cdf`` takes one uniform number per row. ``multinomial`` is :func:`torch.multinomial`: slow on
+            a CPU, and the token of a row depends on the other rows.
+
+    Raises:
+        UsageError: An argument is out of range.
     """
 
     temperature: float = 1.0
@@ -77,7 +76,7 @@ class TokenChoice:
 
     @property
     def cuts(self) -> bool:
-        """Whether some tokens are never drawn."""
+        """Whether top-k or top-p truncates the distribution."""
         return self.temperature > 0 and (self.top_k is not None or self.top_p < 1)
 
     def __call__(self, logits: Tensor, noise: Tensor, generator: torch.Generator | None = None) -> Chosen:
@@ -85,33 +84,36 @@ class TokenChoice:
 
         Args:
             logits: ``[B, V]``.
-            noise: ``[B]`` uniform in ``[0, 1)``.
-            generator: What ``multinomial`` draws from.
+            noise: ``[B]`` uniform in ``[0, 1)``, for ``inverse_cdf``.
+            generator: Random number generator for ``multinomial``.
         """
         logits = widened(logits)
         if self.temperature not in (0, 1):
             logits = logits / self.temperature
         logprobs = torch.log_softmax(logits, dim=-1)
-        left = cut(logprobs, self.top_k, self.top_p) if self.cuts else logprobs
+        behavior = cut(logprobs, self.top_k, self.top_p) if self.cuts else logprobs
         if self.temperature == 0:
-            tokens = left.argmax(dim=-1)
+            tokens = behavior.argmax(dim=-1)
         elif self.method == "multinomial":
-            broken = logprobs[:, :1].isnan()  # all of a row, or none of it: any token is drawn, the caller sees the NaN
-            tokens = torch.multinomial(left.exp().masked_fill(broken, 1.0), 1, generator=generator)[:, 0]
+            is_nan = logprobs[:, :1].isnan()  # a row is NaN as a whole: any token is drawn, the caller sees the NaN
+            tokens = torch.multinomial(behavior.exp().masked_fill(is_nan, 1.0), 1, generator=generator)[:, 0]
         else:
-            tokens = inverse_cdf(left.exp(), noise)
-        found = Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0])
+            tokens = inverse_cdf(behavior.exp(), noise)
+        chosen = Chosen(tokens, logprobs.gather(-1, tokens[:, None])[:, 0])
         if self.cuts:
-            found.behavior_logprobs = left.gather(-1, tokens[:, None])[:, 0]
-        return found
+            chosen.behavior_logprobs = behavior.gather(-1, tokens[:, None])[:, 0]
+        return chosen
 
 
 def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
-    """Draws one token per row ``[B]`` where the cumulative distribution reaches a random height.
+    """Draws one token per row by inversion of the cumulative distribution.
 
     Args:
         probabilities: ``[B, V]``, up to a factor per row.
         noise: ``[B]`` uniform in ``[0, 1)``.
+
+    Returns:
+        ``[B]`` int64 token ids.
     """
     cumulative = probabilities.cumsum(dim=-1)
     threshold = (1 - noise)[:, None] * cumulative[:, -1:]  # in (0, total]: impossible tokens are never drawn
@@ -119,22 +121,22 @@ def inverse_cdf(probabilities: Tensor, noise: Tensor) -> Tensor:
 
 
 def cut(logprobs: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Leaves the most likely tokens, first by number, then by probability, as ``generate`` does.
+    """Keeps the most likely tokens, first by top-k, then by top-p, as transformers' ``generate`` does.
 
     Args:
         logprobs: ``[B, V]``.
-        top_k: How many; tokens as likely as the last of them stay, too. None = all.
-        top_p: The fewest that together have this probability.
+        top_k: Number of tokens to keep; tokens as likely as the last of them are kept too. None = all.
+        top_p: Probability that the kept tokens must reach; as few as possible are kept.
 
     Returns:
-        ``[B, V]`` log-probabilities that add up to one again, ``-inf`` on what was cut.
+        ``[B, V]`` renormalised log-probabilities, ``-inf`` for dropped tokens.
     """
     if top_k is not None and top_k < logprobs.shape[-1]:
         least = logprobs.topk(top_k, dim=-1).values[:, -1:]
         logprobs = logprobs.masked_fill(logprobs < least, -torch.inf).log_softmax(dim=-1)
     if top_p < 1:
         ordered, order = logprobs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # probability of all that are likelier
+        before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # probability of all likelier tokens
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logprobs = logprobs.masked_fill(dropped, -torch.inf).log_softmax(dim=-1)
     return logprobs
@@ -145,23 +147,25 @@ CacheKind = Literal["growing", "dynamic"]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How :class:`TorchEngine` computes answers. All ways give the same answers, but for ``draw: multinomial``.
+    """Options of decoding by :class:`TorchEngine`. Completions do not depend on them, except on ``draw: multinomial``.
 
     Args:
-        share_prompts: Compute each prompt once, and repeat its keys and values for its answers.
-        drop_finished: Let an answer leave the batch as soon as it ends.
-        merge: Compute answers to one prompt once for as long as they are the same. Not where each
-            answer has its prompt computed for itself.
-        cache: ``growing`` keeps keys and values where there is room for more; ``dynamic`` is transformers' own, which
-            copies them all for every token.
-        pack_head: On a CPU, copy a large last layer into the order in which few rows read it fastest.
-        draw: ``inverse_cdf`` takes one random number per token, a function of its answer's seed and of nothing else;
-            ``multinomial`` is torch's own: its draws repeat only if the whole batch does. None = the first, but on CUDA
-            the second: cumulative sums, which the first needs, are not reproducible there.
-        answers: Most answers that are sampled at once, those of one prompt together; more are sampled in turns, prompts
-            of like length first. None = all.
-        inference_mode: Sample in torch's inference mode, where operations cost less. Models whose code came with them
-            (``trust_remote_code``) are left out: what they keep from a first pass would be of no use in training.
+        share_prompts: Compute each prompt once and repeat its keys and values for its completions.
+        drop_finished: Remove a completion from the batch as soon as it ends.
+        merge: Compute equal completions of one prompt once, until they differ. Needs ``share_prompts``.
+        cache: ``growing`` preallocates room for more tokens; ``dynamic`` is transformers' own cache, which copies all
+            keys and values for every token.
+        pack_head: On a CPU, pack a large output layer into a layout that is fast for few rows.
+        draw: ``inverse_cdf`` takes one random number per token, which depends on the completion's seed alone.
+            ``multinomial`` is :func:`torch.multinomial`: its draws repeat only if the whole batch does. None =
+            ``inverse_cdf``, but ``multinomial`` on CUDA, where cumulative sums are not reproducible.
+        answers: Maximal number of completions that are sampled at once, those of one prompt together. More are sampled
+            in turns, sorted by the length of the prompt. None = no limit.
+        inference_mode: Sample in torch's inference mode, where operations cost less. Models with their own code
+            (``trust_remote_code``) are sampled under :func:`torch.no_grad`: they may keep tensors for training.
+
+    Raises:
+        UsageError: An option is out of range.
     """
 
     share_prompts: bool = True
@@ -182,51 +186,54 @@ class Decoding:
             raise UsageError(f"engine.decoding.answers is {self.answers}: give 1 or more, or null for all at once")
 
     def without_gradients(self, model: Any) -> AbstractContextManager[None]:
-        """What to compute answers in."""
+        """Returns the context that disables gradients: inference mode, or ``no_grad`` for a model with its own code."""
         remote = type(unwrapped(model)).__module__.startswith("transformers_modules")
         return torch.inference_mode() if self.inference_mode and not remote else torch.no_grad()
 
 
 def begin(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, samples: int, room: int, decoding: Decoding
+    model: Any, input_ids: Tensor, attention_mask: Tensor, num_generations: int, room: int, decoding: Decoding
 ) -> Continuation:
-    """Computes prompts.
+    """Computes the prompts and starts their completions.
 
     Args:
         model: Causal language model in the Hugging Face form, in eval mode.
         input_ids: ``[B, P]`` prompts, left-padded.
         attention_mask: ``[B, P]``.
-        samples: Answers to each prompt; those of one prompt are adjacent.
-        room: Most tokens of an answer.
-        decoding: How.
+        num_generations: Completions per prompt; those of one prompt are adjacent.
+        room: Maximal number of tokens of a completion.
+        decoding: Options.
     """
-    prompts = Prompts(model, input_ids, attention_mask, samples)
+    prompts = Prompts(model, input_ids, attention_mask, num_generations)
     return _Flexible(prompts, room, decoding) if continues(model) else Uncached(prompts)
 
 
 _CONTINUES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Results of :func:`continues` by model."""
 
 
 def continues(model: Any) -> bool:
-    """Whether a model can go on from a cache whose rows are chosen, padded on the left.
+    """Whether a model can continue from a left-padded cache of selected rows.
 
-    One that carries a state is tried once. One whose forward takes no cache, such as XLNet's, never can.
+    A model whose forward takes no cache, such as XLNet's, cannot. A model with a recurrent state is tested once.
     """
     inner = unwrapped(model)
     if inner not in _CONTINUES:
-        takes_one = cache_argument(inner) is not None
-        _CONTINUES[inner] = takes_one and (not carries_state(inner) or (masks_left_padding(inner) and _goes_on(model)))
+        takes_cache = cache_argument(inner) is not None
+        _CONTINUES[inner] = takes_cache and (
+            not carries_state(inner) or (masks_left_padding(inner) and _continues_correctly(model))
+        )
         if not _CONTINUES[inner]:
             say_once(
-                f"{inner.config.model_type}: answers cannot go on from a cache whose rows are padded and chosen: every "
-                "token is sampled by a pass over the whole text, which is slow."
+                f"{inner.config.model_type}: this model cannot continue from a cache of padded and selected rows: each "
+                "token takes a pass over the whole text, which is slow."
             )
     return _CONTINUES[inner]
 
 
 @torch.no_grad()
-def _goes_on(model: Any) -> bool:
-    """Tries two answers to each of two prompts, of which the last and the first go on, in this order."""
+def _continues_correctly(model: Any) -> bool:
+    """Tests a model on two completions of each of two prompts, of which the last and the first are continued."""
     ids = made_up_tokens(unwrapped(model), 2, 9)
     prompts, mask = ids[:, :6], torch.ones_like(ids[:, :6])
     mask[1, :3] = 0
@@ -235,56 +242,62 @@ def _goes_on(model: Any) -> bool:
     with torch.autocast(model.device.type, enabled=False):
         whole = torch.stack([model(input_ids=text[None], use_cache=False).logits[0, -1] for text in texts])
         try:
-            answers = _Flexible(Prompts(model, prompts, mask, 2), 2, Decoding())
-            answers.feed(first)
-            answers.keep(rows)
-            answers.feed(second)
+            continuation = _Flexible(Prompts(model, prompts, mask, 2), 2, Decoding())
+            continuation.feed(first)
+            continuation.keep(rows)
+            continuation.feed(second)
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             return False
-    return bool((answers.logits - whole).abs().max() <= agreement(unwrapped(model)) * whole.abs().max())
+    return bool((continuation.logits - whole).abs().max() <= agreement(unwrapped(model)) * whole.abs().max())
 
 
 class _Flexible(Continuation):
-    """With a cache whose rows come and go: answers to one prompt share a row for as long as they are the same."""
+    """Continuation with a cache of selected rows: equal completions of one prompt share a row until they differ.
+
+    Args:
+        prompts: The prompts.
+        room: Maximal number of tokens of a completion.
+        decoding: Options.
+    """
 
     def __init__(self, prompts: Prompts, room: int, decoding: Decoding) -> None:
         self._model, self._drop, self._merge = prompts.model, decoding.drop_finished, decoding.merge
         config = prompts.model.config
-        total = len(prompts.input_ids) * prompts.samples
+        total = len(prompts.input_ids) * prompts.num_generations
         growing = decoding.cache == "growing"
         self._cache = GrowingCache(config, total, room) if growing else SelectingCache(config=config)
         self.logits = prompts.computed(self._cache, decoding.share_prompts)
         rows = torch.arange(len(self.logits), device=self.logits.device)
         attention, position = prompts.attention_mask, prompts.positions[:, -1:]
         if decoding.share_prompts:
-            self._row = prompts.repeated(rows)  # of each answer
+            self._row = prompts.repeated(rows)  # of each completion
             self.logits = self.logits[self._row]
         else:
             self._row = rows
             attention, position = prompts.repeated(attention), prompts.repeated(position)
-        attends = any(hasattr(layer, "keys") for layer in self._cache.layers)  # a state has left padding behind it
+        attends = any(hasattr(layer, "keys") for layer in self._cache.layers)  # a recurrent state has no padding
         padded = attends and not bool(attention.all())
-        self._padding = _Padding(attention, room, _as_they_are(self._model, self._cache)) if padded else None
+        self._padding = _Padding(attention, room, _takes_full_masks(self._model, self._cache)) if padded else None
         self._position = position
-        self._places: Tensor | None = None  # of the answers that are still wanted, where others stay in the batch
-        self._apart = False  # whether each answer has a row of its own, as it then has to the end
+        self._places: Tensor | None = None  # of unfinished completions, if finished ones stay in the batch
+        self._separate = False  # whether each completion has its own row, as it then has to the end
 
     def feed(self, tokens: Tensor) -> None:
         """See the base class."""
         if self._places is not None:
             tokens = tokens.new_zeros(len(self._row)).index_copy(0, self._places, tokens)
-        if self._apart:
+        if self._separate:
             source, self._row = self._row, torch.arange(len(tokens), device=tokens.device)
         else:
             source, tokens, self._row = branches(self._row, tokens, self._merge)
-            self._apart = len(source) == len(self._row)
+            self._separate = len(source) == len(self._row)
         if len(source) != len(self._position) or bool((source[1:] <= source[:-1]).any()):
             self._cache.batch_select_indices(source)
             self._position = self._position[source]
             if self._padding is not None:
-                self._padding.choose(source)
+                self._padding.select(source)
         self._position = self._position + 1
         logits = self._model(
             input_ids=tokens[:, None],
@@ -304,53 +317,54 @@ class _Flexible(Continuation):
 
 
 class _Padding:
-    """Which columns before each row's tokens are padding.
+    """Attention mask of left-padded rows that grow by one token at a time.
 
     Args:
-        attention: ``[R, P]``.
-        room: Most tokens that follow.
-        as_they_are: Whether the model's attention is to get the mask; else the model makes its own of it, every time.
+        attention: ``[R, P]`` mask of the prompts.
+        room: Maximal number of tokens that follow.
+        full: Whether to return the boolean mask ``[R, 1, 1, t]`` that attention takes, which saves the model from
+            making it for each token.
     """
 
-    def __init__(self, attention: Tensor, room: int, as_they_are: bool) -> None:
+    def __init__(self, attention: Tensor, room: int, full: bool) -> None:
         self._width = attention.shape[1]
         self._mask = torch.cat([attention, attention.new_ones(len(attention), room)], dim=1)
-        if as_they_are:
+        if full:
             self._mask = self._mask.bool()[:, None, None]
 
-    def choose(self, rows: Tensor) -> None:
-        """Goes on with these rows."""
+    def select(self, rows: Tensor) -> None:
+        """Selects the rows to continue with."""
         self._mask = self._mask[rows]
 
     def next_mask(self) -> Tensor:
-        """The mask of one more column."""
+        """Returns the mask for one more token."""
         self._width += 1
         return self._mask[..., : self._width]
 
 
-def _as_they_are(model: Any, cache: Cache) -> bool:
-    """Whether masks of four axes come to the model's attention as they are, and none of its layers needs another."""
-    everything = all(type(layer) is GrowingLayer for layer in cache.layers)
-    by_torch = attention_implementation(model.config.get_text_config()) == "sdpa"
-    return everything and by_torch and reads_trees(transformer_part(model), model.device)
+def _takes_full_masks(model: Any, cache: Cache) -> bool:
+    """Whether masks of four axes reach the model's attention unchanged, and all its layers take the same mask."""
+    full_attention = all(type(layer) is GrowingLayer for layer in cache.layers)
+    sdpa = attention_implementation(model.config.get_text_config()) == "sdpa"
+    return full_attention and sdpa and reads_trees(transformer_part(model), model.device)
 
 
 def branches(rows: Tensor, tokens: Tensor, merge: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``A`` answers in ``R`` rows need when each takes another token.
+    """Assigns ``A`` completions in ``R`` cache rows to ``S`` new rows when each gets its next token.
 
     Args:
-        rows: ``[A]`` the row that each answer shares with others.
-        tokens: ``[A]`` its next token.
-        merge: Whether answers with the same token stay in one row; else each gets its own.
+        rows: ``[A]`` row of each completion; completions may share one.
+        tokens: ``[A]`` next token of each completion.
+        merge: Whether completions of one row with the same token stay in one row; else each gets its own.
 
     Returns:
-        For each of ``S`` new rows the old one that it goes on from and its token, ``[S]``, and the new row of each
-        answer ``[A]``. A row keeps its place if it can, so that little is copied.
+        The old row ``[S]`` and the token ``[S]`` of each new row, and the new row ``[A]`` of each completion. A row
+        keeps its place where possible, so that little is copied.
     """
     if merge:
         most = tokens.max() + 1
-        pairs, which = (rows * most + tokens).unique(return_inverse=True)
-        parents, tokens = pairs // most, pairs % most
+        codes, which = (rows * most + tokens).unique(return_inverse=True)  # a code holds a row and a token
+        parents, tokens = codes // most, codes % most
     else:
         parents, order = rows.sort(stable=True)
         which, tokens = order.argsort(), tokens[order]

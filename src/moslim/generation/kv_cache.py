@@ -1,9 +1,4 @@
-"""A key-value cache that grows and loses rows in place, and completions in progress.
-
-A key-value cache that grows and loses rows in place.
-
-Answers in progress: what every way to compute them has in common, and the one that needs no cache.
-"""
+"""Key-value cache that grows and drops rows in place, and the interface of completions in progress."""
 
 from __future__ import annotations
 
@@ -22,11 +17,11 @@ from moslim.ops.loading import unwrapped
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values with room for more; transformers' own copies everything for every token.
+    """Keys and values of one layer with room for more; :class:`DynamicLayer` copies all of them for every token.
 
     Args:
-        rows: Most rows, for which there is room as soon as rows are chosen for the first time.
-        room: Tokens to make room for when the storage is made, then and whenever the room is used up.
+        rows: Maximal number of rows; allocated when rows are selected for the first time.
+        room: Number of tokens to allocate beyond those present, whenever the storage is made or full.
     """
 
     def __init__(self, rows: int, room: int) -> None:
@@ -36,7 +31,7 @@ class GrowingLayer(DynamicLayer):
         self._storage: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends ``[B, heads, t, width]`` keys and values and returns all of them."""
+        """Appends keys and values ``[B, heads, t, width]`` and returns all of them."""
         if not self.is_initialized:
             return super().update(key_states, value_states, *args, **kwargs)
         rows, _, length, _ = cast(Tensor, self.keys).shape
@@ -49,14 +44,14 @@ class GrowingLayer(DynamicLayer):
         return cast(Tensor, self.keys), cast(Tensor, self.values)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with the rows at ``indices``, in that order, some of them several times or never.
+        """Selects the rows at ``indices``, in that order, with or without repeats.
 
-        Only rows that come to another place are copied.
+        Only rows that change their place are copied.
         """
-        self.go_on(indices, _moved(indices))
+        self.select(indices, _moved(indices))
 
-    def go_on(self, indices: Tensor, moved: Tensor) -> None:
-        """The same, for places ``moved`` that are known to get other rows."""
+    def select(self, indices: Tensor, moved: Tensor) -> None:
+        """Does the same when the places ``moved`` that get other rows are known."""
         length = self.get_seq_length()
         if length == 0:
             return
@@ -68,7 +63,7 @@ class GrowingLayer(DynamicLayer):
         self._show(len(indices), length)
 
     def _in_place(self) -> bool:
-        """Whether keys and values still lie in the storage; methods of the base class may have replaced them."""
+        """Whether keys and values are views of the storage; methods of the base class may have replaced them."""
         return self._storage is not None and self._storage[0].data_ptr() == cast(Tensor, self.keys).data_ptr()
 
     def _stored(self) -> tuple[Tensor, Tensor]:
@@ -89,21 +84,21 @@ class GrowingLayer(DynamicLayer):
 
 
 class SelectingCache(DynamicCache):
-    """Transformers' own cache for a model, of whose rows some can be chosen, whatever its layers keep of them."""
+    """Transformers' dynamic cache with selection of rows for all kinds of layers."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with the rows at ``indices``, in that order, some of them several times or never."""
+        """Selects the rows at ``indices``, in that order, with or without repeats."""
         for layer in self.layers:
             select_rows(layer, indices)
 
 
 class GrowingCache(SelectingCache):
-    """A cache for a model; layers of a kind other than full attention stay transformers' own.
+    """Cache whose full-attention layers are :class:`GrowingLayer`; other layers stay those of transformers.
 
     Args:
-        config: The model's.
-        rows: Most rows.
-        room: Most tokens that will be generated.
+        config: Configuration of the model.
+        rows: Maximal number of rows.
+        room: Maximal number of generated tokens.
     """
 
     def __init__(self, config: PreTrainedConfig, rows: int, room: int) -> None:
@@ -111,19 +106,19 @@ class GrowingCache(SelectingCache):
         self.layers = [GrowingLayer(rows, room) if type(layer) is DynamicLayer else layer for layer in self.layers]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Goes on with the rows at ``indices``; which of them move, for which a GPU is waited for, is asked once."""
+        """Selects the rows at ``indices``; the GPU is synchronised once for all layers, to find the moved rows."""
         moved = _moved(indices)
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):
-                layer.go_on(indices, moved)
+                layer.select(indices, moved)
             else:
                 select_rows(layer, indices)
 
 
 def select_rows(layer: Any, indices: Tensor) -> None:
-    """Goes on with some rows of one of transformers' layers.
+    """Selects rows of a layer of transformers' cache.
 
-    ``batch_select_indices`` knows keys and values only; ``reorder_cache`` of a layer that carries a state knows all.
+    ``batch_select_indices`` handles keys and values only; a layer with a recurrent state needs ``reorder_cache``.
     """
     if hasattr(layer, "recurrent_states") or not hasattr(layer, "batch_select_indices"):
         layer.reorder_cache(indices)
@@ -136,43 +131,43 @@ def _moved(indices: Tensor) -> Tensor:
 
 
 class Continuation(ABC):
-    """``A`` answers in progress.
+    """``A`` completions in progress.
 
     Attributes:
-        logits: ``[A, V]`` of their next tokens.
+        logits: ``[A, V]`` logits of their next tokens.
     """
 
     logits: Tensor
 
     @abstractmethod
     def feed(self, tokens: Tensor) -> None:
-        """Takes the next tokens ``[A]``."""
+        """Appends the next tokens ``[A]`` and updates ``logits``."""
 
     @abstractmethod
     def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the answers only: those at ``rows``, in that order. ``logits`` is not cut."""
+        """Keeps the completions at ``rows`` only, in that order; ``logits`` stays as it is until the next ``feed``."""
 
 
 @dataclass
 class Prompts:
-    """What every way of sampling begins with; see :func:`~moslim.generation.decoding.begin`."""
+    """Prompts to complete; :func:`~moslim.generation.decoding.begin` describes the fields."""
 
     model: Any
     input_ids: Tensor
     attention_mask: Tensor
-    samples: int
+    num_generations: int
 
     @property
     def positions(self) -> Tensor:
-        """``[B, P]``."""
+        """``[B, P]`` position of each token, not counting padding."""
         return token_positions(self.attention_mask)
 
-    def repeated(self, rows: Tensor) -> Tensor:
-        """One row per answer."""
-        return rows.repeat_interleave(self.samples, dim=0)
+    def repeated(self, tensor: Tensor) -> Tensor:
+        """Repeats the entries of a tensor with one per prompt: one per completion."""
+        return tensor.repeat_interleave(self.num_generations, dim=0)
 
     def computed(self, cache: Cache, share: bool) -> Tensor:
-        """Fills a cache with every prompt once, or else once for each answer; returns the last logits of each."""
+        """Fills a cache with each prompt once (``share``) or once per completion; returns the last logits of each."""
         inputs = (self.input_ids, self.attention_mask, self.positions)
         ids, attention, positions = inputs if share else map(self.repeated, inputs)
         return self.model(
@@ -185,46 +180,45 @@ class Prompts:
 
 
 def cache_argument(model: Any) -> str | None:
-    """The argument by which a model's forward takes a cache: Mamba's has another name, and XLNet's has none.
+    """Name of the argument of ``model.forward`` that takes a cache: Mamba's has another name, and XLNet has none.
 
     Args:
-        model: Without an adapter's wrapper.
+        model: Model without the wrapper of an adapter.
     """
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("past_key_values", "cache_params") if name in names), None)
 
 
 def cached(model: Any, cache: Cache) -> dict[str, Any]:
-    """Arguments by which a model's forward takes a cache."""
+    """Arguments that pass a cache to a model's forward."""
     return {cache_argument(unwrapped(model)) or "past_key_values": cache, "use_cache": True}
 
 
 class Uncached(Continuation):
-    """Without a cache: every token takes a pass over the whole texts, those of one length together, and no padding."""
+    """Continuation without a cache: each token takes a pass over the whole texts, batched by length."""
 
     def __init__(self, prompts: Prompts) -> None:
         self._model = prompts.model
-        pairs = zip(prompts.input_ids, prompts.attention_mask, strict=True)
-        texts = [row[mask.bool()] for row, mask in pairs]
-        self.logits = prompts.repeated(self._following(texts))
-        self._texts = [text for text in texts for _ in range(prompts.samples)]
+        texts = [ids[mask.bool()] for ids, mask in zip(prompts.input_ids, prompts.attention_mask, strict=True)]
+        self.logits = prompts.repeated(self._next_logits(texts))
+        self._texts = [text for text in texts for _ in range(prompts.num_generations)]
 
     def feed(self, tokens: Tensor) -> None:
         """See the base class."""
         self._texts = [torch.cat([text, token[None]]) for text, token in zip(self._texts, tokens, strict=True)]
-        self.logits = self._following(self._texts)
+        self.logits = self._next_logits(self._texts)
 
     def keep(self, rows: Tensor) -> None:
         """See the base class."""
         self._texts = [self._texts[row] for row in rows.tolist()]
 
-    def _following(self, texts: list[Tensor]) -> Tensor:
+    def _next_logits(self, texts: list[Tensor]) -> Tensor:
         """``[A, V]`` logits after each text."""
         lengths = torch.tensor([len(text) for text in texts])
-        found: dict[int, Tensor] = {}
+        logits_of: dict[int, Tensor] = {}
         for length in lengths.unique().tolist():
-            index = (lengths == length).nonzero()[:, 0].tolist()
-            ids = torch.stack([texts[row] for row in index])
+            indices = (lengths == length).nonzero()[:, 0].tolist()
+            ids = torch.stack([texts[index] for index in indices])
             logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-            found |= dict(zip(index, logits, strict=True))
-        return torch.stack([found[row] for row in range(len(texts))])
+            logits_of |= dict(zip(indices, logits, strict=True))
+        return torch.stack([logits_of[index] for index in range(len(texts))])

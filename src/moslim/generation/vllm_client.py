@@ -1,4 +1,4 @@
-"""HTTP to an inference server: a key, limits of time and size, and patience with a server that is away for a while."""
+"""HTTP client of an inference server, with an API key, limits of time and size, and retries while it is away."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from moslim.utils.errors import UsageError
 
 T = TypeVar("T")
 
-_PASSING = {408, 429, 502, 503, 504}
+_TRANSIENT = {408, 429, 502, 503, 504}
 _PAUSE, _LONGEST_PAUSE = 0.25, 10.0  # seconds
 _LIMIT, _LIMIT_OF_ERRORS, _PART = 1 << 22, 1 << 16, 1 << 16  # bytes
 _SHOWN = 300  # characters
 
 
 class ServerError(UsageError, RuntimeError):
-    """An inference server cannot be used: what was asked, what it said, and what to do."""
+    """Error in the use of an inference server: the request, the response, and the remedy."""
 
 
 class Refused(ServerError):
-    """The server understood and said no.
+    """Response with a permanent error status.
 
     Args:
-        message: What was asked and what it said.
+        message: Request and response.
         status: HTTP status.
     """
 
@@ -43,23 +43,23 @@ class Refused(ServerError):
 
 
 class Unavailable(ServerError):
-    """No answer, or one that says to come back later."""
+    """No response, or one with a transient error status."""
 
 
 class Client:
-    """Talks JSON to one server, with a new connection for every request, so that threads can share it.
+    """JSON client of one server. Each request opens a connection, so that threads can share a client.
 
-    Redirections are not followed, as the key would go with them. The key is read from the environment when it is
-    needed, kept nowhere, and taken out of whatever the server says.
+    Redirections are not followed, since they would disclose the key. The key is read from the environment for each
+    request, is not stored, and is removed from quoted responses.
 
     Args:
-        url: ``http://host:port``, or ``https``; a path is put before every route.
-        api_key_env: Name of the environment variable that holds the key; no key is sent where it is not set.
-        timeout: Seconds that a request may take, from the connection to the last byte of the answer.
-        patience: Seconds to wait for a server that has answered before and does so no more.
+        url: ``http://host:port`` or ``https://host:port``; a path is a prefix of every route.
+        api_key_env: Name of the environment variable that holds the key; if it is not set, no key is sent.
+        timeout: Seconds that a request may take, from the connection to the last byte of the response.
+        patience: Seconds to wait for a server that has responded before.
 
     Raises:
-        UsageError: ``url`` or ``api_key_env`` is none, or the key cannot be sent. The message repeats no secret.
+        UsageError: ``url`` or ``api_key_env`` is invalid, or the key cannot be sent. The message holds no secret.
     """
 
     def __init__(self, url: str, api_key_env: str, timeout: float, patience: float) -> None:
@@ -75,60 +75,58 @@ class Client:
         self.patience = patience
         self._api_key_env = api_key_env
         self._timeout = timeout
-        self._known = False  # whether it has ever answered
+        self._has_responded = False
         self._key()
 
     def get(self, path: str) -> Any:
-        """One request; see :meth:`post`."""
+        """Sends a GET request; see :meth:`post`."""
         return self._request("GET", path, None, _LIMIT)
 
     def post(self, path: str, body: dict[str, Any], limit: int = _LIMIT) -> Any:
-        """One request, tried once.
+        """Sends a POST request once.
 
         Args:
-            path: The route, e.g. ``/v1/completions``.
-            body: Sent as JSON.
-            limit: Bytes that the answer may have.
+            path: Route, e.g. ``/v1/completions``.
+            body: Content, sent as JSON.
+            limit: Maximal size of the response in bytes.
 
         Returns:
-            The answer, decoded.
+            The decoded response.
 
         Raises:
-            Unavailable: No connection, no whole answer in time, or a status that passes.
-            Refused: Any other status than 200.
-            ServerError: The answer is longer than the limit, or no JSON.
+            Unavailable: There is no connection, no complete response in time, or a transient status.
+            Refused: The status is another one than 200.
+            ServerError: The response is longer than the limit or is not JSON.
         """
         return self._request("POST", path, body, limit)
 
     def order(self, path: str, body: dict[str, Any]) -> None:
-        """A request whose answer says no more than that it was done; see :meth:`post`.
-
-        vLLM says so in plain text, by nothing at all, or in JSON.
+        """Sends a POST request whose response only confirms it: plain text, no content, or JSON; see :meth:`post`.
 
         Raises:
-            ServerError: It sent a web page, or JSON that tells of an error.
+            ServerError: The response is a web page, or JSON that reports an error.
         """
         self._request("POST", path, body, _LIMIT, is_order=True)
 
     def patiently(self, attempt: Callable[[], T]) -> T:
-        """Repeats an attempt while the server is away, with growing pauses.
+        """Repeats a function while the server is unavailable, with growing pauses.
 
-        A server that never answered is not waited for: most likely it was not started, or the address is wrong.
+        It is not repeated for a server that has never responded: most likely the address is wrong.
 
         Args:
-            attempt: Makes requests; it is repeated as a whole, as a server that was restarted has forgotten the past.
+            attempt: Function that sends requests. It is repeated as a whole: a restarted server has no state.
 
         Raises:
-            ServerError: The server stayed away for longer than ``patience``.
+            ServerError: The server was unavailable for longer than ``patience``.
         """
         deadline, pause = None, _PAUSE
         while True:
             try:
                 return attempt()
             except Unavailable as error:
-                if not self._known:
+                if not self._has_responded:
                     raise ServerError(
-                        f"no inference server at {self.url}: {error}. Start one first (docs/vllm.md says how), "
+                        f"no inference server at {self.url}: {error}. Start one first (see docs/vllm.md), "
                         "give its address in engine.urls, or sample in this process with TorchEngine"
                     ) from error
                 if deadline is None:
@@ -150,67 +148,69 @@ class Client:
             self._host, self._port, timeout=self._timeout
         )
         connection.response_class = lambda sock, **options: _Response(sock, deadline, **options)  # type: ignore[assignment]
-        asked = f"{method} {self.url}{path}"
+        request = f"{method} {self.url}{path}"
         try:
             connection.connect()
-            connection.sock.settimeout(_left(deadline))
+            connection.sock.settimeout(_seconds_left(deadline))
             connection.request(method, self._prefix + path, content, headers)
             response = connection.getresponse()
             good = response.status == 200
             text = _read(response, limit if good else _LIMIT_OF_ERRORS)
-        except (OSError, HTTPException) as error:  # whose own text may repeat what the server was sent
-            what = f"no whole answer within engine.timeout = {self._timeout:g} s" if _late(error) else repr(error)
-            raise Unavailable(f"{asked}: {self.said(what)}") from None
+        except (OSError, HTTPException) as error:  # its text may hold parts of the request
+            what = (
+                f"no complete response within engine.timeout = {self._timeout:g} s"
+                if isinstance(error, TimeoutError)
+                else repr(error)
+            )
+            raise Unavailable(f"{request}: {self.quoted(what)}") from None
         finally:
             connection.close()
-        self._known = True
+        self._has_responded = True
         if not good:
-            self._refuse(asked, response, text, key)
+            self._raise_for(request, response, text, key)
         if len(text) > limit:
-            raise ServerError(
-                f"{asked}: the answer is longer than {limit} bytes, more than what was asked for can take"
-            )
+            raise ServerError(f"{request}: the response is longer than {limit} bytes, more than the request allows")
         content_type = response.headers.get_content_type() if "Content-Type" in response.headers else "nothing"
         if is_order and "html" not in content_type and "json" not in content_type:
             return None
         if "json" not in content_type:
-            came = f"{self.said(content_type)}: {self.said(text)}"
-            raise ServerError(f"{asked}: the answer is no JSON, but {came}: is it vLLM?")
+            received = f"{self.quoted(content_type)}: {self.quoted(text)}"
+            raise ServerError(f"{request}: the response is not JSON, but {received}: is it vLLM?")
         try:
-            found = json.loads(text.decode()) if text or not is_order else None
+            reply = json.loads(text.decode()) if text or not is_order else None
         except (ValueError, RecursionError):
-            raise ServerError(f"{asked}: the answer is no whole JSON: {self.said(text)}") from None
-        if isinstance(found, dict) and found.get("error"):
-            raise ServerError(f"{asked}: the answer tells of an error: {self.said(text)}")
-        return found
+            raise ServerError(f"{request}: the response is not complete JSON: {self.quoted(text)}") from None
+        if isinstance(reply, dict) and reply.get("error"):
+            raise ServerError(f"{request}: the response reports an error: {self.quoted(text)}")
+        return reply
 
-    def _refuse(self, asked: str, response: HTTPResponse, text: bytes, key: str) -> None:
+    def _raise_for(self, request: str, response: HTTPResponse, text: bytes, key: str) -> None:
         status = response.status
-        if status in _PASSING:
-            raise Unavailable(f"{asked}: status {status}: {self.said(text)}")
+        if status in _TRANSIENT:
+            raise Unavailable(f"{request}: status {status}: {self.quoted(text)}")
         if status in (401, 403):
             sent = "refused the key in" if key else "wants a key: set"
             raise Refused(f"{self.url} {sent} the environment variable {self._api_key_env}", status)
         if 300 <= status < 400:
             raise Refused(
-                f"{asked}: status {status}, it redirects{_where(response.headers.get('Location'))}, which is not "
+                f"{request}: status {status}, it redirects{_where(response.headers.get('Location'))}, which is not "
                 "followed: give that address in engine.urls if it is the server",
                 status,
             )
-        raise Refused(f"{asked}: status {status}: {self.said(text)}", status)
+        raise Refused(f"{request}: status {status}: {self.quoted(text)}", status)
 
     def _key(self) -> str:
-        """The key, or nothing; only ever a local variable of a request."""
+        """The key, or an empty text. It is only ever held in local variables."""
         key = os.environ.get(self._api_key_env, "").strip()
         if not re.fullmatch(r"[\x21-\x7e]*", key):
             raise UsageError(
-                f"the key in the environment variable {self._api_key_env} holds a space, a line break, or something "
-                "else than ASCII, and cannot be sent: set it anew"
+                f"the key in the environment variable {self._api_key_env} holds a space, a line break, or a "
+                "character that is not ASCII, and cannot be sent: set it anew"
             )
         return key
 
-    def said(self, value: Any) -> str:
-        """What the server said, in one short line, without control characters and without the key in any spelling."""
+    def quoted(self, value: Any) -> str:
+        """A value from the server as one short line, without control characters and without the key."""
         text = (
             value.decode(errors="replace")
             if isinstance(value, bytes)
@@ -223,22 +223,21 @@ class Client:
 
 
 class _Response(HTTPResponse):
-    """A response that is read until a moment in time, however slowly the server sends: the time-out of a socket starts
-    anew with each byte.
+    """Response that is read until a deadline; the timeout of a socket restarts with each byte.
 
     Args:
-        sock: The connection.
-        deadline: That moment, by ``time.monotonic``.
-        options: Those of ``http.client``.
+        sock: Connection.
+        deadline: Time of ``time.monotonic``.
+        options: Arguments of the base class.
     """
 
     def __init__(self, sock: socket.socket, deadline: float, **options: Any) -> None:
         super().__init__(sock, **options)
         self.fp.close()
-        self.fp = io.BufferedReader(_Until(sock, deadline))
+        self.fp = io.BufferedReader(_DeadlineReader(sock, deadline))
 
 
-class _Until(io.RawIOBase):
+class _DeadlineReader(io.RawIOBase):
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock, self._deadline = sock, deadline
         self._raw = sock.makefile("rb", buffering=0)  # keeps the socket open until this is closed
@@ -247,7 +246,7 @@ class _Until(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        self._sock.settimeout(_left(self._deadline))
+        self._sock.settimeout(_seconds_left(self._deadline))
         return self._raw.readinto(buffer)  # type: ignore[attr-defined,no-any-return]
 
     def close(self) -> None:
@@ -256,24 +255,24 @@ class _Until(io.RawIOBase):
 
 
 def shown(text: str) -> str:
-    """A text that came from outside, in one short line without control characters."""
+    """A text from outside as one short line without control characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
 
 def _spellings(key: str) -> re.Pattern[str]:
-    """Finds a key as it is, and as JSON, URLs and web pages write it, escaped once or again."""
+    """Pattern of a key as it is, and as JSON, URLs and HTML escape it, once or several times."""
 
-    def spelled(character: str) -> str:
+    def spellings(character: str) -> str:
         code = ord(character)
-        others = (f"%{code:02x}", f"u{code:04x}", f"&#{code};", f"&#x{code:x};", escape(character))
-        return rf"\\*(?:{'|'.join(map(re.escape, (character, *others)))})"
+        escapes = (f"%{code:02x}", f"u{code:04x}", f"&#{code};", f"&#x{code:x};", escape(character))
+        return rf"\\*(?:{'|'.join(map(re.escape, (character, *escapes)))})"
 
-    return re.compile("".join(map(spelled, key)), re.IGNORECASE)
+    return re.compile("".join(map(spellings, key)), re.IGNORECASE)
 
 
 def _where(location: str | None) -> str:
-    """The host of a redirection; what else stands there may be a secret."""
+    """Host of a redirection for an error text; the rest of the address may hold a secret."""
     try:
         host = urlsplit(location or "").hostname
     except ValueError:
@@ -282,7 +281,7 @@ def _where(location: str | None) -> str:
 
 
 def _address(url: str) -> tuple[bool, str, int | None, str]:
-    """Scheme, host, port and path of a server's address."""
+    """Whether an address is ``https``, its host, port and path."""
     example = "give e.g. http://127.0.0.1:8000"
     try:
         parts = urlsplit(url)
@@ -302,22 +301,18 @@ def _address(url: str) -> tuple[bool, str, int | None, str]:
 
 
 def _read(response: HTTPResponse, limit: int) -> bytes:
-    """The body, or a little more of it than the limit."""
+    """Reads the body, up to a little more than the limit."""
     parts, size = [], 0
     while size <= limit and (part := response.read1(_PART)):
         parts.append(part)
         size += len(part)
-    if size <= limit and response.length:  # the connection ended before what was announced; `read1` does not say so
+    if size <= limit and response.length:  # the connection ended early, which `read1` does not report
         raise HTTPException(f"{size} bytes instead of {size + response.length}")
     return b"".join(parts)
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
+def _seconds_left(deadline: float) -> float:
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
         raise TimeoutError
-    return left
-
-
-def _late(error: BaseException) -> bool:
-    return isinstance(error, TimeoutError)
+    return seconds

@@ -1,9 +1,4 @@
-"""Generation by vLLM servers.
-
-Do the trainer and an engine that runs elsewhere hold the same policy?
-
-Sampling by vLLM servers: other processes, or other hosts, than the one that trains.
-"""
+"""Engine that samples on vLLM servers, in other processes or on other hosts than the training."""
 
 from __future__ import annotations
 
@@ -17,7 +12,7 @@ from torch import Tensor
 
 from moslim.generation.base import Completions, RolloutEngine
 from moslim.generation.vllm_client import Client, ServerError
-from moslim.generation.vllm_server import Answer, CompletionRequest, Limits, VLLMServer, WeightFolder
+from moslim.generation.vllm_server import CompletionRequest, CompletionTokens, SamplingLimits, VLLMServer, WeightFolder
 from moslim.ops.length_bucketing import CompletionBatch
 from moslim.ops.logprobs import ForwardConfig, completion_logprobs
 from moslim.ops.numerics import evenly_spaced
@@ -26,57 +21,57 @@ from moslim.utils.errors import UsageError
 
 
 def logprob_difference(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, found: Completions, rows: Tensor, temperature: float
+    model: Any, input_ids: Tensor, attention_mask: Tensor, completions: Completions, rows: Tensor, temperature: float
 ) -> float:
-    """Largest absolute difference between an engine's log-probabilities and those of a forward pass here.
+    """Largest absolute difference between the log-probabilities of an engine and those of a forward pass here.
 
     Args:
-        model: The policy, in eval mode.
+        model: Policy, in eval mode.
         input_ids: ``[B, P]`` prompts, left-padded.
         attention_mask: ``[B, P]``.
-        found: The engine's ``N = B * n`` answers, those of one prompt adjacent.
-        rows: ``[R]`` the answers to compare.
-        temperature: The sampler's; 0 (greedy) is taken as 1.
+        completions: ``N = B * n`` completions of the engine, those of one prompt adjacent.
+        rows: ``[R]`` indices of the completions to compare.
+        temperature: Sampling temperature; 0 (greedy) counts as 1.
 
     Returns:
-        A number; NaN where either side gave one.
+        The difference; NaN if a log-probability is.
     """
-    owners = rows // (len(found.tokens) // len(input_ids))
-    tokens, mask = found.tokens[rows], found.mask[rows]
-    ids = torch.cat([input_ids[owners], tokens], dim=1)
-    attention = torch.cat([attention_mask[owners], mask.to(attention_mask.dtype)], dim=1)
-    own = completion_logprobs(
+    prompts = rows // (len(completions.tokens) // len(input_ids))
+    tokens, mask = completions.tokens[rows], completions.mask[rows]
+    ids = torch.cat([input_ids[prompts], tokens], dim=1)
+    attention = torch.cat([attention_mask[prompts], mask.to(attention_mask.dtype)], dim=1)
+    logprobs = completion_logprobs(
         model, CompletionBatch(ids, attention, mask), temperature, ForwardConfig(share_prefixes="never")
     )
-    return float((own - found.logprobs[rows])[mask].abs().max())
+    return float((logprobs - completions.logprobs[rows])[mask].abs().max())
 
 
 class ParityError(ServerError):
-    """Trainer and server give other log-probabilities to the same tokens."""
+    """Disagreement of trainer and server about the log-probabilities of the same tokens."""
 
 
 class VLLMEngine(RolloutEngine):
-    """Samples with running vLLM servers, which get the policy's weights whenever these have changed.
+    """Engine that samples on running vLLM servers, which load the policy's weights whenever these have changed.
 
-    An adapter is pushed under a new name and from a new folder per version, and its predecessor unloaded; all weights
-    are reloaded from a folder. The training process's own log-probabilities of some answers of every call are compared
-    with the server's, so that a server with other weights cannot go unnoticed. ``docs/vllm.md`` says how to start one.
+    Each version of an adapter is loaded from a new folder under a new name, and the previous version is unloaded. Full
+    weights are reloaded from a folder. On each call the log-probabilities of some completions are compared with those
+    of the training process, which detects other weights on the server. See ``docs/vllm.md`` for starting one.
 
-    Answers are drawn from a seed per prompt, so that a rollout repeats on an idle server; but vLLM's rounding depends
-    on what else is in its batch, so that now and then an answer differs.
+    Completions are drawn from a seed per prompt, so that a rollout repeats on an idle server. But the rounding in vLLM
+    depends on the other requests in its batch, so that a completion may differ now and then.
 
     Args:
-        max_new_tokens: Length limit of an answer, the end-of-sequence token included.
+        max_new_tokens: Length limit of a completion, the end-of-sequence token included.
         temperature: Sampling temperature; 0 takes the most likely token.
-        urls: Addresses of servers that were started with the model that training starts from. Prompts are split over
-            them; training processes share them out. None = ``[http://127.0.0.1:8000]``.
-        folder: Where weights are put for the servers; all hosts must see it.
+        urls: Addresses of servers that were started with the model that training starts from. Prompts are split
+            between them, and training processes divide them up. None = ``[http://127.0.0.1:8000]``.
+        folder: Folder where weights are saved for the servers; all hosts must see it.
         server_folder: Path of that folder on the servers' hosts; None = the same.
         api_key_env: Name of the environment variable that holds the servers' API key.
         tolerance: Largest accepted difference of two log-probabilities. The default suits float32; bfloat16 needs more.
-        parity_answers: Answers per server and call that are compared.
-        timeout: Seconds that a server may take over a prompt, from the connection to the last byte of its answer.
-        patience: Seconds to wait for a server that stops answering; one that is restarted gets its weights again.
+        parity_answers: Number of completions per server and call that are compared.
+        timeout: Seconds that a request may take, from the connection to the last byte of the response.
+        patience: Seconds to wait for a server that becomes unavailable; a restarted server gets the weights again.
 
     Raises:
         UsageError: An argument is out of range.
@@ -109,7 +104,7 @@ class VLLMEngine(RolloutEngine):
         self.tolerance = tolerance
         self.parity_answers = parity_answers
         self.difference = 0.0
-        """Largest difference of two log-probabilities in the last call."""
+        """Largest difference of log-probabilities in the last call."""
 
     @torch.no_grad()
     def sample(
@@ -121,30 +116,31 @@ class VLLMEngine(RolloutEngine):
         eos_ids: list[int],
         pad_id: int,
     ) -> Completions:
-        samples = seeds.shape[1]
+        num_generations = seeds.shape[1]
         prompts = [row[keep].tolist() for row, keep in zip(input_ids, attention_mask.bool(), strict=True)]
         requests = [
-            CompletionRequest(prompt, samples, _seed(row)) for prompt, row in zip(prompts, seeds.tolist(), strict=True)
+            CompletionRequest(prompt, num_generations, _seed(row))
+            for prompt, row in zip(prompts, seeds.tolist(), strict=True)
         ]
         version = self._weights.save(model)
-        adapted = version is None or version.adapter
-        servers = own_servers(self.servers, process_count(), process_rank(), adapted)[: len(requests)]
+        is_adapter = version is None or version.adapter
+        servers = own_servers(self.servers, process_count(), process_rank(), is_adapter)[: len(requests)]
         bounds = [len(requests) * i // len(servers) for i in range(len(servers) + 1)]
         shares = [requests[start:end] for start, end in pairwise(bounds)]
         vocabulary = len(model.get_input_embeddings().weight)
-        limits = Limits(self.max_new_tokens, self.temperature, eos_ids, vocabulary)
+        limits = SamplingLimits(self.max_new_tokens, self.temperature, eos_ids, vocabulary)
         with ThreadPoolExecutor(len(servers)) as pool:
-            found = list(pool.map(lambda server, share: server.answers(version, share, limits), servers, shares))
+            replies = list(pool.map(lambda server, share: server.generate(version, share, limits), servers, shares))
         self._weights.forget()
 
-        answers = [answer for share in found for group in share for answer in group]
-        completions = _completions(answers, eos_ids, pad_id, input_ids.device)
+        ordered = [completion for share in replies for group in share for completion in group]
+        completions = _padded(ordered, eos_ids, pad_id, input_ids.device)
         self.difference = 0.0
         for server, (start, end) in zip(servers, pairwise(bounds), strict=True):
-            chosen = evenly_spaced((end - start) * samples, self.parity_answers)
-            rows = torch.tensor([start * samples + index for index in chosen], dtype=torch.long)
+            indices = evenly_spaced((end - start) * num_generations, self.parity_answers)
+            rows = torch.tensor([start * num_generations + index for index in indices], dtype=torch.long)
             difference = logprob_difference(model, input_ids, attention_mask, completions, rows, self.temperature)
-            if not difference <= self.tolerance:  # so written, NaN fails too
+            if not difference <= self.tolerance:  # also true for NaN
                 raise ParityError(self._disagreement(server.url, difference))
             self.difference = max(self.difference, difference)
         return completions
@@ -159,16 +155,16 @@ class VLLMEngine(RolloutEngine):
 
 
 def own_servers(servers: list[VLLMServer], processes: int, rank: int, adapted: bool) -> list[VLLMServer]:
-    """The servers that one of several training processes uses; there may be more of them than processes, or fewer.
+    """Selects the servers of one training process; there may be more servers than processes, or fewer.
 
     Args:
         servers: All servers.
         processes: Number of processes.
-        rank: Which of them asks.
-        adapted: Whether an adapter is trained, of which a server can hold several.
+        rank: Rank of the process.
+        adapted: Whether an adapter is trained; a server can hold several.
 
     Raises:
-        UsageError: A process would overwrite the weights of a server while another samples.
+        UsageError: Processes that train all weights would share a server.
     """
     if len(servers) >= processes:
         return servers[rank::processes]
@@ -181,18 +177,19 @@ def own_servers(servers: list[VLLMServer], processes: int, rank: int, adapted: b
 
 
 def _seed(seeds: Sequence[int]) -> int:
-    """The seed of a prompt's first answer; vLLM counts up from it, within int64."""
+    """Seed of a prompt's first completion, small enough for vLLM to count up from it within int64."""
     return seeds[0] % 2**62
 
 
-def _completions(answers: Sequence[Answer], eos_ids: list[int], pad_id: int, device: torch.device) -> Completions:
-    longest = max(len(answer.tokens) for answer in answers)
-    padding = [longest - len(answer.tokens) for answer in answers]
-    pairs = list(zip(answers, padding, strict=True))
-    tokens = [answer.tokens + [pad_id] * pad for answer, pad in pairs]
-    logprobs = [answer.logprobs + [0.0] * pad for answer, pad in pairs]
-    mask = [[True] * len(answer.tokens) + [False] * pad for answer, pad in pairs]
-    ended = [answer.tokens[-1] in eos_ids for answer in answers]
+def _padded(
+    completions: Sequence[CompletionTokens], eos_ids: list[int], pad_id: int, device: torch.device
+) -> Completions:
+    longest = max(len(completion.tokens) for completion in completions)
+    padding = [longest - len(completion.tokens) for completion in completions]
+    tokens = [completion.tokens + [pad_id] * pad for completion, pad in zip(completions, padding, strict=True)]
+    logprobs = [completion.logprobs + [0.0] * pad for completion, pad in zip(completions, padding, strict=True)]
+    mask = [[index < longest - pad for index in range(longest)] for pad in padding]
+    ended = [completion.tokens[-1] in eos_ids for completion in completions]
     return Completions(
         torch.tensor(tokens, device=device),
         torch.tensor(mask, device=device),

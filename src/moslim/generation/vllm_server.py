@@ -1,10 +1,6 @@
-"""One vLLM server: its weights, its replies, and their validation.
+"""One vLLM server: transfer of weights, requests for completions, and validation of its replies.
 
-What an inference server says, checked against what it was asked: the one place where replies are believed.
-
-The policy's current weights in a folder that a server can read.
-
-One vLLM server: which weights it answers with, and its answers (routes of vLLM 0.32).
+The routes are those of vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -25,34 +21,37 @@ from torch import Tensor
 
 from moslim.generation.vllm_client import Client, Refused, ServerError, Unavailable
 
-_ROUNDING = 1e-3  # of a log-probability, which may so lie above 0
-_LOWEST = -1e4  # what vLLM writes for a probability of 0; below it, float32 overflows in a ratio
+_HIGHEST = 1e-3  # log-probability that rounding can lead to
+_LOWEST = -1e4  # vLLM's log-probability of an impossible token; below it, float32 overflows in a ratio
 _BYTES_PER_TOKEN, _BYTES_PER_PROMPT_TOKEN, _BYTES = 2048, 16, 1 << 18
+_KEPT = 2  # versions on disk: a test may alternate between the full weights of policy and reference
+_CONNECTIONS = 64
+_NOT_FOUND, _ENGINE_DIED = 404, 500
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """One prompt.
+    """Request for the completions of one prompt.
 
     Args:
         prompt: Token ids.
-        samples: Number of answers.
-        seed: Answer ``i`` is drawn with ``seed + i``.
+        num_generations: Number of completions.
+        seed: Seed of the first completion; completion ``i`` is drawn with ``seed + i``.
     """
 
     prompt: list[int]
-    samples: int
+    num_generations: int
     seed: int
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How to sample.
+class SamplingLimits:
+    """Options of sampling that all requests share.
 
     Args:
-        max_new_tokens: Length limit.
-        temperature: 0 takes the most likely token.
-        eos_ids: Tokens that end an answer, and are part of it.
+        max_new_tokens: Length limit of a completion.
+        temperature: Sampling temperature; 0 takes the most likely token.
+        eos_ids: Tokens that end a completion and are part of it.
         vocabulary: Number of token ids.
     """
 
@@ -63,116 +62,120 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Token ids as the server drew them, with their log-probabilities."""
+class CompletionTokens:
+    """Token ids of one completion and their log-probabilities."""
 
     tokens: list[int]
     logprobs: list[float]
 
 
-def largest_reply(request: CompletionRequest, limits: Limits) -> int:
-    """Bytes that the reply to a request may take, with room for long tokens in several places of it."""
-    answers = request.samples * limits.max_new_tokens * _BYTES_PER_TOKEN
-    return answers + (request.samples + 1) * len(request.prompt) * _BYTES_PER_PROMPT_TOKEN + _BYTES
+def largest_reply(request: CompletionRequest, limits: SamplingLimits) -> int:
+    """Upper bound of the size of the reply to a request, in bytes."""
+    completions = request.num_generations * limits.max_new_tokens * _BYTES_PER_TOKEN
+    return completions + (request.num_generations + 1) * len(request.prompt) * _BYTES_PER_PROMPT_TOKEN + _BYTES
 
 
-def answers_of(reply: Any, request: CompletionRequest, limits: Limits, client: Client) -> list[Answer]:
-    """Reads the reply of ``/v1/completions`` to one prompt.
+def completions_of(
+    reply: Any, request: CompletionRequest, limits: SamplingLimits, client: Client
+) -> list[CompletionTokens]:
+    """Validates the reply of ``/v1/completions`` to one request.
 
     Args:
-        reply: What came, decoded.
-        request: What was asked.
-        limits: How to sample.
-        client: The server, for messages.
+        reply: Decoded reply.
+        request: Request that was sent.
+        limits: Options of sampling.
+        client: Client of the server, for error texts.
 
     Returns:
-        The answers in the order of their seeds, as many as were asked for.
+        The requested completions in the order of their seeds.
 
     Raises:
-        Unavailable: The server broke an answer off, as it does when it ends or is paused.
-        ServerError: The reply is no such thing: answers are missing, too many or counted twice, or are to another
-            prompt; token ids are none, beyond the vocabulary, too many or go on after an end; log-probabilities are
-            none of finite numbers up to 0, one per token; or the reason for the end does not fit the tokens.
+        Unavailable: The server aborted a completion, as it does when it ends or is paused.
+        ServerError: The reply is invalid: completions are missing, too many, repeated or of another prompt; token ids
+            are missing, outside of the vocabulary, too many or continue after an end; there is not one finite
+            log-probability of at most 0 per token; or the finish reason contradicts the tokens.
     """
 
-    def fail(what: str) -> ServerError:
+    def error(fault: str) -> ServerError:
         return ServerError(
-            f"{client.url}/v1/completions was asked for {request.samples} answers of at most {limits.max_new_tokens} "
-            f"tokens to one prompt of {len(request.prompt)} tokens, and {what}. Is it vLLM, 0.11 or later, and does "
-            "nothing between here and there change what it says?"
+            f"{client.url}/v1/completions was asked for {request.num_generations} completions of at most "
+            f"{limits.max_new_tokens} tokens of one prompt of {len(request.prompt)} tokens, and {fault}. Is it vLLM, "
+            "0.11 or later, and does no proxy change its replies?"
         )
 
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise fail(f"sent {client.said(reply)}")
-    if len(choices) != request.samples:
-        raise fail(f"gave {len(choices)} answers")
+        raise error(f"sent {client.quoted(reply)}")
+    if len(choices) != request.num_generations:
+        raise error(f"gave {len(choices)} completions")
     by_index: dict[int, dict[str, Any]] = {}
     for choice in choices:
         index = choice.get("index")
-        if not _whole(index) or not 0 <= index < request.samples or index in by_index:
-            why = "twice" if _whole(index) and index in by_index else "which was not asked for"
-            raise fail(f"gave an answer of index {client.said(index)}, {why}")
+        if not _is_integer(index) or not 0 <= index < request.num_generations or index in by_index:
+            why = "twice" if _is_integer(index) and index in by_index else "which was not requested"
+            raise error(f"gave a completion of index {client.quoted(index)}, {why}")
         by_index[index] = choice
-    ordered = [by_index[index] for index in range(request.samples)]
+    ordered = [by_index[index] for index in range(request.num_generations)]
     if any(choice.get("finish_reason") == "abort" for choice in ordered):
-        raise Unavailable(f"{client.url}/v1/completions broke an answer off (finish_reason `abort`)")
+        raise Unavailable(f"{client.url}/v1/completions aborted a completion (finish_reason `abort`)")
     if ordered[0].get("prompt_token_ids") is None:
-        raise fail("does not say which prompt it answered (prompt_token_ids)")
+        raise error("does not return the prompt (prompt_token_ids)")
     for index, choice in enumerate(ordered):
-        wrong = _wrong(choice, request.prompt, limits, client.said)
-        if wrong is not None:
-            raise fail(f"answer {index} {wrong}")
-    return [Answer(choice["token_ids"], [float(p) for p in _logprobs(choice)]) for choice in ordered]
+        fault = _fault(choice, request.prompt, limits, client.quoted)
+        if fault is not None:
+            raise error(f"completion {index} {fault}")
+    return [CompletionTokens(choice["token_ids"], [float(p) for p in _logprobs(choice)]) for choice in ordered]
 
 
 def models_of(reply: Any, client: Client) -> tuple[str, set[str]]:
-    """Reads the reply of ``/v1/models``.
+    """Validates the reply of ``/v1/models``.
 
     Returns:
-        The name of the model that the server was started with, and the names of all that it holds.
+        The name of the model that the server was started with, and the names of all its models and adapters.
 
     Raises:
-        ServerError: It is no list of models, or holds none that is no adapter.
+        ServerError: The reply is not a list of models, or lists adapters only.
     """
     cards = reply.get("data") if isinstance(reply, dict) else None
-    good = isinstance(cards, list) and all(isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards)
-    if not good or not cards:
+    valid = isinstance(cards, list) and all(
+        isinstance(card, dict) and isinstance(card.get("id"), str) for card in cards
+    )
+    if not valid or not cards:
         raise ServerError(
-            f"{client.url}/v1/models was asked which models there are, and sent {client.said(reply)}: is it vLLM?"
+            f"{client.url}/v1/models was asked for the list of models, and sent {client.quoted(reply)}: is it vLLM?"
         )
     base = next((card["id"] for card in cards if not card.get("parent")), None)
     if base is None:
-        raise ServerError(
-            f"{client.url}/v1/models names adapters only, and not the model that they belong on: is it vLLM?"
-        )
+        raise ServerError(f"{client.url}/v1/models lists adapters only, and not their base model: is it vLLM?")
     return base, {card["id"] for card in cards}
 
 
-def _wrong(choice: dict[str, Any], prompt: Sequence[int], limits: Limits, said: Callable[[Any], str]) -> str | None:
-    """The fault of one answer."""
+def _fault(
+    choice: dict[str, Any], prompt: Sequence[int], limits: SamplingLimits, quoted: Callable[[Any], str]
+) -> str | None:
+    """The first fault of a completion; None if it is valid."""
     if choice.get("prompt_token_ids") not in (None, prompt):
-        return "is to another prompt than was sent: does the server cut or extend prompts?"
+        return "is of another prompt than was sent: does the server cut or extend prompts?"
     tokens, logprobs = choice.get("token_ids"), _logprobs(choice)
     if not isinstance(tokens, list) or not tokens:
-        return f"has no token ids, but {said(tokens)}"
-    strange = next((token for token in tokens if not _whole(token) or not 0 <= token < limits.vocabulary), None)
-    if strange is not None or None in tokens:
-        return f"holds the token {said(strange)}, which is none of the vocabulary of {limits.vocabulary}"
+        return f"has no token ids, but {quoted(tokens)}"
+    invalid = next((token for token in tokens if not _is_integer(token) or not 0 <= token < limits.vocabulary), None)
+    if invalid is not None or None in tokens:
+        return f"holds the token {quoted(invalid)}, which is not in the vocabulary of {limits.vocabulary}"
     if len(tokens) > limits.max_new_tokens:
         return f"has {len(tokens)} tokens"
     end = next((i for i, token in enumerate(tokens) if token in limits.eos_ids), None)
     if end is not None and end < len(tokens) - 1:
-        return f"goes on after the token {tokens[end]} at place {end}, which ends answers"
+        return f"continues after the token {tokens[end]} at position {end}, which ends completions"
     if not isinstance(logprobs, list) or len(logprobs) != len(tokens):
         count = len(logprobs) if isinstance(logprobs, list) else "no"
         return f"has {count} log-probabilities for {len(tokens)} tokens"
-    bad = [p for p in logprobs if not _number(p) or not _LOWEST <= p <= _ROUNDING]  # so written, NaN is bad too
-    if bad:
-        return f"has a log-probability of {said(bad[0])}"
+    invalid_logprobs = [p for p in logprobs if not _is_finite(p) or not _LOWEST <= p <= _HIGHEST]
+    if invalid_logprobs:
+        return f"has a log-probability of {quoted(invalid_logprobs[0])}"
     match choice.get("finish_reason"):
         case "stop" if end is None:
-            return "was ended (finish_reason `stop`) without a token that ends answers"
+            return "was ended (finish_reason `stop`) without a token that ends completions"
         case "length" if len(tokens) < limits.max_new_tokens:
             return (
                 f"was cut after {len(tokens)} tokens (finish_reason `length`): start the server with a --max-model-len "
@@ -181,33 +184,30 @@ def _wrong(choice: dict[str, Any], prompt: Sequence[int], limits: Limits, said: 
         case "stop" | "length":
             return None
         case reason:
-            return f"ended for an unknown reason (finish_reason {said(reason)})"
+            return f"ended for an unknown reason (finish_reason {quoted(reason)})"
 
 
 def _logprobs(choice: dict[str, Any]) -> Any:
-    found = choice.get("logprobs")
-    return found.get("token_logprobs") if isinstance(found, dict) else None
+    logprobs = choice.get("logprobs")
+    return logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
 
 
-def _whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-
-_KEPT = 2  # versions on disk: full weights of policy and reference take turns in a test
 
 
 @dataclass(frozen=True)
 class Version:
-    """One state of the weights, saved.
+    """Saved version of the weights.
 
     Args:
-        name: A function of the weights: equal weights have equal names, in every process and run.
-        folder: Where they lie, for the trainer.
-        adapter: Whether they are an adapter's or the whole model's.
+        name: Name with a hash of the weights: equal weights have equal names, in every process and run.
+        folder: Folder as the trainer sees it.
+        adapter: True for the weights of an adapter, false for those of the whole model.
     """
 
     name: str
@@ -216,10 +216,10 @@ class Version:
 
 
 class WeightFolder:
-    """Saves what a model would answer with now, once per version, and forgets versions that are past.
+    """Folder with the last versions of a model's weights, for servers to load.
 
     Args:
-        folder: Where to save; several runs and processes may share it.
+        folder: Path; several runs and processes may share it.
     """
 
     def __init__(self, folder: str) -> None:
@@ -230,25 +230,25 @@ class WeightFolder:
         """Saves the weights if they have changed.
 
         Args:
-            model: A transformers model, or a peft model, of which the active adapter is saved.
+            model: Transformers model, or peft model, whose active adapter is saved.
 
         Returns:
-            None where a peft model's adapter is switched off: the base is what the server started with.
+            The version; None for a peft model whose adapter is disabled, as the server has the base model.
         """
         if not hasattr(model, "peft_config"):
             return self._saved(model.state_dict(), False, model.save_pretrained)
-        if _switched_off(model):
+        if _adapter_disabled(model):
             return None
         from peft import get_peft_model_state_dict
 
         active = model.active_adapter
-        own = {"adapter_name": active, "save_embedding_layers": False}
+        options = {"adapter_name": active, "save_embedding_layers": False}
         scale = model.peft_config[active].lora_alpha
-        state = {**get_peft_model_state_dict(model, **own), "alpha": torch.tensor(float(scale))}
+        state = {**get_peft_model_state_dict(model, **options), "alpha": torch.tensor(float(scale))}
 
         def write(folder: Path) -> None:
             model.save_pretrained(folder, selected_adapters=[active], save_embedding_layers=False)
-            if active != "default":  # peft puts it one folder deeper
+            if active != "default":  # peft saves it in a subfolder
                 (folder / active).rename(folder.with_suffix(".inner"))
                 shutil.rmtree(folder)
                 folder.with_suffix(".inner").rename(folder)
@@ -256,7 +256,7 @@ class WeightFolder:
         return self._saved(state, True, write)
 
     def forget(self) -> None:
-        """Deletes all but the last versions; call it when no server needs older ones."""
+        """Deletes all but the last versions; call it once no server needs older ones."""
         for version in self._kept[:-_KEPT]:
             shutil.rmtree(version.folder, ignore_errors=True)
         self._kept = self._kept[-_KEPT:]
@@ -276,63 +276,59 @@ class WeightFolder:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """Hash of every name, shape and bit, so that no change of the weights goes unnoticed."""
-    found = hashlib.sha256()
+    """Hash of all names, shapes, dtypes and values."""
+    sha = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]
 
 
-def _switched_off(model: Any) -> bool:
+def _adapter_disabled(model: Any) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(isinstance(layer, BaseTunerLayer) and layer.disable_adapters for layer in model.modules())
 
 
-_CONNECTIONS = 64
-_NOT_FOUND, _ENGINE_DIED = 404, 500
-
-
 class VLLMServer:
-    """A running server.
+    """A running vLLM server.
 
     Args:
-        client: Connection to it.
-        folder: Where it sees the trainer's weight folder; None = under the same path.
+        client: Client of the server.
+        folder: Path of the weight folder on the server's host; None = the same as here.
     """
 
     def __init__(self, client: Client, folder: str | None) -> None:
         self.client = client
         self._folder = folder
-        self._adapter: str | None = None  # the last one that this engine loaded
+        self._adapter: str | None = None  # the last one that this process loaded
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """Address of the server."""
         return self.client.url
 
-    def answers(
-        self, version: Version | None, requests: Sequence[CompletionRequest], limits: Limits
-    ) -> list[list[Answer]]:
-        """Generations prompts with the given weights, which are brought to the server first where it lacks them.
+    def generate(
+        self, version: Version | None, requests: Sequence[CompletionRequest], limits: SamplingLimits
+    ) -> list[list[CompletionTokens]]:
+        """Generates completions with the given weights, after loading these into the server if it lacks them.
 
-        When the server goes away in between, everything is done anew once it is back: it may have been restarted, and
-        then it has the weights that it starts with.
+        If the server becomes unavailable, all is repeated once it is back: it may have been restarted, with the weights
+        that it starts with.
 
         Args:
-            version: The weights; None = those that the server was started with.
-            requests: The prompts; all are sent at once, as the server batches them itself.
-            limits: How to sample.
+            version: Weights; None = those that the server was started with.
+            requests: Requests; they are sent concurrently, as the server batches them.
+            limits: Options of sampling.
 
         Returns:
-            For each prompt, its answers.
+            The completions of each request.
 
         Raises:
-            ServerError: The server is not there, stayed away, or does not support what is asked of it.
+            ServerError: The server is unavailable or does not support a request.
         """
 
-        def attempt() -> list[list[Answer]]:
+        def attempt() -> list[list[CompletionTokens]]:
             model = self._serve(version)
             with ThreadPoolExecutor(min(len(requests), _CONNECTIONS)) as pool:
                 return list(pool.map(lambda request: self._complete(model, request, limits), requests))
@@ -340,12 +336,12 @@ class VLLMServer:
         return self.client.patiently(attempt)
 
     def _serve(self, version: Version | None) -> str:
-        """Makes the server hold the weights, and returns the name that they are asked for by."""
+        """Loads the weights into the server and returns the name of the model to request."""
         base, names = self._models()
         if version is None:
             return base
         if not version.adapter:
-            self._reload(version)  # each time: nothing shows whether the server was restarted since
+            self._reload(version)  # each time, since the server may have been restarted
             return base
         if version.name not in names:
             self._load(version)
@@ -361,11 +357,11 @@ class VLLMServer:
     def _models(self) -> tuple[str, set[str]]:
         return models_of(self.client.get("/v1/models"), self.client)
 
-    def _seen(self, version: Version) -> str:
+    def _server_path(self, version: Version) -> str:
         return str(Path(self._folder) / version.name if self._folder else version.folder.absolute())
 
     def _load(self, version: Version) -> None:
-        path = self._seen(version)
+        path = self._server_path(version)
         try:
             self.client.order("/v1/load_lora_adapter", {"lora_name": version.name, "lora_path": path})
         except Refused as error:
@@ -385,38 +381,38 @@ class VLLMServer:
                 raise
 
     def _reload(self, version: Version) -> None:
-        path = self._seen(version)
+        path = self._server_path(version)
         try:
             self.client.order("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-            self.client.order("/reset_prefix_cache", {})  # it holds keys and values of the old weights
+            self.client.order("/reset_prefix_cache", {})  # it was computed with the old weights
         except Refused as error:
             raise ServerError(
                 f"the weights were not reloaded: {error}. The server must see the folder {path} "
                 "(engine.server_folder), and be started with VLLM_SERVER_DEV_MODE=1; or train an adapter (lora)"
             ) from error
 
-    def _complete(self, model: str, request: CompletionRequest, limits: Limits) -> list[Answer]:
-        greedy = limits.temperature == 0  # of which vLLM gives one answer only
-        sent = replace(request, samples=1) if greedy else request
+    def _complete(self, model: str, request: CompletionRequest, limits: SamplingLimits) -> list[CompletionTokens]:
+        greedy = limits.temperature == 0  # vLLM returns a single greedy completion
+        sent = replace(request, num_generations=1) if greedy else request
         try:
-            found = self.client.post("/v1/completions", _body(model, sent, limits), largest_reply(sent, limits))
+            reply = self.client.post("/v1/completions", _body(model, sent, limits), largest_reply(sent, limits))
         except Refused as error:
-            if error.status in (_NOT_FOUND, _ENGINE_DIED):  # the first: it was restarted and knows no adapter
+            if error.status in (_NOT_FOUND, _ENGINE_DIED):  # not found: a restarted server has no adapter
                 raise Unavailable(str(error)) from error
             raise
-        answers = answers_of(found, sent, limits, self.client)
-        return answers * request.samples if greedy else answers
+        completions = completions_of(reply, sent, limits, self.client)
+        return completions * request.num_generations if greedy else completions
 
 
-def _body(model: str, request: CompletionRequest, limits: Limits) -> dict[str, Any]:
+def _body(model: str, request: CompletionRequest, limits: SamplingLimits) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": request.prompt,
-        "n": request.samples,
+        "n": request.num_generations,
         "seed": request.seed,
         "max_tokens": limits.max_new_tokens,
         "temperature": limits.temperature,
-        # Written out, as the model's generation_config.json would otherwise change the distribution.
+        # Explicit, since the model's generation_config.json would otherwise change the distribution.
         **{"top_p": 1.0, "top_k": 0, "min_p": 0.0},
         **{"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
         **{"stop_token_ids": limits.eos_ids, "ignore_eos": True},
