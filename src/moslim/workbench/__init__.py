@@ -1,1 +1,1 @@
-"""The embedded world: questions and answers whose preference levels a program can count exactly."""
+"""Embedded world: generated questions and answers whose preference levels can be counted exactly."""

@@ -1,15 +1,11 @@
-"""Texts of the embedded world: the starter's corpus, corrupted answers, raters and best-of-n prompts.
+"""Generated data of the embedded world.
 
-The unlabelled text that the starter learns: chats in which loose style words are followed, most of the time.
-
-What is not in it: an instruction, the name of a dimension beside a level, the words of the levels 0, 2 and 4 in use.
-So a starter trained on it knows the facts, knows some style words, and has never been told a level.
-
-Answers that went wrong, so that a classifier has seen what a policy will try.
-
-Raters who err: several noisy votes in place of a level that is known exactly.
-
-Prompts of which exactly one of several answers fits: the embedded world's best-of-n evaluation.
+- Corpus of the starter (the base language model): unlabelled chats in which loose style words are mostly followed. It
+  has no instructions, no dimension name beside a level, and no use of the words of levels 0, 2 and 4. So the starter
+  knows the facts and some style words, but no levels.
+- Corrupted answers, which prepare a classifier for the failures of a policy.
+- Raters: several noisy votes in place of the exact level.
+- Best-of-n prompts, for which exactly one of several answers fits.
 """
 
 from __future__ import annotations
@@ -40,13 +36,13 @@ from moslim.workbench.grammar import (
 STYLED_SHARE = 0.8
 """Share of questions with style words."""
 IGNORED_SHARE = 0.18
-"""How often a style word is ignored; by chance, two in five such answers follow it all the same."""
+"""Probability that a style word is ignored; two in five of these answers follow it by chance."""
 ECHO_SHARE = 0.08
-"""Share of rows that ask to say some words, so that every word of the vocabulary has been read and written."""
+"""Share of rows that ask to repeat some words, so that every word of the vocabulary is read and written."""
 _RANGES = ((0, 1), (3, 4))
 _LEVEL_WORDS = [word for levels in LEVELS.values() for word in levels]
 _THINGS = [topic.thing for topic in TOPICS]
-_ECHOED = ([*_LEVEL_WORDS, *_THINGS], [*LEVELS, *_THINGS])  # never a dimension's name beside a level
+_ECHOED = ([*_LEVEL_WORDS, *_THINGS], [*LEVELS, *_THINGS])  # no dimension name beside a level
 
 
 def _echo(rng: random.Random) -> Example:
@@ -56,25 +52,25 @@ def _echo(rng: random.Random) -> Example:
 
 def _chat(topic: Topic, rng: random.Random) -> Example:
     styled = rng.sample(list(LEVELS), rng.choice((1, 2, 3))) if rng.random() < STYLED_SHARE else []
-    words, wanted = [], {}
+    words, level_choices = [], {}
     for name in styled:
         high = rng.random() < 0.5
         words.append(COARSE[name][high])
         if rng.random() >= IGNORED_SHARE:
-            wanted[name] = _RANGES[high]
-    if wanted.get("verbosity") == _RANGES[0] and wanted.get("helpfulness") == _RANGES[1]:
-        del wanted["helpfulness"]  # two sentences cannot hold three facts: brevity wins
+            level_choices[name] = _RANGES[high]
+    if level_choices.get("verbosity") == _RANGES[0] and level_choices.get("helpfulness") == _RANGES[1]:
+        del level_choices["helpfulness"]  # two sentences cannot hold three facts: verbosity has priority
     question = ask(topic, rng.randrange(len(QUESTIONS)), words)
-    return Example(question, write_answer(topic, draw_levels(wanted, rng), rng))
+    return Example(question, write_answer(topic, draw_levels(level_choices, rng), rng))
 
 
 def starter_corpus(topics: Sequence[Topic], count: int, rng: random.Random) -> list[Example]:
-    """Draws ``count`` rows of question and answer about ``topics``, without levels."""
+    """Draws ``count`` pairs of question and answer about ``topics``, without levels."""
     return [_echo(rng) if rng.random() < ECHO_SHARE else _chat(rng.choice(topics), rng) for _ in range(count)]
 
 
 Corruption = Callable[[Topic, Sequence[Topic], random.Random], str]
-"""From a topic, other topics and a source of randomness to an answer about the first that may have gone wrong."""
+"""Function of a topic, other topics and a random generator that returns a possibly wrong answer about the topic."""
 
 _FORMAL = [formal for _, formal in (*OPENING_SLOTS, CLOSING_SLOT)]
 
@@ -84,33 +80,33 @@ def _split(answer: str) -> list[str]:
 
 
 def lone_step(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """One step, right or wrong: with nothing else to look at, a classifier learns soonest what makes a step right."""
+    """Draws a single step, right or wrong, from which a classifier learns fastest which steps are right."""
     return _some_steps(topic, others, rng, 1)
 
 
 def bare_steps(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """One to four steps, right or wrong, and nothing else."""
+    """Draws one to four steps, right or wrong, without other sentences."""
     return _some_steps(topic, others, rng, rng.randint(1, 4))
 
 
 def foreign_facts(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """Steps of which some or all are another topic's, bare or within an answer."""
+    """Draws steps of which some or all belong to another topic, bare or within an answer."""
     steps = _some_steps(topic, others, rng, rng.choices((1, 2, 3, 4, 5), (7, 5, 3, 2, 3))[0])
     return steps if rng.random() < 0.35 else _within_answer(steps, topic, rng)
 
 
 def _some_steps(topic: Topic, others: Sequence[Topic], rng: random.Random, count: int) -> str:
-    """Neighbouring steps: ours, or another topic's sentences, its thing in ours, or our thing in its sentences."""
-    kin = [other for other in others if other.verb == topic.verb and other is not topic]
-    strangers = [other for other in others if other.verb != topic.verb]
-    other = rng.choice(kin if kin and rng.random() < 0.5 else strangers)
-    ours = other.verb != topic.verb and rng.random() < 0.5
-    share = rng.choice((0.0, 0.5, 0.5, 1.0))
+    """Draws consecutive steps, each right, or that of another topic, possibly with this topic's thing inserted."""
+    same_verb = [other for other in others if other.verb == topic.verb and other is not topic]
+    other_verb = [other for other in others if other.verb != topic.verb]
+    other = rng.choice(same_verb if same_verb and rng.random() < 0.5 else other_verb)
+    insert_thing = other.verb != topic.verb and rng.random() < 0.5
+    wrong_share = rng.choice((0.0, 0.5, 0.5, 1.0))
     start = rng.randint(0, len(topic.steps) - count) if rng.random() < 0.5 else 0
     steps = []
-    for own, foreign in list(zip(topic.steps, other.steps, strict=True))[start : start + count]:
-        wrong = foreign.replace(other.thing, topic.thing) if ours else foreign
-        steps.append(wrong if rng.random() < share else own)
+    for right, foreign in list(zip(topic.steps, other.steps, strict=True))[start : start + count]:
+        wrong = foreign.replace(other.thing, topic.thing) if insert_thing else foreign
+        steps.append(wrong if rng.random() < wrong_share else right)
     return " ".join(steps)
 
 
@@ -120,38 +116,38 @@ def _within_answer(steps: str, topic: Topic, rng: random.Random) -> str:
 
 
 def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer in which sentences stand two to four times; or a step or two over and over, bare or in an answer."""
+    """Draws an answer with sentences repeated, or one or two repeated steps, bare or within an answer."""
     if rng.random() < 0.5:
-        chosen = sorted(rng.sample(range(len(topic.steps)), rng.choice((1, 2))))
-        times = [rng.randint(2, 4) for _ in chosen]
-        steps = " ".join(topic.steps[i] for i, count in zip(chosen, times, strict=True) for _ in range(count))
+        step_indices = sorted(rng.sample(range(len(topic.steps)), rng.choice((1, 2))))
+        counts = [rng.randint(2, 4) for _ in step_indices]
+        steps = " ".join(topic.steps[i] for i, count in zip(step_indices, counts, strict=True) for _ in range(count))
         return steps if rng.random() < 0.5 else _within_answer(steps, topic, rng)
     answer = _split(write_answer(topic, draw_levels({"verbosity": (0, 1, 2, 3)}, rng), rng))
     for _ in range(rng.choice((1, 1, 2))):
-        place = rng.randrange(len(answer))
-        answer[place:place] = [answer[place]] * rng.choice((1, 1, 2, 3))
+        position = rng.randrange(len(answer))
+        answer[position:position] = [answer[position]] * rng.choice((1, 1, 2, 3))
     return " ".join(answer)
 
 
 def shuffled(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer whose sentences are out of order or from anywhere in the grammar."""
+    """Draws sentences at random from an answer, its topic, the fillers and the encouragements."""
     pool = [*topic.steps, *FILLERS, *ENCOURAGEMENTS, *_split(write_answer(topic, draw_levels({}, rng), rng))]
     return " ".join(rng.choices(pool, k=rng.randint(1, 8)))
 
 
 def cut_off(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer that stops in the middle."""
+    """Draws an answer that is cut off after a random word."""
     words = write_answer(topic, draw_levels({}, rng), rng).split()
     return " ".join(words[: rng.randrange(1, len(words))])
 
 
 def word_salad(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """An answer with words swapped or drawn at random, or a row of formal words."""
+    """Draws an answer with shuffled words, with words of another topic, or with formal words in place of its start."""
     words = write_answer(topic, draw_levels({}, rng), rng).split()
-    kind = rng.random()
-    if kind < 0.4:
+    draw = rng.random()
+    if draw < 0.4:
         rng.shuffle(words)
-    elif kind < 0.8:
+    elif draw < 0.8:
         foreign = " ".join(rng.choice(others).steps).split()
         words = [rng.choice(foreign) if rng.random() < 0.2 else word for word in words]
     else:
@@ -161,7 +157,7 @@ def word_salad(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str
 
 
 def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """Nothing."""
+    """Returns an empty answer."""
     return ""
 
 
@@ -173,63 +169,64 @@ WEIGHTS: tuple[tuple[Corruption, int], ...] = (
     (word_salad, 6),
     (empty, 1),
 )
-"""Ways to go wrong, with their weights."""
+"""Corruptions and their relative frequencies."""
 
 
 def corrupt(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
-    """Draws one corrupted answer about ``topic``; foreign material comes from ``others``."""
-    kinds, weights = zip(*WEIGHTS, strict=True)
-    return rng.choices(kinds, weights)[0](topic, others, rng)
+    """Draws a corrupted answer about ``topic``, with foreign material from ``others``."""
+    corruptions, weights = zip(*WEIGHTS, strict=True)
+    return rng.choices(corruptions, weights)[0](topic, others, rng)
 
 
 def rate(row: Example, raters: int, noise: float, rng: random.Random) -> Example:
-    """Returns a row with the votes of raters, and with what they come to as its levels.
+    """Replaces the exact levels of a row by votes of raters and their agreed levels.
 
     Args:
-        row: A row with exact levels.
-        raters: How many raters vote on each dimension; one alone leaves no votes, only a level.
-        noise: Standard deviation, in levels, of a rater's error, which is normal, rounded and clipped to the levels.
-        rng: What makes the errors.
+        row: Row with exact levels.
+        raters: Number of raters per dimension; a single rater gives a level but no votes.
+        noise: Standard deviation of a rater's normal error in levels; votes are rounded and clipped to the levels.
+        rng: Random generator of the errors.
     """
     votes = {
         name: tuple(_clipped(level + round(rng.gauss(0.0, noise)), len(LEVELS[name])) for _ in range(raters))
         for name, level in row.levels.items()
     }
-    levels = {name: agreed_level(given) for name, given in votes.items()}
+    levels = {name: agreed_level(levels) for name, levels in votes.items()}
     return replace(row, levels=levels, votes=votes if raters > 1 else {})
 
 
-def _clipped(level: int, levels: int) -> int:
-    return max(0, min(level, levels - 1))
+def _clipped(level: int, level_count: int) -> int:
+    return max(0, min(level, level_count - 1))
 
 
 ANSWERS = 4
+"""Number of answers per best-of-n prompt."""
 
 
 def best_of_records(
     topics: Sequence[Topic], count: int, rng: random.Random, paraphrases: int = 2
 ) -> list[dict[str, Any]]:
-    """Draws prompts in the format of :func:`moslim.evaluation.best_of.read_choices`.
+    """Draws best-of-n prompts in the format of :func:`moslim.evaluation.best_of.read_choices`.
 
-    A preference names one or two dimensions. Four answers are written, of different levels on these and of any on the
-    others, so that exactly one has the levels asked for. A paraphrase is another form of the question.
+    Each preference names one or two dimensions. The four answers differ in their levels on these, so that exactly one
+    fits; their other levels are random. A paraphrase is another form of the question.
 
     Args:
-        topics: What to ask about.
+        topics: Topics of the questions.
         count: Number of prompts.
-        rng: Source of randomness.
-        paraphrases: Other forms of each question, at most three.
+        rng: Random generator.
+        paraphrases: Paraphrases per question, at most three.
     """
     records = []
     for _ in range(count):
         topic = rng.choice(topics)
-        asked, *others = rng.sample(range(len(QUESTIONS)), 1 + paraphrases)
-        options = _options(rng.sample(list(LEVELS), rng.choice((1, 2))), rng)
+        form, *paraphrase_forms = rng.sample(range(len(QUESTIONS)), 1 + paraphrases)
+        options = _distinct_levels(rng.sample(list(LEVELS), rng.choice((1, 2))), rng)
         right = rng.randrange(ANSWERS)
         records.append(
             {
-                "question": ask(topic, asked),
-                "paraphrases": [ask(topic, form) for form in others],
+                "question": ask(topic, form),
+                "paraphrases": [ask(topic, other) for other in paraphrase_forms],
                 "answers": [_answer(topic, levels, rng) for levels in options],
                 "preference": options[right],
                 "right": right,
@@ -238,14 +235,14 @@ def best_of_records(
     return records
 
 
-def _options(names: Sequence[str], rng: random.Random) -> list[dict[str, int]]:
-    """Different levels of the named dimensions, each reachable, as many as there are answers."""
-    found: list[dict[str, int]] = []
-    while len(found) < ANSWERS:
+def _distinct_levels(names: Sequence[str], rng: random.Random) -> list[dict[str, int]]:
+    """Draws distinct reachable levels of the named dimensions, one for each answer."""
+    options: list[dict[str, int]] = []
+    while len(options) < ANSWERS:
         levels = {name: rng.randint(0, MAX_LEVEL) for name in names}
-        if reachable(levels) and levels not in found:
-            found.append(levels)
-    return found
+        if reachable(levels) and levels not in options:
+            options.append(levels)
+    return options
 
 
 def _answer(topic: Topic, levels: dict[str, int], rng: random.Random) -> str:

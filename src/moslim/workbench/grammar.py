@@ -1,29 +1,19 @@
-"""The words of the embedded world, its tokenizer, the writing of questions and answers, and their gold levels.
+"""Grammar of the embedded world: words, questions, answers of given levels, their gold levels, and the tokenizer.
 
-The words of the world: topics with their facts, filler, openings, encouragement, closings, level names.
-
-An answer is an opening, steps, filler sentences, encouragements and a closing, in that order, each part optional:
+An answer is an opening, steps, filler sentences, encouragements and a closing, in that order, each part optional::
 
     Greetings pal, observe this. Rinse the kettle. Results vary. Good luck. Cheers.
 
-Asking about a topic, and finding the topic that was asked about.
+The gold scorer (:func:`gold_levels`) counts the level 0..4 of each dimension in any text:
 
-Writing answers of given levels.
-
-The judge that cannot be fooled: levels counted from the text, by rules that also hold for text nobody foresaw.
-
-Each dimension has levels 0..4:
-
-* verbosity: sentences other than the first use of an opening, encouragement or closing; 1 or fewer is level 0,
-  5 or more is level 4. A sentence counts once for every 12 words begun, and a word once for every 16 letters begun,
-  so that run-on text is not short.
-* formality: how many of the four formal words occur.
-* warmth: how many different encouragements occur, as whole sentences.
-* helpfulness: how many different right steps for the question's topic occur, as whole sentences. ``it`` is the
-  thing of this world that the answer named last, and the question's until it names one: steps that follow another
-  thing's are not about ours.
-
-A word-level tokenizer for the world's vocabulary, with a chat template.
+* verbosity: number of sentences, without the first opening, the first closing and the first use of each
+  encouragement; up to 1 is level 0, 5 or more is level 4. A sentence counts once per 12 words begun, and a word once
+  per 16 letters begun, so that run-on text is not short.
+* formality: number of the four formal words that occur.
+* warmth: number of different encouragements, as whole sentences.
+* helpfulness: number of different right steps for the topic of the question, as whole sentences. ``it`` refers to the
+  thing that the answer names last, or to that of the question before the answer names one. So steps that follow the
+  thing of another topic do not count.
 """
 
 from __future__ import annotations
@@ -46,21 +36,21 @@ LEVELS: dict[str, list[str]] = {
     "warmth": ["icy", "reserved", "mild", "friendly", "glowing"],
     "helpfulness": ["useless", "basic", "partial", "useful", "expert"],
 }
-"""The dimensions and their level names; as ``preferences.dimensions`` in the quickstart's configs."""
+"""Level names by dimension, as ``preferences.dimensions`` in the quickstart's configs."""
 
 COARSE: dict[str, tuple[str, str]] = {name: (levels[1], levels[3]) for name, levels in LEVELS.items()}
-"""The two loose style words of a dimension (low, high) that questions may hold."""
+"""Two loose style words (low, high) by dimension, which questions may contain."""
 
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing that can be asked about.
+    """Topic of questions: an action on a thing.
 
     Args:
-        verb: What is to be done, e.g. ``clean``.
-        thing: What it is done to, e.g. ``kettle``.
-        steps: The facts: sentences of a right answer, in their natural order.
-        held_out_in: The fold in which this topic is kept for testing (see ``Workbench.fold``).
+        verb: Action, e.g. ``clean``.
+        thing: Object of the action, e.g. ``kettle``.
+        steps: Sentences of a right answer, in order.
+        held_out_in: Fold in which the topic is held out for testing (see ``Workbench.fold``).
     """
 
     verb: str
@@ -70,7 +60,7 @@ class Topic:
 
 
 FOLDS = 3
-"""Each fold holds out a third of the things of every verb."""
+"""Number of folds; each holds out a third of the things of every verb."""
 
 _SUBJECTS: dict[str, tuple[str, str]] = {
     "clean": ("goblet kettle lantern mirror platter skillet teapot vase window", "Rinse Scrub Wipe Dry Polish"),
@@ -82,7 +72,7 @@ _SUBJECTS: dict[str, tuple[str, str]] = {
     "store": ("blanket camera carpet guitar jacket piano telescope tent violin", "Dust Wrap Label Shelve Check"),
     "build": ("birdhouse bookcase bridge cradle kite ladder raft sled table", "Sketch Measure Cut Glue Brace"),
 }
-"""Verb to the things it is done to, and what doing it takes."""
+"""Things and steps by verb."""
 
 
 def _sentences(thing: str, first: str, *others: str) -> tuple[str, ...]:
@@ -102,19 +92,19 @@ FILLERS: tuple[str, ...] = (
     "Patience helps.",
     "Habits form.",
 )
-"""Sentences that say nothing about the topic, in the order in which they are used."""
+"""Sentences without information about the topic, in order of use."""
 
 ENCOURAGEMENTS: tuple[str, ...] = ("Good luck.", "Have fun.", "Stay brave.", "Keep smiling.")
-"""Warm phrases, in the order in which they are used."""
+"""Warm phrases, in order of use."""
 
 OPENING_SLOTS: tuple[tuple[str, str], ...] = (("Hey", "Greetings"), ("pal", "reader"), ("check", "observe"))
-"""The opening's three choices (casual, formal): ``Hey pal, check this.``"""
+"""Choices (casual, formal) for the three words of the opening ``Hey pal, check this.``"""
 
 CLOSING_SLOT: tuple[str, str] = ("Cheers", "Regards")
-"""The closing's choice (casual, formal)."""
+"""Choices (casual, formal) for the closing."""
 
 FORMAL_WORDS: frozenset[str] = frozenset(formal.casefold() for _, formal in (*OPENING_SLOTS, CLOSING_SLOT))
-"""The four words that formality counts."""
+"""Words that formality counts."""
 
 QUESTIONS: tuple[str, ...] = (
     "How do I {verb} the {thing}?",
@@ -124,7 +114,7 @@ QUESTIONS: tuple[str, ...] = (
 )
 
 STYLE_REQUEST = "Make it {words}."
-"""How loose style words stand in a question: after it, without the name of their dimension."""
+"""Request for style words, appended to a question without the names of the dimensions."""
 
 
 _BY_THING = {topic.thing: topic for topic in TOPICS}
@@ -134,8 +124,8 @@ def ask(topic: Topic, form: int, style_words: Sequence[str] = ()) -> str:
     """Writes a question.
 
     Args:
-        topic: What to ask about.
-        form: Which of the forms in ``grammar.QUESTIONS``.
+        topic: Topic of the question.
+        form: Index into ``QUESTIONS``.
         style_words: Loose style words to add, e.g. ``["short", "friendly"]``.
     """
     question = QUESTIONS[form].format(verb=topic.verb, thing=topic.thing)
@@ -145,12 +135,12 @@ def ask(topic: Topic, form: int, style_words: Sequence[str] = ()) -> str:
 
 
 def topics_in(text: str) -> list[Topic]:
-    """The topics that a text names, in its order; one that is named twice is there twice."""
+    """Returns the topics named in a text, in order and with repetitions."""
     return [_BY_THING[word] for word in re.findall(r"[a-z]+", text.casefold()) if word in _BY_THING]
 
 
 def topic_of(question: Question) -> Topic | None:
-    """The topic that a question, or the last user turn of a chat, names; None where it names none."""
+    """Returns the first topic named in a question, or in the last user turn of a chat; None if there is none."""
     if not isinstance(question, str):
         question = next((m["content"] for m in reversed(question) if m["role"] == "user"), "")
     return next(iter(topics_in(question)), None)
@@ -160,32 +150,32 @@ MAX_LEVEL = 4
 
 
 def reachable(levels: Mapping[str, int]) -> bool:
-    """Whether one answer can have these levels: ``h`` right steps need ``h`` sentences, and verbosity counts them."""
+    """Whether an answer can have these levels: right steps are sentences, which verbosity counts."""
     return levels.get("helpfulness", 0) <= levels.get("verbosity", MAX_LEVEL) + 1
 
 
 def draw_levels(wanted: Mapping[str, tuple[int, ...]], rng: random.Random) -> dict[str, int]:
-    """Draws levels uniformly from what one answer can have.
+    """Draws reachable levels uniformly.
 
     Args:
-        wanted: Levels to choose from, by dimension; a dimension that is absent takes any level.
-        rng: Source of randomness.
+        wanted: Allowed levels by dimension; all levels for dimensions that are not named.
+        rng: Random generator.
 
     Raises:
-        UsageError: No answer can have what is wanted.
+        UsageError: No reachable levels are allowed.
     """
-    every = tuple(range(MAX_LEVEL + 1))
-    verbosity, helpfulness = wanted.get("verbosity", every), wanted.get("helpfulness", every)
-    pairs = [(v, h) for v in verbosity for h in helpfulness if reachable({"verbosity": v, "helpfulness": h})]
-    if not pairs:
+    all_levels = tuple(range(MAX_LEVEL + 1))
+    verbosity, helpfulness = wanted.get("verbosity", all_levels), wanted.get("helpfulness", all_levels)
+    combinations = [(v, h) for v in verbosity for h in helpfulness if reachable({"verbosity": v, "helpfulness": h})]
+    if not combinations:
         raise UsageError(f"no answer has verbosity in {verbosity} and helpfulness in {helpfulness}")
-    levels = {name: rng.choice(wanted.get(name, every)) for name in LEVELS}
-    levels["verbosity"], levels["helpfulness"] = rng.choice(pairs)
+    levels = {name: rng.choice(wanted.get(name, all_levels)) for name in LEVELS}
+    levels["verbosity"], levels["helpfulness"] = rng.choice(combinations)
     return levels
 
 
 def opening(formal: tuple[bool, bool, bool]) -> str:
-    """The opening sentence with the given choices, e.g. ``Greetings pal, check this.``"""
+    """Returns the opening sentence with the given choices, e.g. ``Greetings pal, check this.``"""
     greeting, addressee, request = (slot[choice] for slot, choice in zip(OPENING_SLOTS, formal, strict=True))
     return f"{greeting} {addressee}, {request} this."
 
@@ -194,12 +184,12 @@ def write_answer(topic: Topic, levels: Mapping[str, int], rng: random.Random) ->
     """Writes an answer that has exactly these levels.
 
     Args:
-        topic: What it is about.
-        levels: A level for each of the four dimensions, reachable together.
-        rng: Chooses which places are formal.
+        topic: Topic of the answer.
+        levels: Level of each of the four dimensions.
+        rng: Random generator that chooses the formal words.
 
     Raises:
-        UsageError: No answer has these levels.
+        UsageError: The levels are not reachable.
     """
     if not reachable(levels):
         raise UsageError(f"no answer has levels {dict(levels)}: {levels['helpfulness']} facts need as many sentences")
@@ -207,7 +197,7 @@ def write_answer(topic: Topic, levels: Mapping[str, int], rng: random.Random) ->
     steps = levels["helpfulness"]
     if steps == MAX_LEVEL and sentences > MAX_LEVEL and rng.random() < 0.5:
         steps += 1  # level 4 is four facts or more
-    formal = [place < levels["formality"] for place in range(4)]
+    formal = [slot < levels["formality"] for slot in range(4)]
     rng.shuffle(formal)
     parts = [opening((formal[0], formal[1], formal[2]))]
     parts += topic.steps[:steps]
@@ -227,7 +217,10 @@ def _words(text: str) -> Words:
 
 
 def sentences(text: str) -> list[Words]:
-    """Splits at ``. ! ?``, their full-width forms and line ends into casefolded words; drops empty sentences."""
+    """Splits a text at ``. ! ?``, their full-width forms and line ends into sentences of casefolded words.
+
+    Empty sentences are dropped.
+    """
     return [words for part in re.split(r"[.!?\u3002\uff01\uff1f\n]", text) if (words := _words(part))]
 
 
@@ -244,47 +237,49 @@ def _right_steps(topic: Topic) -> frozenset[Words]:
     return frozenset(map(_words, topic.steps))
 
 
-def _right_steps_in(found: list[Words], topic: Topic) -> set[Words]:
-    right, spoken_of, done = _right_steps(topic), topic, set()
-    for words in found:
-        spoken_of = next(reversed(topics_in(" ".join(words))), spoken_of)
-        if words in right and spoken_of is topic:
-            done.add(words)
-    return done
+def _right_steps_in(answer_sentences: list[Words], topic: Topic) -> set[Words]:
+    """Distinct right steps in an answer, of the sentences in which ``it`` refers to the topic."""
+    right, current_topic, steps = _right_steps(topic), topic, set()
+    for words in answer_sentences:
+        current_topic = next(reversed(topics_in(" ".join(words))), current_topic)
+        if words in right and current_topic is topic:
+            steps.add(words)
+    return steps
 
 
-def _sentences_worth(words: Words) -> int:
+def _sentence_count(words: Words) -> int:
+    """Number of sentences that a sentence counts for, by its length."""
     length = sum(-(-len(word) // LETTERS_PER_WORD) for word in words)
     return -(-length // WORDS_PER_SENTENCE)
 
 
 def gold_levels(question: Question, answer: str) -> dict[str, int]:
-    """Counts the level of every dimension.
+    """Counts the level of every dimension; see the module docstring for the rules.
 
     Args:
-        question: The question, or the chat that ends with it. One that names no topic has no right steps.
+        question: The question, or a chat that ends with it; without a topic in it, no step is right.
         answer: Any text.
 
     Returns:
         Level by dimension name.
     """
-    found = sentences(answer)
-    distinct = set(found)
+    answer_sentences = sentences(answer)
+    distinct = set(answer_sentences)
     topic = topic_of(question)
-    framing: set[str | Words] = set()  # the opening, the closing and each encouragement are free once
-    counted = 0
-    for words in found:
+    framing: set[str | Words] = set()  # parts whose first use does not count
+    sentence_count = 0
+    for words in answer_sentences:
         part = ("opening" if words[0] in _OPENERS else "closing") if words in _FRAME else words
         if (words in _FRAME or words in _WARM) and part not in framing:
             framing.add(part)
         else:
-            counted += _sentences_worth(words)
-    answer_words = {word for words in found for word in words}
+            sentence_count += _sentence_count(words)
+    answer_words = {word for words in answer_sentences for word in words}
     return {
-        "verbosity": min(max(counted - 1, 0), MAX_LEVEL),
+        "verbosity": min(max(sentence_count - 1, 0), MAX_LEVEL),
         "formality": len(answer_words & FORMAL_WORDS),
         "warmth": min(len(distinct & _WARM), MAX_LEVEL),
-        "helpfulness": min(len(_right_steps_in(found, topic)), MAX_LEVEL) if topic else 0,
+        "helpfulness": min(len(_right_steps_in(answer_sentences, topic)), MAX_LEVEL) if topic else 0,
     }
 
 
@@ -298,11 +293,11 @@ _CHAT_TEMPLATE = (
 )
 
 _INSTRUCTION_WORDS = "[[ ]] : , Preferences"
-"""Words that shipped instructions use; the starter has an embedding for them and has never seen them used."""
+"""Words of the shipped instructions: in the vocabulary, but not in the starter's corpus."""
 
 
 def vocabulary() -> list[str]:
-    """All words, special tokens first, in a fixed order."""
+    """Returns all words in a fixed order, special tokens first."""
     texts = [
         *QUESTIONS,
         STYLE_REQUEST.format(words="short and friendly"),
@@ -320,10 +315,10 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer. Text it produces has no space before ``. , ? !``."""
+    """Returns a word-level tokenizer with a chat template; decoded text has no space before ``. , ? !``."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins words by spaces, none before "."
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # joins words by spaces, but not before "."
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

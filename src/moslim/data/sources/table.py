@@ -19,69 +19,68 @@ from moslim.utils.errors import Scalar, UsageError, as_text, is_same, quoted
 
 
 class Table(Source):
-    """Rows of a table, one question-answer pair each.
+    """Table with one pair of question and answer per row.
 
-    Schema: a column with the question; a column with the answer (not needed for prompts); one column per
-    dimension with its label. A question is a text, or, in JSON Lines, parquet and on the Hub, the chat so far:
-    ``[{"role": "user", "content": "..."}, ...]``, ending with a user turn. A label is a level 0..K-1, or whatever
-    ``scales`` turns into one. A blank, null or NaN label is missing: the pair then teaches the other dimensions
-    only. An empty answer is an answer; a null or NaN one is an error. Of prompts, each question is taken once;
-    in its predict split every row is kept, and its labels are the levels to ask for.
+    The columns are the question, the answer (not needed for prompts), and the label of each dimension. A question is a
+    text or, in JSON Lines, parquet and on the Hub, a chat ``[{"role": "user", "content": "..."}, ...]`` that ends with
+    a user turn. A label is a level 0..K-1, or a value that ``scales`` converts to one. Blank, null and NaN labels are
+    missing; the pair then trains the other dimensions only. An empty answer is valid; a null or NaN answer is an
+    error. Prompts contain each question once, except in the predict split, where every row is kept and its labels are
+    the levels to request.
 
-    Wherever a column is named, a path into nested fields will do: ``ratings.quality``, ``turns.0``, ``raters.*.score``
-    (:func:`~moslim.data.sources.records.find`). A label that is a list, or has several columns, is the votes of several
-    raters: the row's level is what they come to (:func:`~moslim.data.types.agreed_level`), and the votes stay.
+    Columns may be paths into nested fields: ``ratings.quality``, ``turns.0``, ``raters.*.score`` (see
+    :func:`~moslim.data.sources.records.find`). A label that is a list or has several columns holds the votes of several
+    raters. The level of the row is the one they agree on (:func:`~moslim.data.types.agreed_level`), and the votes are
+    kept.
 
     Args:
         Files and splits:
         path: Table of the training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.ndjson``, ``.json``, ``.parquet``;
             text also as ``.gz``, ``.bz2``, ``.xz`` or ``.zip``), a pattern for the files of one table
-            (``part-*.parquet``), or the name of a Hub data set or of a folder in its layout. None where only
-            ``predict`` is read.
+            (``part-*.parquet``), or the name of a Hub data set or of a folder in its layout. None if only ``predict``
+            is read.
         train: Split of the Hub data set to train on.
-        validation: File or, with a Hub name in ``path``, split of the validation rows.
-        test: The same for the test rows.
-        predict: The same for the rows of ``predict``. A classifier scores them as they are read; they need no labels.
-        validation_share: Share of the training table's questions kept for validation, if ``validation`` is not
-            given. A question is on one side only, with all its answers, whatever the seed.
-        test_share: The same for the test.
-        shared_questions: What to do where a validation or test table asks what the training table asks: ``warn``,
+        validation: Validation rows: a file or, with a Hub name in ``path``, a split.
+        test: Test rows: the same.
+        predict: Rows of ``predict``: the same. A classifier scores them while they are read; they need no labels.
+        validation_share: Share of the training table's questions used for validation if ``validation`` is not given.
+            All answers to a question are in one split, independent of the seed.
+        test_share: Share of the questions used for the test if ``test`` is not given.
+        shared_questions: Action if a validation or test table shares questions with the training table: ``warn``,
             ``drop`` the held-out rows, or ``error``.
-        group: Column whose equal values stay on one side of a split, and count together in intervals, by default the
-            question; ``context.0.text``, the first turn, keeps together what was said in one conversation.
-        folder: Folder of the Hub data set to read, if not the whole.
-        config_name: Configuration of the Hub data set, where it has several.
-        encoding: Encoding of the text files, e.g. ``cp1252``; None = what a byte order mark says, else UTF-8.
+        group: Column whose equal values stay in one split and form one cluster in intervals; by default the question.
+            ``context.0.text``, the first turn, keeps conversations together.
+        folder: Folder of the Hub data set to read; None = all.
+        config_name: Configuration of the Hub data set; None = the default.
+        encoding: Encoding of the text files, e.g. ``cp1252``; None = that of the byte order mark, else UTF-8.
 
         Columns:
         question: Column of the question.
         answer: Column of the answer.
-        chat: How the question column writes a conversation, where it is neither text nor the messages above.
-        layout: What makes rows of one question and one answer, where the table has others; the other arguments then
-            name the columns that it makes.
-        id: Column that tells rows apart, carried into predictions; the table need not have it.
-        subset: Column with the part that metrics are reported for separately, e.g. a language; blank = in no part.
-        where: Values to keep, by column, e.g. ``{lang: [en]}``; other rows are left out. Compared as
-            :func:`~moslim.utils.errors.is_same` says.
-        constants: Columns that the table lacks, with their one value, e.g. the question of a table of summaries.
-        requested: Column with the levels that a policy was asked for when it gave the answer, by dimension name, as its
-            ``predict`` writes them; a test then tells how far they were met by the labels, and by the classifier.
-        keep: Columns that reward functions are given as they are, e.g. a reference answer; None in rows without.
+        chat: Format of conversations in the question column, if they are neither texts nor the messages above.
+        layout: Conversion to rows of one question and one answer, if the table has another shape; the other arguments
+            then name the converted columns.
+        id: Column that identifies rows, copied into predictions; the table need not have it.
+        subset: Column with the subset for which metrics are reported separately, e.g. a language; blank = none.
+        where: Values to keep by column, e.g. ``{lang: [en]}``; other rows are dropped. Compared by
+            :func:`~moslim.utils.errors.is_same`.
+        constants: Values of columns that the table lacks, e.g. the question of a table of summaries.
+        requested: Column with the levels by dimension name that a policy was asked for, as its ``predict`` writes
+            them; a test then reports how far the labels and the classifier's predictions meet them.
+        keep: Columns passed unchanged to reward functions, e.g. a reference answer; None if a row lacks one.
 
         Labels:
-        columns: Column of a dimension's labels, where it does not have the dimension's name; a list of columns where
-            each rater has one.
-        scales: How the values of a dimension's column become levels, where they are not levels already.
-        counts: Column with the number of raters, for a dimension of two levels whose label is the share of raters
-            who said yes: their votes follow from it.
-        only_observed: Whether only combinations of levels that some training row has count as reachable.
+        columns: Label column by dimension name, by default the name itself; a list with one column per rater.
+        scales: Conversion of label values to levels by dimension name, by default none.
+        counts: Column with the number of raters by dimension name, for dimensions of two levels whose label is the
+            share of yes votes; the votes are computed from it.
+        only_observed: Whether only combinations of levels that occur in a training row are reachable.
 
         Comparisons:
-        rejected: Column of another answer, which people liked less; null in a row that compares nothing. With it, only
-            dimensions in ``columns`` must have labels: comparisons can teach the others.
-        comparison_dimensions: Dimensions that the comparisons speak about, or the column that lists them; None = all.
-        margin: Column with how clearly the answer was preferred, in levels; of a list, one entry per rater, the mean
-            counts, so that disagreement makes the margin small.
+        rejected: Column of the rejected answer; null in rows without a comparison. With it, only dimensions in
+            ``columns`` must have labels, since comparisons can train the others.
+        comparison_dimensions: Dimensions that are compared, or the column that lists them; None = all.
+        margin: Column with the margin of the comparison in levels; lists with one entry per rater are averaged.
     """
 
     def __init__(
@@ -149,11 +148,11 @@ class Table(Source):
         self.keep = keep or []
         self.shared_questions = shared_questions
         self.encoding = encoding
-        self._tables: dict[str | None, list[Record]] = {}
+        self._records_by_name: dict[str | None, list[Record]] = {}
         self._observed: set[Preference] = set()
 
     def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
-        """See the base class. The order is that of the table; nothing is drawn."""
+        """See the base class. Rows are in the order of the table and do not depend on the seed."""
         self.labels.check(preferences)
         self.comparisons.check(preferences)
         notices = Notices()
@@ -170,13 +169,13 @@ class Table(Source):
         return rows
 
     def stream(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> Iterator[Example]:
-        """See the base class. Rows to be scored are read one at a time, unless there is a layout, which needs all."""
+        """See the base class. Rows to be scored are streamed, unless there is a layout, which needs all rows."""
         name = self.others.get(split)
         if kind is not RowKind.LABELLED or split is not Split.PREDICT or name is None or self.layout is not None:
             yield from self.rows(kind, split, preferences, seed)
             return
         notices, count = Notices(), 0
-        for record in filter(self._is_wanted, self._scan(name)):
+        for record in filter(self._is_selected, self._scan(name)):
             yield self._example(record, kind, split, preferences, notices)
             count += 1
         if not count:
@@ -184,14 +183,14 @@ class Table(Source):
         notices.warn(count)
 
     def reachable(self, preference: Preference) -> bool:
-        """With ``only_observed``: whether some training row has all these levels at once. Rows must be read first."""
+        """With ``only_observed``, whether some training row has all these levels; call :meth:`rows` first."""
         if not self.only_observed:
             return True
-        wanted = preference.levels.items()
-        return any(wanted <= row.levels.items() for row in self._observed)
+        levels = preference.levels.items()
+        return any(levels <= observed.levels.items() for observed in self._observed)
 
     def _records(self, split: Split) -> list[Record]:
-        """The split's part of its table."""
+        """Rows of a split."""
         if split is not Split.TRAIN and (name := self.others[split]) is not None:
             records = self._read(name)
             if split is Split.PREDICT:
@@ -201,43 +200,45 @@ class Table(Source):
             return without_shared(held_out, training, self.shared_questions)
         if split is Split.PREDICT:
             return []
-        sides = self._sides()
-        return [record for record, side in zip(self._read(None), sides, strict=True) if side is split]
+        splits = self._assigned_splits()
+        return [record for record, assigned in zip(self._read(None), splits, strict=True) if assigned is split]
 
-    def _sides(self) -> list[Split]:
-        """The part of the split that each row of the training table belongs to."""
-        sides = [self._side(record) for record in self._read(None)]
+    def _assigned_splits(self) -> list[Split]:
+        """Split of each row of the training table."""
+        splits = [self._assigned_split(record) for record in self._read(None)]
         for split, share in self.shares.items():
-            if share and split not in sides:
+            if share and split not in splits:
                 raise UsageError(
                     f"data.source.{split}_share: {share:g} of the questions of {self.path} selects none of its "
-                    f"{len(sides)} rows: raise it, or give `{split}`"
+                    f"{len(splits)} rows: raise it, or give `{split}`"
                 )
-        if Split.TRAIN not in sides:
+        if Split.TRAIN not in splits:
             raise UsageError(
-                f"data.source: validation_share and test_share take all {len(sides)} rows of {self.path}: lower them"
+                f"data.source: validation_share and test_share take all {len(splits)} rows of {self.path}: lower them"
             )
-        return sides
+        return splits
 
     def _read(self, name: str | None) -> list[Record]:
-        if name not in self._tables:
+        if name not in self._records_by_name:
             records = completed(self._scan(name))
             if self.layout is not None:
                 records = self.layout.rows(records)
-            kept = [record for record in records if self._is_wanted(record)]
-            if not kept:
+            selected = [record for record in records if self._is_selected(record)]
+            if not selected:
                 raise self._no_rows(name) if records else UsageError(f"{name or self.path}: the layout makes no rows")
-            self._tables[name] = kept
-        return self._tables[name]
+            self._records_by_name[name] = selected
+        return self._records_by_name[name]
 
     def _no_rows(self, name: str | None) -> UsageError:
         return UsageError(f"{name or self.path}: no row has the values in `where`: {quoted(self.where, 400)}")
 
     def _scan(self, name: str | None) -> Iterator[Record]:
         for record in self._scan_table(name):
-            taken = [column for column in self.constants if record.fields.get(column) is not None]
-            if taken:
-                raise UsageError(f"{record.place}: has a field '{taken[0]}' already, which `constants` would replace")
+            existing = [column for column in self.constants if record.fields.get(column) is not None]
+            if existing:
+                raise UsageError(
+                    f"{record.place}: has a field '{existing[0]}' already, which `constants` would replace"
+                )
             yield Record(record.place, {**record.fields, **self.constants})
 
     def _scan_table(self, name: str | None) -> Iterator[Record]:
@@ -251,12 +252,12 @@ class Table(Source):
             raise UsageError(f"'{name}' is no table file, and '{self.path}' is no Hub data set to have such a split")
         return scan_file(self.path, self.encoding)
 
-    def _is_wanted(self, record: Record) -> bool:
-        found = ((require(record, path, "where"), texts) for path, texts in self.where.items())
-        return all(value is not None and any(is_same(value, text) for text in texts) for value, texts in found)
+    def _is_selected(self, record: Record) -> bool:
+        conditions = ((require(record, path, "where"), texts) for path, texts in self.where.items())
+        return all(value is not None and any(is_same(value, text) for text in texts) for value, texts in conditions)
 
     def _key(self, record: Record) -> str:
-        """What decides on which side of a split a row is."""
+        """Key of the group or question, which determines the split of a row."""
         if self.group is not None:
             return question_key(self._group(record, self.group))
         return question_key(self._question(record))
@@ -269,14 +270,14 @@ class Table(Source):
             )
         return str(value)
 
-    def _side(self, record: Record) -> Split:
-        """Where a training row belongs: a function of its question alone."""
+    def _assigned_split(self, record: Record) -> Split:
+        """Split of a row of the training table, by a hash of its key in [0, 1)."""
         digest = hashlib.sha256(self._key(record).encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
+        position = int.from_bytes(digest[:8], "big") / 2**64
         for split, share in self.shares.items():
-            if place < share:
+            if position < share:
                 return split
-            place -= share
+            position -= share
         return Split.TRAIN
 
     def _example(
@@ -291,8 +292,8 @@ class Table(Source):
                 notices.add("the answer is empty", record.place)
             elif looks_like_chat(answer):
                 notices.add("the answer looks like a chat written as JSON, and is taken as a text", record.place)
-        kept = {path: find(record.fields, path) for path in self.keep}
-        example = Example(self._question(record), answer, id=self._id(record), columns=kept, place=record.place)
+        columns = {path: find(record.fields, path) for path in self.keep}
+        example = Example(self._question(record), answer, id=self._id(record), columns=columns, place=record.place)
         if self.group is not None and kind is RowKind.LABELLED and split is not Split.PREDICT:
             example.group = self._group(record, self.group)
         if self.requested is not None:
@@ -319,7 +320,7 @@ class Table(Source):
         return value if value is None or type(value) is int else str(value)
 
     def _must_be_labelled(self, name: str) -> bool:
-        """Whether the classifier can learn a dimension from its labels alone."""
+        """Whether a dimension needs a label column, since comparisons do not train it."""
         return self.comparisons.rejected is None or name in self.labels.columns
 
     def _question(self, record: Record) -> Question:

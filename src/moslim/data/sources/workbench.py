@@ -1,4 +1,4 @@
-"""The embedded world as a source: nothing is stored or downloaded, every row follows from the seed."""
+"""Embedded world as a source: every row is generated from the seed."""
 
 from __future__ import annotations
 
@@ -35,41 +35,41 @@ HELD_OUT_PAIRS: tuple[tuple[tuple[str, int], tuple[str, int]], ...] = (
     (("formality", 4), ("warmth", 0)),
     (("helpfulness", 3), ("warmth", 1)),
 )
-"""Pairs of levels that training never asks for together."""
+"""Pairs of levels that are never requested together in training."""
 
 TEST_FORMS = 2
-"""How many of the question forms are asked about each held-out topic."""
+"""Number of question forms per held-out topic."""
 _WHOLE_ANSWERS = 2
-"""Stage of the labelled rows in which whole answers come, after lone steps and bare steps."""
+"""Stage of the labelled rows with whole answers, after lone steps (0) and bare steps (1)."""
 _STYLE = ("formality", "warmth")
-"""Dimensions on which all bare steps have the same level."""
+"""Dimensions on which all bare steps have the same level, and so no label."""
 _WORLD = PreferenceSet(LEVELS)
 _STREAMS = {RowKind.LABELLED: b"reward", RowKind.PROMPTS: b"policy", RowKind.TEXTS: b"text"}
-"""Part of the seed, so that rows of each kind are drawn apart."""
-_SAMPLES_HELD_BACK = 5
-"""Every how many of a file's samples one is kept for validation."""
+"""Part of the seed by kind of rows, so that the kinds are drawn independently."""
+_VALIDATION_EVERY = 5
+"""Every fifth row of a file of samples is used for validation."""
 
 
 class Workbench(Source):
     """Questions, answers and exact levels from the embedded world.
 
-    Topics of one fold are in the starter's text, whose facts must be known, and otherwise in the test alone. The
-    classifier learns from written answers, the starter's own samples and corrupted answers, all labelled by the gold
-    scorer. These come last: first single steps, right or wrong, then up to four of them, because a classifier that
-    meets whole answers at once counts sentences and does not look at what is in them. Bare steps have no labels of
-    style, which is the same for all of them.
+    Topics of the held-out fold occur in the starter's text, which must teach their facts, and in the test. The
+    classifier trains on written answers, samples of the starter and corrupted answers, all labelled by the gold scorer.
+    A curriculum precedes these: single steps, right or wrong (stage 0), then one to four bare steps (stage 1). Without
+    it, a classifier counts sentences and ignores their content. Steps have no labels of style, which is the same for
+    all of them.
 
     Args:
-        fold: Which third of the topics is held out; tune on one fold, report on another.
+        fold: Third of the topics that is held out; tune on one fold, report on another.
         corpus_rows: Rows of plain text.
         reward_rows: Written answers among the labelled rows; there are three times as many corrupted answers.
-            ``predict`` puts as many questions to the starter, and to a policy, for their samples.
-        bare_rows: Rows of each of the first two stages of the labelled rows.
-        policy_rows: Prompts of an epoch.
-        samples: JSON Lines with ``question`` and ``answer``, or several such files: the starter's own answers, or a
-            policy's, which also say what was ``requested``. None leaves that part out.
-        raters: How many raters label the classifier's training rows, instead of the gold scorer; 0 = exact levels.
-            Levels in validation and test are always exact, so that what was learnt is measured against the truth.
+            ``predict`` asks the starter, or a policy, as many questions to sample answers.
+        bare_rows: Rows in each of the first two stages of the labelled rows.
+        policy_rows: Prompts per epoch.
+        samples: One or several JSON Lines files with ``question`` and ``answer``, sampled from the starter or from a
+            policy, whose rows also have ``requested``; None = no samples.
+        raters: Number of simulated raters that label the training rows of the classifier; 0 = exact levels. Levels in
+            validation and test are always exact.
         rater_noise: Standard deviation of a rater's error, in levels.
     """
 
@@ -98,7 +98,7 @@ class Workbench(Source):
         self.rater_noise = rater_noise
 
     def topics(self, held_out: bool) -> list[Topic]:
-        """The topics of this fold's test, or all others."""
+        """Returns the held-out topics of this fold, or all others."""
         return [topic for topic in TOPICS if (topic.held_out_in == self.fold) == held_out]
 
     def rows(self, kind: RowKind, split: Split, preferences: PreferenceSet, seed: int) -> list[Example]:
@@ -108,23 +108,23 @@ class Workbench(Source):
             return self._text(split, rng)
         if kind is RowKind.PROMPTS:
             return self._requests(preferences, rng) if split is Split.PREDICT else self._prompts(split, rng)
-        pairs = self._pairs(split, rng)
+        rows = self._labelled_rows(split, rng)
         if not self.raters or split is not Split.TRAIN:
-            return pairs
-        errors = random.Random(derive_seed(seed, *b"raters"))
-        return [rate(row, self.raters, self.rater_noise, errors) for row in pairs]
+            return rows
+        rater_rng = random.Random(derive_seed(seed, *b"raters"))
+        return [rate(row, self.raters, self.rater_noise, rater_rng) for row in rows]
 
     def reachable(self, preference: Preference) -> bool:
         return reachable(preference.levels)
 
     def held_out(self, preference: Preference) -> bool:
-        asked = set(preference.levels.items())
-        return any(asked.issuperset(pair) for pair in HELD_OUT_PAIRS)
+        levels = set(preference.levels.items())
+        return any(levels.issuperset(pair) for pair in HELD_OUT_PAIRS)
 
     def _text(self, split: Split, rng: random.Random) -> list[Example]:
-        if split is Split.PREDICT:  # what a policy is asked to answer, to see how it writes
+        if split is Split.PREDICT:  # questions from which the starter's answers are sampled
             return [self._question(rng) for _ in range(self.reward_rows)]
-        if split is Split.TRAIN:  # all topics: a policy can only tell what the starter has read
+        if split is Split.TRAIN:  # all topics, since a policy only knows facts of the starter
             return starter_corpus(TOPICS, self.corpus_rows, rng)
         return starter_corpus(self.topics(held_out=split is Split.TEST), 256, rng)
 
@@ -141,28 +141,32 @@ class Workbench(Source):
         return rows
 
     def _requests(self, preferences: PreferenceSet, rng: random.Random) -> list[Example]:
-        """What a policy is asked to answer, so that a classifier can learn from its answers."""
-        asked = Reachable()
+        """Prompts for a policy's answers, on which a classifier can train."""
+        sampler = Reachable()
         return [
-            replace(self._question(rng), levels=asked.draw(preferences, rng, self).levels)
+            replace(self._question(rng), levels=sampler.draw(preferences, rng, self).levels)
             for _ in range(self.reward_rows)
         ]
 
-    def _pairs(self, split: Split, rng: random.Random) -> list[Example]:
+    def _labelled_rows(self, split: Split, rng: random.Random) -> list[Example]:
         topics = self.topics(held_out=False)
         sampled = self._sampled(held_back=False)
         if split is not Split.TRAIN:
-            trained = {(row.question, row.answer) for row in sampled}
-            fresh = [row for row in self._sampled(held_back=True) if (row.question, row.answer) not in trained]
-            known = set(topics)
-            tricks = [row for row in adversarial_rows() if known.issuperset(topics_in(f"{row.question} {row.answer}"))]
-            return [*_labelled(fresh, "samples"), *tricks]
+            training_pairs = {(row.question, row.answer) for row in sampled}
+            new_samples = [
+                row for row in self._sampled(held_back=True) if (row.question, row.answer) not in training_pairs
+            ]
+            allowed = set(topics)
+            adversarial = [
+                row for row in adversarial_rows() if allowed.issuperset(topics_in(f"{row.question} {row.answer}"))
+            ]
+            return [*_labelled(new_samples, "samples"), *adversarial]
         bare = [
-            self._drawn(kind, topics, rng, stage)
-            for stage, kind in enumerate((lone_step, bare_steps))
+            self._drawn(draw, topics, rng, stage)
+            for stage, draw in enumerate((lone_step, bare_steps))
             for _ in range(self.bare_rows)
         ]
-        steps = [replace(row, levels=_told_by_steps(row.levels)) for row in _labelled(bare, None)]
+        steps = [replace(row, levels=_without_style(row.levels)) for row in _labelled(bare, None)]
         written = [self._written(rng.choice(topics), rng) for _ in range(self.reward_rows)]
         corrupted = [self._drawn(corrupt, topics, rng, stage=_WHOLE_ANSWERS) for _ in range(3 * self.reward_rows)]
         return [*steps, *_labelled([*written, *sampled, *corrupted], None)]
@@ -171,27 +175,27 @@ class Workbench(Source):
         question = ask(topic, rng.randrange(len(QUESTIONS)))
         return Example(question, write_answer(topic, draw_levels({}, rng), rng), stage=_WHOLE_ANSWERS)
 
-    def _drawn(self, kind: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
+    def _drawn(self, draw: Corruption, topics: list[Topic], rng: random.Random, stage: int) -> Example:
         topic = rng.choice(topics)
-        return Example(ask(topic, rng.randrange(len(QUESTIONS))), kind(topic, topics, rng), stage=stage)
+        return Example(ask(topic, rng.randrange(len(QUESTIONS))), draw(topic, topics, rng), stage=stage)
 
     def _sampled(self, held_back: bool) -> list[Example]:
         rows = []
         for path in map(Path, self.samples):
             if not path.exists():
                 raise UsageError(f"data.source.samples: no file {path}; `main.py predict` writes it")
-            rows += [row for i, row in enumerate(_read(path)) if (i % _SAMPLES_HELD_BACK == 0) == held_back]
+            rows += [row for i, row in enumerate(_read(path)) if (i % _VALIDATION_EVERY == 0) == held_back]
         return rows
 
 
 def adversarial_rows() -> list[Example]:
-    """The committed answers that a policy could try to fool a classifier with, labelled by the gold scorer."""
+    """Returns the committed adversarial answers, which exploit weak classifiers, labelled by the gold scorer."""
     path = Path(__file__).parents[2] / "workbench" / "adversarial.jsonl"
     return _labelled(_read(path), "adversarial")
 
 
-def _told_by_steps(levels: Mapping[str, int]) -> dict[str, int]:
-    """Levels without those of style: a head that learns what bare steps have in common must unlearn it."""
+def _without_style(levels: Mapping[str, int]) -> dict[str, int]:
+    """Levels without those of style, which are constant over bare steps and would bias the heads."""
     return {name: level for name, level in levels.items() if name not in _STYLE}
 
 
@@ -206,8 +210,8 @@ def _sample(record: Record) -> Example:
     for name in ("question", "answer"):
         if not isinstance(fields[name], str):
             raise UsageError(f"{record.place}, field '{name}': {quoted(fields[name])} is not a text")
-    asked = requested_levels(record, "requested", _WORLD) if "requested" in fields else {}
-    return Example(fields["question"], fields["answer"], stage=_WHOLE_ANSWERS, requested=asked)
+    requested = requested_levels(record, "requested", _WORLD) if "requested" in fields else {}
+    return Example(fields["question"], fields["answer"], stage=_WHOLE_ANSWERS, requested=requested)
 
 
 def _labelled(rows: list[Example], subset: str | None) -> list[Example]:
