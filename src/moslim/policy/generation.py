@@ -1,14 +1,10 @@
-"""Generation of completions for prompts, and options of off-policy completions.
+"""Generation of completions from prompts, and options of off-policy completions.
 
-From prompts to texts: sampling, and the seeds that make every answer a function of what it answers.
-
-Answers that were not drawn from the policy that learns from them: what it does about that, and how it is measured.
-
-The sampler's weights may be older (a :class:`~moslim.policy.rollout.CompletionSource`), top-k and top-p leave tokens
-out, and another program rounds in another way. Each token's, or answer's, part of the loss is then weighted by the
-ratio of its probabilities under policy and sampler, truncated from above (IMPALA, arXiv 1802.01561; TRL calls it
-``vllm_importance_sampling``). Probability ratios, clips and KL estimates go on comparing with the policy at the start
-of the update.
+The policy that sampled the completions (behavior policy) can differ from the policy at the start of the update (old
+policy): its weights are older (:class:`~moslim.policy.rollout.CompletionSource`), top-k and top-p leave tokens out, or
+another program rounds differently. The loss of each token or completion is then multiplied by the importance weight
+``min(exp(old_logprobs - behavior_logprobs), importance_clip)`` (IMPALA, arXiv 1802.01561; TRL's
+``vllm_importance_sampling_correction``). Probability ratios, clips and KL estimates use ``old_logprobs``.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from moslim.utils.errors import UsageError
 
 
 class Purpose(IntEnum):
-    """What a seed is for."""
+    """Purpose of a seed."""
 
     TRAIN = 0
     EVALUATE = 1
@@ -41,14 +37,14 @@ class Purpose(IntEnum):
 
 @dataclass
 class Generations:
-    """``N = B * n`` answers, those of one prompt adjacent.
+    """``N = B * n`` completions, those of one prompt adjacent.
 
     Args:
-        completions: The tokens.
-        input_ids: ``[N, P + T]`` prompts and answers.
+        completions: Tokens, masks and log-probabilities.
+        input_ids: ``[N, P + T]`` prompts and completions.
         attention_mask: ``[N, P + T]``.
         questions: ``N`` questions without the instruction.
-        texts: ``N`` decoded answers, without special tokens, stop strings and stop tokens.
+        texts: ``N`` decoded completions, without special tokens, stop strings and stop tokens.
     """
 
     completions: Completions
@@ -59,22 +55,26 @@ class Generations:
 
 
 BatchKey = tuple[int, int]
-"""A training batch of prompts: epoch, and batch number not counting repeats."""
+"""A training batch of prompts: epoch, and batch number without repeats."""
 
 
 def completion_seeds(keys: Sequence[Sequence[int]], samples: int, device: torch.device) -> Tensor:
-    """One seed per answer ``[B, n]``, from what identifies each of the ``B`` prompts and the sample's number."""
-    rows = [[derive_seed(*key, sample) for sample in range(samples)] for key in keys]
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    """``[B, n]`` seeds, one per completion, from the key of each of the ``B`` prompts and the completion's number."""
+    seeds = [[derive_seed(*key, number) for number in range(samples)] for key in keys]
+    return torch.tensor(seeds, dtype=torch.int64, device=device)
 
 
 class CompletionGenerator:
-    """Samples answers with a model and decodes them. ``eos_ids`` are all tokens that end one, ``pad_id`` follows them.
+    """Samples completions with a model and decodes them.
 
     Args:
-        engine: What samples.
-        tokenizer: The policy's.
-        eos_ids: Tokens that end an answer.
+        engine: Sampling engine.
+        tokenizer: Tokenizer of the policy.
+        eos_ids: Tokens that end a completion.
+
+    Attributes:
+        eos_ids: These, and the stop tokens of the engine.
+        pad_id: Token that fills a completion after its end.
     """
 
     def __init__(self, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, eos_ids: list[int]) -> None:
@@ -88,42 +88,42 @@ class CompletionGenerator:
     def __call__(
         self, model: Any, batch: PromptBatch, keys: Sequence[Sequence[int]], samples: int, finite: bool = True
     ) -> Generations:
-        """Generations a batch of prompts.
+        """Generates completions of a batch of prompts.
 
         Args:
-            model: The policy or its reference.
+            model: Policy or reference.
             batch: ``B`` prompts.
-            keys: What identifies each of them; an answer depends on its prompt, its key and its number (and
-                where the engine draws by ``multinomial``, on the batch).
-            samples: Answers per prompt, ``n``.
-            finite: Whether to refuse answers of a model that gives no numbers.
+            keys: ``B`` keys of the random numbers. A completion depends on its prompt, its key and its number (and on
+                the batch, if the engine samples with ``multinomial``).
+            samples: Completions per prompt, ``n``.
+            finite: Whether NaN or infinite log-probabilities raise an error.
 
         Raises:
-            UsageError: No answer is asked for, or a log-probability is not finite.
+            UsageError: ``samples`` is below 1, or a log-probability is not finite.
         """
         if samples < 1:
             raise UsageError(f"samples is {samples}: give 1 or more")
         seeds = completion_seeds(keys, samples, batch.input_ids.device)
         with evaluating(model):
-            found = self.engine.sample(model, batch.input_ids, batch.attention_mask, seeds, self.eos_ids, self.pad_id)
-        if finite and (reason := nonfinite("a log-probability", found.logprobs[found.mask])):
+            completions = self.engine.sample(
+                model, batch.input_ids, batch.attention_mask, seeds, self.eos_ids, self.pad_id
+            )
+        if finite and (reason := nonfinite("a log-probability", completions.logprobs[completions.mask])):
             raise UsageError(
                 f"{reason} of sampled answers: the model's weights are damaged, take an earlier checkpoint"
             )
         prompts = batch.input_ids.repeat_interleave(samples, dim=0)
         prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)
-        tokens = found.tokens.cpu()
-        text_mask = found.mask.cpu() & ~torch.isin(tokens, self._stop_ids)
-        text_token_ids = [row[keep].tolist() for row, keep in zip(tokens, text_mask, strict=True)]
+        tokens = completions.tokens.cpu()
+        text_mask = completions.mask.cpu() & ~torch.isin(tokens, self._stop_ids)
+        text_token_ids = [ids[keep].tolist() for ids, keep in zip(tokens, text_mask, strict=True)]
+        texts = self.tokenizer.batch_decode(text_token_ids, skip_special_tokens=True)
         return Generations(
-            found,
-            torch.cat([prompts, found.tokens], dim=1),
-            torch.cat([prompt_mask, found.mask.to(prompt_mask.dtype)], dim=1),
+            completions,
+            torch.cat([prompts, completions.tokens], dim=1),
+            torch.cat([prompt_mask, completions.mask.to(prompt_mask.dtype)], dim=1),
             [question for question in batch.questions for _ in range(samples)],
-            [
-                self.engine.before_stop(text)
-                for text in self.tokenizer.batch_decode(text_token_ids, skip_special_tokens=True)
-            ],
+            [self.engine.before_stop(text) for text in texts],
         )
 
 
@@ -132,15 +132,14 @@ OldLogprobs = Literal["auto", "recompute"]
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """What is done about answers that another policy sampled.
+    """Treatment of completions that another policy sampled.
 
     Args:
-        importance_clip: Largest weight of a token or answer by which its part of the loss is corrected; None corrects
-            nothing.
-        old_logprobs: What probability ratios compare with after the first optimizer step on a rollout; before it, the
-            policy is compared with itself. ``auto`` takes the engine's log-probabilities wherever it had the current
-            weights, but makes a forward pass for them where numbers are rounded to fewer digits than float32 has;
-            ``recompute`` always does, and corrects for the engine's rounding.
+        importance_clip: Largest importance weight of a token or completion; None = no correction.
+        old_logprobs: Source of ``old_logprobs`` after the first optimizer step on a rollout; in that first step they
+            are those of its own forward pass. ``auto`` uses the log-probabilities by the engine if it had the current
+            weights, and recomputes them in precision below float32. ``recompute`` always makes a forward pass, and
+            corrects for the rounding of the engine.
 
     Raises:
         UsageError: An option is out of range.
@@ -158,39 +157,43 @@ class OffPolicy:
             raise UsageError(f"off_policy.old_logprobs is '{self.old_logprobs}': give 'auto' or 'recompute'")
 
 
-def with_logprobs(found: Completions, logprobs: Tensor) -> Completions:
-    """The same answers as the policy sees them; what they were drawn from is kept beside.
+def with_logprobs(completions: Completions, logprobs: Tensor) -> Completions:
+    """The same completions with log-probabilities of the policy; those of the sampler become ``behavior_logprobs``.
 
     Args:
-        found: ``N`` answers of a sampler.
-        logprobs: ``[N, T]`` under the policy that is about to learn.
+        completions: ``N`` completions.
+        logprobs: ``[N, T]`` log-probabilities under the policy.
     """
-    sampler = found.logprobs if found.behavior_logprobs is None else found.behavior_logprobs
-    return replace(found, logprobs=logprobs, behavior_logprobs=sampler)
+    behavior_logprobs = completions.behavior_logprobs
+    if behavior_logprobs is None:
+        behavior_logprobs = completions.logprobs
+    return replace(completions, logprobs=logprobs, behavior_logprobs=behavior_logprobs)
 
 
 def rounded_anew(
-    logprobs: Tensor, old: Tensor, sampler: Tensor | None, in_process: bool
+    logprobs: Tensor, old_logprobs: Tensor, behavior_logprobs: Tensor | None, in_process: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Puts log-probabilities of another computation by the same weights in the place of earlier ones.
+    """Replaces old log-probabilities by recomputed ones of the same weights.
 
-    What top-k and top-p made of the distribution is kept as the sampler measured it. The rounding of an engine in this
-    process is taken for none; that of another program is corrected, as it may be more than rounding.
+    The effect of top-k and top-p, ``old_logprobs - behavior_logprobs``, is kept. Without it, the rounding of an engine
+    in this process is ignored; the log-probabilities by another program become ``behavior_logprobs``, so that its
+    deviation is corrected.
 
     Args:
-        logprobs: ``[N, T]``, the new ones.
-        old: ``[N, T]``, the earlier ones.
-        sampler: ``[N, T]``, under what the tokens were drawn from; None = what ``old`` is of.
-        in_process: Whether the engine computes with the policy itself.
+        logprobs: ``[N, T]`` recomputed log-probabilities.
+        old_logprobs: ``[N, T]`` log-probabilities that they replace.
+        behavior_logprobs: ``[N, T]`` log-probabilities under the policy that sampled the tokens; None = that of
+            ``old_logprobs``.
+        in_process: Whether the engine samples with the policy's own weights in this process.
 
     Returns:
-        The new old log-probabilities, and those of the sampler.
+        The new ``old_logprobs`` and ``behavior_logprobs``.
     """
-    if sampler is None:
-        return logprobs, None if in_process else old
-    return logprobs, logprobs - (old - sampler)
+    if behavior_logprobs is None:
+        return logprobs, None if in_process else old_logprobs
+    return logprobs, logprobs - (old_logprobs - behavior_logprobs)
 
 
 def reduced_precision(model: Any) -> bool:
-    """Whether a model's passes round to fewer digits than float32 has, by its weights or by autocast."""
+    """Whether the forward passes of a model have a precision below float32, by its weights or by autocast."""
     return torch.is_autocast_enabled(model.device.type) or torch.finfo(model.dtype).eps > 1e-6

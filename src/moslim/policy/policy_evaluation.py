@@ -1,9 +1,4 @@
-"""Evaluation of a policy: level sweeps, judged completions and the report.
-
-Collects judged answers over an evaluation, and makes the steerability report of them.
-
-What is done with a policy, however it was trained: it is swept and judged, asked, and exported.
-"""
+"""Evaluation, prediction and export of a policy: level sweeps, judged completions and the steerability report."""
 
 from __future__ import annotations
 
@@ -47,28 +42,28 @@ from moslim.utils.files import Result, copy_report
 from moslim.utils.folders import refuse_sources, whole_folder
 
 TRAINING_CLASSIFIER = JudgeInfo("training classifier", proxy=True)
-"""The judge of last resort: the classifier that gave the rewards."""
+"""The judge if none is configured: the classifier that gave the rewards."""
 
 
 class EvaluationCollector:
-    """The records of one evaluation, by who answered (``policy``, ``base``)."""
+    """The records of one evaluation, by the model that made the completions (``policy``, ``base``)."""
 
     def __init__(self) -> None:
         self._records: dict[str, list[Records]] = {}
 
     def clear(self) -> None:
-        """Forgets what an interrupted evaluation collected."""
+        """Discards the records of an interrupted evaluation."""
         self._records.clear()
 
     def add(self, who: str, batch: PromptBatch, answers: Generations, probs: Tensor, judge: Judge | None) -> None:
-        """Judges the answers to a batch and keeps the outcome.
+        """Judges the completions of a batch and records the result.
 
         Args:
-            who: Who answered.
+            who: Model that made the completions.
             batch: ``B`` prompts.
-            answers: ``N = B * n`` answers.
+            answers: ``N = B * n`` completions.
             probs: ``[N, D, K]`` level probabilities of the training classifier.
-            judge: Who measures achieved levels; None takes the classifier's most probable ones.
+            judge: Measures achieved levels; None = the classifier's most probable levels.
         """
         samples = len(answers.texts) // len(batch.questions)
         achieved = probs.argmax(dim=-1).float() if judge is None else judge.levels(answers.questions, answers.texts)
@@ -84,18 +79,18 @@ class EvaluationCollector:
         )
 
     def gathered(self, who: str) -> Records:
-        """The records of all processes in canonical order; every process must ask."""
-        parts = [part for own in gathered(self._records.pop(who, [])) for part in own]
+        """The records of all processes in canonical order; a collective call."""
+        parts = [part for of_process in gathered(self._records.pop(who, [])) for part in of_process]
         return Records.concat(parts).canonical()
 
 
 def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
-    """Writes the report into folders, sends it to the loggers and prints its table; for rank 0.
+    """Writes the report into folders, sends it to the loggers and prints its table; on rank 0 only.
 
     Args:
-        trainer: Its checkpoint says where the training's metrics lie, for the learning curves.
-        result: The steerability result.
-        folders: Where to write; the first one's pictures go to the loggers.
+        trainer: Trainer of the test; the metrics of training are found beside its checkpoint.
+        result: Steerability result.
+        folders: Folders to write; the pictures of the first one go to the loggers.
     """
     checkpoint = trainer.ckpt_path
     metrics = Path(checkpoint).parent.parent / "metrics.csv" if checkpoint else None
@@ -115,10 +110,10 @@ _OF_CLASSIFIER = ("dimensions", "pooling", "layer", "link", "temperatures", "pai
 
 
 class PolicyEvaluation(RunModule, ServedModule):
-    """A policy with its reference and its classifier: validation, test, answers and export.
+    """Base class of :class:`~moslim.PolicyTrainer`: models, validation, test, prediction and export.
 
     Args:
-        critic: Critic that the policy is trained with; None = none.
+        critic: Options of the critic; None = no critic.
         others: See :class:`~moslim.PolicyTrainer`, whose hyper-parameters are saved here.
     """
 
@@ -182,7 +177,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         return fit_tokenizer(tokenizer, self.policy, self.model_path)
 
     def longest(self, wanted: int | None) -> int | None:
-        """Most tokens of a prompt, given the data module's limit; the longest answer must fit behind it."""
+        """Maximum prompt tokens, given the data module's limit, such that the longest completion fits."""
         completion = self.answerer.engine.max_new_tokens
         return Positions.of(self.policy).longest(wanted, self.model_path, completion)
 
@@ -210,10 +205,10 @@ class PolicyEvaluation(RunModule, ServedModule):
         }
 
     def date_classifier(self, day: str | None = None) -> None:
-        """Gives the classifier's chat template a date, if it asks for one and was saved without.
+        """Sets the date of the classifier's chat template, if it needs one and was saved without.
 
         Args:
-            day: That of a checkpoint's run; None = the data module's.
+            day: Date of the checkpoint's run; None = that of the data module.
         """
         day = getattr(self.data, "template_date", None) or day or getattr(self.data, "day", None)
         if day is not None and self._undated:
@@ -232,11 +227,11 @@ class PolicyEvaluation(RunModule, ServedModule):
 
     @property
     def exact_judge(self) -> Judge | None:
-        """The judge, unless it is itself a learned model: what training rollouts may be measured by."""
+        """The judge of training rollouts: the configured one unless it is a learned model."""
         return None if self.judge is None or self.judge.proxy else self.judge
 
     def settings(self) -> dict[str, Any]:
-        """What a result is to be compared by; it goes into the report."""
+        """Options for the report by which results are compared."""
         return {}
 
     @torch.no_grad()
@@ -247,33 +242,33 @@ class PolicyEvaluation(RunModule, ServedModule):
         self._sweep.add(who, batch, answers, self.score(answers), judge)
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets what an interrupted evaluation collected."""
+        """Discards the records of an interrupted evaluation."""
         self._sweep.clear()
         self.models.gather()
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Generations a small level sweep, judged by the training classifier, for the choice of checkpoints."""
+        """Generates a small level sweep, judged by the training classifier, for the choice of checkpoints."""
         self._evaluate("policy", self.policy, batch, None)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the measures of steerability under ``val/``."""
         self.models.release()
-        found = measures(self._sweep.gathered("policy"), self.preferences)
-        values = {f"val/{name}": value for name, value in found["mean"].items()}
-        for dimension, own in found["dimensions"].items():
-            values |= {f"val/{dimension}/{name}": value for name, value in own.items()}
+        result = measures(self._sweep.gathered("policy"), self.preferences)
+        values = {f"val/{name}": value for name, value in result["mean"].items()}
+        for dimension, measured in result["dimensions"].items():
+            values |= {f"val/{dimension}/{name}": value for name, value in measured.items()}
         self.log_dict({name: value for name, value in values.items() if value is not None})
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Generations the full sweep, with the policy and with what it started from, and has the answers judged."""
+        """Generates the full level sweep with the policy and with the reference, and judges the completions."""
         self._evaluate("policy", self.policy, batch, self.judge)
         with self.models.reference() as reference:
             self._evaluate("base", reference, batch, self.judge)
 
     def on_test_epoch_end(self) -> None:
-        """Writes the steerability report into the run's folder, and a copy of it where ``report`` says."""
+        """Writes the steerability report into the run's folder, and a copy into the folder ``report``."""
         self.models.release()
         policy, base = self._sweep.gathered("policy"), self._sweep.gathered("base")
         judge = self.judge.info if self.judge else TRAINING_CLASSIFIER
@@ -284,7 +279,7 @@ class PolicyEvaluation(RunModule, ServedModule):
             publish(self.trainer, result, folders)
 
     def predictions_depend_on(self, rows: Callable[[], Iterable[Prompt]]) -> dict[str, Any]:
-        """Weights, prompts as the policy reads them, and how answers are drawn."""
+        """Weights, rendered prompts and sampling options."""
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         renderer = datamodule.renderer(self.tokenizer)
         digest = hashlib.sha256()
@@ -301,7 +296,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         }
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Generations the rows of a file; the records are written to the file of ``predictions``."""
+        """Generates a completion for each prompt; the records are written to the file ``predictions``."""
         keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
         answers = self.answerer(self.policy, batch, keys, 1)
         return [
@@ -310,15 +305,15 @@ class PolicyEvaluation(RunModule, ServedModule):
         ]
 
     def answer(self, question: Question, levels: Mapping[str, int | str], samples: int = 1) -> list[str]:
-        """Generations one question at the levels asked for; the data module says how they are written.
+        """Generates completions of one question at requested levels, with the data module's instruction.
 
         Args:
-            question: The question.
-            levels: Wanted level by dimension name, each by its name or its number (0 = lowest); may be empty.
-            samples: Number of answers.
+            question: Text or chat.
+            levels: Requested level by dimension name, each by its name or its number (0 = lowest); may be empty.
+            samples: Number of completions.
 
         Raises:
-            UsageError: No prompt can be made of the question, e.g. as it is empty.
+            UsageError: The question cannot be rendered as a prompt, e.g. since it is empty.
         """
         renderer = self.trainer.datamodule.renderer(self.tokenizer)  # type: ignore[attr-defined]
         preference = self.preferences.requested(levels)
@@ -335,7 +330,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         Its generation config is the one that it was trained with, see :mod:`moslim.ops.loading`.
 
         Raises:
-            ValueError: That folder holds what the run is built on, or a classifier.
+            UsageError: The folder holds a model that the run is built on, or a classifier.
         """
         sources = {
             "model.model": self.model_path,
@@ -348,7 +343,7 @@ class PolicyEvaluation(RunModule, ServedModule):
             save_as_trained(merged(self.policy), part, self.answerer.engine, ends, pad)
             self.tokenizer.save_pretrained(part)
             data = self.data
-            if data is not None:  # only it knows how levels are written
+            if data is not None:  # the data module has the instruction
                 renderer = data.renderer(self.tokenizer)
                 card = policy_card(renderer, self.tokenizer, self.model_path, self.answerer.engine)
                 (part / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Who takes part in policy optimisation: the policy that learns, its critic, the reference that it started from."""
+"""The models of policy optimisation and their shared weights: policy, critic, reference and classifier."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ Role = Literal["policy", "reference", "classifier", "critic"]
 
 
 class PolicyModels:
-    """The policy and who shares its weights.
+    """Policy, reference, critic and classifier in one object; :meth:`activate` selects the role of a forward pass.
 
-    With LoRA there is one frozen base: policy, critic and classifier are adapters or heads on it, and the reference is
-    the base with the adapters off. Otherwise all weights are trained and the reference is a frozen copy.
+    With LoRA they share one frozen base: policy, critic and classifier are adapters or heads on it, and the reference
+    is the base with the adapters off. Without LoRA all weights are trained and the reference is a frozen copy.
 
-    It is no ``nn.Module``: the reference is neither trained nor saved, so it stays out of the module's parameters.
-    ``policy`` and ``critic`` (a value head) are for the module to register.
+    This is not an ``nn.Module``, so that the reference, which is neither trained nor saved, is no submodule. The
+    LightningModule registers ``policy`` and ``critic`` (a value head).
 
     Args:
-        model: The causal language model to start from.
-        lora: Train a low-rank adapter; None trains all weights, and the reference is a copy.
-        gradient_checkpointing: Compute the policy's activations twice to save memory.
-        critic: What the policy optimizer asks for; None = no critic.
+        model: Causal language model to start from.
+        lora: Options of the policy's low-rank adapter; None = all weights are trained.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
+        critic: Options of the critic; None = no critic.
 
     Attributes:
-        active: Whose passes the policy's model makes at present.
+        active: Role that is active at present.
 
     Raises:
-        UsageError: An adapter is to have dropout; or the critic's has no frozen base to stand on, or would be lost in
-            recomputed activations.
+        UsageError: An adapter has dropout, or the critic has an adapter without ``lora`` or with
+            ``gradient_checkpointing``.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class PolicyModels:
         return self._copy is None
 
     def attach(self, classifier: SavedAdapter) -> None:
-        """Puts a classifier's adapter, frozen, on the policy's base; :mod:`moslim.policy.shared_backbone` asks before.
+        """Adds the frozen adapter of a classifier to the policy's base, see :mod:`moslim.policy.shared_backbone`.
 
         Raises:
             UsageError: The adapter does not fit the base.
@@ -99,38 +99,38 @@ class PolicyModels:
         return "classifier" in self._adapters
 
     def to(self, device: torch.device, convert: Callable[[nn.Module], nn.Module]) -> None:
-        """Moves the reference and gives it the run's precision, as the module's weights are given it."""
+        """Moves the reference to the device and converts it to the precision of the run."""
         if self._copy is not None:
             self._copy = convert(self._copy).to(device)
 
     @property
     def sharded(self) -> bool:
-        """Whether each process holds a part of the weights only, but for the time of a step."""
+        """Whether each process holds a shard of the weights between steps."""
         return bool(self._shards)
 
     def shard(self, mesh: DeviceMesh) -> None:
-        """Puts the weights of all roles into shards, see :class:`StepShards`."""
+        """Shards the weights of all roles, see :class:`~moslim.training.distributed.StepShards`."""
         models = (unwrapped(self.policy), self.critic, self._copy)
         self._shards = [StepShards(model, mesh) for model in models if model is not None]
 
     @property
     def critic_parameters(self) -> list[nn.Parameter]:
-        """The weights that only the critic has: its head, and its adapter if it has one."""
+        """The weights of the critic only: its head, and its adapter if it has one."""
         return [*(self.critic.parameters() if self.critic is not None else ()), *self.adapter("critic")]
 
     def gather(self) -> None:
-        """Makes sharded weights whole for a step; those of a reference that is a copy, when it is first asked."""
+        """Gathers sharded weights for a step; those of a copied reference are gathered at its first use."""
         for shards in self._trained_shards:
             shards.gather()
 
     def gather_again(self) -> None:
-        """Makes whole what was so before a checkpoint was written, which puts weights into shards."""
+        """Gathers weights again after writing a checkpoint has sharded them."""
         for shards in self._shards:
             if shards.whole:
                 shards.gather()
 
     def release(self) -> None:
-        """Leaves sharded weights in shards, after a step."""
+        """Reshards the weights after a step."""
         for shards in self._shards:
             shards.release()
 
@@ -139,13 +139,13 @@ class PolicyModels:
         return self._shards if self._copy is None else self._shards[:-1]
 
     def frozen(self) -> dict[str, Tensor]:
-        """The reference's weights, which are never trained, by names that do not depend on adapters."""
+        """The weights of the reference by names that do not depend on adapters."""
         return base_weights(self.policy if self._copy is None else self._copy)
 
     def weights(self, role: Role) -> list[Tensor]:
-        """All weights that a pass in a role reads, its head and what it shares with others included.
+        """All weights that a forward pass in a role reads, shared ones and the head of the critic included.
 
-        For the classifier, those on the policy's base, without its heads; none if it shares nothing.
+        For the classifier: those on the policy's base, without its heads; empty if it shares none.
         """
         if role == "classifier" and not self.shares_classifier:
             return []
@@ -156,14 +156,14 @@ class PolicyModels:
         return [*(p for p in self.policy.parameters() if id(p) not in others), *head]
 
     def adapter(self, role: Role) -> list[nn.Parameter]:
-        """The weights of a role's own adapter; none if it has none."""
+        """The weights of a role's own adapter; empty without one."""
         return [self.policy.get_parameter(name) for name in self._adapters.get(role, ())]
 
     @contextmanager
     def activate(self, role: Role) -> Iterator[Any]:
-        """Gives a role's model. Such contexts may be nested; what was active before is so again afterwards.
+        """Context manager that activates a role and returns its model; the earlier role is active again afterwards.
 
-        Gradients flow in the roles of policy and critic only; their backward pass may come after the context.
+        Contexts may be nested. Only policy and critic have gradients, and their backward pass may follow the context.
         """
         before = self.active
         try:
@@ -176,7 +176,7 @@ class PolicyModels:
             self._switch(before)
 
     def reference(self) -> AbstractContextManager[Any]:
-        """Gives the reference model; inside, no gradient may be taken."""
+        """Context manager that activates the reference and returns its model; it has no gradient."""
         return self.activate("reference")
 
     def ref_logprobs(self, batch: CompletionBatch, temperature: float, forward_config: ForwardConfig) -> Tensor:
@@ -185,10 +185,10 @@ class PolicyModels:
             return completion_logprobs(reference, batch, temperature, forward_config)
 
     def values(self, batch: CompletionBatch, forward_config: ForwardConfig, among: Tensor | None = None) -> Tensor:
-        """The critic's values by passes of its own; see :func:`plan` for the arguments.
+        """Values of the critic by separate forward passes; see :func:`~moslim.ops.logprobs.plan` for the arguments.
 
         Returns:
-            ``[N, T]`` float32 or finer, 0 where masked, or not ``among`` those asked for.
+            ``[N, T]`` values, float32 or finer; 0 where masked or not ``among`` the requested completions.
         """
         assert self.critic is not None
         with self.activate("critic") as model:
@@ -204,7 +204,7 @@ class PolicyModels:
         return role if role in self._adapters else "policy"
 
     def _switch(self, role: Role) -> None:
-        """Makes a role's adapter, or none, the active one, and sets right which weights have gradients."""
+        """Activates the adapter of a role, or none, and restores which weights have gradients."""
         self.active = role
         if not self.adapted:
             return
@@ -214,8 +214,7 @@ class PolicyModels:
         else:
             self.policy.base_model.enable_adapter_layers()
             self.policy.set_adapter(adapter)
-        # peft stops the gradients of adapters that are not active, which still have a backward pass before them, and
-        # lets those of the active one flow.
+        # peft disables gradients of inactive adapters, whose backward pass may still follow, and enables the active one
         for other in self._adapters:
             for parameter in self.adapter(other):
                 parameter.requires_grad_(adapter is not None and other != "classifier")
@@ -247,9 +246,9 @@ def _refuse_dropout(option: str, lora: LoraOptions | None) -> None:
 
 
 def _disable_dropout(model: Any) -> None:
-    """Sampled and recomputed log-probabilities must agree, so a policy has no dropout, nor its adapter."""
+    """Sets all dropout rates to 0, since sampled and recomputed log-probabilities must agree."""
     configs = (model.config, model.config.get_text_config())
-    for owner in (*configs, *model.modules()):  # some layers read a rate from the configuration in every pass
+    for owner in (*configs, *model.modules()):  # some layers read a rate from the configuration in each forward pass
         for name, value in vars(owner).items():
             if "drop" in name and isinstance(value, float):
                 setattr(owner, name, 0.0)
@@ -259,7 +258,7 @@ def _disable_dropout(model: Any) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode and back: under gradient checkpointing, sampling in training mode is wrong."""
+    """Context manager with a model in eval mode, since sampling in training mode fails with gradient checkpointing."""
     training = model.training
     model.eval()
     try:

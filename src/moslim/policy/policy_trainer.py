@@ -1,4 +1,4 @@
-"""Training of one policy towards the levels that its prompts ask for."""
+"""Training of a policy to follow the preference levels in its prompts."""
 
 from __future__ import annotations
 
@@ -51,66 +51,68 @@ from moslim.utils.files import due
 
 
 class PolicyTrainer(PolicyEvaluation):
-    """Trains a policy whose prompts say which levels are wanted (MOSLIM, arXiv 2505.20336).
+    """Trains a policy to follow the preference levels that its prompts request (MOSLIM, arXiv 2505.20336).
 
-    A training batch of prompts is answered once and then used for ``batch_repeats`` training steps: the data module
-    yields it that often. Everything drawn is a function of seed, epoch, batch, prompt and sample, so that a resumed
-    run equals the uninterrupted one.
+    For each training batch of prompts one rollout is made (:meth:`RolloutCollector.collect`), which is used for
+    ``num_iterations * minibatches`` training steps (:meth:`PolicyUpdate.loss`); the data module repeats the batch that
+    often. Random numbers depend on seed, epoch, batch, prompt and completion only, so a resumed run equals an
+    uninterrupted one.
 
     Args:
-        preferences: The dimensions that prompts can ask for; the classifier may have more.
+        preferences: Dimensions that prompts can request; the classifier may have more.
         model: Hub name or folder of the causal language model to start from: any chat model, or an adapter (LoRA) of
             one, which is merged into it.
         classifier: Folder or Hub name of a trained reward classifier.
-        mapping: From level probabilities and requested levels to rewards.
-        policy_optimizer: From rewards to advantages and loss.
+        mapping: Maps level probabilities and requested levels to rewards.
+        policy_optimizer: Algorithm; computes advantages and loss, e.g. :class:`~moslim.algorithms.RLOO`.
 
         Model:
-        lora: Train a low-rank adapter; None = train all weights.
+        lora: Options of a low-rank adapter; None = all weights are trained.
         base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
             the adapter names.
-        dtype: Of the weights; with ``float64``, which is for comparisons, the classifier has it too. Weights in
-            ``bfloat16`` or ``float16`` cannot be trained, but low-rank adapters on them can, whose weights are float32;
-            ``float16`` needs ``trainer.precision: 16-mixed`` besides.
+        dtype: Type of the weights. ``float64``, for comparisons, applies to the classifier too. ``bfloat16`` and
+            ``float16`` need ``lora``, whose weights are float32, ``float16`` also ``trainer.precision: 16-mixed``.
         trust_remote_code: Whether code from the model's repository may run.
 
         Generation:
-        engine: Samples the completions; None = :class:`TorchEngine`.
-        num_generations: Completions of each training prompt, ``n``.
-        off_policy: Treatment of completions that another policy sampled; None = corrected.
+        engine: Sampling engine; None = :class:`~moslim.generation.TorchEngine`.
+        num_generations: Completions per training prompt, ``n``.
+        off_policy: Treatment of completions that another policy sampled; None = the defaults of
+            :class:`~moslim.policy.OffPolicy`.
 
         Reward:
         reward_functions: Plain Python functions that reward completions beside the classifier.
-        missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
+        missing_eos_penalty: Deduction from the score of a completion that is truncated at the length limit.
 
         Optimisation:
-        default_kl_coef: Weight of the exact KL divergence to the reference on prompts without instruction, which
-            keeps the behaviour that nobody asked to change.
-        num_iterations: ForwardConfig over a rollout.
-        minibatches: Training steps per pass, each on all completions of some of the prompts.
-        optimizer: From parameters to optimizer; None = AdamW, rate 1e-6, or 1e-5 with LoRA.
-        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
+        default_kl_coef: Weight of the exact KL(policy || reference) on prompts without instruction, which preserves
+            the default behaviour.
+        num_iterations: Iterations over each rollout.
+        minibatches: Training steps per iteration, each on all completions of a part of the prompts.
+        optimizer: Callable from parameters to optimizer; None = AdamW with learning rate 1e-6, or 1e-5 with LoRA.
+        lr_scheduler: Callable from optimizer to scheduler, stepped every optimizer step; None = constant rate.
 
         Evaluation:
         judge: Measures achieved levels in the test; None = the training classifier, marked ``proxy``. A judge that is
-            not itself a model also judges training rollouts, beside the classifier.
-        eval_samples: Completions of each prompt in validation and test.
-        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
+            not a learned model also judges training rollouts.
+        eval_samples: Completions per prompt in validation and test.
+        report: Folder for a copy of the test report, which is also written into the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
 
         Resources:
-        forward_config: How log-probabilities of completions are computed; None = every fast way that the model allows.
-        share_backbone: Whether the classifier stands on the policy's frozen base, by an adapter of its own, instead of
-            a second copy of it. It must have been trained with LoRA on the model that the policy starts from, and be
-            exported with ``--form adapter``; ``lora`` must be given. ``auto``: if all that is so.
-        gradient_checkpointing: Save memory by computing activations twice.
-        liger: Use Liger's fused kernels for policy and reference: CUDA only, and ``pip install 'moslim[liger]'``.
+        forward_config: Options of forward passes; None = the defaults of :class:`~moslim.policy.ForwardConfig`.
+        share_backbone: Whether the classifier is an adapter on the policy's frozen base instead of a model of its own.
+            This needs ``lora``, and a classifier that was trained with LoRA on the same base model and exported with
+            ``--form adapter``. ``auto``: if these conditions hold.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
+        liger: Whether policy and reference use Liger's fused kernels: CUDA only, ``pip install 'moslim[liger]'``.
 
         Resuming:
-        reset_state: Accept a checkpoint whose mapping or policy optimizer is of another class, and start these anew.
+        reset_state: Whether a checkpoint with another class of mapping or policy optimizer is accepted; their state
+            then starts anew.
         accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the
-            error that compares them names them. A rollout in use is then made anew.
-        seed: Seed of all that is drawn.
+            error on a difference names them. The rollout in use is then made anew.
+        seed: Seed of all random numbers.
 
     Raises:
         UsageError: An option is out of range, a dimension is unknown to the classifier, or the policy optimizer would
@@ -229,22 +231,22 @@ class PolicyTrainer(PolicyEvaluation):
             importance_clip=self.off_policy.importance_clip,
         )
         self.rollout: Rollout | None = None
-        self.rows: Rollout | None = None  # the part of it that the current step learns from ...
-        self.logprobs: Tensor | None = None  # ... its log-probabilities [N, T] under the current weights ...
-        self.step_loss: Tensor | None = None  # ... and its loss, in this process
+        self.rows: Rollout | None = None  # minibatch of the current step
+        self.logprobs: Tensor | None = None  # its log-probabilities [N, T] under the current weights
+        self.step_loss: Tensor | None = None  # its loss in this process
 
     @property
     def batch_repeats(self) -> int:
-        """How often the data module is to yield each training batch."""
+        """Training steps per rollout; the data module yields each training batch that often."""
         return self.num_iterations * self.minibatches
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps that learn from each rollout."""
+        """Optimizer steps per rollout."""
         return max(1, self.batch_repeats // self.trainer.accumulate_grad_batches)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Also the mapping function and the policy optimizer: the Trainer calls their hooks and saves their state.
+        """Adds mapping function and policy optimizer: the Trainer calls their hooks and saves their state.
 
         Raises:
             UsageError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
@@ -260,10 +262,10 @@ class PolicyTrainer(PolicyEvaluation):
         return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate, apart)
 
     def setup(self, stage: str) -> None:
-        """Moves what is not trained beside the policy.
+        """Moves the frozen reference and the classifier to the device.
 
         Raises:
-            UsageError: Gradient accumulation would mix answers of different policies in one step.
+            UsageError: An optimizer step would end in the middle of a rollout.
         """
         device = self.trainer.strategy.root_device  # the module itself has not been moved yet
         self.models.to(device, self.trainer.precision_plugin.convert_module)
@@ -273,19 +275,19 @@ class PolicyTrainer(PolicyEvaluation):
         self.scorer.reserve(self.instruction_patterns)
         self.date_classifier()
         if stage == "fit":
-            self.rollout = None  # that of an earlier run; a checkpoint's is taken up after this
+            self.rollout = None  # of an earlier run; that of a checkpoint is restored later
             check_accumulation_of_rollouts(self.trainer, self.batch_repeats)
 
     def teardown(self, stage: str) -> None:
-        """Says what the classifier was not shown of the answers."""
+        """Warns of texts that were removed from completions before scoring."""
         if self.scorer.taken_out.texts:
             warnings.warn(f"scored by the classifier: {self.scorer.taken_out}", stacklevel=2)
 
     def configure_model(self) -> None:
-        """Puts the weights into shards, where the strategy wants that.
+        """Shards the weights if the strategy does so.
 
         Raises:
-            UsageError: Answers are sampled with copies of the policy.
+            UsageError: The engine samples with copies of the policy.
         """
         mesh = shard_mesh(self)
         if mesh is None or self.models.sharded:
@@ -299,22 +301,30 @@ class PolicyTrainer(PolicyEvaluation):
         self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
 
     def on_train_start(self) -> None:
-        """Says where an epoch ends within a rollout, which is then used in part."""
+        """Warns if an epoch ends in the middle of a rollout."""
         super().on_train_start()
         warn_of_part_rollouts(self.trainer, self.batch_repeats)
 
     def on_after_backward(self) -> None:
-        """Ends the part of a step that needs whole weights."""
+        """Reshards the weights after the backward pass."""
         self.models.release()
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
-        """One (mini)batch of the current rollout; a new rollout is made when its batch comes for the first time."""
+        """Computes the loss of one minibatch. Makes a new rollout when a batch comes for the first time.
+
+        Args:
+            batch: Prompts of the rollout; the data module yields them ``batch_repeats`` times.
+            batch_idx: Number of the batch in the epoch, repeats included.
+
+        Returns:
+            Scalar loss with gradient.
+        """
         self.models.gather()
         # 1. Collect a rollout when its batch comes for the first time.
         key = (self.current_epoch, batch_idx // self.batch_repeats)
         if self.rollout is None or self.rollout.key != key:
             self.rollout = self._collect(batch, key)
-        # 2. Choose the minibatch, and all those of the rollout that make one optimizer step with it.
+        # 2. Select the minibatch, and all minibatches of the rollout that make one optimizer step with it.
         numbers, scale = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
         together = {number: self._minibatch(self.rollout, number % self.batch_repeats) for number in numbers}
         self.rows = together[batch_idx]
@@ -334,7 +344,7 @@ class PolicyTrainer(PolicyEvaluation):
         return rollout.minibatch(step, self.minibatches, self.num_generations, (self.seed, Purpose.SHUFFLE))
 
     def _collect(self, batch: PromptBatch, key: BatchKey) -> Rollout:
-        """Makes a rollout and logs it; if that fails, the statistics of all parts are what they were before."""
+        """Makes and logs a rollout; restores the state of all plug-ins if that fails."""
         clock = Stopwatch(self.device)
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         watched = any(getattr(callback, "sees_nonfinite", False) for callback in callbacks)
@@ -350,7 +360,7 @@ class PolicyTrainer(PolicyEvaluation):
         progress = averaged(progress_metrics(rollout))
         self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
         if due(self.trainer, self.steps_per_rollout):
-            judge = self.exact_judge  # it reads texts, which takes a while: once
+            judge = self.exact_judge
             judged = judge.levels(rollout.questions, rollout.answers).to(self.device) if judge else None
             metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
             metrics |= level_offsets(rollout, self.preferences, judged)
@@ -361,12 +371,12 @@ class PolicyTrainer(PolicyEvaluation):
 
     @property
     def _plugins(self) -> list[Plugin]:
-        """Mapping function and policy optimizer, with their own parts."""
+        """Mapping function and policy optimizer, with their children."""
         return own_parts([self.mapping, self.policy_optimizer])
 
     @property
     def _sampler(self) -> PreferenceSampler | None:
-        """What draws the requests of the training prompts, where a data module does."""
+        """The data module's sampler of requested preferences; None without one."""
         sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
         return sampler if isinstance(sampler, PreferenceSampler) else None
 
@@ -381,7 +391,7 @@ class PolicyTrainer(PolicyEvaluation):
         }
 
     def settings(self) -> dict[str, Any]:
-        """Options that a result is compared by, for the report: no path, time or version."""
+        """Options for the report by which results are compared, without paths, times and versions."""
         optimizer, source = self.policy_optimizer, self.collector.completion_source
         options = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float))}
         return {
@@ -401,7 +411,7 @@ class PolicyTrainer(PolicyEvaluation):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights, the rollout in use, and a record of what the run must be resumed with."""
+        """Saves trained weights, the rollout in use, and the options that the run must be resumed with."""
         keep_epoch_open(self.trainer, checkpoint)
         drop_frozen(self, checkpoint)
         save_run(checkpoint, self._plugins, self.models, self.scorer.classifier, self.rollout)
@@ -409,11 +419,11 @@ class PolicyTrainer(PolicyEvaluation):
         self.models.gather_again()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Completes the weights and takes up the rollout.
+        """Restores frozen weights and the rollout in use.
 
         Raises:
-            UsageError: The checkpoint belongs to another mapping, policy optimizer, start or classifier, or to one that
-                stands on another backbone; or its weights or rows mean something else than this run believes.
+            UsageError: The checkpoint was made with another mapping, policy optimizer, model, classifier or data, or
+                with other options that change the meaning of its weights.
         """
         run, trainer = saved_run(checkpoint), attached_trainer(self)
         check_parts(run, self._plugins, self.models, self.reset_state)
@@ -423,7 +433,7 @@ class PolicyTrainer(PolicyEvaluation):
             renew_critic(checkpoint, self.state_dict(), trainer is not None and trainer.state.fn == "fit")
         rank = rank_in(checkpoint)
         if rank is not None and run["rollouts"][rank] is not None and not changed:
-            # the module itself may be moved there only after this
+            # the module may be moved to that device only after this
             device = self.device if trainer is None else trainer.strategy.root_device
             self.rollout = Rollout.from_state(run["rollouts"][rank], device)
         restore_frozen(self, checkpoint)

@@ -1,4 +1,4 @@
-"""Rollouts: completions to a batch of prompts, their rewards and advantages, and the collector that makes them."""
+"""Rollouts: completions of a batch of prompts with their rewards and advantages, and the collector that makes them."""
 
 from __future__ import annotations
 
@@ -38,33 +38,37 @@ from moslim.utils.errors import UsageError
 
 @dataclass
 class Rollout:
-    """``N = G * n`` answers to ``G`` prompts, those of one prompt adjacent.
+    """Completions of a batch of prompts, with rewards, log-probabilities and advantages.
+
+    Shapes: ``G`` prompts with ``n`` completions each, ``N = G * n`` completions, those of one prompt adjacent; ``P``
+    prompt tokens, ``T`` completion tokens, ``D`` dimensions of ``K`` levels, ``F`` reward functions. Floats are float32
+    or finer.
 
     Args:
-        key: Which training batch it was sampled for: epoch, and batch number not counting repeats.
-        input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
+        key: Training batch of the rollout: epoch, and batch number without repeats.
+        input_ids: ``[N, P + T]`` prompts, left-padded, and completions, right-padded.
         attention_mask: ``[N, P + T]``.
-        mask: ``[N, T]`` bool, answer tokens up to and including the end-of-sequence token.
-        old_logprobs: ``[N, T]`` float32 or finer, as all that follows; under the policy when it began to learn from
-            them; 0 where masked.
-        ref_logprobs: ``[N, T]``, or None where no KL is asked for.
-        targets: ``[N, D]`` int64, requested levels, -1 = not mentioned.
-        probs: ``[N, D, K]``, the classifier's level probabilities.
-        per_dimension: ``[N, D + F]`` rewards of the dimensions, then of the reward functions, NaN where inactive.
+        mask: ``[N, T]`` bool, completion tokens up to and including the end-of-sequence token.
+        old_logprobs: ``[N, T]`` log-probabilities under the policy that made the rollout, before its first optimizer
+            step on it; 0 where masked.
+        ref_logprobs: ``[N, T]`` log-probabilities under the reference; None unless the algorithm needs them.
+        targets: ``[N, D]`` int64, requested levels; -1 = not requested.
+        probs: ``[N, D, K]`` level probabilities of the classifier.
+        per_dimension: ``[N, D + F]`` rewards of the dimensions, then of the reward functions; NaN where inactive.
         rewards: ``[N]`` total rewards.
-        advantages: ``[N]`` or ``[N, T]``, as the policy optimizer gives them.
-        used: ``[N]`` bool, whether an answer takes part in updates.
-        ended: ``[N]`` bool, false where the answer was cut at the length limit.
-        questions: ``N`` questions as the classifier saw them.
-        answers: ``N`` decoded answers.
-        values: ``[N, T]`` the critic's, 0 where masked; None without a critic.
-        returns: ``[N, T]`` what the critic is to learn; None without a critic.
-        behavior_logprobs: ``[N, T]`` float32, under what the tokens were drawn from, where that is not the policy that
-            ``old_logprobs`` are of; None = it is.
-        engine_logprobs: ``[N, T]`` by the engine with the policy's weights, where ``old_logprobs`` were computed anew;
-            None = they are the engine's, or it had other weights.
-        version: Optimizer steps that the policy had made when it began to learn from them.
-        staleness: Optimizer steps between the policy that they were drawn from and that one.
+        advantages: ``[N]`` or ``[N, T]`` advantages of the algorithm.
+        used: ``[N]`` bool, the completion takes part in updates.
+        ended: ``[N]`` bool, False where the completion was truncated at the length limit.
+        questions: ``N`` questions as the classifier read them.
+        answers: ``N`` decoded completions.
+        values: ``[N, T]`` values of the critic, 0 where masked; None without a critic.
+        returns: ``[N, T]`` regression targets of the critic; None without a critic.
+        behavior_logprobs: ``[N, T]`` log-probabilities under the policy that sampled the tokens; None = that of
+            ``old_logprobs``.
+        engine_logprobs: ``[N, T]`` log-probabilities by the engine, where ``old_logprobs`` were recomputed with the
+            same weights; else None.
+        version: Optimizer steps made before the rollout was collected.
+        staleness: Optimizer steps between the weights that sampled the tokens and those of ``old_logprobs``.
     """
 
     key: BatchKey
@@ -94,32 +98,28 @@ class Rollout:
 
     @property
     def tokens(self) -> Tensor:
-        """``[N, T]`` answer tokens."""
+        """``[N, T]`` completion tokens."""
         return self.input_ids[:, -self.mask.shape[1] :]
 
     @property
     def uninstructed(self) -> Tensor:
-        """``[N]`` bool: the prompt asked for nothing."""
+        """``[N]`` bool: the prompt requests no level."""
         return (self.targets < 0).all(dim=1)
 
     @property
     def completion_advantages(self) -> Tensor:
-        """``[N]``: that of the answer, or the mean of its tokens'."""
+        """``[N]`` advantages per completion: the mean over its tokens where advantages are per token."""
         if self.advantages.dim() == 1:
             return self.advantages
         return (self.advantages * self.mask).sum(dim=1) / self.mask.sum(dim=1)
 
     @property
     def batch(self) -> CompletionBatch:
-        """What a model is run over."""
+        """The tokens and masks of the completions, for forward passes."""
         return CompletionBatch(self.input_ids, self.attention_mask, self.mask)
 
     def refuse_nonfinite(self) -> None:
-        """Stops all processes where one of them has numbers that are NaN or infinite.
-
-        Raises:
-            UsageError: There are such numbers.
-        """
+        """Raises a UsageError in all processes if one of them has NaN or infinite numbers."""
         reason = self.nonfinite()
         if any_process(reason is not None, self.mask.device):
             raise UsageError(
@@ -130,47 +130,41 @@ class Rollout:
             )
 
     def nonfinite(self) -> str | None:
-        """Says which numbers of the rollout are NaN or infinite; None if all are finite."""
+        """The numbers of the rollout that are NaN or infinite, in words; None if all are finite."""
         mask = self.mask
-        kinds = {
+        tensors = {
             "a log-probability of the policy": self.old_logprobs[mask],
             "a level probability of the classifier": self.probs,
             "a reward": self.rewards,
+            "a log-probability of the reference": None if self.ref_logprobs is None else self.ref_logprobs[mask],
+            "a value of the critic": None if self.values is None else self.values[mask],
+            "an advantage": self.advantages,
         }
-        if self.ref_logprobs is not None:
-            kinds["a log-probability of the reference"] = self.ref_logprobs[mask]
-        if self.values is not None:
-            kinds["a value of the critic"] = self.values[mask]
-        kinds["an advantage"] = self.advantages
-        return next((found for name, values in kinds.items() if (found := nonfinite(name, values))), None)
+        reasons = (nonfinite(name, values) for name, values in tensors.items() if values is not None)
+        return next((reason for reason in reasons if reason), None)
 
     def rows(self, index: Tensor) -> Rollout:
-        """The answers at positions ``index``."""
-        picked = index.tolist()
-        changes: dict[str, Any] = {
-            "questions": [self.questions[i] for i in picked],
-            "answers": [self.answers[i] for i in picked],
-        }
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changes[field.name] = value[index]
+        """The rollout of the completions at positions ``index``."""
+        positions = index.tolist()
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        changes: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        changes |= {name: [values[name][i] for i in positions] for name in ("questions", "answers")}
         return dataclasses.replace(self, **changes)
 
     def minibatch(self, step: int, minibatches: int, samples: int, seed: Sequence[int]) -> Rollout:
-        """One of the parts that an inner epoch cuts the prompts into, anew each time.
+        """The minibatch of a training step. Each iteration splits the prompts of the rollout at random.
 
-        Neighbours, as many as there are parts, are dealt to different ones. So the parts of several processes together
-        are those of one process with the same batch, where each has a multiple of ``minibatches`` prompts.
+        Every ``minibatches`` neighbouring prompts go to different minibatches, so that they do not depend on the number
+        of processes if each has a multiple of ``minibatches`` prompts.
 
         Args:
             step: Number of the training step in this rollout.
-            minibatches: Parts per inner epoch; 1 gives the rollout as it is.
-            samples: Answers per prompt, which stay together: they are compared, and what they begin with is shared.
-            seed: What the cut depends on, beside rollout and inner epoch.
+            minibatches: Minibatches per iteration; 1 returns the whole rollout.
+            samples: Completions per prompt, ``n``; they stay together.
+            seed: Seed of the split, beside rollout and iteration.
 
         Raises:
-            UsageError: There are fewer prompts than parts.
+            UsageError: There are fewer prompts than minibatches.
         """
         if minibatches == 1:
             return self
@@ -180,27 +174,27 @@ class Rollout:
                 f"minibatches is {minibatches}, but a rollout has only {len(prompts)} prompts, whose answers stay "
                 "together"
             )
-        epoch, part = divmod(step, minibatches)
-        generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, epoch))
+        iteration, number = divmod(step, minibatches)
+        generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, iteration))
         groups = -(-len(prompts) // minibatches)
         shape = process_count(), groups, minibatches
         noise = torch.rand(shape, generator=generator, dtype=torch.float64)[process_rank()]
-        noise[-1, minibatches - (groups * minibatches - len(prompts)) :] = torch.inf  # the first parts are the larger
-        dealt = noise.argsort(dim=1).flatten()[: len(prompts)]
-        return self.rows(prompts[dealt == part].flatten().to(self.mask.device))
+        noise[-1, minibatches - (groups * minibatches - len(prompts)) :] = torch.inf  # the first ones are the larger
+        assigned = noise.argsort(dim=1).flatten()[: len(prompts)]  # minibatch of each prompt
+        return self.rows(prompts[assigned == number].flatten().to(self.mask.device))
 
     @property
     def update_mask(self) -> Tensor:
-        """``[N, T]`` bool: the tokens that updates learn from."""
+        """``[N, T]`` bool: the tokens that the policy learns from."""
         return self.mask & self.used[:, None]
 
     @property
     def value_mask(self) -> Tensor:
-        """``[N, T]`` bool: the tokens that a critic learns from, those of answers to which a reward applies."""
+        """``[N, T]`` bool: the tokens that the critic learns from, those of rewarded completions."""
         return self.update_mask & ~self.per_dimension.isnan().all(dim=1, keepdim=True)
 
     def state(self) -> dict[str, Any]:
-        """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""
+        """Plain data and CPU tensors, for a checkpoint that loads with ``weights_only``."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in values.items()}
 
@@ -213,7 +207,7 @@ class Rollout:
 
 
 class CompletionSource(Protocol):
-    """A callback that gives the completions of training batches in place of :meth:`RolloutCollector.sample`.
+    """Callback that supplies the completions of training batches instead of :meth:`RolloutCollector.sample`.
 
     It sets ``module.collector.completion_source`` to itself.
     """
@@ -221,26 +215,26 @@ class CompletionSource(Protocol):
     def __call__(
         self, collector: RolloutCollector, batch: PromptBatch, key: BatchKey, step: int, /
     ) -> tuple[Generations, int]:
-        """Returns the completions of a batch, and the optimizer steps that the policy that sampled them had made."""
+        """Returns the completions of a batch, and the number of optimizer steps made before they were sampled."""
 
 
 @dataclass
 class RolloutCollector:
-    """Makes rollouts; :meth:`collect` makes a whole one.
+    """Makes rollouts: call :meth:`collect`.
 
     Args:
         models: Policy, reference and critic.
         generator: Samples and decodes completions.
-        scorer: From completions to level probabilities ``[N, D, K]``.
-        mapping: From level probabilities and requested levels to rewards.
-        reward_functions: Rewards beside the mapping's.
-        optimizer: The algorithm, from rewards to advantages.
-        forward_config: How forward passes are made.
+        scorer: Computes level probabilities ``[N, D, K]`` of completions.
+        mapping: Maps level probabilities and requested levels to rewards.
+        reward_functions: Further rewards by Python functions.
+        optimizer: Algorithm; computes advantages from rewards.
+        forward_config: Options of forward passes.
         off_policy: Treatment of completions that another policy sampled.
         num_generations: Completions per prompt, ``n``.
-        missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
-        seed: Seed of the noise.
-        completion_source: Replacement of :meth:`sample`; None = none.
+        missing_eos_penalty: Deduction from the score of a completion that is truncated at the length limit.
+        seed: Seed of the sampling.
+        completion_source: Replacement of :meth:`sample`; None = no replacement.
     """
 
     models: PolicyModels
@@ -271,39 +265,39 @@ class RolloutCollector:
 
         Args:
             batch: ``G`` prompts.
-            key: Their place in training.
-            step: Optimizer steps that the policy has made.
-            steps_per_rollout: Optimizer steps that will learn from the rollout.
-            sampler: The source of the requests, for its statistics; None where there is none.
+            key: Training batch: epoch, and batch number without repeats.
+            step: Optimizer steps made so far.
+            steps_per_rollout: Optimizer steps per rollout.
+            sampler: Sampler of the requested preferences, which receives statistics; None = no sampler.
             allow_nonfinite: Whether NaN and infinity are left to a callback.
             clock: Receives the seconds of each phase.
 
         Returns:
-            ``N = G * n`` completions and all that an update needs of them.
+            Rollout of ``N = G * n`` completions.
 
         Raises:
             UsageError: A number is not finite.
         """
         # 1. Generate completions.
         if self.completion_source is None:
-            answers, version = self.sample(self.models.policy, batch, key), step
+            generations, version = self.sample(self.models.policy, batch, key), step
         else:
-            answers, version = self.completion_source(self, batch, key, step)
+            generations, version = self.completion_source(self, batch, key, step)
         clock.lap("time/sample")
 
         # 2. Score them: level probabilities by the classifier.
-        probs = self.scorer(answers)
+        probs = self.scorer(generations)
 
         # 3. Map level probabilities and requested levels to rewards.
         targets = batch.targets.repeat_interleave(self.num_generations, dim=0)
-        rewards = self.map_to_rewards(answers, probs, targets, batch.columns, sampler)
+        rewards = self.map_to_rewards(generations, probs, targets, batch.columns, sampler)
         clock.lap("time/reward")
 
         # 4. Log-probabilities of the tokens under the policy (old) and the reference; values of the critic.
         staleness = step - version
-        completions, engine_logprobs = self.with_old_logprobs(answers, staleness, steps_per_rollout)
+        completions, engine_logprobs = self.with_old_logprobs(generations, staleness, steps_per_rollout)
         clock.lap("time/old")
-        tokens = CompletionBatch(answers.input_ids, answers.attention_mask, completions.mask)
+        tokens = CompletionBatch(generations.input_ids, generations.attention_mask, completions.mask)
         ref_logprobs: Tensor | None = None
         if self.optimizer.needs_reference:
             ref_logprobs = self.models.ref_logprobs(tokens, self.generator.engine.temperature, self.forward_config)
@@ -321,8 +315,8 @@ class RolloutCollector:
 
         rollout = Rollout(
             key=key,
-            input_ids=answers.input_ids,
-            attention_mask=answers.attention_mask,
+            input_ids=generations.input_ids,
+            attention_mask=generations.attention_mask,
             mask=completions.mask,
             old_logprobs=completions.logprobs,
             ref_logprobs=ref_logprobs,
@@ -333,8 +327,8 @@ class RolloutCollector:
             advantages=advantages.flatten(0, 1),
             used=used.flatten(),
             ended=completions.ended,
-            questions=answers.questions,
-            answers=answers.texts,
+            questions=generations.questions,
+            answers=generations.texts,
             values=values,
             returns=None if returns is None else returns.flatten(0, 1),
             behavior_logprobs=completions.behavior_logprobs,
@@ -348,29 +342,29 @@ class RolloutCollector:
         return rollout
 
     def sample(self, model: Any, batch: PromptBatch, key: BatchKey) -> Generations:
-        """Samples ``n`` completions of each prompt with the policy or a copy of it."""
+        """Samples ``n`` completions per prompt with ``model``, the policy or a copy of it."""
         keys = [(self.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
         return self.generator(model, batch, keys, self.num_generations, finite=False)
 
     @full_precision()
     def map_to_rewards(
         self,
-        answers: Generations,
+        generations: Generations,
         probs: Tensor,
         targets: Tensor,
         columns: Sequence[Any],
         sampler: PreferenceSampler | None,
     ) -> MappedReward:
-        """Rewards by the mapping function and the reward functions.
+        """Computes the rewards by the mapping function and the reward functions.
 
-        Mapping function and sampler see the completions of all processes.
+        Mapping function and sampler receive the completions of all processes.
 
         Args:
-            answers: ``N`` completions.
+            generations: ``N`` completions.
             probs: ``[N, D, K]`` level probabilities.
             targets: ``[N, D]`` requested levels.
-            columns: The prompts' own data, for the reward functions.
-            sampler: The source of the requests, for its statistics.
+            columns: Further data fields of the ``G`` prompts, for the reward functions.
+            sampler: Sampler of the requested preferences, which receives statistics; None = no sampler.
         """
         all_probs, all_targets = of_all_processes(probs), of_all_processes(targets)
         self.mapping.observe(all_probs, all_targets)
@@ -378,35 +372,36 @@ class RolloutCollector:
             sampler.observe(self.mapping.preferences, all_probs, all_targets)
         groups = torch.arange(len(all_probs), device=probs.device) // self.num_generations
         mapped = self.mapping(all_probs, all_targets, groups)
-        own = slice(process_rank() * len(probs), (process_rank() + 1) * len(probs))
-        mapped = MappedReward(mapped.total[own], mapped.per_dimension[own], mapped.weights[own])
-        values = self.reward_functions(answers, targets, columns)
+        local = slice(process_rank() * len(probs), (process_rank() + 1) * len(probs))
+        mapped = MappedReward(mapped.total[local], mapped.per_dimension[local], mapped.weights[local])
+        values = self.reward_functions(generations, targets, columns)
         return self.reward_functions.join(mapped, values, self.mapping.is_mean)
 
     def with_old_logprobs(
-        self, answers: Generations, staleness: int, steps_per_rollout: int
+        self, generations: Generations, staleness: int, steps_per_rollout: int
     ) -> tuple[Completions, Tensor | None]:
-        """Replaces the log-probabilities of the engine where they are not those of the current policy.
+        """Recomputes log-probabilities where those of the engine cannot serve as ``old_logprobs``.
 
         Args:
-            answers: ``N`` completions.
-            staleness: Optimizer steps since the weights that generated them.
-            steps_per_rollout: Optimizer steps that will learn from them.
+            generations: ``N`` completions.
+            staleness: Optimizer steps since the weights that sampled them.
+            steps_per_rollout: Optimizer steps per rollout.
 
         Returns:
-            The completions, and the engine's log-probabilities where only their rounding is another.
+            The completions with ``old_logprobs`` as their ``logprobs``; and the log-probabilities by the engine, if the
+            recomputed ones differ from them by rounding only, else None.
         """
-        completions, engine = answers.completions, self.generator.engine
+        completions, engine = generations.completions, self.generator.engine
         recompute = staleness > 0 or self.off_policy.old_logprobs == "recompute"
         if not recompute and not (steps_per_rollout > 1 and reduced_precision(self.models.policy)):
             return completions, None
-        tokens = CompletionBatch(answers.input_ids, answers.attention_mask, completions.mask)
+        tokens = CompletionBatch(generations.input_ids, generations.attention_mask, completions.mask)
         logprobs = completion_logprobs(self.models.policy, tokens, engine.temperature, self.forward_config)
         if recompute:
             return with_logprobs(completions, logprobs), None
-        by_engine = completions.logprobs
-        old, behavior = rounded_anew(logprobs, by_engine, completions.behavior_logprobs, engine.in_process)
-        return dataclasses.replace(completions, logprobs=old, behavior_logprobs=behavior), by_engine
+        engine_logprobs = completions.logprobs
+        old, behavior = rounded_anew(logprobs, engine_logprobs, completions.behavior_logprobs, engine.in_process)
+        return dataclasses.replace(completions, logprobs=old, behavior_logprobs=behavior), engine_logprobs
 
 
 @full_precision()
@@ -418,22 +413,22 @@ def advantage_inputs(
     missing_eos_penalty: float,
     num_generations: int,
 ) -> AdvantageInputs:
-    """Arranges ``N = G * n`` completions by prompt, for the algorithm.
+    """Groups ``N = G * n`` completions by prompt, as inputs of the algorithm.
 
     Args:
-        rewards: Their rewards.
-        completions: Their tokens, and the log-probabilities of these.
-        ref_logprobs: ``[N, T]`` under the reference, or None.
-        values: ``[N, T]`` by the critic, or None.
-        missing_eos_penalty: Loss of score of a completion that is cut at the length limit.
+        rewards: Rewards of the completions.
+        completions: Tokens, mask and ``old_logprobs`` of the completions.
+        ref_logprobs: ``[N, T]`` log-probabilities under the reference, or None.
+        values: ``[N, T]`` values of the critic, or None.
+        missing_eos_penalty: Deduction from the score of a completion that is truncated at the length limit.
         num_generations: Completions per prompt, ``n``.
     """
     kl = torch.zeros_like(completions.logprobs)
     if ref_logprobs is not None:
         kl = k1(completions.logprobs, ref_logprobs) * completions.mask
 
-    def by_prompt(rows: Tensor) -> Tensor:
-        return rows.unflatten(0, (-1, num_generations))
+    def by_prompt(values: Tensor) -> Tensor:
+        return values.unflatten(0, (-1, num_generations))
 
     return AdvantageInputs(
         total=by_prompt(rewards.total),
@@ -447,8 +442,8 @@ def advantage_inputs(
 
 
 def end_penalty(ended: Tensor, penalty: float) -> Tensor:
-    """Loss of score of ``N`` completions, those that did not end within the length limit; 0 for the others.
+    """``[N]`` deduction from the score: ``penalty`` where the completion was truncated, else 0.
 
-    They are neither masked from the loss, which would teach verbosity, nor dropped from the baseline.
+    Truncated completions stay in the loss and in the baseline; masking them would reward verbosity.
     """
     return (~ended).float() * penalty

@@ -1,4 +1,4 @@
-"""The record of a policy's run in a checkpoint, beside weights: rollouts, parts and frozen models."""
+"""State of a policy's run in a checkpoint, beside the weights: rollouts, plug-ins and frozen models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save_run(
     classifier: PreferenceClassifier,
     rollout: Rollout | None,
 ) -> None:
-    """Adds every process's rollout, the classes of plug-ins and the fingerprints of frozen models to a checkpoint."""
+    """Adds the rollouts of all processes, the classes of plug-ins and fingerprints of frozen models to a checkpoint."""
     checkpoint[_KEY] = {
         "plugins": [part.state_key for part in plugins],
         "shares_classifier": models.shares_classifier,
@@ -39,7 +39,7 @@ def saved_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The record that :func:`save_run` added.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The checkpoint has no such record.
     """
     if _KEY not in checkpoint:
         raise UsageError("this checkpoint was not written by a PolicyTrainer: name one of a policy's run")
@@ -48,11 +48,11 @@ def saved_run(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_parts(run: Mapping[str, Any], plugins: Sequence[Plugin], models: PolicyModels, reset_state: bool) -> None:
-    """Compares the parts of a saved run with those of this run.
+    """Compares plug-ins and sharing of the backbone with those of a saved run.
 
     Args:
-        run: From :func:`saved_run`.
-        plugins: Mapping function and policy optimizer, with their own parts.
+        run: Record from :func:`saved_run`.
+        plugins: Mapping function and policy optimizer, with their children.
         models: Policy, reference and critic.
         reset_state: Whether other plug-ins are accepted.
 
@@ -85,9 +85,9 @@ def check_frozen(run: Mapping[str, Any], models: PolicyModels, classifier: Prefe
 
 
 def rank_in(checkpoint: Mapping[str, Any]) -> int | None:
-    """The process of a saved run that this process goes on from; None if the numbers of processes differ.
+    """Rank in the saved run whose rollout this process resumes; None if the numbers of processes differ.
 
-    One process goes on from a step that a guard has kept in several: from the process in which it tripped.
+    A single process can resume a step that a guard saved in several: from the rank in which the guard tripped.
     """
     if GUARD_RECORD in checkpoint and process_count() == 1:
         return int(checkpoint[GUARD_RECORD].get("process", 0))
@@ -95,30 +95,30 @@ def rank_in(checkpoint: Mapping[str, Any]) -> int | None:
 
 
 def renew_critic(checkpoint: dict[str, Any], state_dict: Mapping[str, Tensor], fitting: bool) -> None:
-    """Where one of two policy optimizers has a critic: leaves the saved one out, or keeps the new one as it is.
+    """Fits the critic's weights in a checkpoint to this run: drops those of a saved critic, or adds those of a new one.
 
     Args:
-        checkpoint: The checkpoint, which is changed.
-        state_dict: The module's.
-        fitting: Whether the checkpoint is loaded for ``fit``, which needs the gradient optimizer's state.
+        checkpoint: Checkpoint, changed in place.
+        state_dict: State dict of the module.
+        fitting: Whether the checkpoint is loaded for ``fit``, which also needs the state of the gradient optimizer.
 
     Raises:
-        UsageError: The weights or that state cannot be adapted.
+        UsageError: The weights or the state of the gradient optimizer cannot be adapted.
     """
     if "state_dict" not in checkpoint:
         raise UsageError(
             "model.reset_state does not work with weights in shards, which are loaded before it is looked at: resume "
             "with another strategy, or `export` the policy and start a new run from that folder (model.model)"
         )
-    own = {name: value for name, value in state_dict.items() if _of_critic(name)}
+    critic = {name: value for name, value in state_dict.items() if _of_critic(name)}
     saved = checkpoint["state_dict"]
-    if own.keys() != {name for name in saved if _of_critic(name)} and fitting:
+    if critic.keys() != {name for name in saved if _of_critic(name)} and fitting:
         raise UsageError(
             "the checkpoint's policy optimizer has another critic than this run's, so that the state of the gradient "
             "optimizer does not fit: `export` the policy and start a new run from that folder (model.model)"
         )
-    kept = {name: value for name, value in saved.items() if not _of_critic(name) or name in own}
-    checkpoint["state_dict"] = {**own, **kept}
+    kept = {name: value for name, value in saved.items() if not _of_critic(name) or name in critic}
+    checkpoint["state_dict"] = {**critic, **kept}
 
 
 def _of_critic(name: str) -> bool:

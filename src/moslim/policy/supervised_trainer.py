@@ -214,7 +214,7 @@ class SupervisedTrainer(RunModule, ServedModule):
         return answerer(self.model, batch, [(self.seed, *key) for key in keys], 1).texts
 
     def _encoder(self, max_length: int | None, preferences: Sequence[Preference | None] | None) -> PairEncoder:
-        """What makes ids of questions to be answered; instructions are taken out of questions that get one."""
+        """Encoder of the questions; it removes instructions in questions that receive one."""
         if not any(levels is not None for levels in preferences or []):
             return PairEncoder(self.tokenizer, max_length)
         return self.data.pair_encoder(max_length)
