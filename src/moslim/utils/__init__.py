@@ -1,4 +1,4 @@
-"""Helpers that know nothing of models, and the lazy import of a package's public names."""
+"""Helpers that are independent of models, and the lazy import of a package's public names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def lazy_exports(
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """Returns ``__all__``, ``__getattr__`` and ``__dir__`` of a package that imports its public names on first access.
 
-    An eager import would be slow, or circular: a submodule's import runs the package's ``__init__`` first.
+    An eager import would be slow or circular, since the import of a submodule runs the package's ``__init__`` first.
 
     Args:
         package: Name of the package.
-        names: Module that defines each public name.
+        names: Defining module by public name.
     """
 
     def get(name: str) -> Any:

@@ -1,9 +1,4 @@
-"""Errors that a user can mend, and the reading of numbers and texts that raise them.
-
-Errors that the user of this package can mend.
-
-Numbers and texts as people write them in tables and options, and values as error messages quote them.
-"""
+"""Errors that users can fix, the parsing of numbers and texts in tables and options, and quoting in messages."""
 
 from __future__ import annotations
 
@@ -14,70 +9,71 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """A mistake in an option, a config, data, weights or labels.
+    """Mistake in an option, a config, data, weights or labels.
 
-    Its message says what is wrong, where, and what to do. The command line prints it without a traceback and exits
-    with status 2.
+    The message says what is wrong, where, and what to do. The command line prints it without a traceback and exits with
+    status 2.
     """
 
 
 class MissingFileError(UsageError, FileNotFoundError):
-    """A file, folder or Hub name that does not exist or cannot be read."""
+    """Missing or unreadable file, folder or Hub name."""
 
 
 Scalar = str | int | float | bool | None
-"""A text of an option, before :func:`as_text` has checked it: YAML reads some texts as numbers or truth values."""
+"""Text option before :func:`as_text` checks it; YAML reads some texts as numbers or truth values."""
 
 _PLAIN = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?|-?\.[0-9]+")
 _EXPONENT = re.compile(r"-?[0-9]+(\.[0-9]+)?[eE][-+]?[0-9]+")
 _LONGEST = 40
-"""Most characters of a number."""
+"""Maximum characters of a number."""
 _SHORT = 16
-"""A JSON number of at most so many characters and no exponent is a float without loss."""
+"""Maximum characters of a JSON number without exponent that converts to a float without loss."""
 _QUOTED = 80
 _LISTED = 400
 
 
 class InexactFloat(float):
-    """A number of a JSON file that a float rounds; ``written`` is its text.
+    """Number of a JSON file that a float rounds.
 
     Args:
-        written: The text.
+        written: Text of the number.
     """
 
     written: str
 
     def __new__(cls, written: str) -> InexactFloat:
-        """Returns the nearest float, with the text beside it."""
-        found = super().__new__(cls, written)
-        found.written = written
-        return found
+        """Returns the nearest float, with the text as an attribute."""
+        rounded = super().__new__(cls, written)
+        rounded.written = written
+        return rounded
 
     def __repr__(self) -> str:
-        """Returns the text, so that messages show what stands in the file."""
+        """Returns the text, so that messages quote the file."""
         return self.written
 
 
 def json_float(written: str) -> float:
-    """Returns the float that a JSON number stands for, an :class:`InexactFloat` where it is another number."""
-    found = float(written)
+    """Parses a JSON number; returns an :class:`InexactFloat` if the float is rounded."""
+    parsed = float(written)
     if len(written) <= _SHORT and written.isascii() and "e" not in written.lower():
-        return found
-    exact = len(written) <= _LONGEST and abs(found) < float("inf") and Decimal(written) == Decimal(repr(found))
-    return found if exact else InexactFloat(written)
+        return parsed
+    exact = len(written) <= _LONGEST and abs(parsed) < float("inf") and Decimal(written) == Decimal(repr(parsed))
+    return parsed if exact else InexactFloat(written)
 
 
 def as_number(value: Any) -> Decimal:
-    """Returns the number that a value of a table is.
+    """Converts a value of a table to a number.
 
-    A text is a number if it is a plain integer or decimal in ASCII digits: ``3``, ``-0.25``, ``.5``. No plus sign, no
-    exponent, no underscores, no leading zeros, no ``inf`` or ``nan``, at most 40 characters. A truth value is none.
+    A text is a number if it is a plain integer or decimal in ASCII digits of at most 40 characters: ``3``, ``-0.25``,
+    ``.5``. Plus signs, exponents, underscores, leading zeros, ``inf`` and ``nan`` are not allowed. Truth values are not
+    numbers.
 
     Args:
         value: A text, or a number of JSON or parquet.
 
     Raises:
-        UsageError: The value is no such number.
+        UsageError: The value is not such a number.
     """
     if isinstance(value, bool):
         raise UsageError(f"value {value} is a truth value, not a number")
@@ -105,10 +101,10 @@ def as_number(value: Any) -> Decimal:
 
 
 def as_whole_number(value: Any) -> int:
-    """Returns the whole number that a value of a table is; ``2.0`` is one.
+    """Converts a value of a table to a whole number; ``2.0`` is one.
 
     Raises:
-        UsageError: The value is no number (:func:`as_number`), or has a fraction.
+        UsageError: The value is no number (see :func:`as_number`), or has a fraction.
     """
     number = as_number(value)
     if number != number.to_integral_value():
@@ -117,49 +113,49 @@ def as_whole_number(value: Any) -> int:
 
 
 def as_text(value: Any, option: str) -> str:
-    """Returns a text of an option; a whole number is its digits.
+    """Returns the text of an option; a whole number becomes its digits.
 
     Args:
-        value: The text, as Python or YAML gives it.
+        value: Value from Python or YAML.
         option: Name of the option, for the error message.
 
     Raises:
-        UsageError: The value is none: YAML has read it as something else, so that its own text is lost.
+        UsageError: The value is no text, since YAML has parsed it as something else.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise UsageError(
-        f"{option}: {quoted(value)} is a {_kind(value)}, not a text; YAML reads words such as no, on, true, null "
+        f"{option}: {quoted(value)} is a {_type_name(value)}, not a text; YAML reads words such as no, on, true, null "
         f'and 1.50 so: put it in quotes, e.g. "no"'
     )
 
 
 def is_same(value: Any, text: str) -> bool:
-    """Whether a value of a table is what a text of an option stands for.
+    """Whether a value of a table equals the text of an option.
 
-    A text is compared as it is, without the white space around it; ``true`` and ``false`` in any case. A number of JSON
-    or parquet is compared as a number, a truth value with ``true`` and ``false``.
+    Texts are compared without surrounding white space, ``true`` and ``false`` also without case. Numbers of JSON or
+    parquet are compared as numbers, and truth values with ``true`` and ``false``.
 
     Args:
-        value: A value that is not missing.
-        text: The text of the option.
+        value: Value of a table, not missing.
+        text: Text of the option.
     """
-    wanted = text.strip()
+    text = text.strip()
     if isinstance(value, bool):
-        return wanted.lower() == str(value).lower()
+        return text.lower() == str(value).lower()
     if isinstance(value, int | float | Decimal):
         try:
-            return as_number(value) == as_number(wanted)
+            return as_number(value) == as_number(text)
         except UsageError:
-            return str(value) == wanted
-    found = str(value).strip()
-    return found == wanted or (found.lower() == wanted.lower() and found.lower() in ("true", "false"))
+            return str(value) == text
+    value_text = str(value).strip()
+    return value_text == text or (value_text.lower() == text.lower() and value_text.lower() in ("true", "false"))
 
 
 def quoted(value: Any, limit: int = _QUOTED) -> str:
-    """Returns a value as error messages show it: on one line, cut after some 80 characters."""
+    """Formats a value for an error message: on one line, cut after ``limit`` characters."""
     if isinstance(value, str | bytes) and len(value) > limit:
         return f"{value[:limit]!r}... ({len(value)} characters)"
     try:
@@ -170,12 +166,12 @@ def quoted(value: Any, limit: int = _QUOTED) -> str:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Returns names joined by commas, cut after some 400 characters."""
+    """Joins names by commas, and cuts the text after 400 characters."""
     text = ", ".join(str(name) for name in names)
     return text if len(text) <= _LISTED else f"{text[:_LISTED]}..."
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     if isinstance(value, bool):
         return "truth value"
     return "number with a fraction" if isinstance(value, float) else "null" if value is None else type(value).__name__

@@ -1,11 +1,4 @@
-"""Files that appear whole: text, JSON, JSON Lines, Markdown and pictures.
-
-Files that appear whole: they are written beside their place and renamed.
-
-A file of records that is either whole or not there, and can be gone on with where its writer was interrupted.
-
-What every report is made of: plain figures, Markdown tables, files that appear whole, pictures for dashboards.
-"""
+"""Atomic writes of files, resumable JSON Lines, and the parts of reports: tables, figures and logging of pictures."""
 
 from __future__ import annotations
 
@@ -33,10 +26,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a place beside ``path`` to write to; the file is renamed to ``path`` at the end.
+    """Yields a temporary path beside ``path``; the file written there is renamed to ``path`` at the end.
 
-    A reader or a crash never meets half a file. The place is the process's own, and is empty again after an error. The
-    bytes are left to the operating system: after a power failure the file may be missing.
+    So readers never see a partial file, also after a crash. The temporary path is unique to the process, and its file
+    is deleted after an error. The data are not synced to disk: the file may be missing after a power failure.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -47,25 +40,25 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file, see :func:`whole_file`."""
+    """Writes a file atomically, see :func:`whole_file`."""
     with whole_file(path) as part:
         part.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Writes a file in UTF-8, see :func:`whole_file`."""
+    """Writes a UTF-8 file atomically, see :func:`whole_file`."""
     write_bytes(path, content.encode())
 
 
 class JsonLines:
-    """Writes records to ``<name>.part``, batch by batch; :meth:`close` gives the file its name.
+    """Resumable writer of JSON Lines: writes to ``<name>.part``, which :meth:`close` renames to ``<name>``.
 
-    Beside it lies ``<name>.part.json``, which says what the records depend on.
+    ``<name>.part.json`` holds the inputs on which the records depend.
 
     Args:
-        path: Where the file shall be.
-        depends_on: What the records depend on, as plain data; see :func:`unfinished`.
-        keep: Records of an interrupted writer to go on after; what it wrote behind them is lost.
+        path: Path of the complete file.
+        depends_on: Inputs of the records, as plain data; see :func:`unfinished`.
+        keep: Number of records of an interrupted writer to keep; later ones are discarded.
 
     Raises:
         UsageError: Another process is writing the file.
@@ -79,48 +72,48 @@ class JsonLines:
         if not _lock(self._file):
             raise UsageError(f"{self._part}: another process is writing it; wait for it, or name another file")
         if not keep:
-            self._file.truncate(0)  # never old records beside a new note
+            self._file.truncate(0)  # before the note, so that old records never have a new note
             write_text(self._note, json.dumps(depends_on or {}, indent=1))
         for _ in range(keep):
             self._file.readline()
         self._file.truncate()
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:
-        """Appends records, and leaves none of them in memory."""
+        """Appends records and flushes them."""
         self._file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
         self._file.flush()
 
     def stop(self) -> None:
-        """Leaves what is written to be gone on with."""
+        """Closes the partial file, so that another writer can resume it."""
         self._file.close()
 
     def close(self) -> None:
-        """Puts the file in its place."""
+        """Closes the file and renames it to its final path."""
         self._file.close()
         os.replace(self._part, self.path)
         self._note.unlink()
 
 
 def unfinished(path: Path, depends_on: dict[str, Any], quiet: bool = False) -> Iterator[dict[str, Any]]:
-    """Yields the whole records that an interrupted writer left of a file.
+    """Yields the complete records of an interrupted writer.
 
-    None, with a warning, if they depend on anything else, or the note of what they depend on is damaged.
+    Yields nothing, with a warning, if their inputs differ or the note of their inputs is damaged.
 
     Args:
-        path: The file's place when it is complete.
-        depends_on: What its records depend on now, as given to :class:`JsonLines`.
-        quiet: Whether to leave the warning out.
+        path: Path of the complete file.
+        depends_on: Inputs of the records, as given to :class:`JsonLines`.
+        quiet: Whether to suppress the warning.
     """
     part, note = _beside(path)
     if not part.exists():
         return
     now = json.loads(json.dumps(depends_on))
     try:
-        before = _record(note.read_bytes()) if note.exists() else {}
+        noted = _record(note.read_bytes()) if note.exists() else {}
     except ValueError:
         _warn(f"{note}, which says what {part} depends on, is damaged: starting anew", quiet)
         return
-    changed = [key for key in now if before.get(key) != now[key]]
+    changed = [key for key in now if noted.get(key) != now[key]]
     if changed:
         _warn(f"{part} was written with another {' and '.join(changed)}: starting anew", quiet)
         return
@@ -130,21 +123,21 @@ def unfinished(path: Path, depends_on: dict[str, Any], quiet: bool = False) -> I
                 return
             try:
                 record = _record(line)
-            except ValueError:  # a machine that loses power can leave anything at the end of a file
+            except ValueError:  # the end of the file may be damaged after a power failure
                 return
             yield record
 
 
 def finished(path: Path, depends_on: dict[str, Any], rows: Iterable[Mapping[str, Any]], quiet: bool = False) -> int:
-    """Returns how many rows at the start have a record in what an interrupted writer left.
+    """Returns the number of first rows that have a record of an interrupted writer.
 
-    What it left is compared with the rows one by one: 0, with a warning, if they differ anywhere.
+    The records are compared with the rows; if any differs, the result is 0, with a warning.
 
     Args:
-        path: The file's place when it is complete.
-        depends_on: What records depend on besides the rows.
-        rows: What the record of each row must hold, from the first row.
-        quiet: Whether to leave warnings out.
+        path: Path of the complete file.
+        depends_on: Inputs of the records besides the rows.
+        rows: Fields that the record of each row must contain, in order.
+        quiet: Whether to suppress warnings.
     """
     count = 0
     remaining = iter(rows)
@@ -158,28 +151,28 @@ def finished(path: Path, depends_on: dict[str, Any], rows: Iterable[Mapping[str,
 
 
 def move_unfinished(path: Path, place: Path) -> bool:
-    """Moves what an interrupted writer left of a file, so that another place can be gone on with.
+    """Moves the partial file of an interrupted writer, to be resumed as the partial file of ``place``.
 
     Returns:
-        False, and nothing is moved, if a process is still writing it.
+        Whether it was moved; False if a process is still writing it.
     """
     part, note = _beside(path)
     with part.open("r+b") as file:
         if not _lock(file):
             return False
         place.parent.mkdir(parents=True, exist_ok=True)
-        for left, moved in zip((part, note), _beside(place), strict=True):
-            os.replace(left, moved)
+        for source, target in zip((part, note), _beside(place), strict=True):
+            os.replace(source, target)
     return True
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Marks a file as being written until it is closed; False if another process has marked it."""
+    """Locks a file until it is closed; False if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except OSError:  # the file system has no locks
         return True
     return True
 
@@ -200,34 +193,35 @@ def _record(text: bytes) -> dict[str, Any]:
 
 
 def _beside(path: Path) -> tuple[Path, Path]:
+    """Paths of the partial file and of the note of its inputs."""
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.json")
 
 
 _WIDEST = 10_000
-"""Characters of a console wider than any table."""
+"""Width of the console in characters, wider than any table."""
 
 Result = dict[str, Any]
-"""A report's figures as plain data."""
+"""Results of a report as plain data."""
 
 
 def due(trainer: Trainer, steps: int = 1) -> bool:
-    """Whether one of the next optimizer steps is among those that ``trainer.log_every_n_steps`` shows.
+    """Whether ``trainer.log_every_n_steps`` selects one of the next ``steps`` optimizer steps for logging.
 
-    What is logged in the others is lost, and computing and logging some thirty numbers costs a small model's step a few
-    per cent.
+    The Trainer discards metrics of other steps, so computing them is a waste: about thirty metrics take a few per cent
+    of a small model's step.
     """
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set dynamically
     return bool(every) and (trainer.global_step + steps) // every > trainer.global_step // every
 
 
 def shown(trainer: Trainer) -> bool:
-    """Whether, at the end of a training batch, an optimizer step has just been made that is among those shown."""
+    """Whether a training batch ends with an optimizer step that ``trainer.log_every_n_steps`` selects for logging."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set dynamically
     return bool(every) and not within_accumulation(trainer) and trainer.global_step % every == 0
 
 
 def plain(value: Any) -> Any:
-    """Turns tensors into lists, NaN and infinities into None, and rounds floats to 6 digits, in any nesting."""
+    """Converts nested values to plain data: tensors to lists, NaN and infinities to None, floats to 6 decimals."""
     if isinstance(value, Tensor):
         return plain(value.tolist())
     if isinstance(value, dict):
@@ -240,18 +234,18 @@ def plain(value: Any) -> Any:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure as text; ``-`` for what could not be measured."""
+    """Formats a number; None becomes ``-``."""
     return "-" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column stands left and whose others stand right."""
+    """Formats a Markdown table with the first column left-aligned and the others right-aligned."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
 
 
 def console_table(title: str, header: Sequence[str], parts: Mapping[str, Sequence[Sequence[str]]]) -> str:
-    """A plain-text table that is as wide as its content, so that no name is cut.
+    """Formats a plain-text table that is as wide as its content, so that no name is cut.
 
     Args:
         title: Line above the table.
@@ -264,8 +258,8 @@ def console_table(title: str, header: Sequence[str], parts: Mapping[str, Sequenc
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place else "left", no_wrap=True)
+    for i, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
     for heading, rows in parts.items():
         if heading:
             table.add_row(Text(heading))
@@ -278,25 +272,25 @@ def console_table(title: str, header: Sequence[str], parts: Mapping[str, Sequenc
 
 
 def metrics_table(title: str, metrics: Mapping[str, Tensor | float]) -> str:
-    """A plain-text table of named figures with three decimals, in the order of the names."""
+    """Formats metrics as a plain-text table with three decimals, sorted by name."""
     rows = [[name, number(float(value))] for name, value in sorted(metrics.items())]
     return console_table(title, ["metric", "value"], {"": rows})
 
 
 def markdown_pictures(names: Sequence[str]) -> list[str]:
-    """Markdown that shows pictures, given the names of files beside the page."""
+    """Returns Markdown lines that show picture files in the folder of the page."""
     return [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in names]
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file; the same figure always gives the same bytes."""
+    """Renders a figure as a PNG file with reproducible bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[str, Path]:
-    """Draws ``<name>.png`` for every figure that there is; returns path by name. The folder must exist."""
+    """Writes ``<name>.png`` for every figure that is not None; returns paths by name. The folder must exist."""
     paths = {}
     for name, figure in figures.items():
         if figure is not None:
@@ -306,10 +300,13 @@ def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> dict[st
 
 
 def write_texts(folder: Path, name: str, result: Result, page: str) -> dict[str, Path]:
-    """Writes the figures as ``<name>.json`` and the page as ``report.md``; returns their paths (``json``, ``report``).
+    """Writes results as ``<name>.json`` and a page as ``report.md``.
+
+    Returns:
+        Paths by ``json`` and ``report``.
 
     Raises:
-        ValueError: The result holds NaN or an infinity; see :func:`plain`.
+        ValueError: The results contain NaN or an infinity; see :func:`plain`.
     """
     paths = {"json": folder / f"{name}.json", "report": folder / "report.md"}
     document = json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -319,7 +316,7 @@ def write_texts(folder: Path, name: str, result: Result, page: str) -> dict[str,
 
 
 def copy_report(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
-    """Copies a written report, which is faster than drawing it again; returns path by name."""
+    """Copies the files of a report to a folder; returns the new paths by name."""
     folder.mkdir(parents=True, exist_ok=True)
     copies = {name: folder / path.name for name, path in paths.items()}
     for name, copy in copies.items():
@@ -328,7 +325,7 @@ def copy_report(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
 
 
 def log_pictures(loggers: Iterable[Logger], paths: Mapping[str, Path], prefix: str, step: int | None) -> None:
-    """Sends the PNG files among ``paths`` to the loggers that take pictures, as ``<prefix>/<name>``; for rank 0."""
+    """Logs the PNG files among ``paths`` as ``<prefix>/<name>`` to loggers that accept pictures; call it on rank 0."""
     pictures = {f"{prefix}/{name}": path for name, path in paths.items() if path.suffix == ".png"}
     for logger in loggers:
         log_image = getattr(logger, "log_image", None)

@@ -1,8 +1,9 @@
-"""Folders of models: each appears whole, is compared with its checksums, and none takes the place of a model in use.
+"""Atomic export of models to folders, and verification of their checksums.
 
-An export is written beside its files and then exchanged for an earlier one, by renames that a journal lists first
-(``.exchange.json``). Whoever finds a journal whose writer was killed finishes the exchange. ``config.json`` goes first
-and comes last, so that what knows nothing of the journal finds no model meanwhile, rather than a mixture of two.
+An export is written to a temporary folder and then replaces an earlier one by renames that a journal
+(``.exchange.json``) lists first. If the writer is killed, the next process that opens the folder completes the
+exchange. ``config.json`` is removed first and added last, so that readers that ignore the journal find no model during
+the exchange, rather than a mixture of two.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from moslim.training.distributed import warn
 from moslim.utils.errors import UsageError
 
 CHECKSUMS = "checksums.json"
-"""File of an exported folder with size and CRC-32 of each of the others, but for those that people complete."""
+"""File with the size and CRC-32 of each file of an export, except those that users edit."""
 
 _PART, _NEW, _OLD = ".part-", "new", "old"
 _JOURNAL = ".exchange.json"
-_FIRST = "config.json"  # of what an exchange takes away; and the last that it puts there
-_FOR_PEOPLE = ("README.md", "predict.yaml")
+_CONFIG = "config.json"  # removed first and added last
+_EDITABLE = ("README.md", "predict.yaml")
 _CHUNK = 1 << 22
-_EARLIER = (
+_MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "generation_config.json",
@@ -38,53 +39,53 @@ _EARLIER = (
     "backbone/",
     "adapter/",
 )
-_computed: dict[tuple[int, ...], int] = {}
+_crc32_cache: dict[tuple[int, ...], int] = {}
 
 
 @contextmanager
 def whole_folder(folder: Path, is_alike: Callable[[Path], bool]) -> Iterator[Path]:
-    """Gives a folder to write a model to, whose content is moved to its place in the end, or is lost on an error.
+    """Yields a temporary folder for a model; its content is moved to ``folder`` at the end, or deleted on an error.
 
-    Weights and tokenizer of an earlier export go: they would be loaded with the new ones, or instead of them. Files of
-    other names stay.
+    Weights and tokenizer of an earlier export are removed, since they could be loaded with the new ones or instead of
+    them. Other files are kept.
 
     Args:
-        folder: Where the model is to be.
-        is_alike: Whether a model that is there already is of the same kind.
+        folder: Folder of the model.
+        is_alike: Function that tells whether an existing model in ``folder`` may be replaced.
 
     Raises:
-        UsageError: It is not, or a file is in the way.
+        UsageError: The existing model may not be replaced, or a file is in the way.
     """
     finish_exchange(folder)
-    if (folder / _FIRST).exists() and not is_alike(folder):
+    if (folder / _CONFIG).exists() and not is_alike(folder):
         raise UsageError(f"'{folder}' holds another model, which would be lost: name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UsageError(f"'{folder}' cannot be a folder, as it or what it lies in is a file: name another") from None
-    for left in folder.glob(f"{_PART}*"):  # by a process that was killed
-        shutil.rmtree(left)
+    for abandoned in folder.glob(f"{_PART}*"):  # by a killed process
+        shutil.rmtree(abandoned)
     part = Path(mkdtemp(prefix=_PART, dir=folder))
     try:
         for name in (_NEW, _OLD):
             (part / name).mkdir()
         yield part / _NEW
-        _note_checksums(part / _NEW)
+        _write_checksums(part / _NEW)
         _exchange(folder, part)
     except BaseException:
-        if not (folder / _JOURNAL).exists():  # else it is finished by the next one who comes
+        if not (folder / _JOURNAL).exists():  # otherwise the next process completes the exchange
             shutil.rmtree(part, ignore_errors=True)
         raise
 
 
 def finish_exchange(source: str | Path) -> None:
-    """Finishes the exchange of an exported folder for another that a kill interrupted, if there is one.
+    """Completes an interrupted exchange of an exported folder, if there is one.
 
     Args:
-        source: The folder, or one inside it; Hub names are none.
+        source: The folder, or a folder inside it; Hub names are ignored.
 
     Raises:
-        UsageError: It cannot be finished. The message says what happened and what to do.
+        UsageError: The exchange cannot be completed; the message says what to do.
     """
     for folder in (Path(source), Path(source).parent):
         if not (folder / _JOURNAL).is_file():
@@ -92,7 +93,7 @@ def finish_exchange(source: str | Path) -> None:
         try:
             with _locked(folder / _JOURNAL) as journal:
                 if journal is not None:
-                    _renames(folder, *_plan(journal))
+                    _rename_files(folder, *_parse_journal(journal))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"an export into '{folder}' was interrupted while it took the place of an earlier one, and could not "
@@ -102,40 +103,44 @@ def finish_exchange(source: str | Path) -> None:
 
 
 def check_files(source: str | Path) -> None:
-    """Compares an exported folder, or one inside it, with its checksums, where it has some.
+    """Verifies the checksums of an exported folder, or of a folder inside it; does nothing if there are none.
 
-    It reads each file once; those that were compared, and have not changed since, are not read again.
+    Files that were verified before and have not changed since are not read again. Files other than weights may be
+    edited, so that a difference gives a warning only.
 
     Raises:
-        UsageError: Weights are missing, or not as they were written. Other files that differ, which people may edit,
-            are warned of.
+        UsageError: Weights are missing or differ from their checksum.
     """
-    for folder, inside in ((Path(source), ""), (Path(source).parent, f"{Path(source).name}/")):
-        is_export = not inside or (folder / _FIRST).is_file()
-        noted = _noted(folder / CHECKSUMS) if is_export and (folder / CHECKSUMS).is_file() else {}
-        for name, values in noted.items():
-            if not name.startswith(inside):
+    for folder, prefix in ((Path(source), ""), (Path(source).parent, f"{Path(source).name}/")):
+        is_export = not prefix or (folder / _CONFIG).is_file()
+        checksums = _read_checksums(folder / CHECKSUMS) if is_export and (folder / CHECKSUMS).is_file() else {}
+        for name, expected in checksums.items():
+            if not name.startswith(prefix):
                 continue
             file = folder / name
-            wrong = _difference(file, values)
-            if wrong is None:
+            difference = _difference(file, expected)
+            if difference is None:
                 continue
             if file.suffix == ".safetensors":
                 raise UsageError(
-                    f"'{file}' {wrong}: the disk or a copy has damaged it, or something else wrote it. Copy the folder "
-                    f"again, or export it anew; if the change is meant, delete '{folder / CHECKSUMS}'"
+                    f"'{file}' {difference}: the disk or a copy has damaged it, or something else wrote it. Copy the "
+                    f"folder again, or export it anew; if the change is meant, delete '{folder / CHECKSUMS}'"
                 )
             warn(
-                f"'{file}' {wrong}: it was edited, or is damaged. If the change is meant, delete '{folder / CHECKSUMS}'"
+                f"'{file}' {difference}: it was edited, or is damaged. If the change is meant, "
+                f"delete '{folder / CHECKSUMS}'"
             )
 
 
 def refuse_sources(folder: str | Path, sources: Mapping[str, str | None]) -> None:
-    """Raises a ValueError where an export would take the place of what the run is built on.
+    """Checks that an export does not overwrite a model that the run reads.
 
     Args:
-        folder: Where the export would go.
+        folder: Folder of the export.
         sources: Folders and Hub names that the run reads, by option.
+
+    Raises:
+        UsageError: A source lies in the folder.
     """
     for option, source in sources.items():
         if source is not None and Path(source).resolve().is_relative_to(Path(folder).resolve()):
@@ -143,20 +148,20 @@ def refuse_sources(folder: str | Path, sources: Mapping[str, str | None]) -> Non
 
 
 def _exchange(folder: Path, part: Path) -> None:
-    new = sorted((path.name for path in (part / _NEW).iterdir()), key=lambda name: name == _FIRST)
-    listed: set[str] = set()
+    new = sorted((path.name for path in (part / _NEW).iterdir()), key=lambda name: name == _CONFIG)
+    exported: set[str] = set()
     if (folder / CHECKSUMS).is_file():
-        with suppress(UsageError):  # damaged, and replaced now
-            listed = {Path(name).parts[0] for name in _noted(folder / CHECKSUMS)}
-    earlier = {path.name for pattern in _EARLIER for path in folder.glob(pattern)} | listed | set(new)
-    old = sorted((name for name in earlier if (folder / name).exists()), key=lambda name: name != _FIRST)
+        with suppress(UsageError):  # a damaged file is replaced
+            exported = {Path(name).parts[0] for name in _read_checksums(folder / CHECKSUMS)}
+    replaced = {path.name for pattern in _MODEL_FILES for path in folder.glob(pattern)} | exported | set(new)
+    old = sorted((name for name in replaced if (folder / name).exists()), key=lambda name: name != _CONFIG)
     with _locked(part / _JOURNAL, {"part": part.name, "old": old, "new": new}):
         os.replace(part / _JOURNAL, folder / _JOURNAL)
-        _renames(folder, part.name, old, new)
+        _rename_files(folder, part.name, old, new)
 
 
-def _renames(folder: Path, part: str, old: list[str], new: list[str]) -> None:
-    """Does what is left of an exchange; each rename is done or not, and which are shows in the folders."""
+def _rename_files(folder: Path, part: str, old: list[str], new: list[str]) -> None:
+    """Makes the remaining renames of an exchange; the content of the folders shows which ones are done."""
     for name in old:
         if not os.path.lexists(folder / part / _OLD / name):
             os.replace(folder / name, folder / part / _OLD / name)
@@ -167,8 +172,8 @@ def _renames(folder: Path, part: str, old: list[str], new: list[str]) -> None:
     shutil.rmtree(folder / part)
 
 
-def _plan(content: Any) -> tuple[str, list[str], list[str]]:
-    """Reads a journal, which must not move anything out of its folder or into it."""
+def _parse_journal(content: Any) -> tuple[str, list[str], list[str]]:
+    """Temporary folder, old and new files of a journal; refuses names outside of the folder."""
     part, old, new = content["part"], content["old"], content["new"]
     for name in (part, *old, *new):
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
@@ -180,14 +185,14 @@ def _plan(content: Any) -> tuple[str, list[str], list[str]]:
 
 @contextmanager
 def _locked(journal: Path, content: dict[str, Any] | None = None) -> Iterator[Any]:
-    """Holds a journal alone, so that nobody finishes what its writer, who lives, is doing.
+    """Locks a journal, so that no other process completes the exchange of a running writer.
 
     Args:
-        journal: The file.
-        content: Written to it; None to read it.
+        journal: Path of the journal.
+        content: Content to write; None to read it.
 
     Yields:
-        What it holds; None if it is gone since, as its writer has finished.
+        Content of the journal; None if it is gone, since its writer has finished.
     """
     try:
         import fcntl
@@ -215,20 +220,22 @@ def _locked(journal: Path, content: dict[str, Any] | None = None) -> Iterator[An
             return
 
 
-def _note_checksums(folder: Path) -> None:
+def _write_checksums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
-    noted = {
+    checksums = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         for path in files
-        if path.name not in _FOR_PEOPLE
+        if path.name not in _EDITABLE
     }
-    (folder / CHECKSUMS).write_text(json.dumps({"files": noted}, indent=1) + "\n", encoding="utf-8")
+    (folder / CHECKSUMS).write_text(json.dumps({"files": checksums}, indent=1) + "\n", encoding="utf-8")
 
 
-def _noted(file: Path) -> dict[str, Any]:
+def _read_checksums(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        files = content["files"] if isinstance(content, dict) and "files" in content else {}  # else somebody else's
+        files = (
+            content["files"] if isinstance(content, dict) and "files" in content else {}
+        )  # otherwise a file of another tool
         for name in files:
             if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{name!r} is no file of the folder")
@@ -239,22 +246,23 @@ def _noted(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _difference(file: Path, values: Mapping[str, int]) -> str | None:
+def _difference(file: Path, expected: Mapping[str, int]) -> str | None:
+    """Description of the difference between a file and its checksum; None if there is none."""
     if not file.is_file():
         return f"is missing, which {CHECKSUMS} lists"
     size = file.stat().st_size
-    if size != values["bytes"]:
-        return f"has {size} bytes instead of the {values['bytes']} that {CHECKSUMS} lists"
-    return None if _crc32(file) == values["crc32"] else f"is not what was exported ({CHECKSUMS})"
+    if size != expected["bytes"]:
+        return f"has {size} bytes instead of the {expected['bytes']} that {CHECKSUMS} lists"
+    return None if _crc32(file) == expected["crc32"] else f"is not what was exported ({CHECKSUMS})"
 
 
 def _crc32(file: Path) -> int:
     state = file.stat()
-    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)  # a rename changes none of them
-    if key not in _computed:
-        found = 0
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)  # unchanged by renames
+    if key not in _crc32_cache:
+        checksum = 0
         with file.open("rb") as content:
             while chunk := content.read(_CHUNK):
-                found = zlib.crc32(chunk, found)
-        _computed[key] = found
-    return _computed[key]
+                checksum = zlib.crc32(chunk, checksum)
+        _crc32_cache[key] = checksum
+    return _crc32_cache[key]
