@@ -1,9 +1,4 @@
-"""The command line.
-
-Messages of other libraries that tell a user of this command line nothing, left out of its output.
-
-The command line: LightningCLI with the preferences linked to every part and its traps closed.
-"""
+"""Command line: a LightningCLI that links preferences and seed to model and data and validates its options."""
 
 from __future__ import annotations
 
@@ -65,7 +60,7 @@ _INFO = re.compile(
     r"|The following callbacks returned in `LightningModule.configure_callbacks` will override"
 )
 _WARNINGS = (
-    r".*module\(s\) in eval mode at the start of training",  # roles of a policy, a frozen backbone: each is in its own
+    r".*module\(s\) in eval mode at the start of training",  # roles of a policy have their own modes
     r".*does not have many workers",
     r".*LeafSpec.*is deprecated",
     r"The dirpath has changed from",  # each run has a folder of its own
@@ -75,16 +70,16 @@ _WARNINGS = (
 )
 
 
-class _LeftOut(logging.Filter):
+class _NoiseFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return not _INFO.match(record.getMessage().strip())
 
 
-_FILTER = _LeftOut()
+_FILTER = _NoiseFilter()
 
 
 def leave_out_noise() -> None:
-    """Leaves out tips, reports and warnings of other libraries that do not matter here. May be called again."""
+    """Hides irrelevant tips and warnings of other libraries. Repeated calls have no further effect."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in _LOGGERS:
@@ -94,7 +89,7 @@ def leave_out_noise() -> None:
 
 
 def plain_warnings() -> None:
-    """Shows a warning as one line, without the file and the line of code that it came from."""
+    """Shows warnings as one line, without file and line number."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
@@ -104,19 +99,19 @@ _NUMBER_OR_SHARE: dict[str, Any] = {
     "val_check_interval": int | float | str | timedelta | dict[str, int] | None,
 }
 _LOOPS = ("fit", "validate", "test", "predict")
-"""Commands of Lightning, which does not know the checkpoint ``none``."""
+"""Commands of Lightning, which does not accept ``none`` as checkpoint."""
 _MEASURES = ("validate", "test")
-"""Commands after which a table of the metrics is printed."""
+"""Commands that print a table of the metrics."""
 _USES = ("validate", "test", "predict", "generate")
-"""Commands that use weights and do not train them."""
+"""Commands that use weights without training them."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
 
 
 class MoslimCLI(OpenCLI):
-    """See ``python main.py fit --help``. Every key can stand in a YAML file; a later file or option wins.
+    """Command line of MOSLIM; see ``python main.py fit --help``. Later files and options override earlier ones.
 
-    ``preferences`` and ``seed_everything`` are given once and linked to the model and the data module, where these
-    take ``preferences`` and ``seed``. A run is written to ``<trainer.default_root_dir>/version_N``.
+    ``preferences`` and ``seed_everything`` are linked to the arguments ``preferences`` and ``seed`` of model and data
+    module. A run is written to ``<trainer.default_root_dir>/version_N``.
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
@@ -133,7 +128,7 @@ class MoslimCLI(OpenCLI):
                 "default_root_dir": "outputs",
                 "enable_model_summary": False,
             },
-            # A shortened option would hide a misspelt one, and Lightning's full usage is 60 lines.
+            # Abbreviated options would hide misspelt ones, and Lightning's full usage has 60 lines.
             parser_class=MoslimParser,
             parser_kwargs=strict | {name: strict | {"usage": usage.format(name)} for name in SUBCOMMANDS},
             save_config_kwargs={"overwrite": True},
@@ -145,8 +140,8 @@ class MoslimCLI(OpenCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "generate": own, "export": own, "replay": own}
+        skipped = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "generate": skipped, "export": skipped, "replay": skipped}
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run and of all its parts.")
@@ -159,7 +154,7 @@ class MoslimCLI(OpenCLI):
         parser.add_lightning_class_args(ThroughputMonitor, "gauges")
         parser.add_lightning_class_args(RoleMemory, "role_memory")
         parser.add_lightning_class_args(Dashboard, "dashboard")
-        # Linked when parsing, not when instantiating: so the hyper-parameters in a checkpoint are plain data.
+        # Linked when parsing, not when instantiating, so that hyper-parameters in a checkpoint are plain data.
         for part in ("model", "data"):
             parser.link_arguments("preferences", f"{part}.init_args.preferences")
             parser.link_arguments("seed_everything", f"{part}.init_args.seed")
@@ -180,10 +175,10 @@ class MoslimCLI(OpenCLI):
                 )
 
     def _refuse_early(self) -> None:
-        """Refuses what is wrong with a command before a model is loaded for it.
+        """Validates options before a model is loaded.
 
         Raises:
-            UsageError: A level or dimension is unknown, or the weights would be untrained ones and nothing says so.
+            UsageError: A level or dimension is unknown, or a command without ``ckpt_path`` would use untrained weights.
         """
         if self.subcommand == "generate" and (levels := self.option(self.config, "levels", default=None)):
             preferences = self.option(self.config, "preferences", default=None)
@@ -192,11 +187,11 @@ class MoslimCLI(OpenCLI):
         ckpt_path, model = self.option(self.config, "ckpt_path"), self.option(self.config, "model")
         if self.subcommand in _USES and ckpt_path is None and model is not None:
             module, _, name = model.class_path.rpartition(".")
-            kind = getattr(importlib.import_module(module), name)
-            if not issubclass(kind, RunModule):
-                if self.subcommand != "generate":  # which asks the module
+            module_class = getattr(importlib.import_module(module), name)
+            if not issubclass(module_class, RunModule):
+                if self.subcommand != "generate":  # asks the module itself
                     rank_zero_warn(f"no --ckpt_path: {self.subcommand} takes the weights that {name} starts with")
-            elif kind.starts_untrained(model.get("init_args", {})):
+            elif module_class.starts_untrained(model.get("init_args", {})):
                 raise UsageError(untrained(self.subcommand))
 
     def run_subcommand(self, subcommand: str) -> None:
@@ -209,17 +204,17 @@ class MoslimCLI(OpenCLI):
             if self.trainer.is_global_zero and self.trainer.global_step == started:
                 folders.remove()
             raise
-        own_table = subcommand == "test" and getattr(self.model, "reports_test", False)
+        has_table = subcommand == "test" and getattr(self.model, "reports_test", False)
         metrics = self.trainer.callback_metrics
-        if subcommand in _MEASURES and self._verbose and metrics and not own_table and self.trainer.is_global_zero:
+        if subcommand in _MEASURES and self._verbose and metrics and not has_table and self.trainer.is_global_zero:
             print(metrics_table(f"{subcommand}: metrics", metrics))
 
     def instantiate_classes(self) -> None:
         raised: list[Exception] = []
 
-        def build(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+        def build(cls: type, /, *args: Any, **kwargs: Any) -> Any:
             try:
-                return kind(*args, **kwargs)
+                return cls(*args, **kwargs)
             except Exception as error:
                 raised.append(error)
                 raise
@@ -230,10 +225,10 @@ class MoslimCLI(OpenCLI):
         except ValueError as error:
             if not str(error).startswith("Does not validate against any of"):
                 raise
-            cause: BaseException = error  # of a model or data module, which Lightning builds
+            cause: BaseException = error  # for models and data modules, which Lightning builds
             while cause.__cause__ is not None and str(cause).startswith("Does not validate against any of"):
                 cause = cause.__cause__
-            for built in (*raised, cause):  # by a constructor: the parser buries it among the types that it tried
+            for built in (*raised, cause):  # the parser hides errors of constructors among those of other types
                 if built in raised or isinstance(built, UsageError) or in_own_code(built):
                     raise built from built.__cause__
             raise UsageError(shortened(str(error))) from error
@@ -259,7 +254,9 @@ class MoslimCLI(OpenCLI):
         if subcommand in _LOOPS and not given(kwargs["ckpt_path"]):
             kwargs["ckpt_path"] = None
         if kwargs["ckpt_path"] in ("last", "best"):
-            kwargs["ckpt_path"] = str(self._found_checkpoint(subcommand, kwargs["ckpt_path"], kwargs["weights_only"]))
+            kwargs["ckpt_path"] = str(
+                self._resolved_checkpoint(subcommand, kwargs["ckpt_path"], kwargs["weights_only"])
+            )
         if subcommand == "fit" and kwargs["ckpt_path"] is not None:
             continue_run(self.trainer.loggers, Path(kwargs["ckpt_path"]))
         if kwargs["weights_only"] is None:
@@ -267,44 +264,45 @@ class MoslimCLI(OpenCLI):
         if subcommand in _MEASURES:  # Lightning's table cuts names and shows 16 digits
             self._verbose, kwargs["verbose"] = kwargs["verbose"], False
         if subcommand == "predict" and kwargs["return_predictions"] is None:
-            kwargs["return_predictions"] = False  # they are in a file, and kept they would fill the memory
+            kwargs["return_predictions"] = False  # they are saved to a file
         return kwargs
 
-    def _found_checkpoint(self, subcommand: str, asked: str, weights_only: bool | None) -> Path:
-        """The checkpoint meant by ``last`` or ``best``, where ModelCheckpoint writes them however it is configured."""
+    def _resolved_checkpoint(self, subcommand: str, name: str, weights_only: bool | None) -> Path:
+        """Path of the checkpoint ``last`` or ``best``, in the folders of loggers and checkpoint callbacks."""
         logs = [Path(logger.log_dir) for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
         roots = dict.fromkeys([*(log.parent for log in logs), *logs, Path(self.trainer.default_root_dir)])
         savers = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
-        chosen = [str(saver.dirpath) for saver in savers if saver.dirpath]
-        for place in chosen or [str(self.trainer.default_root_dir)]:
-            if is_remote(place):
+        folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
+        for folder in folders or [str(self.trainer.default_root_dir)]:
+            if is_remote(folder):
                 raise UsageError(
-                    f"--ckpt_path {asked} looks on this machine only, not in {place}: name the URL of a file"
+                    f"--ckpt_path {name} looks on this machine only, not in {folder}: name the URL of a file"
                 )
-        resume = subcommand == "fit" and asked == "last"
-        newest = newest_checkpoint(roots, chosen, weights_only is not False, resume, asked)
-        return newest if asked == "last" else best_checkpoint_of(newest)
+        resume = subcommand == "fit" and name == "last"
+        newest = newest_checkpoint(roots, folders, weights_only is not False, resume, name)
+        return newest if name == "last" else best_checkpoint_of(newest)
 
 
 def _csv_first(logger: Logger | list[Logger] | bool | None, root: str) -> list[Logger] | bool:
-    """Puts a CSV logger before all others, which decides the run's folder; ``False`` stays off."""
+    """Puts a CSV logger first, which sets the run's folder; ``False`` means no logger."""
     if logger is False:
         return False
-    given = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
-    if any(isinstance(one, WandbLogger) for one in given):
+    loggers = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
         _never_prompt_for_wandb()
-    csv: list[Logger] = [one for one in given if isinstance(one, CSVLogger)]
-    return [*(csv or [CSVLogger(root, name="")]), *(one for one in given if not isinstance(one, CSVLogger))]
+    csv: list[Logger] = [logger for logger in loggers if isinstance(logger, CSVLogger)]
+    others = [logger for logger in loggers if not isinstance(logger, CSVLogger)]
+    return [*(csv or [CSVLogger(root, name="")]), *others]
 
 
 def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
-    """Lets ``--trainer.limit_train_batches 1`` mean one batch, not 1.0 = all.
+    """Makes ``--trainer.limit_train_batches 1`` mean one batch, not 1.0 = all.
 
-    ``typing`` takes ``Union[int, float]`` for the ``Union[float, int]`` that some package may have written before, and
-    the parser tries the types in that order. ``int | float`` keeps its own.
+    The parser tries the types of a union in order. ``typing`` caches ``Union[int, float]`` as an earlier
+    ``Union[float, int]``; ``int | float`` keeps its order.
     """
-    for name, kinds in _NUMBER_OR_SHARE.items():
-        set_option_type(parser, f"trainer.{name}", kinds)
+    for name, option_type in _NUMBER_OR_SHARE.items():
+        set_option_type(parser, f"trainer.{name}", option_type)
 
 
 def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -317,7 +315,7 @@ def _leaves(config: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _never_prompt_for_wandb() -> None:
-    """Keeps W&B offline where no key is found; it would ask for one, or stop the run. ``WANDB_MODE`` wins."""
+    """Sets W&B offline if there is no key, since it would prompt for one; ``WANDB_MODE`` takes precedence."""
     try:
         hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
@@ -327,33 +325,33 @@ def _never_prompt_for_wandb() -> None:
 
 
 def _with_shipped_paths(arguments: list[str]) -> list[str]:
-    """Puts the path of a shipped config in place of its name, ``--config configs:quickstart/policy.yaml``.
+    """Replaces names of shipped configs by paths, as in ``--config configs:quickstart/policy.yaml``.
 
     Raises:
-        UsageError: There is no such config.
+        UsageError: A config does not exist.
     """
-    given = []
+    replaced = []
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
         path = located(value)
         if is_shipped(path):
             raise UsageError(missing(path, None))
-        given.append(f"{option}{equals}{path}")
-    return given
+        replaced.append(f"{option}{equals}{path}")
+    return replaced
 
 
 def run(args: list[str] | None = None) -> MoslimCLI:
     """Runs one command and returns its parts (``model``, ``datamodule``, ``trainer``).
 
     Args:
-        args: Arguments; None for those of the process. The user's own classes may lie in the current folder, see
+        args: Arguments; None = those of the process. The user's own classes may be in the current folder, see
             :func:`~moslim.training.trust.imports_from_here`.
     """
     arguments = _with_shipped_paths(sys.argv[1:] if args is None else args)
     check_configs(arguments)
     refuse_dangerous_names()
     if os.getcwd() not in sys.path and imports_from_here(arguments):
-        sys.path.append(os.getcwd())  # last: a file there never takes the place of a library
+        sys.path.append(os.getcwd())  # last, so that no file there shadows a library
     if not debugging():
         leave_out_noise()
     return MoslimCLI(with_defaults(arguments))
@@ -363,10 +361,10 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of ``main.py`` and of the console script; ``--debug`` anywhere shows tracebacks.
 
     Args:
-        args: Arguments; None for those of the process.
+        args: Arguments; None = those of the process.
 
     Raises:
-        SystemExit: With status 2 for a mistake of the user, 1 for a run that failed, 130 or 143 for an interrupted one.
+        SystemExit: With status 2 for a user's mistake, 1 for a failed run, 130 or 143 for an interrupted one.
     """
     arguments = without_flag(sys.argv[1:] if args is None else args)
     if arguments == ["--version"]:

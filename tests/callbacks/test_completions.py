@@ -170,7 +170,7 @@ def test_first_step_and_every_interval_are_shown(tmp_path, capsys):
     file = tmp_path / "lightning_logs" / "version_0" / "completions.jsonl"
     assert [row["step"] for row in read(file)] == [1, 3, 6]
     out = capsys.readouterr().out
-    assert [f"Answers at step {step}" in out for step in (1, 2, 3, 6)] == [True, False, True, True]
+    assert [f"Completions at step {step}" in out for step in (1, 2, 3, 6)] == [True, False, True, True]
 
 
 def test_accumulated_batches_of_one_step_are_shown_once(tmp_path):
@@ -184,7 +184,7 @@ def test_one_of_two_processes_writes(tmp_path, capfd):
     fit(tmp_path, CompletionTable(2, 1), Policy(), loggers, steps=2, strategy="ddp_fork", devices=2)
     (file,) = tmp_path.rglob("completions.jsonl")
     assert [row["step"] for row in read(file)] == [1]  # two batches, one per process
-    assert capfd.readouterr().out.count("Answers at step 1") == 1
+    assert capfd.readouterr().out.count("Completions at step 1") == 1
 
 
 def test_wandb_table_keeps_its_history_and_is_escaped(tmp_path):

@@ -1,12 +1,6 @@
-"""Tables of completions on the console, in files and on dashboards, and the setup of W&B.
+"""Tables of completions for the console, files and W&B, and the setup of W&B runs.
 
-Judged answers as plain records: for the console, files and dashboards.
-
-Answers as tables on the console. Model text is shown as it is: neither markup nor terminal codes work in it.
-
-Shows what the policy writes while it is trained, next to what it was asked for and what it got for it.
-
-W&B: axes and units of the metrics, one run for a training that is resumed, artifacts.
+Texts of the model are shown literally: markup, HTML and terminal codes in them have no effect.
 """
 
 from __future__ import annotations
@@ -36,7 +30,7 @@ Row = dict[str, Any]
 
 
 class JudgedCompletions(Protocol):
-    """What is read of a rollout: ``N`` answers, ``D`` dimensions, at most ``K`` levels."""
+    """Attributes of a rollout that tables show: ``N`` completions, ``D`` dimensions, at most ``K`` levels."""
 
     @property
     def questions(self) -> Sequence[Question]: ...
@@ -55,24 +49,24 @@ class JudgedCompletions(Protocol):
 
 
 def answer_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
-    """Takes ``count`` answers, evenly spread, as plain data.
+    """Returns ``count`` evenly spaced completions as plain data.
 
-    ``requested`` and ``rewards`` leave out a dimension that was not asked for; ``probabilities`` holds all of them.
+    ``requested`` and ``rewards`` hold the requested dimensions only, ``probabilities`` holds all dimensions.
     """
     names, total = preferences.names, len(rollout.answers)
     rows = []
     for i in evenly_spaced(total, count):
         targets, rewards = rollout.targets[i].tolist(), rollout.per_dimension[i].tolist()
-        asked = [d for d, target in enumerate(targets) if target != INACTIVE]
+        requested = [d for d, target in enumerate(targets) if target != INACTIVE]
         levels = zip(preferences.dimensions, rollout.probs[i].tolist(), strict=True)
         rows.append(
             {
                 "step": step,
                 "question": _text(rollout.questions[i]),
-                "requested": {names[d]: preferences.dimensions[d].levels[targets[d]] for d in asked},
+                "requested": {names[d]: preferences.dimensions[d].levels[targets[d]] for d in requested},
                 "answer": rollout.answers[i],
                 "probabilities": {d.name: [_finite(p) for p in probs[: len(d.levels)]] for d, probs in levels},
-                "rewards": {names[d]: _finite(rewards[d]) for d in asked},
+                "rewards": {names[d]: _finite(rewards[d]) for d in requested},
                 "reward": _finite(float(rollout.rewards[i])),
                 "advantage": _finite(float(rollout.completion_advantages[i])),
             }
@@ -81,18 +75,21 @@ def answer_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step: in
 
 
 def append(file: Path, rows: list[Row]) -> None:
-    """Adds rows to a JSON Lines file, which is created where it does not exist."""
+    """Appends rows to a JSON Lines file and creates it if necessary."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def write_parquet(lines: Path, names: Sequence[str]) -> Path:
-    """Writes the rows of a JSON Lines file as parquet beside it, flat, with the columns of :func:`flat`.
+    """Writes the rows of a JSON Lines file to a parquet file beside it, with the fields of :func:`flat`.
 
     Args:
-        lines: What :func:`append` wrote.
-        names: The dimensions.
+        lines: File that :func:`append` wrote.
+        names: Names of the dimensions.
+
+    Returns:
+        Path of the parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -100,9 +97,9 @@ def write_parquet(lines: Path, names: Sequence[str]) -> Path:
     types = {"step": pyarrow.int64(), "reward": pyarrow.float64(), "advantage": pyarrow.float64()}
     for name in names:
         types |= {f"{name}/reward": pyarrow.float64(), f"{name}/probabilities": pyarrow.list_(pyarrow.float64())}
-    with lines.open(encoding="utf-8") as stream:  # not splitlines(), which cuts at more than line ends
+    with lines.open(encoding="utf-8") as stream:  # splitlines() would also split at other characters
         rows = [flat(json.loads(line), names) for line in stream]
-    schema = pyarrow.schema([(column, types.get(column, pyarrow.string())) for column in rows[0]])
+    schema = pyarrow.schema([(field, types.get(field, pyarrow.string())) for field in rows[0]])
     path = lines.with_suffix(".parquet")
     with whole_file(path) as part:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), part)
@@ -110,24 +107,24 @@ def write_parquet(lines: Path, names: Sequence[str]) -> Path:
 
 
 def flat(row: Row, names: Sequence[str]) -> Row:
-    """One value per column: ``preference`` as text, and per dimension ``/requested``, ``/reward``, ``/probabilities``.
+    """Flattens a row: ``preference`` as text, and ``/requested``, ``/reward``, ``/probabilities`` per dimension.
 
     Args:
-        row: Of :func:`answer_rows`.
-        names: The dimensions.
+        row: Row of :func:`answer_rows`.
+        names: Names of the dimensions.
     """
-    asked = ", ".join(f"{name}: {level}" for name, level in row["requested"].items())
-    columns: Row = {"step": row["step"], "question": row["question"], "preference": asked, "answer": row["answer"]}
-    columns |= {"reward": row["reward"], "advantage": row["advantage"]}
+    preference = ", ".join(f"{name}: {level}" for name, level in row["requested"].items())
+    fields: Row = {"step": row["step"], "question": row["question"], "preference": preference, "answer": row["answer"]}
+    fields |= {"reward": row["reward"], "advantage": row["advantage"]}
     for name in names:
-        columns[f"{name}/requested"] = row["requested"].get(name)
-        columns[f"{name}/reward"] = row["rewards"].get(name)
-        columns[f"{name}/probabilities"] = row["probabilities"][name]
-    return columns
+        fields[f"{name}/requested"] = row["requested"].get(name)
+        fields[f"{name}/reward"] = row["rewards"].get(name)
+        fields[f"{name}/probabilities"] = row["probabilities"][name]
+    return fields
 
 
 def escaped(value: Any) -> Any:
-    """A cell for W&B, whose tables show HTML: text is escaped, a list of numbers becomes text."""
+    """Converts a cell for W&B, whose tables render HTML: escapes texts and formats lists of numbers."""
     if isinstance(value, list):
         return " ".join("-" if number is None else f"{number:.2f}" for number in value)
     return html.escape(value) if isinstance(value, str) else value
@@ -144,13 +141,13 @@ def _finite(value: float) -> float | None:
 
 
 def render(rows: list[Row], title: str, figures: Sequence[str], width: int = 120) -> str:
-    """Lays rows out as a table.
+    """Formats rows as a table for the console.
 
     Args:
-        rows: Of :func:`moslim.callbacks.dashboards.answer_rows`; may have more figures.
-        title: Stands above the table.
+        rows: Rows of :func:`answer_rows`, which may have more numbers.
+        title: Text above the table.
         figures: Keys of the numbers to show.
-        width: Of the table, in characters.
+        width: Width of the table in characters.
     """
     from rich import box
     from rich.console import Console
@@ -158,8 +155,8 @@ def render(rows: list[Row], title: str, figures: Sequence[str], width: int = 120
     from rich.text import Text
 
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, show_lines=True, title_justify="left")
-    for column, ratio in (("requested", 3), ("question", 4), ("answer", 8)):
-        table.add_column(column, ratio=ratio)
+    for field, ratio in (("requested", 3), ("question", 4), ("answer", 8)):
+        table.add_column(field, ratio=ratio)
     for figure in figures:
         table.add_column(figure, justify="right", no_wrap=True)
     for row in rows:
@@ -184,14 +181,17 @@ def _signed(value: float | None) -> str:
 
 
 class CompletionTable(Callback):
-    """Prints some answers now and then, and keeps them all.
+    """Prints and saves some completions of the policy during training, with their requests and rewards.
 
-    They go to ``completions.jsonl`` in the run's folder at once, to ``completions.parquet`` when the run ends or is
-    stopped, and to one growing table in W&B where it is used.
+    They are appended to ``completions.jsonl`` in the run's folder and to one table in W&B if it is used. At the end of
+    the run ``completions.parquet`` is written.
 
     Args:
-        every_n_steps: Optimizer steps between two tables; the first step is always shown.
-        rows: Answers per table, spread evenly over the rollout.
+        every_n_steps: Number of optimizer steps between two tables; the first step is always shown.
+        rows: Number of completions per table, evenly spaced over the rollout.
+
+    Raises:
+        UsageError: An argument is below 1, or the module has no rollouts.
     """
 
     def __init__(self, every_n_steps: int = 50, rows: int = 4) -> None:
@@ -201,18 +201,18 @@ class CompletionTable(Callback):
         self.rows = rows
         self._shown = 0
         self._file: Path | None = None
-        # A wandb.Table. Naming the class, even for type checkers only, has wandb imported when options are parsed.
+        # A wandb.Table. An annotation with the class would import wandb when options are parsed.
         self._table: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "rollout"):
             raise UsageError(
-                f"CompletionTable shows a policy's answers, and {type(pl_module).__name__} gives none: "
-                "take it out of trainer.callbacks"
+                f"CompletionTable shows completions of a policy, and {type(pl_module).__name__} gives none: "
+                "remove it from trainer.callbacks"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # All ranks must ask for the folder: the answer is broadcast. A fast_dev_run has none.
+        # Broadcast: all ranks must read it. None under fast_dev_run.
         folder = trainer.log_dir
         self._file = Path(folder) / "completions.jsonl" if folder else None
         self._shown = trainer.global_step
@@ -228,7 +228,7 @@ class CompletionTable(Callback):
         self._shown = step
         module: Any = pl_module
         rows = answer_rows(module.rollout, module.preferences, step, self.rows)
-        _print(trainer, render(rows, f"Answers at step {step}", ("reward", "advantage")))
+        _print(trainer, render(rows, f"Completions at step {step}", ("reward", "advantage")))
         if self._file is not None:
             append(self._file, rows)
         for logger in trainer.loggers:
@@ -244,7 +244,7 @@ class CompletionTable(Callback):
         self.on_train_end(trainer, pl_module)
 
     def _log(self, logger: WandbLogger, rows: list[Row]) -> None:
-        """One table for the whole run: every call adds rows to it, so that the dashboard keeps the history."""
+        """Adds rows to the run's only table, so that the dashboard shows the history."""
         import wandb
 
         if self._table is None:
@@ -255,7 +255,7 @@ class CompletionTable(Callback):
 
 
 def _print(trainer: Trainer, text: str) -> None:
-    """Prints above the progress bar where there is one."""
+    """Prints a text above the progress bar, if there is one."""
     bar = trainer.progress_bar_callback
     if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         bar.print(text)
@@ -268,7 +268,7 @@ RUN_FILE = "wandb_run.json"
 
 
 class Meaning(NamedTuple):
-    """What a metric is measured in, and what of it a run's summary shows (``last``, ``min``, ``max``, ``mean``)."""
+    """Unit of a metric, and the aggregates in the summary of a run (``last``, ``min``, ``max``, ``mean``)."""
 
     unit: str
     summary: str = "last"
@@ -276,59 +276,58 @@ class Meaning(NamedTuple):
 
 METRICS = {
     "train/loss": Meaning("the policy optimizer's objective"),
-    "train/reward*": Meaning("reward of the mapping function, mean over answers to instructed prompts", "last,max"),
+    "train/reward*": Meaning("reward of the mapping function, mean over completions of instructed prompts", "last,max"),
     "train/proxy*": Meaning("the classifier's probability of the requested level", "last,max"),
     "train/gold*": Meaning("share of requests that the judge finds met", "last,max"),
-    "train/kl": Meaning("nats per answer, to the reference", "last,max"),
+    "train/kl": Meaning("nats per completion, to the reference", "last,max"),
     "train/kl_k3": Meaning("nats per token, to the reference", "last,max"),
     "train/entropy": Meaning("nats per token", "last,min"),
-    "train/length": Meaning("tokens per answer", "last,mean"),
-    "train/truncated": Meaning("share of answers cut at the length limit", "last,max"),
-    "train/used": Meaning("share of answers that take part in updates", "last,min"),
-    "train/clip_fraction": Meaning("share of answers or tokens whose ratio was clipped", "last,max"),
+    "train/length": Meaning("tokens per completion", "last,mean"),
+    "train/truncated": Meaning("share of completions cut at the length limit", "last,max"),
+    "train/used": Meaning("share of completions that take part in updates", "last,min"),
+    "train/clip_fraction": Meaning("share of completions or tokens whose ratio was clipped", "last,max"),
     "train/entropy_bonus": Meaning("nats per token, exact", "last,min"),
-    "train/kl_loss": Meaning("nats, as the loss holds it", "last,max"),
+    "train/kl_loss": Meaning("nats, as in the loss", "last,max"),
     "train/kl_coef": Meaning("weight of the KL divergence"),
-    "train/value_loss": Meaning("squared reward, of the critic"),
+    "train/value_loss": Meaning("squared error of the critic, in squared rewards"),
     "train/value_clip_fraction": Meaning("share of tokens whose value was clipped", "last,max"),
-    "train/pairs": Meaning("share of prompts with a pair of answers to compare", "last,min"),
-    "train/accuracy": Meaning("share of pairs whose chosen answer is the likelier one", "last,max"),
-    "train/margin": Meaning("nats by which it is, times beta"),
-    "train/multiplier*": Meaning("weight of the dimension that is held"),
+    "train/pairs": Meaning("share of prompts with a chosen and a rejected completion", "last,min"),
+    "train/accuracy": Meaning("share of comparisons whose chosen completion is the likelier one", "last,max"),
+    "train/margin": Meaning("nats by which the chosen completion is likelier, times beta"),
+    "train/multiplier*": Meaning("weight of the constrained dimension"),
     "train/off_policy/*": Meaning(
-        "staleness in steps, kl in nats per token, weight, share of tokens capped", "last,max"
+        "staleness in steps, kl in nats per token, weight, share of tokens whose weight is clipped", "last,max"
     ),
     "train/default_kl": Meaning("nats per token, on prompts without instruction", "last,max"),
-    "offset/*": Meaning("levels: achieved less requested, by requested level"),
-    "sampler/*": Meaning("probability that a prompt asks for this; `dimensions`: the most that one may name"),
+    "offset/*": Meaning("levels: achieved minus requested, by requested level"),
+    "sampler/*": Meaning("probability that a prompt requests this; `dimensions`: maximal number per prompt"),
     "time/*": Meaning("seconds: of a step; sample, reward, old, reference and critic: of a rollout", "mean"),
-    "speed/tokens": Meaning("new answer tokens per second and process", "mean"),
+    "speed/tokens": Meaning("completion tokens per second and process", "mean"),
     "memory/*": Meaning("GiB", "max"),
-    "guards/*": Meaning("times that a guard tripped", "max"),
-    "val/*": Meaning("levels, or shares of answers", "last"),
-    "steerability/*": Meaning("levels, or shares of answers", "last"),
+    "guards/*": Meaning("number of trips of a guard", "max"),
+    "val/*": Meaning("levels, or shares of completions", "last"),
+    "steerability/*": Meaning("levels, or shares of completions", "last"),
 }
-"""By name, or by its beginning and ``*``. docs/dashboards.md lists them with what to look for."""
+"""Metrics by name; ``*`` stands for any end of a name. See docs/dashboards.md for how to read them."""
 
 
 class Dashboard(Callback):
-    """Prepares a W&B run so that its charts can be read; the command line adds it to every run.
+    """Sets up W&B runs; the command line adds it to every run. It does nothing without W&B.
 
-    All metrics get the training step as x-axis, and a summary; their units are in the run's config under ``units``.
-    The run's id goes to ``wandb_run.json`` in the run's folder, where :func:`continue_run` finds it. Without W&B
-    nothing happens.
+    All metrics get the training step as x-axis and a summary; their units are in the config of the W&B run under
+    ``units``. The id of the W&B run is saved to ``wandb_run.json`` in the run's folder, for :func:`continue_run`.
 
     Args:
-        artifacts: Also store in W&B: after ``fit`` the best checkpoint, or the last one, and the answers that were
-            kept; after ``test`` the report.
+        artifacts: Whether to upload artifacts: after ``fit`` the best (or last) checkpoint and the saved completions,
+            after ``test`` the report.
     """
 
     def __init__(self, artifacts: bool = False) -> None:
         self.artifacts = artifacts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        folder = trainer.log_dir  # every process must ask
-        for logger in _boards(trainer):
+        folder = trainer.log_dir  # broadcast: all processes must read it
+        for logger in _wandb_loggers(trainer):
             run = logger.experiment
             for name, meaning in METRICS.items():
                 run.define_metric(name, step_metric=STEP, summary=meaning.summary)
@@ -340,52 +339,52 @@ class Dashboard(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoint = best_checkpoint(trainer.checkpoint_callback)
         folder = trainer.log_dir
-        answers = Path(folder or "") / "completions.parquet"
+        completions = Path(folder or "") / "completions.parquet"
         self._store(trainer, "checkpoint", [Path(checkpoint)] if checkpoint else [])
-        self._store(trainer, "completions", [answers] if answers.exists() else [])
+        self._store(trainer, "completions", [completions] if completions.exists() else [])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         names = ("report.md", "steerability.json", "reward.json", "*.png")
         self._store(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])
 
-    def _store(self, trainer: Trainer, kind: str, paths: list[Path]) -> None:
-        boards = _boards(trainer)
-        if not self.artifacts or not paths or not boards:
+    def _store(self, trainer: Trainer, name: str, paths: list[Path]) -> None:
+        loggers = _wandb_loggers(trainer)
+        if not self.artifacts or not paths or not loggers:
             return
         import wandb
 
-        for logger in boards:
-            artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", type=kind)
+        for logger in loggers:
+            artifact = wandb.Artifact(f"{name}-{logger.experiment.id}", type=name)
             for path in paths:
                 artifact.add_dir(str(path)) if path.is_dir() else artifact.add_file(str(path))
             logger.experiment.log_artifact(artifact)
 
 
 def best_checkpoint(saver: Checkpoint | None) -> str:
-    """Path of the checkpoint that ``monitor`` calls the best, without one of the last; empty where there is none."""
+    """Path of the best checkpoint by ``monitor``, or of the last one without it; empty if there is none."""
     if not isinstance(saver, ModelCheckpoint):
         return ""
-    if saver.monitor is None:  # Lightning calls the one of the last interval the best
+    if saver.monitor is None:  # best_model_path is then that of the last interval
         return saver.last_model_path or saver.best_model_path
     return saver.best_model_path or saver.last_model_path
 
 
 def continue_run(loggers: Iterable[Logger], checkpoint: Path) -> None:
-    """Lets a resumed training go on in the W&B run that it began in, unless the logger names another one.
+    """Continues the W&B run of a checkpoint, unless the logger names a run.
 
     Args:
-        loggers: ``trainer.loggers``, before the Trainer has used them.
-        checkpoint: What is resumed from; the run's id lies in its run's folder.
+        loggers: ``trainer.loggers`` before their first use.
+        checkpoint: Checkpoint to resume from; its run's folder holds the id of the W&B run.
     """
-    folders = list(checkpoint.parents)  # a name with `/` in it lies deeper than in `checkpoints`
+    folders = list(checkpoint.parents)  # file names with `/` make subfolders of `checkpoints`
     depth = next((i for i, folder in enumerate(folders) if folder.name == "checkpoints"), 0)
-    places = [folder / RUN_FILE for folder in folders[: depth + 2] if (folder / RUN_FILE).exists()]
+    run_files = [folder / RUN_FILE for folder in folders[: depth + 2] if (folder / RUN_FILE).exists()]
     for logger in loggers:
-        if places and isinstance(logger, WandbLogger) and logger.version is None:
-            set_wandb_run(logger, json.loads(places[0].read_text())["id"])
+        if run_files and isinstance(logger, WandbLogger) and logger.version is None:
+            set_wandb_run(logger, json.loads(run_files[0].read_text())["id"])
 
 
-def _boards(trainer: Trainer) -> list[WandbLogger]:
-    """The W&B loggers, in the process that may use them."""
-    return [one for one in trainer.loggers if isinstance(one, WandbLogger)] if trainer.is_global_zero else []
+def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """The W&B loggers in the main process, none in others."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []

@@ -1,13 +1,4 @@
-"""Monitors of throughput, time and memory.
-
-The most memory that was in use for a while.
-
-How fast a run is, where its time goes, and what memory it holds.
-
-Which role of a policy's training holds how much memory.
-
-Does a starter follow the loose style words in questions? Measured on the embedded world.
-"""
+"""Monitors of throughput, time and memory, a probe of style words, and checkpoints at optimizer steps."""
 
 from __future__ import annotations
 
@@ -43,36 +34,36 @@ _PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """Largest memory in use since the last reset: of tensors on a CUDA device, else of the whole process.
+    """Peak memory since the last reset: of tensors on a CUDA device, else of the whole process.
 
-    Resetting sets torch's own peak statistics of the device back, too.
+    A reset also resets torch's peak statistics of the device.
 
     Args:
-        device: The device that is used.
+        device: Device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def reset(self) -> None:
-        """Begins anew."""
+        """Starts a new measurement."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif self._known:
-            (_PROCESS / "clear_refs").write_text("5", encoding="ascii")  # the kernel's way to say so
+        elif self._has_proc:
+            (_PROCESS / "clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
 
     def read(self) -> int | None:
-        """Bytes; None on systems that do not tell (those without ``/proc``)."""
+        """Returns the peak in bytes; None on systems without ``/proc``."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        if not self._known:
+        if not self._has_proc:
             return None
         lines = (_PROCESS / "status").read_text(encoding="ascii").splitlines()
         (peak,) = (line for line in lines if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024
 
     @property
-    def _known(self) -> bool:
+    def _has_proc(self) -> bool:
         return (_PROCESS / "clear_refs").exists()
 
 
@@ -80,30 +71,28 @@ GIB = 2**30
 
 
 class ThroughputMonitor(Callback):
-    """Logs, at every ``trainer.log_every_n_steps``:
+    """Logs time, memory and throughput every ``trainer.log_every_n_steps`` steps; the command line adds it.
 
     - ``time/step``, ``time/backward``, ``time/update`` (clipping, optimizer, schedule), in seconds,
     - ``memory/cpu``, and on a CUDA device ``memory/gpu`` and ``memory/gpu_peak``, in GiB,
-    - for a policy, ``speed/tokens``: new answer tokens per second over all steps on a rollout, of this process; the
+    - for a policy, ``speed/tokens``: completion tokens of this process per second, over all steps on a rollout; the
       progress bar shows it too.
-
-    The command line adds it to every run.
     """
 
     def __init__(self) -> None:
         self._step: Stopwatch | None = None
         self._phase: Stopwatch | None = None
-        self._cycle: Stopwatch | None = None
+        self._rollout: Stopwatch | None = None
         self._speed: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = self._phase = self._cycle = None
+        self._step = self._phase = self._rollout = None
         self._speed = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step = Stopwatch(pl_module.device)
         if batch_idx % _repeats(pl_module) == 0:
-            self._cycle = self._step
+            self._rollout = self._step
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._phase = Stopwatch(pl_module.device)
@@ -116,32 +105,32 @@ class ThroughputMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         rollout = getattr(pl_module, "rollout", None)
-        if rollout is not None and (batch_idx + 1) % _repeats(pl_module) == 0 and self._cycle is not None:
-            tokens, seconds = int(rollout.mask.sum()), self._cycle.read()
+        if rollout is not None and (batch_idx + 1) % _repeats(pl_module) == 0 and self._rollout is not None:
+            tokens, seconds = int(rollout.mask.sum()), self._rollout.read()
             self._speed = {"speed/tokens": tokens / seconds}
             pl_module.log_dict(self._speed, prog_bar=True, logger=False, batch_size=1)
-            self._cycle = None  # in a run resumed within a rollout, its first one has no beginning
+            self._rollout = None  # the first rollout of a run resumed within it has no start
         if self._step is None or self._phase is None or not shown(trainer):
             return
         self._phase.lap("time/update")
-        gauges = {**self._phase.durations, "time/step": self._step.read(), **memory(pl_module.device), **self._speed}
+        metrics = {**self._phase.durations, "time/step": self._step.read(), **memory(pl_module.device), **self._speed}
         if isinstance(pl_module, RunModule):
-            pl_module.record(gauges)
+            pl_module.record(metrics)
         else:
-            pl_module.log_dict(gauges, batch_size=1)
+            pl_module.log_dict(metrics, batch_size=1)
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """GiB held by this process on the host (resident) and, where it uses CUDA, by tensors on the device."""
-    found = {"memory/cpu": resident_bytes() / GIB}
+    """Resident memory of this process and, with CUDA, memory of tensors on the device, in GiB."""
+    metrics = {"memory/cpu": resident_bytes() / GIB}
     if device.type == "cuda":
-        found["memory/gpu"] = torch.cuda.memory_allocated(device) / GIB
-        found["memory/gpu_peak"] = torch.cuda.max_memory_allocated(device) / GIB
-    return found
+        metrics["memory/gpu"] = torch.cuda.memory_allocated(device) / GIB
+        metrics["memory/gpu_peak"] = torch.cuda.max_memory_allocated(device) / GIB
+    return metrics
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process; where only its peak is known (not on Linux), the peak."""
+    """Resident memory of this process in bytes; its peak on systems other than Linux."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
@@ -157,15 +146,13 @@ FILE = "role_memory.csv"
 
 
 class RoleMemory(Callback):
-    """Writes ``role_memory.csv`` into the run's folder when a policy's ``fit`` starts, and logs its gist in a line.
+    """Writes the memory of each role to ``role_memory.csv`` in the run's folder when a policy's ``fit`` starts.
 
-    One line per role (policy, reference, classifier, critic): ``parameters`` that it reads, ``trained`` ones, bytes of
-    weights that it would hold ``alone``, and those that it has ``added`` to the roles above it. After the first step
-    the file also has the ``peak``: the most bytes in use, by all, from a pass of the role to the next one of another;
-    backward pass and update count for the policy. On a CUDA device these are tensors on it, else the whole process;
-    and ``memory/gpu_peak`` begins anew with each of them.
-
-    The command line adds it to every run.
+    The command line adds it to every run. The file has a line per role (policy, reference, classifier, critic):
+    ``parameters`` that it uses, ``trained`` ones, bytes of its weights ``alone``, and bytes ``added`` to the roles
+    above it. After the first step the file also has the ``peak``: the largest number of bytes in use from a forward
+    pass of the role to the next one of another; backward pass and update count for the policy. The peak is that of
+    :class:`PeakMemory`, which resets ``memory/gpu_peak`` for each role.
     """
 
     def __init__(self) -> None:
@@ -176,33 +163,33 @@ class RoleMemory(Callback):
         self._memory: PeakMemory | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts the weights, and watches the first step."""
+        """Counts the weights and starts the measurement of the first step."""
         if not isinstance(pl_module, PolicyTrainer):
             return
         self._weights, self._peaks, self._role = resident_weights(pl_module.models, pl_module.scorer), {}, None
         self._memory = PeakMemory(pl_module.device)
         rank_zero_info(describe(self._weights))
         self._write(trainer, pl_module)
-        self._watch(pl_module)
+        self._add_hooks(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the watch after the first step, and completes the file."""
+        """Ends the measurement after the first step and completes the file."""
         if self._handles and isinstance(pl_module, PolicyTrainer):
             self._begin(None)
-            self._leave()
+            self._remove_hooks()
             self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ends the watch."""
-        self._leave()
+        """Ends the measurement."""
+        self._remove_hooks()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the watch, where there was no step."""
-        self._leave()
+        """Ends the measurement if there was no step."""
+        self._remove_hooks()
 
-    def _watch(self, module: PolicyTrainer) -> None:
+    def _add_hooks(self, module: PolicyTrainer) -> None:
         policy = transformer_part(module.models.policy)
         self._on_pass(policy, lambda: module.models.active)
         self._on_pass(module.scorer.classifier.backbone, lambda: "classifier")
@@ -212,13 +199,13 @@ class RoleMemory(Callback):
 
     def _on_pass(self, model: Any, role: Callable[[], Role]) -> None:
         def begin(passing: Any, *_: Any) -> None:
-            if passing is model:  # and not a copy, which has its hooks, too: another thread may sample with one
+            if passing is model:  # a copy has the hooks too, and another thread may sample with it
                 self._begin(role())
 
         self._handles.append(model.register_forward_pre_hook(begin))
 
     def _begin(self, role: Role | None) -> None:
-        """Notes the peak of the role that made passes until now."""
+        """Stores the peak of the current role and starts the measurement of the next one."""
         if self._memory is None or role == self._role:
             return
         if self._role is not None:
@@ -226,7 +213,7 @@ class RoleMemory(Callback):
         self._memory.reset()
         self._role = role
 
-    def _leave(self) -> None:
+    def _remove_hooks(self) -> None:
         while self._handles:
             self._handles.pop().remove()
 
@@ -242,27 +229,27 @@ class RoleMemory(Callback):
             writer.writerows(rows)
 
 
-_PROBE = 7  # sets these answers apart from others with the same seed
+_PROBE = 7  # keeps seeds apart from those of other completions
 
 
 class StyleProbe(Callback):
-    """At the end of fit, measures how far each pair of style words moves its dimension's gold level.
+    """Measures at the end of ``fit`` how far the style words of the embedded world move the gold levels.
 
-    Logs ``style/{dimension}``: mean gold level with the high word less that with the low word, for a
-    :class:`~moslim.callbacks.Gate` to compare. Held-out topics are not asked about. List it before the gate.
+    Logs ``style/{dimension}``, the mean gold level with the high word minus that with the low word, for a
+    :class:`~moslim.callbacks.Gate` that comes later in ``trainer.callbacks``. Held-out topics are not used.
 
     Args:
-        questions: Questions per style word.
+        questions: Number of questions per style word.
     """
 
     def __init__(self, questions: int = 96) -> None:
         self.questions = questions
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See Lightning.
+        """Generates completions and logs the metrics.
 
         Raises:
-            UsageError: The module is no SupervisedTrainer, or its data are not the embedded world's.
+            UsageError: The module is not a SupervisedTrainer, or the data are not those of the embedded world.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -271,33 +258,31 @@ class StyleProbe(Callback):
         source = getattr(trainer.datamodule, "source", None)  # type: ignore[attr-defined]
         if not isinstance(source, Workbench):
             raise UsageError(f"StyleProbe asks about the embedded world, but data.source is a {type(source).__name__}")
-        topics, found = source.topics(held_out=False), {}
+        topics, metrics = source.topics(held_out=False), {}
         for number, (dimension, words) in enumerate(COARSE.items()):
             low, high = (self._mean_level(pl_module, topics, dimension, word, number) for word in words)
-            found[f"style/{dimension}"] = high - low
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
+            metrics[f"style/{dimension}"] = high - low
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(found, trainer.global_step)
+            logger.log_metrics(metrics, trainer.global_step)
 
     def _mean_level(
         self, module: SupervisedTrainer, topics: Sequence[Topic], dimension: str, word: str, number: int
     ) -> float:
-        asked = [topics[i * len(topics) // self.questions] for i in range(self.questions)]
-        questions = [ask(topic, i % len(QUESTIONS), [word]) for i, topic in enumerate(asked)]
+        probed = [topics[i * len(topics) // self.questions] for i in range(self.questions)]
+        questions = [ask(topic, i % len(QUESTIONS), [word]) for i, topic in enumerate(probed)]
         keys: list[tuple[int, ...]] = [(_PROBE, number, i) for i in range(len(questions))]
         texts = module.answers(list(questions), keys, 1.0)
-        return sum(gold_levels(q, a)[dimension] for q, a in zip(questions, texts, strict=True)) / len(texts)
+        return sum(gold_levels(q, text)[dimension] for q, text in zip(questions, texts, strict=True)) / len(texts)
 
 
 class StepCheckpoint(OpenModelCheckpoint):
-    """Lightning's, with the same options; the command line adds it to every run.
+    """Lightning's ModelCheckpoint that saves at optimizer steps only; the command line adds it to every run.
 
-    A checkpoint does not hold half-summed gradients. So one that is due within ``trainer.accumulate_grad_batches`` is
-    written after the optimizer step that follows. With ``save_on_exception``, none is written where an exception comes
-    in between or while weights change, nor of what a guard has stopped, which would trip it again.
-
-    With ``save_last``, ``last.ckpt`` is the end of a training that comes to its end. Lightning leaves it as it was at
-    the last interval.
+    A checkpoint does not hold accumulated gradients, so that one due within ``trainer.accumulate_grad_batches`` is
+    saved after the next optimizer step. With ``save_on_exception``, none is saved within an accumulation, while weights
+    change, or after a guard stopped the run, since a resumed run would trip it again. With ``save_last``, ``last.ckpt``
+    is updated at the end of training; Lightning's is that of the last interval.
     """
 
     _postponed = False
@@ -307,7 +292,7 @@ class StepCheckpoint(OpenModelCheckpoint):
         return super().skips(trainer) or within_accumulation(trainer)
 
     def saves_on_exception(self, trainer: Trainer) -> bool:
-        changing = self._stepping and finished_batches(trainer) < started_batches(trainer)  # by a batch not counted yet
+        changing = self._stepping and finished_batches(trainer) < started_batches(trainer)  # a batch is in progress
         return super().saves_on_exception(trainer) and not within_accumulation(trainer) and not changing
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""Methods whose gain has not been measured where they are meant to run. No other package imports them."""
+"""Methods whose gain is not measured yet on the hardware that they are meant for. No other package imports them."""
 
 from typing import TYPE_CHECKING
 

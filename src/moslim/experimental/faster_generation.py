@@ -1,14 +1,12 @@
-"""Generation that may be faster, without a measured gain so far: one step off policy, and with a static cache.
+"""Generation that may be faster but has no measured gain so far.
 
-One-step-off sampling: completions of the next batch are sampled while the policy learns from the current ones.
+:class:`OneStepOff` samples the completions of the next batch during the update on the current ones. Missing
+measurement: a run whose engine has its own device (vLLM servers). On shared cores, sampling and update only take turns
+(``benchmarks/policy_stage.py``).
 
-Missing measurement: a run whose engine has a device of its own (vLLM servers beside the trainer). On shared cores it
-only takes turns with the update (``benchmarks/policy_stage.py``).
-
-Decoding with a key-value cache of fixed size, optionally compiled.
-
-Missing measurement: a rollout on a GPU, where the compiled step becomes a CUDA graph. On a CPU it takes longer than the
-growing cache (``benchmarks/rollouts.py``).
+:class:`StaticTorchEngine` decodes with a key-value cache of fixed size, optionally compiled. Missing measurement: a
+rollout on a GPU, where the compiled step becomes a CUDA graph. On a CPU it is slower than the growing cache
+(``benchmarks/rollouts.py``).
 """
 
 from __future__ import annotations
@@ -46,45 +44,48 @@ class Sampled:
     """Completions of a training batch.
 
     Args:
-        answers: The completions.
-        version: Optimizer steps that their policy had made.
+        generations: The completions.
+        version: Number of optimizer steps of the policy that sampled them.
     """
 
-    answers: Generations
+    generations: Generations
     version: int
 
     def state(self) -> dict[str, Any]:
-        """Plain data and tensors on CPU, for a checkpoint that loads with ``weights_only``."""
-        fields = vars(self.answers)
-        tensors = {**vars(self.answers.completions), **{name: fields[name] for name in ("input_ids", "attention_mask")}}
+        """Returns plain data and CPU tensors, which a checkpoint can hold with ``weights_only``."""
+        fields = vars(self.generations)
+        tensors = {
+            **vars(self.generations.completions),
+            **{name: fields[name] for name in ("input_ids", "attention_mask")},
+        }
         return {
             "version": self.version,
-            "questions": self.answers.questions,
-            "texts": self.answers.texts,
+            "questions": self.generations.questions,
+            "texts": self.generations.texts,
             "tensors": {name: None if value is None else value.cpu() for name, value in tensors.items()},
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Sampled:
-        """Inverse of :meth:`state`."""
+        """Restores completions from :meth:`state`."""
         moved: dict[str, Any] = {
             name: None if value is None else value.to(device) for name, value in state["tensors"].items()
         }
         ids, mask = moved.pop("input_ids"), moved.pop("attention_mask")
-        answers = Generations(Completions(**moved), ids, mask, state["questions"], state["texts"])
-        return cls(answers, state["version"])
+        generations = Generations(Completions(**moved), ids, mask, state["questions"], state["texts"])
+        return cls(generations, state["version"])
 
 
 class OneStepOff(Callback):
-    """Samples the completions of each training batch one batch ahead, with the weights before the current update.
+    """Callback that samples the completions of each training batch one batch ahead, before the current update.
 
-    List it in ``trainer.callbacks``. The completions come from a copy of the trained weights, since the policy changes
-    meanwhile. Those of the first batch of an epoch are sampled when they are needed. Noise is a function of the batch,
-    and checkpoints hold the completions that are ready, so that a resumed run equals the uninterrupted one.
+    The engine uses a copy of the trained weights, since the policy changes meanwhile. Completions of the first batch of
+    an epoch are sampled when they are needed. Seeds depend on the batch alone, and checkpoints hold the sampled
+    completions, so that a resumed run equals an uninterrupted one.
     """
 
     replayed = True
-    """``replay`` takes a step with this callback."""
+    """``replay`` keeps this callback."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
@@ -93,25 +94,25 @@ class OneStepOff(Callback):
         self._module: PolicyTrainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Becomes the module's source of completions.
+        """Sets this callback as the module's source of completions.
 
         Raises:
-            UsageError: The module is no PolicyTrainer.
+            UsageError: The module is not a PolicyTrainer.
         """
         if not isinstance(pl_module, PolicyTrainer):
             raise UsageError(f"OneStepOff samples for a PolicyTrainer, not for a {type(pl_module).__name__}")
         self._pool = self._pool or ThreadPoolExecutor(1)
         if stage == "fit":
             self.wait()
-            self._kept, self._copy = {}, None  # those of an earlier run; a checkpoint's are taken up after this
+            self._kept, self._copy = {}, None  # those of a checkpoint are loaded later
         pl_module.collector.completion_source = self
         self._module = pl_module
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses weights in shards.
+        """Checks the strategy.
 
         Raises:
-            UsageError: The strategy keeps them so.
+            UsageError: The strategy shards the weights.
         """
         assert isinstance(pl_module, PolicyTrainer)
         if pl_module.models.sharded:
@@ -123,58 +124,55 @@ class OneStepOff(Callback):
     def __call__(
         self, collector: RolloutCollector, batch: PromptBatch, key: BatchKey, step: int
     ) -> tuple[Generations, int]:
-        """Returns the completions of a batch and begins to sample those of the next; see ``CompletionSource``."""
+        """Returns the completions of a batch and starts to sample those of the next; see ``CompletionSource``."""
         module, policy = self._module, collector.models.policy
         assert module is not None
         ready = self._kept.get(key)
         if ready is None:
-            self.wait()  # an epoch that was cut short may have left the engine busy
+            self.wait()  # the engine may be busy after an epoch that ended early
             sampled = self._sampled(collector, policy, batch, key, step)
         else:
             sampled = ready.result()
         following = (key[0], key[1] + 1)
-        # A step that fails is taken again when the run goes on, and must then get the same completions.
-        self._kept = {at: self._kept[at] for at in (key, following) if at in self._kept}
+        # A failed step is repeated when the run is resumed, and must then get the same completions.
+        self._kept = {k: self._kept[k] for k in (key, following) if k in self._kept}
         first = following[1] * module.batch_repeats
         if self._pool and following not in self._kept and first < module.trainer.num_training_batches:
-            coming = self._batch(module.trainer, first)
-            autocast = _autocast(coming.input_ids.device)
+            next_batch = self._batch(module.trainer, first)
+            autocast = _autocast(next_batch.input_ids.device)
             self._kept[following] = self._pool.submit(
-                self._sampled, collector, self._copied(policy), coming, following, step, autocast
+                self._sampled, collector, self._copied(policy), next_batch, following, step, autocast
             )
-        return sampled.answers, sampled.version
+        return sampled.generations, sampled.version
 
     def wait(self) -> None:
-        """Waits until nothing is being sampled, so that the engine is free for others."""
+        """Waits until the engine is free."""
         for future in self._kept.values():
             future.exception()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits."""
+        """Waits until the engine is free."""
         self.wait()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Waits, and is no longer the module's source of completions."""
+        """Waits and removes this callback as the module's source of completions."""
         self.wait()
         if isinstance(pl_module, PolicyTrainer):
             pl_module.collector.completion_source = None
         self._module = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Does what :meth:`teardown` does."""
+        """Calls :meth:`teardown`."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The completions of every process that have been sampled and may still be learned from.
-
-        A batch whose sampling failed is left out: it is sampled when it is needed.
-        """
+        """Sampled completions of all processes that are still to be learned from, except those that failed."""
         self.wait()
         done = {key: future for key, future in self._kept.items() if future.exception() is None}
         return {"processes": gathered([(list(key), future.result().state()) for key, future in done.items()])}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes up this process's completions, where the module has taken up its rollout."""
+        """Restores the completions of this process, if the module has restored its rollout."""
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
         assert isinstance(pl_module, PolicyTrainer)
         if saved is None or pl_module.rollout is None:
@@ -187,12 +185,12 @@ class OneStepOff(Callback):
             self._kept[epoch, number].set_result(Sampled.from_state(sampled, trainer.strategy.root_device))
 
     def _batch(self, trainer: Trainer, number: int) -> PromptBatch:
-        """A batch of the current epoch that is still to come, on the device."""
+        """Returns a later batch of the current epoch, on the device."""
         loader = trainer.train_dataloader
         if not isinstance(loader, StepLoader):
             raise UsageError(
-                f"OneStepOff needs the next batch in advance, which a {type(loader).__name__} does not give: give the "
-                "rows as a PreferenceDataModule, or remove it from trainer.callbacks"
+                f"OneStepOff needs the next batch in advance, which a {type(loader).__name__} does not give: use "
+                "a PreferenceDataModule, or remove it from trainer.callbacks"
             )
         batch: PromptBatch = trainer.strategy.batch_to_device(loader.together(range(number, number + 1)))
         return batch
@@ -210,48 +208,48 @@ class OneStepOff(Callback):
             return Sampled(collector.sample(model, batch, key), version)
 
     def _copied(self, policy: Any) -> Any:
-        """The policy at this moment; weights that are never trained are not copied."""
+        """Returns a copy of the policy that shares the weights that are not trained."""
         if self._copy is None:
             frozen: dict[int, Any] = {id(p): p for p in policy.parameters() if not p.requires_grad}
             self._copy = deepcopy(policy, frozen).requires_grad_(False)
             for parameter in self._copy.parameters():
                 parameter.grad = None
         with torch.no_grad():
-            for mine, theirs in zip(self._copy.parameters(), policy.parameters(), strict=True):
-                if mine is not theirs:
-                    mine.copy_(theirs)
+            for copied, current in zip(self._copy.parameters(), policy.parameters(), strict=True):
+                if copied is not current:
+                    copied.copy_(current)
         return self._copy
 
 
 def _autocast(device: torch.device) -> dict[str, Any]:
-    """Settings of mixed precision in this thread, for another one, which does not inherit them."""
-    kind = device.type
+    """Autocast settings of this thread, which other threads do not inherit."""
+    device_type = device.type
     return {
-        "device_type": kind,
-        "dtype": torch.get_autocast_dtype(kind),
-        "enabled": torch.is_autocast_enabled(kind),
+        "device_type": device_type,
+        "dtype": torch.get_autocast_dtype(device_type),
+        "enabled": torch.is_autocast_enabled(device_type),
     }
 
 
 _ROUND = 64
-"""The cache's length is a multiple of this, so that it is the same for most batches, whatever their longest prompt."""
+"""The length of the cache is a multiple of this, so that most batches share a length."""
 
 
 class StaticTorchEngine(TorchEngine):
-    """Samples like :class:`TorchEngine`, with a cache of fixed size that no answer leaves before all have ended.
+    """:class:`TorchEngine` with a cache of fixed size, which holds all completions until the last one ends.
 
-    It gives the same answers. All layers of the model must attend to everything.
+    It gives the same completions. All layers of the model must use full attention.
 
     Args:
-        max_new_tokens: See :class:`TorchEngine`, as for the arguments up to ``decoding``.
+        max_new_tokens: Length limit of a completion; see :class:`TorchEngine` for the arguments up to ``decoding``.
         temperature: Sampling temperature.
-        stop_strings: Texts that end an answer.
-        stop_ids: Tokens that end an answer, besides the model's own.
-        top_k: Draw among this many of the most likely tokens only.
-        top_p: Draw among the most likely tokens that together have this probability.
-        decoding: How answers are computed; ``cache``, ``merge`` and ``drop_finished`` do not apply.
-        compiled: Compile the step from token to token, on CUDA into a graph. Compiling takes from seconds to minutes
-            and is done again for other numbers of answers or much longer prompts. No last layer is packed then.
+        stop_strings: Texts that end a completion.
+        stop_ids: Tokens that end a completion, besides the model's own.
+        top_k: Number of most likely tokens to draw from.
+        top_p: Total probability of the most likely tokens to draw from.
+        decoding: Options of decoding; ``cache``, ``merge`` and ``drop_finished`` have no effect.
+        compiled: Whether to compile the step from token to token, on CUDA to a graph. This takes seconds to minutes for
+            each number of completions and length of the cache, and switches ``pack_head`` off.
     """
 
     def __init__(
@@ -270,26 +268,26 @@ class StaticTorchEngine(TorchEngine):
         if compiled:  # a graph holds addresses of weights
             self.decoding = replace(self.decoding, pack_head=False)
 
-    def _begin(self, model: Any, input_ids: Tensor, attention_mask: Tensor, samples: int) -> Continuation:
+    def _begin(self, model: Any, input_ids: Tensor, attention_mask: Tensor, num_generations: int) -> Continuation:
         if not continues(model):
             raise UsageError(
-                f"StaticTorchEngine: this model ({model.config.model_type}) cannot go on from a cache: take TorchEngine"
+                f"StaticTorchEngine: this model ({model.config.model_type}) cannot continue from a cache: take TorchEngine"
             )
-        prompts = Prompts(model, input_ids, attention_mask, samples)
+        prompts = Prompts(model, input_ids, attention_mask, num_generations)
         return _Fixed(prompts, self.max_new_tokens, self.decoding.share_prompts, self.compiled)
 
 
 class _Fixed(Continuation):
-    """With tensors of one size, in one place, from the first token to the last, as graphs of computation need them."""
+    """Continuation whose tensors keep size and address from the first token to the last, as a CUDA graph needs."""
 
     def __init__(self, prompts: Prompts, room: int, share_prompts: bool, compiled: bool) -> None:
         width = prompts.input_ids.shape[1]
         length = -(-(width + room) // _ROUND) * _ROUND
         filled = StaticCache(prompts.model.config, length)
         if any(type(layer) is not StaticLayer for layer in filled.layers):
-            kind = prompts.model.config.model_type
+            model_type = prompts.model.config.model_type
             raise UsageError(
-                f"StaticTorchEngine: not all layers of this model ({kind}) attend to everything: take TorchEngine"
+                f"StaticTorchEngine: not all layers of this model ({model_type}) attend to everything: take TorchEngine"
             )
         self.logits = prompts.computed(filled, share_prompts)
         if share_prompts:
@@ -304,7 +302,7 @@ class _Fixed(Continuation):
             layer.keys.copy_(keys)
             layer.values.copy_(values)
             layer.cumulative_length.copy_(source.cumulative_length)
-        # What is not written yet is masked, since it comes later than the token that looks.
+        # Unwritten positions need no mask: they are masked as later than the current token.
         self._attention = prompts.attention_mask.new_ones(total, length)
         self._attention[:, :width] = prompts.repeated(prompts.attention_mask)
         self._position = prompts.repeated(prompts.positions[:, -1:])
@@ -312,10 +310,10 @@ class _Fixed(Continuation):
 
     def feed(self, tokens: Tensor) -> None:
         """See the base class."""
-        every = tokens.new_zeros(len(self._position), 1)
-        every[self._places, 0] = tokens
+        all_tokens = tokens.new_zeros(len(self._position), 1)
+        all_tokens[self._places, 0] = tokens
         self._position += 1
-        self.logits = self._step(every, self._attention, self._position)[self._places]
+        self.logits = self._step(all_tokens, self._attention, self._position)[self._places]
 
     def keep(self, rows: Tensor) -> None:
         """See the base class."""
@@ -324,13 +322,13 @@ class _Fixed(Continuation):
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 _COMPILED: WeakKeyDictionary[nn.Module, dict[tuple[int, int], tuple[Step, StaticCache]]] = WeakKeyDictionary()
-"""A graph has addresses in it, so that step and cache are kept together and used again, for each of the last shapes."""
+"""Steps and caches of the last shapes by model: a CUDA graph works only with the cache that it was made with."""
 _SHAPES = 4
-"""Shapes that are kept: two lengths of prompts in training, and two in evaluation."""
+"""Number of shapes to keep: two lengths of prompts in training, and two in evaluation."""
 
 
 def _static(model: Any, rows: int, length: int, compiled: bool) -> tuple[Step, StaticCache]:
-    """A model's step from token to token, and the cache that it works on."""
+    """Returns the step of a model from token to token, and its cache."""
     kept = _COMPILED.setdefault(model, {}) if compiled else {}
     if (rows, length) in kept:
         return kept[rows, length]
@@ -350,7 +348,7 @@ def _static(model: Any, rows: int, length: int, compiled: bool) -> tuple[Step, S
     if not compiled:
         return step, cache
     while len(kept) >= _SHAPES:
-        kept.pop(next(iter(kept)))  # its keys and values take memory
+        kept.pop(next(iter(kept)))  # frees its cache
     mode = "reduce-overhead" if model.device.type == "cuda" else "default"
     kept[rows, length] = torch.compile(step, dynamic=False, mode=mode), cache
     return kept[rows, length]

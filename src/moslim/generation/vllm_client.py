@@ -281,7 +281,7 @@ def _where(location: str | None) -> str:
 
 
 def _address(url: str) -> tuple[bool, str, int | None, str]:
-    """Whether an address is ``https``, its host, port and path."""
+    """Parts of a server's address: whether it is ``https``, host, port and path."""
     example = "give e.g. http://127.0.0.1:8000"
     try:
         parts = urlsplit(url)
