@@ -271,7 +271,8 @@ class StaticTorchEngine(TorchEngine):
     def _begin(self, model: Any, input_ids: Tensor, attention_mask: Tensor, num_generations: int) -> Continuation:
         if not continues(model):
             raise UsageError(
-                f"StaticTorchEngine: this model ({model.config.model_type}) cannot continue from a cache: take TorchEngine"
+                f"StaticTorchEngine: this model ({model.config.model_type}) cannot continue from a cache: "
+                "take TorchEngine"
             )
         prompts = Prompts(model, input_ids, attention_mask, num_generations)
         return _Fixed(prompts, self.max_new_tokens, self.decoding.share_prompts, self.compiled)
