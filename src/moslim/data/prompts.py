@@ -1,4 +1,4 @@
-"""Questions, instructions and answers as token ids: the one place where prompts are made."""
+"""Encoding of questions, instructions and answers. All prompts are made here."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def as_messages(question: Question) -> list[Message]:
     """Returns a question as a chat.
 
     Raises:
-        UsageError: It is neither text nor a chat; or the chat is empty, has an unknown role or lacks text, or does not
-            end with a user turn.
+        UsageError: The question is neither text nor a chat, or the chat is empty, has an unknown role, lacks text or
+            does not end with a user turn.
     """
     if isinstance(question, str):
         return [{"role": "user", "content": question}]
@@ -46,10 +46,10 @@ def as_messages(question: Question) -> list[Message]:
 
 
 def usable_messages(question: Question, encoder: ChatEncoder) -> list[Message]:
-    """Returns the messages of a question, cleaned.
+    """Returns the cleaned messages of a question.
 
     Raises:
-        UsageError: It is no question (:func:`as_messages`), or a user turn is empty.
+        UsageError: The question is invalid (:func:`as_messages`), or a user turn is empty.
     """
     messages = as_messages(question)
     for i, message in enumerate(messages):
@@ -68,12 +68,12 @@ def _is_said(text: str) -> bool:
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that stands on padding; masks are explicit everywhere, so the end token will do where there is no other."""
+    """Returns the id of padding, or the end token if there is none: attention masks are always explicit."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id that ends an answer: the end-of-sequence token, or an encoder's separator.
+    """Returns the id that ends an answer: the end-of-sequence token, or the separator of an encoder.
 
     Raises:
         UsageError: The tokenizer has neither.
@@ -85,7 +85,7 @@ def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def instruction_patterns(instruction: PreferenceInstruction, preferences: PreferenceSet) -> tuple[ForbiddenText, ...]:
-    """Returns what must not be left in questions and answers, as it would read as an instruction."""
+    """Returns the patterns that read as an instruction and are removed from questions and answers."""
     strings = [
         pattern for text in instruction.reserved for pattern in (ForbiddenText(text), ForbiddenText(text, match="form"))
     ]
@@ -94,13 +94,13 @@ def instruction_patterns(instruction: PreferenceInstruction, preferences: Prefer
 
 
 class PromptRenderer:
-    """Makes the prompts of training, evaluation and generation, so that they cannot drift apart.
+    """Renderer of the prompts of training, evaluation and generation.
 
     Args:
-        tokenizer: The policy's tokenizer.
-        instruction: How a preference is written.
-        preferences: The dimensions in use.
-        max_length: Most tokens of a prompt. A longer question loses its start, never the instruction.
+        tokenizer: Tokenizer of the policy.
+        instruction: Instruction that writes a preference into a chat.
+        preferences: Dimensions in use.
+        max_length: Most tokens of a prompt. A longer question is cut from its start; the instruction is kept.
     """
 
     def __init__(
@@ -125,36 +125,36 @@ class PromptRenderer:
         )
 
     def question(self, question: Question) -> Question:
-        """Returns the question without control tokens, turns and instructions, still text or messages."""
+        """Returns the question, as text or messages, without control tokens, turns and instructions."""
         return self.encoder.question(question)
 
     def messages(self, question: Question, preference: Preference) -> list[Message]:
-        """Returns the chat that the policy is shown, uncut."""
+        """Returns the chat with its instruction, not cut to ``max_length``."""
         return self.encoder.fit_roles(self._instructed(as_messages(self.question(question)), preference))
 
     def ids(self, question: Question, preference: Preference) -> list[int]:
-        """Returns the prompt's ids, at most ``max_length``.
+        """Returns the token ids of the prompt, at most ``max_length``.
 
         Raises:
-            UsageError: The instruction and the chat template alone are longer than ``max_length``.
+            UsageError: Instruction and chat template alone are longer than ``max_length``.
         """
         messages = as_messages(self.question(question))
         return self._cutter(messages, lambda cut: self.encoder.prompt(self._instructed(cut, preference)))
 
     def check(self, question: Question, preference: Preference | None = None) -> bool:
-        """Returns whether something is taken out of a question.
+        """Checks a question, and returns whether text is removed from it.
 
         Args:
-            question: The question.
-            preference: The levels asked for; None = the longest of all dimensions.
+            question: Question, or the chat so far.
+            preference: Requested levels; None = the longest level of every dimension.
 
         Raises:
-            UsageError: No prompt can be made of it, or it has no room in ``max_length``.
+            UsageError: The question makes no valid prompt, or ``max_length`` leaves no room for it.
         """
         messages = usable_messages(question, self.encoder)
-        asked = self._longest if preference is None else preference
-        self.encoder.render(self._instructed(messages, asked))
-        self._room.check(messages, lambda bare: self.encoder.prompt(self._instructed(bare, asked)), asked)
+        levels = self._longest if preference is None else preference
+        self.encoder.render(self._instructed(messages, levels))
+        self._room.check(messages, lambda bare: self.encoder.prompt(self._instructed(bare, levels)), levels)
         return messages != as_messages(question)
 
     def _instructed(self, messages: list[Message], preference: Preference) -> list[Message]:
@@ -163,12 +163,12 @@ class PromptRenderer:
 
 @dataclass
 class Truncation:
-    """What had to be cut to fit a length.
+    """Counts of texts that are cut to fit a length.
 
     Args:
-        pairs: Question-answer pairs encoded.
-        questions: Questions that lost their start, or all.
-        answers: Answers that lost their start, too.
+        pairs: Encoded question-answer pairs.
+        questions: Questions that are cut from their start, or dropped.
+        answers: Answers that are cut from their start.
     """
 
     pairs: int = 0
@@ -180,22 +180,22 @@ class Truncation:
 
 
 class PairEncoder:
-    """Makes the ids of question-answer pairs, as the classifier and plain language modelling see them.
+    """Encoder of question-answer pairs for the classifier and for language modelling.
 
-    Both spans are neutralised: a policy could forge an instruction in its answer. An instruction is shown only where a
-    preference is given.
+    Questions and answers are sanitised, since a policy could forge an instruction in its completion. The prompt has an
+    instruction only if a preference is given.
 
     Args:
         tokenizer: Tokenizer of the model that reads the pairs.
-        max_length: Most tokens of a pair. The question is cut from its start; if that is not enough, so is the
-            answer, whose end is always kept.
-        instruction: What reads as an instruction, to be taken out besides control tokens and turns.
-        instruct: Writes a preference into a neutralised chat; needed where preferences are given.
+        max_length: Most tokens of a pair. The question is cut from its start, and then the answer if necessary; the end
+            of the answer is always kept.
+        instruction: Patterns that read as an instruction and are removed, besides control tokens and turns.
+        instruct: Function that writes a preference into a sanitised chat; required if preferences are given.
 
     Attributes:
-        encoder: What makes the ids.
-        truncation: How many pairs were encoded, and how many of them were cut.
-        taken_out: How many questions and answers had something taken out.
+        encoder: Encoder of chats and texts.
+        truncation: Counts of pairs and of cut texts.
+        taken_out: Count of questions from which text was removed.
     """
 
     def __init__(
@@ -217,11 +217,10 @@ class PairEncoder:
         self._last: tuple[Question, list[Message], list[int]] | None = None
 
     def check(self, question: Question, *answers: str, preference: Preference | None = None) -> bool:
-        """Returns whether something is taken out of a question or of answers to it.
+        """Checks a question and its answers, and returns whether text is removed from any of them.
 
         Raises:
-            UsageError: No pair can be made of it, or its system message or instruction leaves no room in
-                ``max_length``.
+            UsageError: The question makes no valid prompt, or its system message or instruction fills ``max_length``.
         """
         messages = usable_messages(question, self.encoder)
         self.encoder.render(self._shown(messages, preference))
@@ -232,28 +231,26 @@ class PairEncoder:
     def spans(
         self, question: Question, answer: str, preference: Preference | None = None
     ) -> tuple[list[int], list[int]]:
-        """Returns the ids of the prompt and of the answer with its end token, together at most ``max_length``.
+        """Returns the token ids of the prompt, and of the answer with its end token; together at most ``max_length``.
 
         Args:
-            question: The question.
-            answer: The answer.
-            preference: What the prompt's instruction asks for; None = there is none.
+            question: Question, or the chat so far.
+            answer: Answer to it.
+            preference: Levels that the prompt requests; None = no instruction.
         """
         return self.many_spans([question], [answer], preference)[0]
 
     def many_spans(
         self, questions: Sequence[Question], answers: Sequence[str], preference: Preference | None = None
     ) -> list[tuple[list[int], list[int]]]:
-        """The same of ``N`` pairs, faster than one by one."""
-        different = list(dict.fromkeys(answers))
-        ids = dict(
-            zip(different, self.encoder.texts([self.encoder.clean(answer) for answer in different]), strict=True)
-        )
+        """Returns :meth:`spans` of ``N`` pairs, tokenised in one call."""
+        unique = list(dict.fromkeys(answers))
+        ids = dict(zip(unique, self.encoder.texts([self.encoder.clean(answer) for answer in unique]), strict=True))
         ends = [[*ids[answer], end_id(self.tokenizer)] for answer in answers]
         return [self._fit(question, end, preference) for question, end in zip(questions, ends, strict=True)]
 
     def _shown(self, messages: list[Message], preference: Preference | None) -> list[Message]:
-        """The chat with its instruction, if there is one."""
+        """Returns the chat, with the instruction of the preference if there is one."""
         if not preference:
             return messages
         assert self._instruct is not None, "a preference needs an encoder with `instruct`"
@@ -280,10 +277,10 @@ class PairEncoder:
     def _instruction_alone(
         self, messages: list[Message], end: list[int], most: int, preference: Preference
     ) -> tuple[list[int], list[int]]:
-        """A prompt whose question is gone, and what of the answer fits behind it.
+        """Returns the prompt without its question, and the end of the answer that fits.
 
         Raises:
-            UsageError: The instruction leaves no room, which :meth:`check` finds before, where rows are checked.
+            UsageError: The instruction leaves no room. :meth:`check` raises it earlier if rows are checked.
         """
         prompt = self._ids(without_start(messages, None, self.encoder.least), preference)
         if len(prompt) >= most:
@@ -296,18 +293,18 @@ class PairEncoder:
         return prompt, self._last_tokens(end, most - len(prompt))
 
     def _without_question(self, messages: list[Message], end: list[int], most: int) -> tuple[list[int], list[int]]:
-        """What is left of the prompt and the answer where not even the answer fits; an encoder's first token stays."""
+        """Returns the ends of prompt and answer that fit; the first special token of an encoder is kept."""
         prompt = self.encoder.prompt(without_start(messages, None, self.encoder.least, system=True))
         first = self._frame[0] if self.tokenizer.chat_template is None else []
         room = most - len(first)
         self.truncation.questions += 1
         self.truncation.answers += len(end) > room
         rest = prompt[len(first) :]
-        kept = max(0, room - len(end))
-        return first + rest[max(0, len(rest) - kept) :], self._last_tokens(end, room)
+        remaining = max(0, room - len(end))
+        return first + rest[max(0, len(rest) - remaining) :], self._last_tokens(end, room)
 
     def _last_tokens(self, end: list[int], room: int) -> list[int]:
-        """The last tokens of an answer, without what reads as a turn or an instruction once the start is cut."""
+        """Returns the last tokens of an answer, cleaned again: cutting the start can expose a forbidden pattern."""
         kept = end[max(0, len(end) - room) :]
         while kept != end and len(kept) > 1:
             text = str(self.tokenizer.decode(kept[:-1], skip_special_tokens=True))
@@ -319,7 +316,7 @@ class PairEncoder:
         return kept
 
     def _prompt(self, question: Question) -> tuple[list[Message], list[int]]:
-        """The neutralised question and its ids, uncut; kept for the next answer to it, which often comes next."""
+        """Returns the sanitised question and its ids, uncut. Caches the last question, which often repeats."""
         if self._last is None or self._last[0] != question:
             messages = as_messages(self.encoder.question(question))
             if messages != as_messages(question):
@@ -328,14 +325,14 @@ class PairEncoder:
         return self._last[1], self._last[2]
 
     def encode(self, question: Question, answer: str, preference: Preference | None = None) -> list[int]:
-        """Returns the ids of one pair: prompt, answer, end token."""
+        """Returns the token ids of a pair: prompt, answer, end token."""
         prompt, end = self.spans(question, answer, preference)
         return prompt + end
 
     def batch(self, questions: Sequence[Question], answers: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns input ids and attention mask ``[B, T]`` of ``B`` pairs, right-padded."""
-        rows = [prompt + end for prompt, end in self.many_spans(questions, answers)]
-        return pad(rows, pad_id(self.tokenizer), left=False)
+        sequences = [prompt + end for prompt, end in self.many_spans(questions, answers)]
+        return pad(sequences, pad_id(self.tokenizer), left=False)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, Tensor]:
@@ -351,9 +348,9 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> tuple[Tensor, 
 
 
 class _Cutter:
-    """Shortens a question from its start until its encoding fits. Counts what it cut; the first one is a warning.
+    """Cuts a question from its start until its encoding fits. Counts the cut questions and warns of the first one.
 
-    What is left is cleaned again: a marker of turns may be ordinary text but at the start of a line or of a word.
+    The rest is cleaned again, since some patterns are forbidden only at the start of a line or of a word.
     """
 
     def __init__(self, max_length: int | None, truncation: Truncation, encoder: ChatEncoder) -> None:
@@ -381,7 +378,7 @@ class _Cutter:
             )
         self._truncation.questions += 1
         ids = shortest
-        while fewest < most:  # binary search: a character more at the start never makes the encoding shorter
+        while fewest < most:  # binary search, assuming that more characters never shorten the encoding
             middle = (fewest + most) // 2
             shorter = encode(self._without_start(messages, middle))
             if len(shorter) <= self.max_length:
@@ -397,7 +394,7 @@ class _Cutter:
 
 
 class _Room:
-    """Refuses chats whose system message, instruction and template leave no token for what the user says."""
+    """Check that system message, instruction and template of a chat leave room for the question."""
 
     def __init__(self, max_length: int | None, encoder: ChatEncoder) -> None:
         self.max_length = max_length
@@ -405,17 +402,20 @@ class _Room:
         self._taken: dict[Hashable, int] = {}
 
     def check(
-        self, messages: list[Message], encode: Callable[[list[Message]], list[int]], asked: Preference | None = None
+        self,
+        messages: list[Message],
+        encode: Callable[[list[Message]], list[int]],
+        preference: Preference | None = None,
     ) -> None:
-        """Encodes what cannot be cut, once for all chats that have it in common.
+        """Encodes the part of a chat that cannot be cut, once for all chats that share it.
 
         Raises:
-            UsageError: It takes the whole ``max_length``.
+            UsageError: This part fills ``max_length``.
         """
         if self.max_length is None:
             return
         fixed = tuple((m["role"], m["content"] if m["role"] == "system" else "") for m in messages)
-        key = fixed, None if asked is None else tuple(asked.levels.items())
+        key = fixed, None if preference is None else tuple(preference.levels.items())
         if key not in self._taken:
             self._taken[key] = len(encode(without_start(messages, None, self._encoder.least)))
         if self._taken[key] >= self.max_length:
@@ -426,13 +426,13 @@ class _Room:
 
 
 def around(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """Special ids that this tokenizer puts before a text, and those that part it from a second one.
+    """Returns the special ids that a tokenizer puts before a text, and between two texts.
 
-    Before: the beginning-of-sequence token, or an encoder's classification token. After: an encoder's separators, so
-    that a pair reads ``[CLS] question [SEP] answer [SEP]``. A tokenizer whose texts end without one has none.
+    Before: the beginning-of-sequence token, or the classification token of an encoder. Between: the separators of an
+    encoder, so that a pair reads ``[CLS] question [SEP] answer [SEP]``; empty for tokenizers without a final separator.
     """
     text, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    if not text:  # it cannot write this letter
+    if not text:  # the tokenizer drops this letter
         return [], []
     before = text[:1] if text[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
     if text[-1] != tokenizer.sep_token_id:

@@ -1,4 +1,4 @@
-"""Takes out of a text whatever could be read as a control token, as a turn or as an instruction."""
+"""Removal of text that reads as a control token, a turn or an instruction."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 Match = Literal["string", "form", "line"]
-"""How a pattern is looked for: as a string, anywhere; as a form, whose white space does not count and whose words are
-whole words; or as such a form at the start of a line."""
+"""Matching rule of a pattern: ``string`` matches anywhere; ``form`` ignores white space and matches whole words;
+``line`` is a form at the start of a line."""
 
 _EDGE, _LINE = "\0", "\1"
 """Symbols for the edge of a word and the start of a line."""
 
 _REMEMBERED = 100_000
-"""Most steps that a view remembers."""
+"""Most cached steps of a :class:`Neutraliser`."""
 
 _UNSEEN = "\ufffd\u115f\u1160\u3164\uffa0"
-"""The replacement character, and fillers: letters of Hangul that are not shown."""
+"""Invisible letters: the replacement character and the Hangul fillers."""
 
 _ROUNDS = 8
-"""Most times that a tokenizer's normaliser is applied to what it made itself."""
+"""Most times that a tokenizer's normaliser is applied to its own output."""
 
 
 @dataclass(frozen=True)
 class ForbiddenText:
-    """What must not be left in a text.
+    """Pattern that is removed from texts.
 
     Args:
-        text: The pattern as it is written by those who may write it.
-        left: What is left in its place, shorter than it.
-        match: How it is looked for.
-        cased: Whether only this very case counts; of forms and lines.
+        text: Pattern in its ordinary spelling.
+        left: Replacement, shorter than the pattern.
+        match: Matching rule.
+        cased: Whether case must match; only for ``form`` and ``line``.
     """
 
     text: str
@@ -44,18 +44,18 @@ class ForbiddenText:
 
 @dataclass
 class TakenOut:
-    """How many texts had something taken out.
+    """Count of texts from which a pattern was removed.
 
     Args:
-        texts: Texts that were changed.
-        first: Which was the first of them.
+        texts: Number of changed texts.
+        first: Name of the first changed text.
     """
 
     texts: int = 0
     first: str = ""
 
     def add(self, which: str) -> None:
-        """Counts a text that was changed."""
+        """Counts a changed text, given its name."""
         self.first = self.first or which
         self.texts += 1
 
@@ -67,25 +67,25 @@ class TakenOut:
 
 
 def fold(text: str) -> str:
-    """The form in which texts are compared: decomposed (NFKD) and case-folded, one character after the other."""
+    """Returns a text decomposed (NFKD) and case-folded, character by character."""
     return text.translate(_EXACT)
 
 
 def skeleton(text: str) -> str:
-    """The same without marks, format and control characters, which some tokenizers' normalisers delete."""
+    """Returns :func:`fold` of a text without marks, format and control characters, which some normalisers delete."""
     return text.translate(_SKELETON)
 
 
 class Neutraliser:
-    """Removes patterns from a text, however they are written, until none is left.
+    """Removes patterns in any spelling from a text, until none is left.
 
-    A text is read in several ways at once, each of them one character at a time: so whatever stands raw in the text is
-    found whatever it composes with. Then it is read once more as the tokenizer's own normaliser gives it. The time is
-    linear in the length of the text.
+    The text is read character by character in several views at once (:class:`_View`), so that a pattern is found
+    whatever characters it combines with. The output of the tokenizer's normaliser is then cleaned in the same way. The
+    time is linear in the length of the text.
 
     Args:
-        forbidden: What must not be left. Patterns of white space only are ignored.
-        normalise: The tokenizer's normaliser, if it has one.
+        forbidden: Patterns to remove. Patterns of white space only are ignored.
+        normalise: Normaliser of the tokenizer, if it has one.
     """
 
     def __init__(self, forbidden: Iterable[ForbiddenText], normalise: Callable[[str], str] | None = None) -> None:
@@ -96,11 +96,11 @@ class Neutraliser:
         self._steps: dict[tuple[tuple[_State, ...], str], _Step] = {}
         compact = sorted({_compact(pattern.text) for pattern in patterns} - {""}, key=len, reverse=True)
         self._always = any(not _compact(pattern.text) for pattern in patterns)  # made of marks only
-        # No string at all: a pattern that never matches.
+        # "(?!)" never matches.
         self._rough = re.compile("|".join(map(re.escape, compact)) or r"(?!)")
 
     def text(self, text: str) -> str:
-        """Returns the text without any pattern; one that has none is returned as it is."""
+        """Returns the text without any pattern. A text without patterns is returned unchanged."""
         text = self._clean(text)
         for _ in range(_ROUNDS if self._normalise else 0):
             normal = self._normalise(text)  # type: ignore[misc]
@@ -116,34 +116,34 @@ class Neutraliser:
         return self._strip(text)
 
     def _strip(self, text: str) -> str:
-        """One pass with a stack: what closes up over a removed pattern is looked at again, in linear time."""
+        """Removes all patterns in one pass with a stack, so that text joined by a removal is read again."""
         kept: list[str] = []
-        steps: list[_Step] = []  # by which each kept character was read
-        waiting = ["", *reversed(text)]  # the end of the text is a character, too
+        steps: list[_Step] = []  # the step that read each kept character
+        waiting = ["", *reversed(text)]  # "" is the end of the text
         remembered = self._steps
         while waiting:
             character = waiting.pop()
             states = steps[-1].states if steps else self._start
             step = remembered.get((states, character)) or self._step(states, character)
-            found = step.edge
-            if found is not None:
+            hit = step.edge
+            if hit is not None:
                 waiting.append(character)
             elif character:
-                found = step.found
-                if found is None:
+                hit = step.hit
+                if hit is None:
                     kept.append(character)
                     steps.append(step)
-            if found is not None:
-                symbols = found.before
+            if hit is not None:
+                symbols = hit.before
                 while symbols > 0 and kept:
                     kept.pop()
-                    symbols -= steps.pop().read[found.view]
-                waiting.extend(reversed(found.left))
+                    symbols -= steps.pop().read[hit.view]
+                waiting.extend(reversed(hit.left))
         return "".join(kept)
 
     def _step(self, states: tuple[_State, ...], character: str) -> _Step:
-        """Reads a character in all views, or the end of the text where it is empty."""
-        edge = found = None
+        """Reads a character in all views; an empty one is the end of the text."""
+        edge = hit = None
         after, read = [], []
         for i, (view, state) in enumerate(zip(self._views, states, strict=True)):
             state, symbols, hits = view.read(state, character)
@@ -151,17 +151,17 @@ class Neutraliser:
             read.append(symbols)
             for at_edge, before, left in hits:
                 if at_edge:
-                    edge = edge or _Found(i, before, left)
+                    edge = edge or _Hit(i, before, left)
                 else:
-                    found = found or _Found(i, before, left)
+                    hit = hit or _Hit(i, before, left)
         if len(self._steps) > _REMEMBERED:
             self._steps.clear()
-        self._steps[states, character] = step = _Step(tuple(after), tuple(read), edge, found)
+        self._steps[states, character] = step = _Step(tuple(after), tuple(read), edge, hit)
         return step
 
 
 class _Folding(dict[int, str]):
-    """Table for ``str.translate`` that is filled as characters come."""
+    """Table for ``str.translate`` that computes its entries on first use."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def _exact(character: str) -> str:
 
 
 def _bare(character: str) -> str:
-    """Without case folding; white space is one space or a new line."""
+    """Decomposes a character and drops invisible ones; keeps case, and maps white space to a space or a new line."""
     return "".join(map(_visible, unicodedata.normalize("NFKD", character)))
 
 
@@ -195,16 +195,16 @@ _SKELETON = _Folding(lambda character: _bare(_exact(character)))
 
 
 def _compact(text: str) -> str:
-    """What a text and a pattern in it have in common at least, however it is looked for."""
+    """Returns the skeleton of a text without white space; that of a pattern is part of that of a text with it."""
     return "".join(text.translate(_SKELETON).split())
 
 
 _State = tuple[int, bool, bool]
-"""Where a view stands in a text: node of its automaton; whether a word, and whether white space was read last."""
+"""State of a view: node of its automaton; whether a word, and whether white space was read last."""
 
 
-class _Found(NamedTuple):
-    """A pattern that was found: by which view, how many of its symbols stand before the character, what is left."""
+class _Hit(NamedTuple):
+    """Match of a pattern: index of the view, number of its symbols before the character, and its replacement."""
 
     view: int
     before: int
@@ -212,24 +212,24 @@ class _Found(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A character is read: the views' states then, and how many symbols each of them read.
+    """Result of reading a character: states of the views after it, and number of symbols that each view read.
 
-    ``edge`` is found without the character, when a word ends before it; ``found`` ends in the character.
+    ``edge`` is a match that ends before the character, at the edge of a word; ``hit`` ends in the character.
     """
 
     states: tuple[_State, ...]
     read: tuple[int, ...]
-    edge: _Found | None
-    found: _Found | None
+    edge: _Hit | None
+    hit: _Hit | None
 
 
 @dataclass(eq=False)
 class _View:
-    """One way of reading a text, with an Aho-Corasick automaton of the patterns that are looked for in it.
+    """Transformation of a text into symbols, and an Aho-Corasick automaton of the patterns searched in them.
 
     Args:
         folding: Symbols of each character.
-        spaced: Whether white space is left out and the edges of words are symbols.
+        spaced: Whether white space is dropped and edges of words are symbols.
         lines: Whether starts of lines are symbols.
     """
 
@@ -243,7 +243,7 @@ class _View:
     _ends: list[tuple[int, str] | None] = field(init=False, default_factory=lambda: [None])
 
     def add(self, text: str, left: str, anchored: bool = False) -> None:
-        """Adds a pattern; of an anchored one the start of the line is not taken out with it."""
+        """Adds a pattern; an anchored one matches at the start of a line, whose symbol is not removed."""
         symbols = self._symbols(text)
         if not symbols.strip(_EDGE + _LINE):
             return
@@ -260,7 +260,7 @@ class _View:
         self.patterns += 1
 
     def build(self) -> None:
-        """Links each node to that of its longest suffix."""
+        """Links each node to the node of its longest suffix."""
         queue = list(self._next[0].values())
         for node in queue:
             for symbol, child in self._next[node].items():
@@ -272,11 +272,11 @@ class _View:
             self.start = (self._follow(0, _LINE), False, False)
 
     def read(self, state: _State, character: str) -> tuple[_State, int, list[tuple[bool, int, str]]]:
-        """Reads a character, or the end of the text where it is empty.
+        """Reads a character; an empty one is the end of the text.
 
         Returns:
-            The state then; the number of symbols; and of each pattern found whether it ends before the character, how
-            many of its symbols stand before the character, and what is left of it.
+            State after the character; number of symbols read; and for each match, whether it ends before the character,
+            the number of its symbols before the character, and its replacement.
         """
         node, word, gap = state
         hits: list[tuple[bool, int, str]] = []
@@ -303,16 +303,16 @@ class _View:
         return self._next[node][symbol]
 
     def _symbols(self, text: str) -> str:
-        """All symbols of a pattern."""
+        """Returns the symbols of a pattern."""
         if not self.spaced:
             return text.translate(self.folding)
         words = re.findall(r"\w+|[^\w\s]", text.translate(self.folding))
-        symbols, before = "", False
+        symbols, after_word = "", False
         for word in words:
-            edge = before or _is_word(word[0])
+            edge = after_word or _is_word(word[0])
             symbols += (_EDGE if edge else "") + word
-            before = _is_word(word[0])
-        return symbols + (_EDGE if before else "")
+            after_word = _is_word(word[0])
+        return symbols + (_EDGE if after_word else "")
 
 
 def _is_word(symbol: str) -> bool:
@@ -320,13 +320,13 @@ def _is_word(symbol: str) -> bool:
 
 
 def _views(patterns: list[ForbiddenText]) -> list[_View]:
-    """The views that are needed, with their patterns."""
+    """Returns the four views, with their patterns."""
     exact, plain = _View(_EXACT), _View(_SKELETON)
     spaced, lines = _View(_SKELETON, spaced=True), _View(_BARE, spaced=True, lines=True)
     for pattern in sorted(patterns, key=lambda pattern: len(pattern.text)):
         text, left = pattern.text, pattern.left
         if pattern.match == "string":
-            # What consists of accented letters would be found in words without accents.
+            # Without marks, a pattern of accented letters would match words without accents.
             marked = any(unicodedata.category(c)[0] == "M" for c in _exact(text))
             (exact if marked or not skeleton(text).strip() else plain).add(text, left)
         elif pattern.match == "form" and not pattern.cased:
