@@ -1,9 +1,4 @@
-"""Questions with a preference as batches of prompts, and requests in evaluation.
-
-Kinds of requests that a policy is evaluated with.
-
-Questions with a preference as batches of prompts.
-"""
+"""Batches of prompts, and the requests that a policy is evaluated with (:class:`EvaluationKind`)."""
 
 from __future__ import annotations
 
@@ -26,11 +21,11 @@ from moslim.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt of an evaluation, to be put to a question.
+    """Request for a question in an evaluation.
 
     Args:
-        preference: The levels asked for.
-        kind: Name of the :class:`EvaluationKind` that it is of.
+        preference: Requested levels.
+        kind: Name of its :class:`EvaluationKind`.
     """
 
     preference: Preference
@@ -38,9 +33,9 @@ class Request:
 
 
 class EvaluationKind(ABC):
-    """Requests that are put to each test question. Subclass it, and list the subclass under ``data.evaluation_kinds``.
+    """Requests for each test question. Subclass it, and list the subclass under ``data.evaluation_kinds``.
 
-    The report says of every kind how many answers meet all levels that were asked for, and their mean error.
+    The report gives for every kind the share of completions with all requested levels, and their mean error.
     """
 
     name: str
@@ -48,12 +43,12 @@ class EvaluationKind(ABC):
 
     @abstractmethod
     def preferences(self, preferences: PreferenceSet, source: Source, seed: int) -> Sequence[Preference]:
-        """Returns what is asked of one question.
+        """Returns the preferences to request for one question.
 
         Args:
-            preferences: The dimensions in use.
-            source: Says what is reachable and what is held out.
-            seed: Seed of what is drawn; another one for each question.
+            preferences: Dimensions in use.
+            source: Source of the rows, which knows reachable and held-out preferences.
+            seed: Seed of random choices, different for each question.
         """
 
 
@@ -72,7 +67,7 @@ class Sweep(EvaluationKind):
 
 
 class NoInstruction(EvaluationKind):
-    """The question alone."""
+    """The question without an instruction."""
 
     name = "default"
 
@@ -85,8 +80,8 @@ class Combinations(EvaluationKind):
     """Different combinations of two or more dimensions that some answer can have.
 
     Args:
-        count: How many; fewer are asked for if no more are found in a bounded number of draws.
-        unseen: Whether to draw among the combinations that are held out from training, or among the others.
+        count: Number of combinations; there are fewer if :data:`~moslim.data.samplers.TRIES` draws find no more.
+        unseen: Whether to draw from the combinations that are held out from training, or from the others.
     """
 
     def __init__(self, count: int, unseen: bool) -> None:
@@ -109,19 +104,21 @@ class Combinations(EvaluationKind):
 
 
 def requests(kinds: Iterable[EvaluationKind], preferences: PreferenceSet, source: Source, seed: int) -> list[Request]:
-    """Returns the requests of all kinds to one question, in the order of the kinds."""
-    return [Request(wanted, kind.name) for kind in kinds for wanted in kind.preferences(preferences, source, seed)]
+    """Returns the requests of all kinds for one question, in the order of the kinds."""
+    return [
+        Request(preference, kind.name) for kind in kinds for preference in kind.preferences(preferences, source, seed)
+    ]
 
 
 def check_names(kinds: Sequence[EvaluationKind], preferences: PreferenceSet) -> None:
-    """Refuses kinds that metrics and the report could not tell from something else.
+    """Checks that the names of evaluation kinds are unique in metrics and reports.
 
     Args:
         kinds: Kinds besides the shipped ones.
-        preferences: The dimensions in use.
+        preferences: Dimensions in use.
 
     Raises:
-        UsageError: A kind has no name, or that of another, of a dimension or of a part of the report.
+        UsageError: A kind has no name, or the name of another kind, of a dimension or of a part of the report.
     """
     taken = {*RESERVED_NAMES, *preferences.names}
     for kind in kinds:
@@ -136,14 +133,14 @@ def check_names(kinds: Sequence[EvaluationKind], preferences: PreferenceSet) -> 
 
 @dataclass
 class Prompt:
-    """A question and what is asked of its answer.
+    """Question with the levels requested for its completion.
 
     Args:
-        question: The question, as the source gave it.
-        preference: The levels asked for.
+        question: Question, as the source gave it.
+        preference: Requested levels.
         index: Row of the source.
-        kind: See :class:`~moslim.data.prompt_batches.Request`; empty in training.
-        columns: The row's own, in training.
+        kind: See :class:`Request`; empty in training.
+        columns: In training, ``columns`` of the example.
     """
 
     question: Question
@@ -154,39 +151,34 @@ class Prompt:
 
 
 class SampledPrompts(Examples):
-    """Training prompts: each row gets a preference that is a function of seed, epoch and row.
+    """Training prompts. The preference of a row depends on seed, epoch and row.
 
     Args:
-        rows: The questions.
-        preferences: The dimensions in use.
-        sampler: Draws the preferences.
-        source: Says what is reachable and what is held out.
+        rows: Rows with questions.
+        preferences: Dimensions in use.
+        sampler: Sampler of preferences.
+        source: Source of the rows, which knows reachable and held-out preferences.
         seed: Seed of the draws.
     """
 
     def __init__(
         self, rows: list[Example], preferences: PreferenceSet, sampler: PreferenceSampler, source: Source, seed: int
     ) -> None:
-        self._rows, self._preferences, self._sampler, self._source, self._seed = (
-            rows,
-            preferences,
-            sampler,
-            source,
-            seed,
-        )
+        self._rows, self._preferences, self._sampler = rows, preferences, sampler
+        self._source, self._seed = source, seed
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def start_epoch(self, epoch: int) -> None:
-        """Tells the sampler."""
+        """Starts an epoch of the sampler."""
         self._sampler.start_epoch(epoch, self._preferences)
 
     def __getitem__(self, draw: Draw) -> Prompt:
         """Returns the prompt of a row in an epoch.
 
         Raises:
-            UsageError: The sampler asks for a combination that the source holds out.
+            UsageError: The sampler draws a combination that the source holds out.
         """
         generator = random.Random(derive_seed(self._seed, draw.epoch, draw.row))
         preference = self._sampler.draw(self._preferences, generator, self._source)
@@ -209,30 +201,34 @@ class FixedPrompts(Examples):
         return len(self._prompts)
 
     def __getitem__(self, draw: Draw) -> Prompt:
-        """Returns one prompt."""
+        """Returns the prompt of a row."""
         return self._prompts[draw.row]
 
 
 def requested(rows: list[tuple[int, Example]], requests: list[list[Request]]) -> FixedPrompts:
-    """Puts requests to questions: ``requests[i]`` to the row ``rows[i]``, given with its index in the source."""
+    """Returns the prompts of requests for questions.
+
+    Args:
+        rows: Rows, each with its index in the source.
+        requests: Requests for each row.
+    """
     return FixedPrompts(
         [
             Prompt(row.question, request.preference, index, request.kind)
-            for (index, row), wanted in zip(rows, requests, strict=True)
-            for request in wanted
+            for (index, row), row_requests in zip(rows, requests, strict=True)
+            for request in row_requests
         ]
     )
 
 
 @dataclass
 class CollatePrompts:
-    """Makes a :class:`PromptBatch`.
+    """Collates prompts to a :class:`PromptBatch`.
 
     Args:
-        renderer: Writes question and preference as ids.
-        scramble: Control run: each prompt shows its own preference, but the targets that reward it
-            are those of the next prompt with an instruction. So the levels shown tell nothing, and a measure of
-            steerability that still finds control measures something else. Active dimensions go with the targets.
+        renderer: Renderer of prompts.
+        scramble: Whether the targets of each prompt are those of the next prompt with an instruction. In such a control
+            run the instruction carries no information about the reward, so measured steerability must vanish.
     """
 
     renderer: PromptRenderer
@@ -240,22 +236,22 @@ class CollatePrompts:
     _last: tuple[list[Prompt], PromptBatch] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __call__(self, prompts: list[Prompt]) -> PromptBatch:
-        """Left-pads the prompts. Those of the last call, which comes again for every step on a rollout, are kept."""
+        """Left-pads the prompts. Caches the last batch, which repeats for every step on a rollout."""
         if self._last is None or self._last[0] != prompts:
             self._last = (prompts, self._collated(prompts))
         return self._last[1]
 
     def _collated(self, prompts: list[Prompt]) -> PromptBatch:
         shown = [prompt.preference for prompt in prompts]
-        wanted = shown
+        rewarded = shown
         if self.scramble:
-            shown, wanted = exchanged(shown)
-        rows = [self.renderer.ids(p.question, preference) for p, preference in zip(prompts, shown, strict=True)]
-        ids, mask = pad(rows, pad_id(self.renderer.tokenizer), left=True)
+            shown, rewarded = exchanged(shown)
+        sequences = [self.renderer.ids(p.question, preference) for p, preference in zip(prompts, shown, strict=True)]
+        ids, mask = pad(sequences, pad_id(self.renderer.tokenizer), left=True)
         return PromptBatch(
             input_ids=ids,
             attention_mask=mask,
-            targets=torch.stack([self.renderer.preferences.encode(preference) for preference in wanted]),
+            targets=torch.stack([self.renderer.preferences.encode(preference) for preference in rewarded]),
             index=torch.tensor([prompt.index for prompt in prompts]),
             questions=[self.renderer.question(prompt.question) for prompt in prompts],
             kinds=[prompt.kind for prompt in prompts],
@@ -264,15 +260,15 @@ class CollatePrompts:
 
 
 def exchanged(preferences: list[Preference]) -> tuple[list[Preference], list[Preference]]:
-    """Returns the preferences to show and those to reward: each row with one is rewarded for the next such row's.
+    """Returns the preferences to show and the preferences to reward.
 
-    Preferences are drawn independently of each other, so a neighbour's tells nothing about one's own. A row that
-    is the only one with a preference has nothing to exchange and loses it.
+    Each prompt with a preference is rewarded for the preference of the next such prompt, which is drawn independently.
+    If only one prompt has a preference, the preference is dropped.
     """
-    rows = [i for i, preference in enumerate(preferences) if preference]
-    shown, wanted = list(preferences), list(preferences)
-    if len(rows) == 1:
-        shown[rows[0]] = wanted[rows[0]] = Preference()
-    for here, there in zip(rows, rows[1:] + rows[:1], strict=True):
-        wanted[here] = shown[there]
-    return shown, wanted
+    active = [i for i, preference in enumerate(preferences) if preference]
+    shown, rewarded = list(preferences), list(preferences)
+    if len(active) == 1:
+        shown[active[0]] = rewarded[active[0]] = Preference()
+    for i, following in zip(active, active[1:] + active[:1], strict=True):
+        rewarded[i] = shown[following]
+    return shown, rewarded

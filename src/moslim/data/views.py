@@ -1,4 +1,4 @@
-"""Batch views: the form in which a module gets the rows of a source. A module names its own as ``batch_view``."""
+"""Batch views: the form of a module's batches. A module names its view as ``batch_view``."""
 
 from __future__ import annotations
 
@@ -38,30 +38,29 @@ from moslim.utils.errors import UsageError
 if TYPE_CHECKING:
     from moslim.data.data_module import PreferenceDataModule
 
-
 Check = Callable[[Example], bool]
-"""Refuses a row that no example can be made of; returns whether something is taken out of the row's texts."""
+"""Function that raises an error for an unusable row, and returns whether text is removed from the row."""
 
 
 class BatchView(ABC):
-    """Form of a module's batches: which rows they hold, how a row becomes an example, how examples are collated.
+    """Base class of batch views: rows to read, the examples made of them, and their collation.
 
-    Subclass it, and make an instance the ``batch_view`` of a module. The methods are given the data module, whose
-    attributes and methods say how rows are read and encoded; a view keeps no state of a run.
+    Subclass it, and make an instance the ``batch_view`` of a module. The methods get the data module, which reads and
+    encodes rows; a view has no state of its own.
     """
 
     options: ClassVar[frozenset[str]] = frozenset()
-    """Options of the data module that this view uses, out of :data:`VIEW_OPTIONS`; setting another is an error."""
+    """Options in :data:`VIEW_OPTIONS` that this view uses; setting another one is an error."""
 
     @abstractmethod
     def row_kind(self, split: Split) -> RowKind:
-        """Returns the kind of rows that the source is asked for."""
+        """Returns the kind of rows to read from the source."""
 
     @abstractmethod
     def check(self, data: PreferenceDataModule, split: Split) -> Check:
-        """Returns the function by which every row of a split is checked when a run begins.
+        """Returns the function that checks every row of a split at the start of a run.
 
-        It raises a :class:`~moslim.utils.errors.UsageError` for a row that cannot be used.
+        It raises a :class:`~moslim.utils.errors.UsageError` for an unusable row.
         """
 
     @abstractmethod
@@ -69,9 +68,9 @@ class BatchView(ABC):
         """Returns the data set of a split.
 
         Args:
-            data: The data module.
-            rows: The rows in use, each with its index in the source.
-            split: Part of the source that they are of.
+            data: Data module.
+            rows: Usable rows, each with its index in the source.
+            split: Part of the source.
         """
 
     @abstractmethod
@@ -79,11 +78,11 @@ class BatchView(ABC):
         """Returns the function that makes a batch of a list of examples."""
 
     def rows(self, data: PreferenceDataModule, split: Split) -> list[tuple[int, Example]]:
-        """Returns the rows of a split that the view takes, each with its index in the source; by default all."""
+        """Returns the rows of a split to use, each with its index in the source; by default all."""
         return list(enumerate(data.rows(self.row_kind(split), split)))
 
     def predict_batches(self, data: PreferenceDataModule) -> Iterable[Any]:
-        """Returns the batches of ``predict``, without those that an interrupted run has finished.
+        """Returns the batches of ``predict``, without those that an interrupted run finished.
 
         Raises:
             UsageError: There are no rows.
@@ -92,24 +91,26 @@ class BatchView(ABC):
         if not rows:
             raise UsageError("the source has no rows to answer; a Table takes them from data.source.predict")
         examples = self.examples(data, rows, Split.PREDICT)
-        done = data.module.rows_done(examples.origins, data.eval_batch_size, len(examples) - 1)  # one batch is left
+        done = data.module.rows_done(
+            examples.origins, data.eval_batch_size, len(examples) - 1
+        )  # at least one batch remains
         return data.in_order(Remaining(examples, done), Split.PREDICT)
 
     def meaning(self, data: PreferenceDataModule) -> Entries:
-        """Returns options of the data module that give weights their meaning; checkpoints record and compare them."""
+        """Returns the options that trained weights depend on; checkpoints record and compare them."""
         return {"data.max_length": data.token_limit}
 
 
 class ServedModule(Protocol):
-    """Attributes and methods of a module that :class:`~moslim.data.data_module.PreferenceDataModule` uses.
+    """Interface of a module that :class:`~moslim.data.data_module.PreferenceDataModule` serves.
 
-    A module derives from it, names ``batch_view`` and ``tokenizer``, and overrides what its training needs otherwise.
+    A module derives from it and defines ``batch_view`` and ``tokenizer``; all else has defaults.
     """
 
     batch_view: BatchView
 
     preferences: PreferenceSet | None = None
-    """The module's dimensions, which must be those of the data module; None = any."""
+    """Dimensions of the module, which must equal those of the data module; None = any."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -118,34 +119,37 @@ class ServedModule(Protocol):
 
     @property
     def batch_repeats(self) -> int:
-        """How often each training batch is yielded in a row."""
+        """Number of consecutive times that each training batch is yielded."""
         return 1
 
     @property
     def pair_limit(self) -> int | None:
-        """Most tokens of a text where ``data.max_length`` is not given."""
+        """Most tokens of a text if ``data.max_length`` is not given."""
         return None
 
     @property
     def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
-        """Function that makes features ``[N, H]`` of the ids of all texts, once; None = batches hold the ids."""
+        """Function from the token ids of ``N`` texts to features ``[N, H]``; None = batches hold the ids."""
         return None
 
     def longest(self, wanted: int | None) -> int | None:
-        """Returns the most tokens of a text that the model can read, given the limit of the data module.
+        """Returns the most tokens of a text.
+
+        Args:
+            wanted: Limit of the data module or of the module; None = not given.
 
         Raises:
-            UsageError: The model cannot read texts as long as ``wanted``.
+            UsageError: The model cannot read texts of ``wanted`` tokens.
         """
         return wanted
 
     def rows_done(self, rows: Callable[[], Iterable[Any]], batch_size: int = 1, most: int | None = None) -> int:
-        """Returns the number of rows that an interrupted ``predict`` has finished.
+        """Returns the number of rows that an interrupted ``predict`` finished.
 
         Args:
-            rows: Begins a pass over all rows.
-            batch_size: Only whole batches of this size count.
-            most: Most rows that may count.
+            rows: Function that starts a pass over all rows.
+            batch_size: Size of batches; only complete batches are counted.
+            most: Upper limit of the result.
         """
         return 0
 
@@ -154,11 +158,11 @@ VIEW_OPTIONS = (
     *("sampler", "scramble", "validation_questions", "test_questions", "combinations", "evaluation_kinds"),
     *("group_by_length", "token_budget"),
 )
-"""Options of the data module that only some views use."""
+"""Options of the data module that not every view uses."""
 
 
 class RewardView(BatchView):
-    """Question, answer and levels, for a reward classifier; rejected answers are rows of their own."""
+    """Question, answer and levels, for a reward classifier; rejected answers are pairs of their own."""
 
     options = frozenset({"group_by_length", "token_budget"})
 
@@ -172,7 +176,7 @@ class RewardView(BatchView):
         return lambda row: encoder.check(row.question, *_answers(row))
 
     def examples(self, data: PreferenceDataModule, rows: list[tuple[int, Example]], split: Split) -> Pairs:
-        """Returns pairs, with features where the module makes them once instead of in every batch."""
+        """Returns pairs, with their features if the module has ``row_features``."""
         pairs = Pairs([row for _, row in rows], data.counting_encoder())
         features = data.module.row_features
         if features is not None and rows:
@@ -184,7 +188,7 @@ class RewardView(BatchView):
         return CollateRewards(data.preferences, pad_id(data.module.tokenizer))
 
     def predict_batches(self, data: PreferenceDataModule) -> StreamedPairs:
-        """Returns the pairs to be scored, which are read one batch at a time."""
+        """Returns the batches of pairs to score, read one at a time."""
 
         def rows() -> Iterator[Example]:
             return data.source.stream(RowKind.LABELLED, Split.PREDICT, data.preferences, data.seed)
@@ -194,7 +198,7 @@ class RewardView(BatchView):
 
 
 class TextView(BatchView):
-    """Question and answer, for fine-tuning a language model; the loss is on the answer and its end token."""
+    """Question and answer, for language-model fine-tuning; the loss is on the answer and its end token."""
 
     options = frozenset({"group_by_length", "token_budget"})
 
@@ -203,7 +207,7 @@ class TextView(BatchView):
         return RowKind.TEXTS
 
     def preference(self, row: Example, preferences: PreferenceSet, split: Split) -> Preference | None:
-        """Returns the levels that the instruction of a row's prompt names; None = there is no instruction."""
+        """Returns the levels that the prompt of a row requests; None = no instruction."""
         return None
 
     def check(self, data: PreferenceDataModule, split: Split) -> Check:
@@ -216,10 +220,10 @@ class TextView(BatchView):
         return check
 
     def examples(self, data: PreferenceDataModule, rows: list[tuple[int, Example]], split: Split) -> Pairs:
-        """Returns pairs. In ``predict`` questions are to be answered: an answer that a row has is not read."""
+        """Returns pairs. In ``predict``, the answers of rows are ignored."""
         used = [replace(row, answer="") if split is Split.PREDICT else row for _, row in rows]
-        wanted = [self.preference(row, data.preferences, split) or Preference() for row in used]
-        return Pairs(used, data.counting_encoder(), wanted)
+        preferences = [self.preference(row, data.preferences, split) or Preference() for row in used]
+        return Pairs(used, data.counting_encoder(), preferences)
 
     def collate(self, data: PreferenceDataModule, split: Split) -> CollateTexts:
         """See the base class."""
@@ -227,10 +231,10 @@ class TextView(BatchView):
 
 
 class InstructedTextView(TextView):
-    """Question with the instruction for the row's levels, and answer, for conditional fine-tuning.
+    """Question with an instruction for the row's levels, and answer, for conditional fine-tuning.
 
-    The instruction names the dimensions that the row is labelled on, and no other; a row without labels has none. In
-    ``predict`` it names the levels to ask for.
+    The instruction names the labelled dimensions of the row; a row without labels has no instruction. In ``predict`` it
+    names the requested levels.
     """
 
     def row_kind(self, split: Split) -> RowKind:
@@ -238,8 +242,8 @@ class InstructedTextView(TextView):
         return RowKind.PROMPTS if split is Split.PREDICT else RowKind.LABELLED
 
     def preference(self, row: Example, preferences: PreferenceSet, split: Split) -> Preference:
-        """Returns the levels that the row has, or asks for in ``predict``."""
-        return _wanted(row, preferences) if split is Split.PREDICT else known_levels(row.levels, preferences)
+        """Returns the labels of the row; in ``predict``, its requested levels."""
+        return _requested_levels(row, preferences) if split is Split.PREDICT else known_levels(row.levels, preferences)
 
     def meaning(self, data: PreferenceDataModule) -> Entries:
         """See the base class; the form of the instruction as well."""
@@ -247,10 +251,10 @@ class InstructedTextView(TextView):
 
 
 class PolicyView(BatchView):
-    """Question with the instruction for a preference, and the levels asked for, for a policy.
+    """Question with an instruction, and the requested levels, for a policy.
 
-    In training the data module's sampler draws the preference. Validation asks for :class:`Sweep` on a few questions,
-    the test for all :meth:`evaluation_kinds`, ``predict`` for the levels that the rows have.
+    In training, the sampler of the data module draws the preference. Validation requests :class:`Sweep` for a few
+    questions, the test all :meth:`evaluation_kinds`, and ``predict`` the levels of the rows.
     """
 
     options = frozenset(VIEW_OPTIONS[:6])
@@ -260,7 +264,7 @@ class PolicyView(BatchView):
         return RowKind.PROMPTS
 
     def rows(self, data: PreferenceDataModule, split: Split) -> list[tuple[int, Example]]:
-        """Returns as many questions as the options say; training's for validation where the source has none for it."""
+        """Returns the questions, limited by the options. Validation uses training rows if the source has no others."""
         rows = data.rows(RowKind.PROMPTS, split)
         if split is Split.VALIDATION:
             return spread(rows or data.rows(RowKind.PROMPTS, Split.TRAIN), data.validation_questions)
@@ -272,11 +276,11 @@ class PolicyView(BatchView):
         """Refuses rows that no prompt can be made of."""
         renderer = data.renderer(data.module.tokenizer)
         if split is Split.PREDICT:
-            return lambda row: renderer.check(row.question, _wanted(row, data.preferences))
+            return lambda row: renderer.check(row.question, _requested_levels(row, data.preferences))
         return lambda row: renderer.check(row.question)
 
     def evaluation_kinds(self, data: PreferenceDataModule, split: Split) -> Sequence[EvaluationKind]:
-        """Returns the kinds of requests that are put to each question of validation or test."""
+        """Returns the kinds of requests for each question of validation or test."""
         if split is Split.VALIDATION:
             return [Sweep()]
         combinations = [Combinations(data.combinations, unseen) for unseen in (False, True)]
@@ -288,13 +292,13 @@ class PolicyView(BatchView):
             questions = [row for _, row in rows]
             return SampledPrompts(questions, data.preferences, data.sampler, data.source, data.seed)
         if split is Split.PREDICT:
-            return self._to_answer(data, rows)
+            return self._predict_prompts(data, rows)
         kinds = self.evaluation_kinds(data, split)
 
-        def asked(index: int) -> list[Request]:
+        def row_requests(index: int) -> list[Request]:
             return requests(kinds, data.preferences, data.source, derive_seed(data.seed, index))
 
-        return requested(rows, [asked(index) for index, _ in rows])
+        return requested(rows, [row_requests(index) for index, _ in rows])
 
     def collate(self, data: PreferenceDataModule, split: Split) -> CollatePrompts:
         """See the base class."""
@@ -304,33 +308,33 @@ class PolicyView(BatchView):
         """See the base class; the form of the instruction as well."""
         return {"data.max_length": data.max_length, **_instruction(data)}
 
-    def _to_answer(self, data: PreferenceDataModule, rows: list[tuple[int, Example]]) -> FixedPrompts:
-        wanted = [_wanted(row, data.preferences) for _, row in rows]
-        if not any(wanted):
+    def _predict_prompts(self, data: PreferenceDataModule, rows: list[tuple[int, Example]]) -> FixedPrompts:
+        preferences = [_requested_levels(row, data.preferences) for _, row in rows]
+        if not any(preferences):
             names = ", ".join(data.preferences.names)
             warnings.warn(f"no row of predict asks for a level: columns named {names} would hold them", stacklevel=2)
-        return FixedPrompts([Prompt(row.question, wanted[i], i) for i, (_, row) in enumerate(rows)])
+        return FixedPrompts([Prompt(row.question, preferences[i], i) for i, (_, row) in enumerate(rows)])
 
 
 def spread(rows: list[Example], count: int) -> list[tuple[int, Example]]:
-    """Returns ``count`` rows at equal distances, or all if there are fewer, each with its index."""
+    """Returns ``count`` evenly spaced rows, or all if there are fewer, each with its index."""
     return [(index, rows[index]) for index in evenly_spaced(len(rows), count)]
 
 
 def check_served(module: Any, given: Sequence[str]) -> None:
-    """Refuses a module that the data module cannot serve.
+    """Checks that the data module can serve a module.
 
     Args:
-        module: The module.
-        given: Options of the data module, out of :data:`VIEW_OPTIONS`, that are not at their defaults.
+        module: Module to check.
+        given: Options in :data:`VIEW_OPTIONS` that are not at their defaults.
 
     Raises:
-        UsageError: The module lacks something of :class:`ServedModule`, its ``batch_view`` is no view, or the view does
+        UsageError: The module lacks a member of :class:`ServedModule`, its ``batch_view`` is no view, or the view does
             not use an option that is given.
     """
     name = type(module).__name__
-    wanted = dict.fromkeys([*ServedModule.__annotations__, *(n for n in vars(ServedModule) if not n.startswith("_"))])
-    missing = [member for member in wanted if not hasattr(type(module), member) and member not in vars(module)]
+    members = dict.fromkeys([*ServedModule.__annotations__, *(n for n in vars(ServedModule) if not n.startswith("_"))])
+    missing = [member for member in members if not hasattr(type(module), member) and member not in vars(module)]
     if missing:
         raise UsageError(
             f"{name} lacks {', '.join(missing)}, which PreferenceDataModule uses: derive it from "
@@ -352,8 +356,8 @@ def _answers(row: Example) -> list[str]:
     return [answer for answer in (row.answer, row.rejected) if answer is not None]
 
 
-def _wanted(row: Example, preferences: PreferenceSet) -> Preference:
-    """The levels that a row of ``predict`` asks for."""
+def _requested_levels(row: Example, preferences: PreferenceSet) -> Preference:
+    """Returns the levels that a row of ``predict`` requests."""
     return known_levels(row.requested or row.levels, preferences)
 
 
