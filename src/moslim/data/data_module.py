@@ -1,4 +1,4 @@
-"""The data module of every trainer module."""
+"""Data module, which serves the rows of a source to any module."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ from moslim.utils.errors import UsageError
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Serves the rows of one source to whatever module is trained, so one ``data:`` block fits every config.
+    """Serves the rows of a source to any module, so that the same ``data:`` block fits every config.
 
-    The module is a :class:`~moslim.data.views.ServedModule`. Its ``batch_view`` decides which rows are read and what
-    batches are made of them; the data module reads the rows, checks them when a run begins, puts them in an order that
-    a resumed run goes on with, and shares batches out to processes. The Trainer must leave the sampler alone
-    (``use_distributed_sampler: false``).
+    The module is a :class:`~moslim.data.views.ServedModule`, whose ``batch_view`` defines the form of the batches. The
+    data module reads the rows, checks them at the start of a run, orders them so that a run can be resumed, and splits
+    batches among processes. It requires ``trainer.use_distributed_sampler: false``.
 
     | view | train | validation | test | predict |
     |---|---|---|---|---|
@@ -42,39 +41,38 @@ class PreferenceDataModule(LightningDataModule):
     | policy | sampled preferences | level sweep on a few questions | sweep, default, combinations | the rows' levels |
 
     Args:
-        preferences: The dimensions in use; the same as the module's.
-        source: Where the rows come from.
-        instruction: How a preference is written into a prompt. Default: :class:`~moslim.instructions.Tags`.
-        sampler: Which preferences are asked for in training. Default: :class:`~moslim.data.Uniform`.
+        preferences: Dimensions in use; must equal those of the module.
+        source: Source of the rows.
+        instruction: Instruction that writes a preference into a prompt. Default: :class:`~moslim.instructions.Tags`.
+        sampler: Sampler of the preferences in training. Default: :class:`~moslim.data.Uniform`.
         batch_size: Rows of a training batch, per process.
         eval_batch_size: Rows of a batch in validation, test and predict, per process.
-        max_length: Most tokens of a prompt (policy view) or pair (other views). The question loses its start. None =
-            what the module's model can read, where it has a table of positions; else no limit.
-        group_by_length: Whether pairs of like length share a training batch, for less padding.
+        max_length: Most tokens of a prompt (policy view) or pair (other views). Longer questions are cut from their
+            start. None = most tokens that the model can read, if it has a table of positions; else no limit.
+        group_by_length: Whether pairs of similar length share a training batch, for less padding.
         token_budget: Most tokens, padding included, of a training batch of pairs per process, instead of a number of
-            rows. Pairs of like length share a batch, and all rows are used.
-        validation_questions: Questions of the policy's level sweep in validation; taken from the training rows if
-            the source has no validation rows.
-        test_questions: Questions of the policy's test; None for all.
-        combinations: Requests of two or more dimensions at once per test question: as many among what training
-            could ask for (``seen``) and as many among what the source holds out (``unseen``), if it does.
-        evaluation_kinds: Further requests of a policy's test, besides the sweep, the default and combinations.
-        scramble: Control run: in training, a policy's reward follows the levels that another prompt of the batch
-            shows (:class:`~moslim.data.prompt_batches.CollatePrompts`). Steerability must vanish.
+            rows. Pairs of similar length share a batch, and no row is dropped.
+        validation_questions: Number of questions for the level sweep of a policy in validation, taken from the training
+            rows if the source has no validation rows.
+        test_questions: Number of questions in the test of a policy; None = all.
+        combinations: Number of requests of two or more dimensions per test question, from those allowed in training
+            (``seen``), and as many from those that the source holds out (``unseen``), if any.
+        evaluation_kinds: Further requests in the test of a policy, besides sweep, default and combinations.
+        scramble: Whether the reward of each training prompt follows the levels of another prompt in the batch
+            (:class:`~moslim.data.prompt_batches.CollatePrompts`). Steerability must vanish in such a control run.
         seed: Seed of the source, of the order of rows and of the preferences drawn.
-        workers: Processes that prepare training batches; 0 prepares them in the main process.
-        template_args: Values of variables that the tokenizer's chat template reads, such as ``enable_thinking: false``.
-            They are written into the template, also of an exported model.
-        template_date: Date that the chat template writes into prompts, as ``YYYY-MM-DD``, if it does; it is written
-            into the template, too. None = that of the checkpoint or model that is loaded, else today.
-        skip_bad_rows: Largest share of the training, validation or test rows that may be left out because no prompt or
-            pair can be made of them: an empty user turn, a chat that the template refuses, a system message that fills
-            ``max_length``. Every row is checked when the run begins. In predict none is left out.
+        workers: Number of processes that prepare training batches; 0 = the main process.
+        template_args: Values of variables of the tokenizer's chat template, e.g. ``enable_thinking: false``. They are
+            written into the template, also of an exported model.
+        template_date: Date that the chat template writes into prompts, as ``YYYY-MM-DD``; also written into the
+            template. None = date of the loaded checkpoint or model, else today.
+        skip_bad_rows: Largest share of unusable training, validation or test rows, which are left out: an empty user
+            turn, a chat that the template refuses, a system message that fills ``max_length``. All rows are checked at
+            the start of a run. In predict, every row must be usable.
 
     Raises:
-        UsageError: A batch size below 1, ``skip_bad_rows`` that is no share, ``scramble`` with a batch of one, where
-            there is nothing to exchange, ``token_budget`` without ``group_by_length``, or a name of an evaluation kind
-            that stands for something else.
+        UsageError: A batch size is below 1, ``skip_bad_rows`` is no share, ``scramble`` is set with a batch size of 1,
+            ``token_budget`` without ``group_by_length``, or the name of an evaluation kind is taken.
     """
 
     def __init__(
@@ -141,10 +139,10 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def module(self) -> ServedModule:
-        """The module that is served.
+        """Module that the Trainer runs.
 
         Raises:
-            RuntimeError: There is no Trainer.
+            RuntimeError: No Trainer is attached.
         """
         if self.trainer is None:
             raise RuntimeError(
@@ -154,33 +152,33 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def view(self) -> BatchView:
-        """The module's batch view."""
+        """Batch view of the module."""
         return self.module.batch_view
 
     @property
     def token_limit(self) -> int | None:
-        """Most tokens of a text: ``max_length``, else what the module was made for or can read, where it knows."""
+        """Most tokens of a text: ``max_length``, else the limit of the module, if it has one."""
         if self.trainer is None:
             return self.max_length
         module = self.module
         return module.longest(module.pair_limit if self.max_length is None else self.max_length)
 
     def renderer(self, tokenizer: PreTrainedTokenizerBase) -> PromptRenderer:
-        """Returns what writes the prompts of training and evaluation, for use elsewhere."""
+        """Returns the renderer of training and evaluation prompts. Calls :meth:`pin` on the tokenizer."""
         self.pin(tokenizer)
         return PromptRenderer(tokenizer, self.instruction, self.preferences, self.token_limit)
 
     def pair_encoder(self, max_length: int | None) -> PairEncoder:
-        """Returns what makes ids of questions, with or without an instruction, and answers.
+        """Returns an encoder of question-answer pairs.
 
         Args:
-            max_length: Most tokens of question and answer.
+            max_length: Most tokens of a pair; None = no limit.
         """
         instruct = partial(self.instruction.render, preferences=self.preferences)
         return PairEncoder(self.module.tokenizer, max_length, self.instruction_patterns, instruct)
 
     def counting_encoder(self) -> PairEncoder:
-        """Returns the same with :attr:`token_limit`; what it had to cut is said at the end of the run."""
+        """Returns an encoder with :attr:`token_limit`, whose cuts are reported at the end of the run."""
         self._encoders.append(self.pair_encoder(self.token_limit))
         return self._encoders[-1]
 
@@ -188,29 +186,29 @@ class PreferenceDataModule(LightningDataModule):
         """Writes ``template_args`` and the date into a tokenizer's chat template, in place.
 
         Raises:
-            UsageError: The template does not read them.
+            UsageError: The template does not read one of them.
         """
         pin_tokenizer(tokenizer, self.template_args, self.template_date, self._today)
 
     def take_date(self, tokenizer: PreTrainedTokenizerBase, day: str | None) -> None:
-        """Gives a tokenizer's chat template the date of a checkpoint's run, unless ``template_date`` says another."""
+        """Writes the date of a checkpoint into a tokenizer's chat template, unless ``template_date`` is given."""
         self.pin(tokenizer)
         if day is not None and self.template_date is None and tokenizer_pins(tokenizer)[0].day is not None:
             self._today = day
-            self._usable.clear()  # rows that were checked with another date
+            self._usable.clear()  # checked with another date
             pin_tokenizer(tokenizer, {}, day)
 
     @property
     def day(self) -> str:
-        """The date that chat templates are given."""
+        """Date that is written into chat templates."""
         return self.template_date or self._today
 
     def meaning(self) -> Entries:
-        """Options that give weights their meaning: lengths, and the form of preferences in prompts."""
+        """Returns the options that trained weights depend on: lengths and the form of the instruction."""
         return self.view.meaning(self)
 
     def resumed_with(self) -> Entries:
-        """Options that a run must be resumed with, so that its position among the rows means the same rows."""
+        """Returns the options that must not change when a run is resumed, so that its position stays valid."""
         ranks, budget = self._processes[1], self.token_budget
         entries: Entries = {
             "data.seed": self.seed,
@@ -232,42 +230,42 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def instruction_patterns(self) -> tuple[ForbiddenText, ...]:
-        """Patterns that read as an instruction in a question or an answer."""
+        """Patterns that read as an instruction and are removed from questions and answers."""
         return instruction_patterns(self.instruction, self.preferences)
 
     def rows(self, kind: RowKind, split: Split) -> list[Example]:
-        """Returns the source's rows; they are read once."""
+        """Returns the rows of the source, which are read once."""
         if (kind, split) not in self._rows:
             self._rows[kind, split] = self.source.rows(kind, split, self.preferences, self.seed)
         return self._rows[kind, split]
 
     def usable_rows(self, split: Split) -> list[tuple[int, Example]]:
-        """Returns the rows of a split that are used, each with its index in the source; they are checked once.
+        """Returns the usable rows of a split, each with its index in the source. They are checked once.
 
         Raises:
-            UsageError: More than ``skip_bad_rows`` of them cannot be used.
+            UsageError: The share of unusable rows is above ``skip_bad_rows``.
         """
         if split not in self._usable:
             rows = self.view.rows(self, split)
             skipped = 0.0 if split is Split.PREDICT else self.skip_bad_rows
             check = self.view.check(self, split)
             kept = usable_rows([row for _, row in rows], check, f"{split.value} rows", skipped)
-            self._usable[split] = [rows[number] for number in kept]
+            self._usable[split] = [rows[index] for index in kept]
         return self._usable[split]
 
     def in_order(self, examples: Examples, split: Split) -> OrderedBatches | list[Any]:
-        """Returns batches of all examples in order; none if there are no examples."""
+        """Returns batches of all examples in order; an empty list if there are no examples."""
         if not len(examples):
             return []
         rank, ranks = self._processes
         return OrderedBatches(examples, self.eval_batch_size, self.view.collate(self, split), rank, ranks)
 
     def setup(self, stage: str) -> None:
-        """Fixes the chat template. The date of a checkpoint is taken later, so that no row is read here.
+        """Checks the module and writes into its chat template. Reads no rows, since a checkpoint may change the date.
 
         Raises:
             UsageError: The module cannot be served or has other preferences, its view does not use an option that is
-                given, or the chat template does not read what it is given.
+                given, or the chat template does not read an argument or date.
         """
         module = self.module
         defaults = inspect.signature(PreferenceDataModule).parameters
@@ -277,12 +275,12 @@ class PreferenceDataModule(LightningDataModule):
                 f"the data module has the preferences {self.preferences.to_dict()}, but the module has "
                 f"{module.preferences.to_dict()}: give both the same, in the same order"
             )
-        self._usable.clear()  # another module may come with another view or tokenizer
+        self._usable.clear()  # another module may have another view or tokenizer
         self._today = self.trainer.strategy.broadcast(self._today)  # type: ignore[union-attr]
         self.pin(module.tokenizer)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Full batches, stage after stage, shuffled within each; the position goes into checkpoints.
+        """Returns a loader of full batches, shuffled within each stage, whose position goes into checkpoints.
 
         Raises:
             UsageError: A stage has too few training rows for one batch.
@@ -290,7 +288,7 @@ class PreferenceDataModule(LightningDataModule):
         self._refuse_few_rows()
         rows = self.usable_rows(Split.TRAIN)
         if self.trainer.limit_val_batches:  # type: ignore[union-attr]
-            self.usable_rows(Split.VALIDATION)  # a bad row is said now, not when training has gone on for hours
+            self.usable_rows(Split.VALIDATION)  # reports unusable rows before training
         close_finished_epoch(self.trainer)  # type: ignore[arg-type]
         examples = self.view.examples(self, rows, Split.TRAIN)
         if self.workers:
@@ -315,19 +313,19 @@ class PreferenceDataModule(LightningDataModule):
         return ResumableLoader(examples, sampler, collate, self._position, self.workers, examples.start_epoch)
 
     def val_dataloader(self) -> OrderedBatches | list[Any]:
-        """Validation rows in order; for a policy, a level sweep. No loader if there are no rows."""
+        """Returns a loader of the validation rows in order; for a policy, of a level sweep. Empty without rows."""
         self._refuse_few_rows()
         return self._evaluation(Split.VALIDATION)
 
     def test_dataloader(self) -> OrderedBatches | list[Any]:
-        """Test rows in order; for a policy, sweeps, the default and combinations. No loader if there are no rows."""
+        """Returns a loader of the test rows in order; for a policy, of all evaluation kinds. Empty without rows."""
         return self._evaluation(Split.TEST)
 
     def _evaluation(self, split: Split) -> OrderedBatches | list[Any]:
         return self.in_order(self.view.examples(self, self.usable_rows(split), split), split)
 
     def predict_dataloader(self) -> Any:
-        """Rows of the source's predict split in order; a policy is asked for the levels that a row has.
+        """Returns batches of the predict rows in order; a policy is asked for the levels of the rows.
 
         Raises:
             UsageError: There are no rows.
@@ -335,17 +333,17 @@ class PreferenceDataModule(LightningDataModule):
         return self.view.predict_batches(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the sampler, with its class; empty where it has none."""
+        """Returns the state and class of the sampler; empty if it has no state."""
         state = self.sampler.state_dict()
         return {"class": class_key(type(self.sampler)), "sampler": state} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of :meth:`state_dict`; another sampler than the checkpoint's starts anew."""
+        """Restores the sampler, unless it is of another class than the one in the checkpoint."""
         if state_dict.get("class") == class_key(type(self.sampler)):
             self.sampler.load_state_dict(state_dict["sampler"])
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Moves the tensors of a batch; Lightning's own would copy every row and question, too."""
+        """Moves the tensors of a batch. Lightning's default would also copy all rows and questions."""
         if isinstance(batch, Batch):
             return to_device(batch, device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -357,25 +355,25 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def _epoch(self) -> int:
-        """The epoch that Lightning gives to samplers; ``current_epoch`` is behind when an epoch's end is restored."""
+        """Epoch that Lightning gives to samplers; ``current_epoch`` lags after resuming at the end of an epoch."""
         assert self.trainer is not None
         return finished_epochs(self.trainer)
 
     def _position(self) -> tuple[int, int]:
-        """Epoch and finished batches; at its end, the start of the next epoch."""
+        """Returns the epoch and its finished batches; at the end of an epoch, the start of the next one."""
         assert self.trainer is not None
-        done, ready = finished_batches(self.trainer), started_epochs(self.trainer)
-        return (ready - 1, done) if done < self.trainer.num_training_batches else (ready, 0)
+        done, started = finished_batches(self.trainer), started_epochs(self.trainer)
+        return (started - 1, done) if done < self.trainer.num_training_batches else (started, 0)
 
     def teardown(self, stage: str) -> None:
-        """Says what was cut to fit ``max_length``; what worker processes cut is not known here."""
+        """Warns of texts that were cut to fit ``max_length``, except those cut in worker processes."""
         for encoder in self._encoders:
             if encoder.truncation.questions:
                 warnings.warn(f"max_length = {encoder.max_length}: {encoder.truncation}", stacklevel=2)
         self._encoders.clear()
 
     def _refuse_few_rows(self) -> None:
-        """Says what would only come out after a frozen backbone has run over the rows.
+        """Checks the number of training rows before a frozen backbone computes their features.
 
         Raises:
             UsageError: There are too few rows for a batch.
