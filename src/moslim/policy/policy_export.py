@@ -1,9 +1,4 @@
-"""An exported policy: its use from Python, what its folder says of prompts, and its model card.
-
-The README of an exported policy: what its levels are, and how a prompt asks for them.
-
-An exported policy as data: how a prompt asks it for levels, so that it answers without a config.
-"""
+"""Exported policies: model card, description of the prompts (``moslim_policy.json``), loading and generation."""
 
 from __future__ import annotations
 
@@ -33,13 +28,13 @@ _QUESTION = "How do I make tea?"
 
 
 def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, base: str, engine: RolloutEngine) -> str:
-    """Returns the whole page.
+    """Returns the README of an exported policy: its levels, and prompts that request them.
 
     Args:
-        renderer: What wrote the prompts of training.
-        tokenizer: The policy's tokenizer.
+        renderer: Renderer of the training prompts.
+        tokenizer: Tokenizer of the policy.
         base: Hub name or folder of the model that training started from.
-        engine: What sampled the answers of training.
+        engine: Sampling engine of the training.
     """
     dimensions = renderer.preferences.dimensions
     asked = Preference({dimension.name: len(dimension.levels) - 1 for dimension in dimensions[:2]})
@@ -93,7 +88,7 @@ rewarded by a classifier, which can be wrong: judge it by something else.
 
 
 def _pinned(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A sentence on what stands in the chat template, where something does."""
+    """A sentence on the date and arguments fixed in the chat template; empty without any."""
     pins, _ = tokenizer_pins(tokenizer)
     parts = [f"the date {pins.day}"] if pins.day else []
     parts += [f"`{name}` = `{json.dumps(value, ensure_ascii=False)}`" for name, value in pins.arguments.items()]
@@ -113,13 +108,13 @@ _SAMPLING = ("max_new_tokens", "temperature", "stop_strings", "stop_ids")
 
 
 def write_description(renderer: PromptRenderer, engine: RolloutEngine, max_length: int | None, folder: Path) -> None:
-    """Writes how to ask a policy beside its weights; nothing where the instruction is a class of the user's own.
+    """Writes the description of prompts and sampling beside the weights; nothing for a user-defined instruction class.
 
     Args:
-        renderer: What wrote the prompts of training.
-        engine: What sampled the answers of training.
-        max_length: Most tokens of a prompt.
-        folder: The exported policy.
+        renderer: Renderer of the training prompts.
+        engine: Sampling engine of the training.
+        max_length: Maximum prompt tokens; None = no limit.
+        folder: Folder of the exported policy.
     """
     instruction = _instruction_data(renderer.instruction)
     if instruction is None:
@@ -135,12 +130,12 @@ def write_description(renderer: PromptRenderer, engine: RolloutEngine, max_lengt
 
 
 class ExportedPolicy:
-    """A policy that answers at requested levels, loaded by :func:`load_policy`.
+    """A policy that generates completions at requested levels, loaded by :func:`load_policy`.
 
     Args:
         model: Causal language model in the Hugging Face form; it is put into evaluation mode.
-        renderer: Writes questions and levels as prompts.
-        sampling: Arguments of the sampling of training: ``max_new_tokens``, ``temperature``, ``stop_strings`` and
+        renderer: Renders questions and levels as prompts.
+        sampling: Sampling options of the training: ``max_new_tokens``, ``temperature``, ``stop_strings`` and
             ``stop_ids``.
 
     Attributes:
@@ -219,21 +214,20 @@ class ExportedPolicy:
         seed: int = 0,
         batch_size: int = 16,
     ) -> str | list[str] | list[list[str]]:
-        """Generations one question, or several, at the requested levels.
+        """Generates completions of one question, or several, at the requested levels.
 
-        On a CPU a completion depends on its question, its levels, its number and the seed alone, not on what else is
-        asked in the same call.
+        On a CPU a completion depends on its question, levels, number and seed only, not on the other questions.
 
         Args:
             question: A text, a chat (a list of messages ``{"role": ..., "content": ...}`` that does not end with an
                 assistant's), or a list of texts or chats.
             levels: Requested level by dimension name, each by its name or its number (0 = lowest), for all questions;
-                or one such dict per question. None or an empty dict gives an ordinary answer.
+                or one such dict per question. None or an empty dict requests nothing.
             num_generations: Completions per question; None = one, returned without a list around it.
             temperature: Sampling temperature, 0 for the most likely tokens; None = that of training.
             max_new_tokens: Length limit of a completion; None = that of training.
             seed: Seed of the completions.
-            batch_size: Questions that are sampled together.
+            batch_size: Questions per sampling batch.
 
         Returns:
             A text for one question, a list of texts for several; with ``num_generations``, a list in the place of each
@@ -253,7 +247,7 @@ class ExportedPolicy:
             )
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}: give 1 or more")
-        preferences = [self.preferences.requested(one) for one in requested]
+        preferences = [self.preferences.requested(request) for request in requested]
         sampling = self._sampling | {
             name: value
             for name, value in (("temperature", temperature), ("max_new_tokens", max_new_tokens))
@@ -332,16 +326,16 @@ def generate(
     max_new_tokens: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Prints an exported policy's answers to one question. The folder holds data only, and no code of it runs.
+    """Prints completions of one question by an exported policy. The folder holds data only; no code of it runs.
 
     Args:
         policy: Folder of a policy that was exported.
         question: The question.
-        levels: Wanted level by dimension name, by its name or its number (0 = lowest); none for an ordinary answer.
-        samples: Number of answers.
+        levels: Requested level by dimension name, by its name or its number (0 = lowest); None requests nothing.
+        samples: Number of completions.
         temperature: Sampling temperature; None = that of training.
-        max_new_tokens: Length limit of an answer; None = that of training.
-        seed: Seed of the answers.
+        max_new_tokens: Length limit of a completion; None = that of training.
+        seed: Seed of the completions.
 
     Raises:
         MissingFileError: The folder is no exported policy.

@@ -1,4 +1,4 @@
-"""Scores of completions by the classifier, and by plain Python functions: whatever a program can check."""
+"""Scores of completions: rewards by Python functions, and level probabilities by the reward classifier."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ Function = Callable[..., Sequence[float | None]]
 
 @dataclass
 class RewardFunction:
-    """A function with TRL's calling contract, and how much it counts.
+    """A reward function with TRL's signature, and its weight.
 
-    It is called with keywords: ``prompts`` and ``completions``, as ``N`` texts, ``completion_ids``, as ``N`` lists of
-    token ids, end token included, ``levels``, the ``N`` requests as dimension name to level (0 = lowest), and what the
-    source keeps of the data's columns (``keep`` of a table), ``N`` values each. Further keywords may be added, so it
-    should end in ``**columns``. Prompts are shown without their instruction. It returns ``N`` numbers, None where it
-    does not apply.
+    It is called with keyword arguments and returns ``N`` numbers, None where it does not apply:
+
+    - ``prompts``, ``completions``: ``N`` texts each; prompts without instruction.
+    - ``completion_ids``: ``N`` lists of token ids, the end-of-sequence token included.
+    - ``levels``: ``N`` dicts from dimension name to requested level (0 = lowest).
+    - the data fields that the source keeps (``keep`` of a table): ``N`` values each.
+
+    Its signature should end in ``**kwargs``, as arguments may be added.
 
     Args:
         function: Import path of a function, or of a class (``class_path`` and ``init_args``) whose objects are called.
-        weight: Its weight where that of a dimension is 1. Above 0: what is to be rare gets negative rewards.
-        name: Under which it is logged; None = the function's own.
-        messages: Pass prompts and completions as lists of chat messages, as TRL does for chat data sets.
+        weight: Weight relative to that of a dimension, 1. It must be above 0; return negative numbers to penalise.
+        name: Name in the logs; None = that of the function.
+        messages: Whether prompts and completions are passed as lists of chat messages, as TRL does for chat data.
     """
 
     function: Function
@@ -52,20 +55,24 @@ class RewardFunction:
     def __call__(
         self, answers: Generations, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
     ) -> list[float]:
-        """Calls the function; NaN stands for None.
+        """Calls the function.
 
         Args:
-            answers: ``N`` answers.
-            levels: The ``N`` requests.
-            columns: The data's own, ``N`` values each.
+            answers: ``N`` completions.
+            levels: ``N`` requests.
+            columns: Further data fields, ``N`` values each.
+
+        Returns:
+            ``N`` rewards, NaN for None.
 
         Raises:
-            UsageError: It does not return ``N`` finite numbers or Nones, or a column has the name of something else.
+            UsageError: The function does not return ``N`` finite numbers or Nones, or a data field has the name of an
+                argument.
         """
-        found = answers.completions
+        completions = answers.completions
         prompts = [as_messages(q) for q in answers.questions] if self.messages else list(answers.questions)
         texts = [[{"role": "assistant", "content": t}] for t in answers.texts] if self.messages else list(answers.texts)
-        ids = [row[keep].tolist() for row, keep in zip(found.tokens.cpu(), found.mask.cpu(), strict=True)]
+        ids = [row[keep].tolist() for row, keep in zip(completions.tokens.cpu(), completions.mask.cpu(), strict=True)]
         known = {"prompts": prompts, "completions": texts, "completion_ids": ids, "levels": list(levels)}
         if taken := sorted(known.keys() & columns.keys()):
             raise UsageError(
@@ -84,14 +91,14 @@ class RewardFunction:
 
 
 class RewardFunctions:
-    """The reward functions of a run: further columns, after the dimensions, of the matrix of rewards.
+    """The reward functions of a run. Their rewards follow those of the dimensions in ``per_dimension``.
 
     Args:
         functions: ``F`` functions; may be empty.
         preferences: The ``D`` dimensions.
 
     Raises:
-        UsageError: Two functions, or a function and a dimension, have one name.
+        UsageError: Two functions, or a function and a dimension, have the same name.
     """
 
     def __init__(self, functions: Sequence[RewardFunction], preferences: PreferenceSet) -> None:
@@ -104,16 +111,16 @@ class RewardFunctions:
 
     @property
     def names(self) -> list[str]:
-        """Names of the ``F`` columns."""
+        """Names of the ``F`` functions."""
         return [str(function.name) for function in self.functions]
 
     def __call__(self, answers: Generations, targets: Tensor, rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
-        """Calls all of them.
+        """Calls all functions.
 
         Args:
-            answers: ``N`` answers.
+            answers: ``N`` completions.
             targets: ``[N, D]`` requested levels.
-            rows: The own columns of the prompts' rows, of which ``N`` is a multiple; none if they have none.
+            rows: Further data fields of the ``G`` prompts; empty without any.
 
         Returns:
             ``[N, F]`` float32 on the device of ``targets``, NaN where a function does not apply.
@@ -122,39 +129,38 @@ class RewardFunctions:
         samples = len(levels) // max(1, len(rows))
         names = {name for row in rows for name in row}
         columns = {name: [row.get(name) for row in rows for _ in range(samples)] for name in names}
-        found = [function(answers, levels, columns) for function in self.functions]
-        values = torch.tensor(found, dtype=torch.float32, device=targets.device)  # whatever the run's precision
-        return values.reshape(len(found), len(levels)).T
+        rewards = [function(answers, levels, columns) for function in self.functions]
+        values = torch.tensor(rewards, dtype=torch.float32, device=targets.device)  # in any precision of the run
+        return values.reshape(len(rewards), len(levels)).T
 
     def join(self, mapped: MappedReward, values: Tensor, is_mean: bool) -> MappedReward:
-        """Adds the functions' columns to what the mapping function found.
+        """Adds the rewards by functions to those by the mapping function.
 
-        The new total is the weighted mean over the columns that count for an answer, ``sum w r / sum w``, with the
-        mapping's own weights for its dimensions. A mapping whose scalar is something else enters as one column, with
-        weight 1.
+        The total is the weighted mean ``sum w r / sum w`` over the dimensions and functions that apply to a completion.
+        If the mapping's scalar is not such a mean, it enters as a single reward of weight 1.
 
         Args:
-            mapped: Rewards of ``N`` answers on ``D`` dimensions.
-            values: ``[N, F]`` from :meth:`__call__`.
+            mapped: Rewards of ``N`` completions on ``D`` dimensions.
+            values: ``[N, F]`` rewards from :meth:`__call__`.
             is_mean: See :attr:`~moslim.mapping.MappingFunction.is_mean`.
 
         Returns:
-            ``[N]``, and twice ``[N, D + F]``.
+            Total ``[N]``, rewards and weights ``[N, D + F]``.
         """
         if not self.functions:
             return mapped
-        everything = torch.cat([mapped.per_dimension, values], dim=1)
-        own = values.new_tensor([function.weight for function in self.functions]).expand(len(values), -1)
-        weights = torch.cat([mapped.weights, own], dim=1)
-        columns, counts = everything, weights
-        if not is_mean:
-            nothing = mapped.per_dimension.isnan().all(dim=1)
-            columns = torch.cat([mapped.total.masked_fill(nothing, torch.nan)[:, None], values], dim=1)
-            counts = torch.cat([torch.ones_like(mapped.total)[:, None], own], dim=1)
-        return MappedReward(weighted_mean(columns, counts), everything, weights)
+        per_dimension = torch.cat([mapped.per_dimension, values], dim=1)
+        function_weights = values.new_tensor([function.weight for function in self.functions]).expand(len(values), -1)
+        weights = torch.cat([mapped.weights, function_weights], dim=1)
+        if is_mean:
+            return MappedReward(weighted_mean(per_dimension, weights), per_dimension, weights)
+        neutral = mapped.per_dimension.isnan().all(dim=1)
+        terms = torch.cat([mapped.total.masked_fill(neutral, torch.nan)[:, None], values], dim=1)
+        term_weights = torch.cat([torch.ones_like(mapped.total)[:, None], function_weights], dim=1)
+        return MappedReward(weighted_mean(terms, term_weights), per_dimension, weights)
 
     def metrics(self, per_dimension: Tensor) -> dict[str, Tensor]:
-        """Mean reward of each function, over the answers it applies to, of the matrix ``[N, D + F]``."""
+        """Mean reward of each function over the completions it applies to, from rewards ``[N, D + F]``."""
         means = per_dimension[:, len(self.preferences) :].nanmean(dim=0)
         named = zip(self.names, means, strict=True)
         return {f"train/reward/{name}": mean for name, mean in named if not mean.isnan()}
@@ -165,17 +171,17 @@ class LevelScorer:
 
     Args:
         scorer: The classifier.
-        columns: Its columns that hold the ``D`` dimensions of the run, in the order of the run.
-        forward_config: How forward passes are made.
+        columns: Positions of the ``D`` dimensions of the run among the heads of the classifier.
+        forward_config: Options of forward passes.
     """
 
     def __init__(self, scorer: Scorer, columns: Sequence[int], forward_config: ForwardConfig) -> None:
-        self._scorer, self._columns, self._passes = scorer, list(columns), forward_config
+        self._scorer, self._heads, self._forward_config = scorer, list(columns), forward_config
 
     def __call__(self, answers: Generations) -> Tensor:
         """Returns the level probabilities ``[N, D, K]`` of ``N`` completions."""
-        forward_config = self._passes
+        config = self._forward_config
         probs = self._scorer.probabilities(
-            answers.questions, answers.texts, share_prefixes=forward_config.share_prefixes, tokens=forward_config.tokens
+            answers.questions, answers.texts, share_prefixes=config.share_prefixes, tokens=config.tokens
         )
-        return probs[:, self._columns]
+        return probs[:, self._heads]

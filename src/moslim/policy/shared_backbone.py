@@ -1,9 +1,4 @@
-"""One backbone for policy and classifier, and the memory that each model holds.
-
-What memory each role of policy optimisation holds, and what it shares with others.
-
-One backbone for policy and classifier: whether a saved classifier can be put on the policy's base, and how.
-"""
+"""One backbone for policy and classifier, and the memory that the weights of each role take."""
 
 from __future__ import annotations
 
@@ -35,14 +30,14 @@ ROLES: tuple[Role, ...] = ("policy", "reference", "classifier", "critic")
 
 @dataclass
 class Weights:
-    """The weights of a role.
+    """Number and size of the weights of a role.
 
     Args:
         role: The role.
-        parameters: How many it reads, whoever holds them.
-        trained: How many of its own are trained: those that no role before it in the list has.
-        alone: Bytes that it would hold as a model by itself.
-        added: Bytes that no role before it in the list holds: those of all roles sum up to what is resident.
+        parameters: Number of parameters that its forward pass reads, shared ones included.
+        trained: Number of trained parameters that no earlier role in the list has.
+        alone: Bytes of all its parameters.
+        added: Bytes of the parameters that no earlier role in the list has; the sum over roles is resident memory.
     """
 
     role: Role
@@ -53,21 +48,21 @@ class Weights:
 
 
 def resident_weights(models: PolicyModels, scorer: Scorer) -> list[Weights]:
-    """Weights by role, of this process; a weight that several roles read is counted once, for the first of them.
+    """Weights by role in this process; a shared weight counts as added for the first role that reads it.
 
     Args:
         models: Policy, reference and critic.
         scorer: The classifier.
     """
     seen: set[int] = set()
-    found = []
+    by_role = []
     for role in ROLES:
         if role == "critic" and models.critic is None:
             continue
         unique = _by_place([*models.weights(role), *(scorer.classifier.parameters() if role == "classifier" else ())])
         new = [tensor for place, tensor in unique.items() if place not in seen]
         seen |= unique.keys()
-        found.append(
+        by_role.append(
             Weights(
                 role,
                 parameters=sum(tensor.numel() for tensor in unique.values()),
@@ -76,17 +71,17 @@ def resident_weights(models: PolicyModels, scorer: Scorer) -> list[Weights]:
                 added=sum(tensor.nbytes for tensor in new),
             )
         )
-    return found
+    return by_role
 
 
 def describe(weights: Iterable[Weights]) -> str:
-    """One line on what is resident."""
-    parts = [f"{own.role} {own.added / MIB:.1f} MiB (of {own.alone / MIB:.1f})" for own in weights]
+    """One line of text with the memory of each role."""
+    parts = [f"{entry.role} {entry.added / MIB:.1f} MiB (of {entry.alone / MIB:.1f})" for entry in weights]
     return f"Weights held by role (of those that it reads): {', '.join(parts)}."
 
 
 def _by_place(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """This process's part of each tensor, by where it lies in memory: tied weights lie in one place."""
+    """The local part of each tensor by its memory address, so that tied weights count once."""
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
     return {tensor.data_ptr(): tensor for tensor in local}
 
@@ -95,16 +90,16 @@ Share = bool | Literal["auto"]
 
 
 class NotSharedError(ValueError):
-    """Classifier and policy cannot stand on one base; the message says why."""
+    """Raised if classifier and policy cannot share a base; the message gives the reason."""
 
 
 class SharedBackbone(nn.Module):
-    """The policy's transformer in the classifier's role, as the backbone of a :class:`PreferenceClassifier`.
+    """The policy's transformer with the classifier's adapter, as the backbone of a :class:`PreferenceClassifier`.
 
-    The transformer is no part of it: it is neither moved, saved nor put into another mode with the classifier.
+    The transformer is not a submodule, so it is not moved, saved or switched to another mode with the classifier.
 
     Args:
-        models: PolicyModels with a classifier attached.
+        models: Models of the policy, with a classifier attached.
     """
 
     def __init__(self, models: PolicyModels) -> None:
@@ -118,15 +113,15 @@ class SharedBackbone(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The transformer's."""
+        """The configuration of the transformer."""
         config: PreTrainedConfig = self.transformer.config
         return config
 
     @property
     def dtype(self) -> torch.dtype:
-        """The transformer's."""
-        found: torch.dtype = transformer_part(self._models.policy).dtype
-        return found
+        """The type of the transformer's weights."""
+        dtype: torch.dtype = self.transformer.dtype
+        return dtype
 
     @torch.no_grad()
     def forward(
@@ -139,30 +134,30 @@ class SharedBackbone(nn.Module):
     ) -> BaseModelOutput:
         """Hidden states ``[B, T, H]`` of pairs ``[B, T]``, float32 or finer, without gradient."""
         with self._models.activate("classifier") as model, evaluating(model):
-            found = transformer_part(model)(
+            outputs = transformer_part(model)(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 output_hidden_states=output_hidden_states,
             )
-        layers = tuple(widened(state) for state in found.hidden_states) if output_hidden_states else None
-        return BaseModelOutput(last_hidden_state=widened(found.last_hidden_state), hidden_states=layers)
+        layers = tuple(widened(state) for state in outputs.hidden_states) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=widened(outputs.last_hidden_state), hidden_states=layers)
 
 
 def load_scorer(classifier: str, share: Share, models: PolicyModels, tokenizer: PreTrainedTokenizerBase) -> Scorer:
-    """Loads a reward classifier, onto the policy's base or with a backbone of its own.
+    """Loads a reward classifier as an adapter on the policy's base or with its own backbone.
 
-    Its tokenizer and chat template are its own either way.
+    It has its own tokenizer and chat template in both cases.
 
     Args:
-        classifier: Folder or Hub name.
-        share: Whether it shall stand on the policy's base; ``auto``: if it can.
-        models: The policy; the classifier is attached to it.
-        tokenizer: The policy's.
+        classifier: Folder or Hub name of the classifier.
+        share: Whether it shares the policy's base; ``auto``: if possible.
+        models: Models of the policy; a sharing classifier is attached to them.
+        tokenizer: Tokenizer of the policy.
 
     Raises:
-        UsageError: It shall share but cannot, for the reason given.
+        UsageError: ``share`` is true, but sharing is not possible.
     """
     if share is False:
         return Scorer(classifier, device="cpu")
@@ -182,10 +177,10 @@ def load_scorer(classifier: str, share: Share, models: PolicyModels, tokenizer: 
 
 
 def _shareable(classifier: str, models: PolicyModels, tokenizer: PreTrainedTokenizerBase) -> SavedAdapter:
-    """Reads a classifier that can share the policy's base.
+    """Reads the adapter of a classifier that can share the policy's base.
 
     Raises:
-        NotSharedError: It cannot.
+        NotSharedError: The classifier cannot share it.
     """
     if not models.adapted:
         raise NotSharedError("model.lora is null: all weights are trained, so no base stays as it is")
@@ -195,29 +190,29 @@ def _shareable(classifier: str, models: PolicyModels, tokenizer: PreTrainedToken
             f"'{classifier}' has its backbone merged into it: train the classifier with model.lora and export it with "
             "--form adapter"
         )
-    found = transformer_part(models.policy)
-    different = _differences(saved.config.backbone, found.config)
+    transformer = transformer_part(models.policy)
+    different = _differences(saved.config.backbone, transformer.config)
     if different:
         raise NotSharedError(
             f"'{classifier}' was trained on '{saved.base}', whose architecture is not the policy's: {different}"
         )
-    if fingerprint(base_weights(found)) != saved.fingerprint:
+    if fingerprint(base_weights(transformer)) != saved.fingerprint:
         raise NotSharedError(
             f"'{classifier}' was trained on '{saved.base}', whose weights are not those that the policy starts from "
             "(at bfloat16): give both the same base model"
         )
-    own, other = load_tokenizer(saved.folder).get_vocab(), tokenizer.get_vocab()
-    if own != other:
-        token = min(word for word in own.keys() | other.keys() if own.get(word) != other.get(word))
+    there, here = load_tokenizer(saved.folder).get_vocab(), tokenizer.get_vocab()
+    if there != here:
+        token = min(word for word in there.keys() | here.keys() if there.get(word) != here.get(word))
         raise NotSharedError(
-            f"'{classifier}' has another vocabulary than the policy: the id of '{token}' is {own.get(token)} there and "
-            f"{other.get(token)} here"
+            f"'{classifier}' has another vocabulary than the policy: the id of '{token}' is {there.get(token)} there "
+            f"and {here.get(token)} here"
         )
     return saved
 
 
-def _differences(one: PreTrainedConfig | None, other: PreTrainedConfig) -> str:
-    """Entries of two configurations that differ and matter to hidden states, or nothing."""
-    a, b = architecture(one) if one else {}, architecture(other)
-    names = sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
-    return ", ".join(f"{name} is {a.get(name)} there and {b.get(name)} here" for name in names)
+def _differences(classifier: PreTrainedConfig | None, policy: PreTrainedConfig) -> str:
+    """The entries of two configurations that differ and affect hidden states, as text; empty if none."""
+    there, here = architecture(classifier) if classifier else {}, architecture(policy)
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names)

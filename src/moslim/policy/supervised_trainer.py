@@ -48,26 +48,24 @@ from moslim.utils.folders import refuse_sources, whole_folder
 
 
 class SupervisedTrainer(RunModule, ServedModule):
-    """Fine-tunes a language model on answers, its end-of-sequence token included, and saves it when ``fit`` ends.
+    """Fine-tunes a language model on answers, end-of-sequence token included, and saves it at the end of ``fit``.
 
     Args:
-        model: Hub name or local folder of a language model, or of an adapter of one, to start from; or
-        architecture: a model with random weights to start from.
-        output: Folder for the trained model, in Hugging Face format; ``predict`` reads it from there. None =
-            ``model`` in the run's folder.
-        engine: What samples the answers of ``predict``; None = :class:`TorchEngine`.
-        temperatures: ``predict`` answers the first question at the first of these, and so on in turn; None = the
-            engine's own.
+        model: Hub name or folder of a language model, or of an adapter of one, to start from.
+        architecture: Architecture of a model with random weights to start from, instead of ``model``.
+        output: Folder for the trained model, in Hugging Face format; None = ``model`` in the run's folder.
+        engine: Engine that samples the completions of ``predict``; None = :class:`~moslim.generation.TorchEngine`.
+        temperatures: Sampling temperatures of ``predict``, used in turn for successive questions; None = the engine's.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
-        optimizer: From parameters to optimizer; None = AdamW, rate 2e-5.
-        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
-        gradient_checkpointing: Save memory by computing activations twice.
+        optimizer: Callable from parameters to optimizer; None = AdamW with learning rate 2e-5.
+        lr_scheduler: Callable from optimizer to scheduler, stepped every optimizer step; None = constant rate.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass to save memory.
         base: Folder or Hub name of the base model of a ``model`` that is an adapter, where it is not at the place that
             the adapter names.
         trust_remote_code: Whether code from the model's repository may run.
         accept_changes: Options in which a checkpoint may differ from this run (:mod:`moslim.training.identity`); the
             error that compares them names them.
-        seed: Seed of random weights, dropout and samples.
+        seed: Seed of random weights, dropout and sampling.
 
     Raises:
         UsageError: Both or neither of ``model`` and ``architecture`` are given, or a temperature is negative.
@@ -149,7 +147,7 @@ class SupervisedTrainer(RunModule, ServedModule):
         return configure(self, self.optimizer, self.lr_scheduler, self.model.parameters(), 2e-5)
 
     def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
-        """Makes dropout a function of the step."""
+        """Seeds dropout by the training step."""
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def _loss(self, batch: TextBatch) -> Tensor:
@@ -187,14 +185,13 @@ class SupervisedTrainer(RunModule, ServedModule):
         temperature: float,
         preferences: Sequence[Preference | None] | None = None,
     ) -> list[str]:
-        """Samples one answer to each question.
+        """Samples one completion per question.
 
         Args:
-            questions: ``B`` questions; there may be none.
-            keys: What identifies each of them; with the seed it decides the answer.
+            questions: ``B`` questions; may be empty.
+            keys: ``B`` keys of the random numbers.
             temperature: Sampling temperature.
-            preferences: Levels that the instruction before each question names, as the data module writes it; None =
-                questions without instruction.
+            preferences: Levels that the instruction of each question requests; None = no instructions.
         """
         if not questions:
             return []
@@ -223,9 +220,9 @@ class SupervisedTrainer(RunModule, ServedModule):
         return [self.batch_view.preference(row, self.data.preferences, Split.PREDICT) for row in rows]
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Generations the questions of a batch; the records are written to the file of ``predictions``.
+        """Generates completions for the questions of a batch; the records are written to the file ``predictions``.
 
-        Where prompts have an instruction, a record says which levels were ``requested``.
+        The record of a prompt with instruction includes the ``requested`` levels.
         """
         numbers = range(self._answered, self._answered + len(batch.rows))
         self._answered = numbers.stop
@@ -246,12 +243,12 @@ class SupervisedTrainer(RunModule, ServedModule):
         ]
 
     def predictions_depend_on(self, rows: Callable[[], Iterable[Example]]) -> dict[str, Any]:
-        """Weights, questions, and how answers are drawn."""
-        asked = list(rows())
-        wanted = self._wanted(asked)
+        """Weights, encoded questions and sampling options."""
+        examples = list(rows())
+        wanted = self._wanted(examples)
         encoder = self._encoder(None, wanted)
         digest = hashlib.sha256()
-        for row, levels in zip(asked, wanted, strict=True):
+        for row, levels in zip(examples, wanted, strict=True):
             digest.update(repr(encoder.spans(row.question, "", levels)[0]).encode())
         return {
             "weights": fingerprint(self.model.state_dict()),
@@ -264,7 +261,7 @@ class SupervisedTrainer(RunModule, ServedModule):
         }
 
     def on_predict_start(self) -> None:
-        """Opens the file of ``predictions`` and counts on from the rows that it keeps."""
+        """Opens the file ``predictions`` and continues after the rows that it holds."""
         super().on_predict_start()
         self._answered = self.rows_kept
 
@@ -283,15 +280,15 @@ class SupervisedTrainer(RunModule, ServedModule):
         return {"model.seed": self.seed, **super().resumed_with()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets a run that stopped inside an epoch go on there, and records what it must go on with."""
+        """Saves the position inside the epoch, and the options that the run must be resumed with."""
         keep_epoch_open(self.trainer, checkpoint)
         self.keep_identity(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compares what the checkpoint was made with.
+        """Compares model and data with those of the checkpoint.
 
         Raises:
-            UsageError: Its weights mean something else than this run believes, or its rows are others.
+            UsageError: The checkpoint was made with another model or with other data.
         """
         self.check_identity(checkpoint)
 
@@ -299,7 +296,7 @@ class SupervisedTrainer(RunModule, ServedModule):
         """Saves model and tokenizer in Hugging Face format.
 
         Raises:
-            UsageError: That folder holds what the run started from, or a classifier.
+            UsageError: The folder holds the model that the run started from, or a classifier.
         """
         base = None if self.model_path is None else adapter_base(self.model_path, self.base)
         refuse_sources(folder, {"model.model": self.model_path, "model.base": base})
@@ -310,5 +307,5 @@ class SupervisedTrainer(RunModule, ServedModule):
 
 
 def _labelled(batch: TextBatch) -> Tensor:
-    """``[B, T - 1]`` bool: the tokens that are learnt, each from those before it."""
+    """``[B, T - 1]`` bool: the tokens from the second on that have a label."""
     return batch.labels[:, 1:] != -100
