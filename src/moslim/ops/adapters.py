@@ -1,4 +1,4 @@
-"""Folders of adapters, as peft saves them: their base model is loaded, and the adapter merged into it."""
+"""Adapter folders as peft saves them: loading of the base model and merging of the adapter."""
 
 from __future__ import annotations
 

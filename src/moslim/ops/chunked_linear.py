@@ -1,12 +1,8 @@
-"""A language model's last layer, applied to some tokens at a time.
+"""Log-probability, entropy and divergence of next-token distributions, with few logits in memory at a time.
 
-Log-probability, entropy and divergence of next-token distributions, with few logits in memory at a time.
-
-The logits of all answer tokens, tokens times vocabulary, are by far the largest tensor of an update. Here the last
-layer is applied to some tokens at a time, each row of logits is reduced to its numbers at once, and the backward pass
-makes the rows again (as in Cut Cross-Entropy, arXiv 2411.09009; here on any device, with entropy and divergence).
-
-A language model as two parts: the trunk, whose hidden states predict the next tokens, and the last layer.
+The logits of all completion tokens (tokens times vocabulary) are the largest tensor of an update. Here the last layer
+is applied to a few tokens at a time, each row of logits is reduced at once, and the backward pass recomputes the rows
+(as in Cut Cross-Entropy, arXiv 2411.09009; here on any device, with entropy and divergence).
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ HELD_LOGITS = 1 << 22
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: ``z = scale * layer(h)``, and with a cap ``cap * tanh(z / cap)``.
+    """Map from hidden states to logits: ``z = scale * layer(h)``, and with a cap ``cap * tanh(z / cap)``.
 
     Args:
         layer: The model's last layer.
@@ -48,7 +44,7 @@ class Head:
         return self.finish(self.layer(hidden))
 
     def finish(self, logits: Tensor) -> Tensor:
-        """What follows the layer."""
+        """Applies scale and cap to the output of the layer."""
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
@@ -63,7 +59,7 @@ class Head:
 
 @dataclass
 class Statistics:
-    """What is known of ``M`` tokens. All float32, or float64 where the model is.
+    """Statistics of ``M`` tokens. All float32, or float64 where the model is.
 
     Args:
         logprobs: ``[M]`` log-probability of the token, ``log p(y)``.
@@ -107,7 +103,7 @@ def of_hidden(
     reference: tuple[Tensor, Head] | None = None,
     held: int = HELD_LOGITS,
 ) -> Statistics:
-    """The same from hidden states, a few rows of logits at a time.
+    """Statistics from hidden states, with a few rows of logits at a time.
 
     Args:
         hidden: ``[M, H]``.
@@ -229,7 +225,7 @@ _PLAIN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Predictor:
-    """Computes what predicts next tokens: hidden states where all that follows is known (:class:`Head`), else logits.
+    """Computes hidden states where the last layer is a plain :class:`Head`, else logits.
 
     Args:
         model: Causal language model in the Hugging Face form, with or without an adapter.
@@ -264,14 +260,14 @@ class Predictor:
         entropy: bool = False,
         reference: tuple[Predictor, Tensor] | None = None,
     ) -> Statistics:
-        """What the states say of tokens.
+        """Computes statistics of tokens from the states that predict them.
 
         Args:
             states: ``[M, H or V]``.
             tokens: ``[M]``.
             temperature: The sampler's; 0 (greedy) is taken as 1.
             entropy: Whether to compute it.
-            reference: Who else predicts the same tokens, and with which states ``[M, H or V]``.
+            reference: Predictor and states ``[M, H or V]`` of the reference model.
         """
         temperature = temperature or 1.0
         other, wanted = reference or (self, None)
@@ -312,7 +308,7 @@ def last_layer(model: Any) -> Head | None:
 
 
 def _scale(config: Any) -> float:
-    """What logits are multiplied by: Cohere's ``logit_scale``, Granite's ``logits_scaling`` the other way round."""
+    """Factor of the logits: Cohere's ``logit_scale``, Granite's ``logits_scaling`` the other way round."""
     found = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
     times, over = (value if isinstance(value, int | float) and value else 1.0 for value in found)
     return times / over

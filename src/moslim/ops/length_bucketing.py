@@ -1,4 +1,4 @@
-"""Answers with their prompts, and how they are cut into chunks of like length for forward passes."""
+"""Batches of completions with their prompts, cut into chunks of similar length for forward passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SharePrefixes = Literal["auto", "always", "never"]
-"""Whether what several texts begin with is computed once; ``auto``: where enough tokens are saved."""
+"""Computation of shared prefixes: ``auto`` computes them once where enough tokens are saved."""
 _WORTHWHILE = 0.8
 """Sharing must leave at most this part of the tokens: attention along the paths of a tree has a cost of its own."""
 
@@ -27,13 +27,13 @@ def token_positions(attention_mask: Tensor) -> Tensor:
 
 @dataclass
 class Chunk:
-    """Some answers of a batch, without columns that are padding in all of them.
+    """Some completions of a batch, without columns that are padding in all of them.
 
     Args:
-        index: ``[C]`` where they stand in the batch.
+        index: ``[C]`` their indices in the batch.
         input_ids: ``[C, P' + T']``.
         attention_mask: ``[C, P' + T']``.
-        mask: ``[C, T']`` bool, answer tokens.
+        mask: ``[C, T']`` bool, completion tokens.
     """
 
     index: Tensor
@@ -43,18 +43,18 @@ class Chunk:
 
     @property
     def tokens(self) -> Tensor:
-        """``[C, T']`` answer tokens."""
+        """``[C, T']`` completion tokens."""
         return self.input_ids[:, -self.mask.shape[1] :]
 
 
 @dataclass
 class CompletionBatch:
-    """``N`` answers with their prompts.
+    """``N`` completions with their prompts.
 
     Args:
-        input_ids: ``[N, P + T]``, prompts left-padded, answers right-padded.
+        input_ids: ``[N, P + T]``, prompts left-padded, completions right-padded.
         attention_mask: ``[N, P + T]``.
-        mask: ``[N, T]`` bool, answer tokens.
+        mask: ``[N, T]`` bool, completion tokens.
     """
 
     input_ids: Tensor
@@ -63,11 +63,11 @@ class CompletionBatch:
 
     @property
     def width(self) -> int:
-        """``P``."""
+        """Width ``P`` of the prompts."""
         return self.input_ids.shape[1] - self.mask.shape[1]
 
     def sequences(self, among: Tensor) -> tuple[Tensor, Tensor]:
-        """Prompts and answers at ``among`` ``[M]`` from column 0 on, ``[M, L]``, and their lengths ``[M]``."""
+        """Prompts and completions at ``among`` ``[M]`` from column 0 on, ``[M, L]``, and their lengths ``[M]``."""
         attention = self.attention_mask[among]
         lengths = attention.sum(dim=1)
         columns = torch.arange(int(lengths.max()), device=among.device)
@@ -76,18 +76,18 @@ class CompletionBatch:
         return self.input_ids[among].gather(1, places), lengths
 
     def chunk(self, index: Tensor, prompt: int, answer: int) -> Chunk:
-        """The answers at ``index``, cut to ``prompt`` and ``answer`` columns."""
+        """The completions at ``index``, cut to ``prompt`` and ``answer`` columns."""
         columns = slice(self.width - prompt, self.width + answer)
         ids, attention = self.input_ids[index, columns], self.attention_mask[index, columns]
         return Chunk(index, ids, attention, self.mask[index, :answer])
 
 
 def chunks_by_length(batch: CompletionBatch, tokens: int, among: Tensor | None = None) -> Iterator[Chunk]:
-    """Cuts a batch into chunks of like length, so that little padding is computed.
+    """Cuts a batch into chunks of similar length to reduce padding.
 
     Args:
-        batch: ``N`` answers.
-        tokens: Most tokens per chunk, padding included; a chunk has at least one answer.
+        batch: ``N`` completions.
+        tokens: Most tokens per chunk, padding included; a chunk has at least one completion.
         among: ``[M]`` positions to take; None = all.
     """
     prompts, answers = batch.attention_mask[:, : batch.width].sum(dim=1), batch.mask.sum(dim=1)

@@ -1,8 +1,6 @@
-"""Weights are loaded whole and of the kind asked for, and saved with their generation settings.
+"""Loading of complete weights from a folder or the Hub, from safetensors files only, and saving of language models.
 
-Weights from a folder or the Hub: complete, of the kind asked for, and from that folder's safetensors files only.
-
-How a trained language model is saved: with the end tokens and the sampling that it was trained with.
+A language model is saved with the end tokens and the sampling options of its training.
 """
 
 from __future__ import annotations
@@ -358,16 +356,16 @@ def _shape(sizes: Collection[int]) -> str:
 
 
 def generation_config(engine: RolloutEngine, eos_ids: list[int], pad_id: int, bos_id: int | None) -> GenerationConfig:
-    """What ``generate`` reads beside a model, so that it samples as the engine did.
+    """Returns a generation config with which ``generate`` samples as the engine did.
 
-    Nothing of what the start brought along is left: penalties, least lengths, forced or suppressed tokens. Texts that
-    end an answer (``stop_strings``) cannot be in it, since ``generate`` needs a tokenizer for them.
+    The settings of the initial model (penalties, minimum lengths, forced or suppressed tokens) are dropped.
+    ``stop_strings`` are left out, since ``generate`` needs a tokenizer for them.
 
     Args:
-        engine: What sampled the answers.
-        eos_ids: All tokens that ended them.
-        pad_id: What stood on padding.
-        bos_id: What a text without a prompt begins with; None = nothing.
+        engine: Engine that sampled the completions.
+        eos_ids: All end tokens.
+        pad_id: Padding token.
+        bos_id: First token of a text without a prompt; None = none.
     """
     sampling: dict[str, Any] = {"do_sample": False}
     if engine.temperature > 0:
@@ -390,10 +388,10 @@ def save_as_trained(model: Any, folder: Path, engine: RolloutEngine, eos_ids: li
 
     Args:
         model: In the Hugging Face form, without an adapter.
-        folder: Where to.
-        engine: What sampled the answers.
-        eos_ids: All tokens that ended them.
-        pad_id: What stood on padding.
+        folder: Output folder.
+        engine: Engine that sampled the completions.
+        eos_ids: All end tokens.
+        pad_id: Padding token.
     """
     before = model.generation_config
     bos_id = getattr(before, "bos_token_id", None)

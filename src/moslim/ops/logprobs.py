@@ -1,9 +1,4 @@
-"""Log-probabilities of completions under the current weights, and options of their forward passes.
-
-How log-probabilities of answers are computed.
-
-Log-probabilities of sampled answers under the current weights.
-"""
+"""Log-probabilities of completions under the current weights, and options of their forward passes."""
 
 from __future__ import annotations
 
@@ -30,14 +25,14 @@ from moslim.utils.errors import UsageError
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """How answers are put through policy, reference, critic and classifier. All ways give the same numbers.
+    """Options of the forward passes of policy, reference, critic and classifier. They do not change the results.
 
     Args:
         tokens: Most tokens per forward pass, padding included; None = 1024 on a CPU, where small passes stay in the
-            cache, else 32768. Attention reads shared beginnings answer by answer: up to eight times as many.
-        share_prefixes: Compute what answers begin with once: their prompt, and the words that they have in common;
-            ``auto`` does where enough tokens are saved. Architectures that cannot compute every answer whole.
-        chunked_logprobs: Never hold the logits of all tokens; where the architecture forbids that, they are held.
+            cache, else 32768. Attention with shared prefixes may read up to eight times as many.
+        share_prefixes: Compute prefixes that completions share (the prompt and common first tokens) once; ``auto``
+            does so where enough tokens are saved. Unsupported architectures compute every completion separately.
+        chunked_logprobs: Hold the logits of few tokens at a time, where the architecture allows it.
     """
 
     tokens: int | None = None
@@ -58,7 +53,7 @@ class ForwardConfig:
 
 
 class Reader(Protocol):
-    """What runs a model over tokens: a :class:`Predictor`, or whatever else wants its states."""
+    """Interface of objects that run a model over tokens, such as a :class:`Predictor`."""
 
     model: Any
 
@@ -68,16 +63,16 @@ class Reader(Protocol):
 
 @dataclass
 class CompletionPass:
-    """One forward pass, and the ``A`` answer tokens that it predicts, of which ``M`` are told apart.
+    """One forward pass and the ``A`` completion tokens that it predicts, of which ``M`` are different.
 
     Args:
-        read: What the model is given: padded answers with their prompts, or all as a tree.
-        before: ``[M]`` the position of the pass, counted through, whose state predicts each of the tokens.
-        tokens: ``[M]``.
-        rows: ``[A]`` answers of the batch ...
-        columns: ``[A]`` ... and places in them, from 0.
-        which: ``[A]`` which of the tokens stands there; None = one after the other.
-        keep: How many positions of a padded pass, from its end, are counted through.
+        read: Input of the model: padded completions with their prompts, or a tree.
+        before: ``[M]`` index, in the flattened pass, of the state that predicts each token.
+        tokens: ``[M]`` the different tokens.
+        rows: ``[A]`` index of each token's completion in the batch.
+        columns: ``[A]`` position of each token in its completion, from 0.
+        which: ``[A]`` index into ``tokens``; None = ``tokens`` in order.
+        keep: Number of last positions of a padded pass that are kept.
     """
 
     read: Chunk | Tree
@@ -89,7 +84,7 @@ class CompletionPass:
     keep: int = 0
 
     def states(self, reader: Reader) -> Tensor:
-        """Runs a model; its states ``[M, H or V]`` before the tokens."""
+        """Runs the model and returns the states ``[M, H or V]`` that predict the tokens."""
         if isinstance(self.read, Tree):
             needed, places = self.before.unique(return_inverse=True)
             with along(transformer_part(reader.model), self.read) as inputs:
@@ -100,7 +95,7 @@ class CompletionPass:
         return found.flatten(0, 1).index_select(0, self.before)
 
     def spread(self, values: Tensor) -> Tensor:
-        """From values of the different tokens ``[M]`` to all ``[A]``."""
+        """Expands values of the different tokens ``[M]`` to all ``[A]``."""
         return values if self.which is None else values.index_select(0, self.which)
 
     def put(self, target: Tensor, values: Tensor) -> None:
@@ -143,7 +138,7 @@ def _padded(chunk: Chunk) -> CompletionPass:
 
 
 def _from_the_left(chunk: Chunk) -> CompletionPass:
-    """The same with all padding behind the answers, for models that it would otherwise change."""
+    """A pass with all padding behind the completions, for models whose states left padding would change."""
     ids, attention = chunk.input_ids, chunk.attention_mask
     width, prompt = ids.shape[1], ids.shape[1] - chunk.mask.shape[1]
     lengths = attention[:, :prompt].sum(dim=1)
@@ -155,7 +150,7 @@ def _from_the_left(chunk: Chunk) -> CompletionPass:
 
 
 def _of_tree(batch: CompletionBatch, index: Tensor, ids: Tensor, part: Sequences) -> CompletionPass:
-    """A tree of some of the answers, ``ids`` with their prompts, of which ``part`` is computed."""
+    """A pass over the tree of ``part``; ``index`` and ``ids`` are its completions and their tokens with prompts."""
     tree = part.tree()
     rows, columns = batch.mask[index].nonzero(as_tuple=True)
     prompts = batch.attention_mask[index, : batch.width].sum(dim=1)
@@ -169,7 +164,7 @@ def _of_tree(batch: CompletionBatch, index: Tensor, ids: Tensor, part: Sequences
 def completion_logprobs(
     model: Any, batch: CompletionBatch, temperature: float, forward_config: ForwardConfig
 ) -> Tensor:
-    """Log-probabilities of whole answers.
+    """Log-probabilities of all completion tokens.
 
     Args:
         model: Causal language model in the Hugging Face form.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 PEFT_PREFIX = "base_model.model."
-"""What peft puts before the names of the model under an adapter."""
+"""Prefix that peft gives to the names of the model under an adapter."""
 
 
 ALL_LINEAR = "all-linear"

@@ -1,9 +1,4 @@
-"""Language models and tokenizers by name, folder or architecture, and the lengths that they can read.
-
-Tokens and positions that a model can read, compared with those of a run before it starts.
-
-Where language models and tokenizers come from: a Hub name, a local folder, or an architecture in the config.
-"""
+"""Language models and tokenizers from a Hub name, a folder or an architecture, and the lengths that they support."""
 
 from __future__ import annotations
 
@@ -183,7 +178,7 @@ def _rows(layer: Any) -> int:
 
 
 class TokenizerSource(ABC):
-    """Where the tokenizer of a model with random weights comes from."""
+    """Source of the tokenizer of a model with random weights."""
 
     @abstractmethod
     def load(self) -> PreTrainedTokenizerBase:
@@ -219,7 +214,7 @@ class Architecture:
 
     Args:
         model_type: Architecture as transformers names it, e.g. ``llama``.
-        tokenizer: Where its tokenizer comes from; vocabulary size and special ids are taken from it.
+        tokenizer: Source of its tokenizer; vocabulary size and special ids are taken from it.
         options: Entries of that architecture's configuration, e.g. ``hidden_size``.
     """
 

@@ -1,10 +1,7 @@
-"""Precision of what is computed from a model's outputs, and randomness without state.
+"""Precision of values computed from model outputs, stateless random numbers, and evenly spaced indices.
 
-The precision of what is computed from a model's outputs: float32, or the model's own where that is finer.
-
-Randomness without state: every draw is a function of what it is for, so that a run can be cut and resumed.
-
-Indices into sequences.
+Values are computed in float32, or in the model's type where that is finer. Each random draw is a function of its seed
+alone, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations

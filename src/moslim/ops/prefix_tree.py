@@ -1,8 +1,4 @@
-"""Token sequences as a tree whose shared beginnings are computed once.
-
-Language models that carry a state from token to token: convolutions, state spaces, linear attention, recurrences.
-
-Prefix tree of token sequences: a beginning that several sequences share is one node, which a model computes once.
+"""Prefix tree of token sequences: a prefix that several sequences share is computed once.
 
 Three sequences, 10 tokens in all, begin with the same prompt (5, 6); two of them also share the token 7:
 
@@ -32,7 +28,8 @@ a part of the first, so two paths hold all nodes:
 
 ``model.forward_config.share_prefixes`` switches it for policy, reference, critic and classifier.
 
-Attention along the paths of a tree: a model computes every node once, and each token sees its own beginning.
+In attention, each token sees its own prefix. Models that carry a state from token to token (convolutions, state spaces,
+linear attention, recurrences) cannot compute a tree.
 """
 
 from __future__ import annotations
@@ -112,20 +109,19 @@ def made_up_tokens(model: Any, rows: int, length: int) -> torch.Tensor:
 
 
 _HELD = 8
-"""The sequences of a part, each with all its tokens, hold at most so many of them for each node that the part may have:
-attention reads every sequence whole."""
+"""Most tokens of all sequences of a part, per node that the part may have: attention reads every sequence whole."""
 
 
 @dataclass
 class Tree:
-    """The ``U`` different beginnings, or nodes, of ``N`` sequences of up to ``L`` tokens.
+    """The ``U`` different prefixes (nodes) of ``N`` sequences of up to ``L`` tokens.
 
     Args:
-        tokens: ``[U]`` the token that each of them ends with.
-        positions: ``[U]`` where that token stands, from 0.
-        nodes: ``[N, L]`` the node of every token of the sequences; 0 behind their end.
-        paths: ``[R, L]`` those rows of ``nodes`` that have all of them: what others repeat is left out.
-        cells: ``[U]`` where each node stands in ``paths``, counted through.
+        tokens: ``[U]`` last token of each prefix.
+        positions: ``[U]`` position of that token, from 0.
+        nodes: ``[N, L]`` node of every token of the sequences; 0 behind their end.
+        paths: ``[R, L]`` rows of ``nodes`` that together contain all nodes, without rows that are part of others.
+        cells: ``[U]`` index of each node in the flattened ``paths``.
     """
 
     tokens: Tensor
@@ -142,7 +138,7 @@ class Sequences:
     Args:
         tokens: ``[N, L]``.
         lengths: ``[N]``.
-        order: ``[N]`` which of the sequences given each of them is.
+        order: ``[N]`` index of each sequence in the input.
         new: ``[N, L]`` bool, tokens up to which a sequence differs from all before it: one for each node of their tree.
     """
 
@@ -152,9 +148,10 @@ class Sequences:
     new: Tensor
 
     def parts(self, tokens: int) -> Iterator[Sequences]:
-        """Cuts them into parts whose trees have at most so many nodes.
+        """Cuts the sequences into parts whose trees have at most ``tokens`` nodes.
 
-        A part has at least one sequence; more than one read, sequence by sequence, at most eight times as many tokens.
+        A part has at least one sequence. Several sequences of one part have together at most eight times as many
+        tokens, padding included.
         """
         own, lengths = self.new.sum(dim=1).tolist(), self.lengths.tolist()
         start, nodes, widest = 0, 0, 0
@@ -167,7 +164,7 @@ class Sequences:
             yield self._part(start, len(lengths))
 
     def tree(self) -> Tree:
-        """Their tree; its ``nodes`` are in alphabetical order, too."""
+        """Tree of the sequences; the rows of ``nodes`` are in alphabetical order."""
         number = torch.full_like(self.tokens, -1)
         number[self.new] = torch.arange(int(self.new.sum()), device=number.device)
         nodes = number.cummax(dim=0).values.masked_fill(~_inside(self.tokens, self.lengths), 0)
@@ -189,7 +186,7 @@ class Sequences:
 
 
 def in_order(tokens: Tensor, lengths: Tensor) -> Sequences:
-    """Sorts sequences.
+    """Sorts sequences so that those with a common prefix are neighbours.
 
     Args:
         tokens: ``[N, L]`` int64, each from column 0 on.
@@ -217,7 +214,7 @@ def _inside(tokens: Tensor, lengths: Tensor) -> Tensor:
 
 _NAME = "moslim_tree"
 _FOREIGN = ("softcap", "s_aux", "position_bias")
-"""What some architectures add to attention, and this does not know."""
+"""Attention arguments of some architectures that are not supported here."""
 _KINDS = {"full_attention", "sliding_attention"}
 _NO_MASK = (1, 1, 1, 1)
 _READS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -297,25 +294,25 @@ AttentionInterface.register(_NAME, _attend)
 
 
 @contextmanager
-def along(trunk: Any, tree: Tree) -> Iterator[dict[str, Any]]:
-    """Lets a transformer read a tree; gives the arguments of its forward pass.
+def along(backbone: Any, tree: Tree) -> Iterator[dict[str, Any]]:
+    """Context in which a transformer computes a tree; yields the arguments of its forward pass.
 
-    What it computes is ``[1, U, ...]``. Gradients flow, but activations cannot be computed a second time.
+    The outputs have the shape ``[1, U, ...]``. Gradients flow, but gradient checkpointing is not supported.
 
     Args:
-        trunk: A transformer that :func:`reads_trees`.
-        tree: What it is given.
+        backbone: Transformer that :func:`reads_trees` accepts.
+        tree: The tree.
     """
-    with _reading(trunk, tree):
+    with _reading(backbone, tree):
         yield _inputs(tree)
 
 
 @contextmanager
-def _reading(trunk: Any, tree: Tree) -> Iterator[_Reading]:
+def _reading(backbone: Any, tree: Tree) -> Iterator[_Reading]:
     reading = _Reading(tree)
     token = _READING.set(reading)
     try:
-        with attention_replaced(trunk.config.get_text_config(), _NAME):
+        with attention_replaced(backbone.config.get_text_config(), _NAME):
             yield reading
     finally:
         _READING.reset(token)
@@ -328,41 +325,41 @@ def _inputs(tree: Tree) -> dict[str, Any]:
     return {**nodes, "attention_mask": mask, "use_cache": False}
 
 
-def reads_trees(trunk: Any, device: torch.device) -> bool:
-    """Whether a transformer gives the same states on a tree as on each sequence.
+def reads_trees(backbone: Any, device: torch.device) -> bool:
+    """Whether a transformer computes the same hidden states on a tree as on each sequence.
 
-    Not while activations are computed twice. Besides, it is tried once.
+    False under gradient checkpointing. Otherwise each model is tested once on a small tree.
 
     Args:
-        trunk: A transformer without its last layer, in the Hugging Face form.
-        device: Where it is.
+        backbone: Transformer without its last layer, in the Hugging Face form.
+        device: Device of the transformer.
     """
-    if trunk.training and any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules()):
+    if backbone.training and any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
         return False
-    if trunk not in _READS:
-        _READS[trunk] = _agrees(trunk, device)
-        if not _READS[trunk]:
-            kind = trunk.config.model_type
+    if backbone not in _READS:
+        _READS[backbone] = _agrees(backbone, device)
+        if not _READS[backbone]:
+            kind = backbone.config.model_type
             rank_zero_info(
                 f"{kind}: its layers cannot read trees: texts that begin alike are computed apart, and sampling makes "
                 "masks anew for every token."
             )
-    return _READS[trunk]
+    return _READS[backbone]
 
 
 @torch.no_grad()
-def _agrees(trunk: Any, device: torch.device) -> bool:
-    config = trunk.config.get_text_config()
+def _agrees(backbone: Any, device: torch.device) -> bool:
+    config = backbone.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if trunk.config.is_encoder_decoder or carries_state(trunk) or not _KINDS.issuperset(kinds):
+    if backbone.config.is_encoder_decoder or carries_state(backbone) or not _KINDS.issuperset(kinds):
         return False
     tokens = torch.tensor([[0, 1, 0], [0, 1, 1], [0, 0, 1]], device=device)
     tree = grow(tokens, torch.full((3,), 3, device=device))
     with torch.autocast(device.type, enabled=False):
-        whole = trunk(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
+        whole = backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).last_hidden_state
         try:
-            with _reading(trunk, tree) as reading:
-                nodes = trunk(**_inputs(tree)).last_hidden_state[0]
+            with _reading(backbone, tree) as reading:
+                nodes = backbone(**_inputs(tree)).last_hidden_state[0]
         except torch.OutOfMemoryError:
             raise
         except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -372,5 +369,5 @@ def _agrees(trunk: Any, device: torch.device) -> bool:
         return False
     if nodes.shape != (len(tree.tokens), whole.shape[-1]):
         return False
-    least = 1e-4 if torch.finfo(trunk.dtype).eps < 1e-6 else 3e-2
+    least = 1e-4 if torch.finfo(backbone.dtype).eps < 1e-6 else 3e-2
     return bool((nodes[tree.nodes] - whole).abs().max() <= least * whole.abs().max())

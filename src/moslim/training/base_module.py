@@ -1,9 +1,4 @@
-"""Base class of the three LightningModules.
-
-Where the time of a step goes.
-
-What the three modules have in common: a run's folder, the numbers of a step, the file that ``predict`` writes.
-"""
+"""Base class of the three LightningModules: run folder, step metrics, timing and the file that ``predict`` writes."""
 
 from __future__ import annotations
 
@@ -74,7 +69,7 @@ class RunModule(LightningModule):
     """Options in which it may not, whatever is accepted."""
 
     reports_test: ClassVar[bool] = False
-    """Whether ``test`` prints a table of its own, so that the command line need not list the metrics."""
+    """``test`` prints its own table, so the command line does not list the metrics."""
 
     rows_kept: int = 0
     """Rows that this ``predict`` leaves out, since an interrupted one has finished them."""
@@ -87,7 +82,7 @@ class RunModule(LightningModule):
         self.step_counts = StepCounts()
         """Denominators of the sums of a training batch."""
         self.recorded: dict[str, float] = {}
-        """What :meth:`record` keeps until it is sent."""
+        """Values of :meth:`record` that are not sent yet."""
 
     @classmethod
     def load_from_checkpoint(
@@ -291,7 +286,7 @@ class RunModule(LightningModule):
         self.record({name: before.get(name, 0.0) + float(value) / parts for name, value in values.items()})
 
     def configure_callbacks(self) -> list[Callback]:
-        """What sends the recorded numbers, moves a schedule and looks at the final weights; a subclass adds to it."""
+        """Returns the callbacks that log recorded values, move a schedule and check the final weights."""
         return [StepRow(), PlateauSteps(), FiniteWeights()]
 
     def on_predict_start(self) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoint files as they lie on disk: whether one is whole, what is wrong with it, and what it says of its run.
+"""Checkpoint files on disk: integrity checks, error messages, and the run that a checkpoint belongs to.
 
 ``torch.save`` writes a zip archive with a CRC-32 of every record, which ``torch.load`` does not compare. Comparing them
-reads the file once, about as fast as loading it, and notices every flipped bit that would change what is loaded.
+reads the file once, about as fast as loading it, and detects every flipped bit that would change the loaded values.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ import torch
 from moslim.utils.errors import MissingFileError, UsageError
 
 RUN = "moslim_run"
-"""Key of what a checkpoint says of its run: ``version`` of its folder, or None, and ``started``, in seconds."""
+"""Key of a checkpoint's entry about its run: ``version`` of its folder, or None, and ``started``, in seconds."""
 
 GUARD_RECORD = "guard"
-"""Key of what a guard noted of the step that it kept."""
+"""Key of a guard's record of the step that it kept."""
 
 _VERSION, _STEP = re.compile(r"version_(\d+)", re.ASCII), re.compile(r"step[=_-]?(\d+)", re.ASCII)
 _NEEDED = ("state_dict", "pytorch-lightning_version")
@@ -72,7 +72,7 @@ def check_checkpoint(path: str | Path, weights_only: bool = True, resume: bool =
 
 
 def problem(path: Path, weights_only: bool = True, resume: bool = False) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is. Arguments as for :func:`check_checkpoint`."""
+    """Returns the fault of a checkpoint; None if it has none. Arguments as for :func:`check_checkpoint`."""
     if not path.exists():
         return "the link points to nothing" if path.is_symlink() else "there is no such checkpoint"
     if path.is_dir():
@@ -98,7 +98,7 @@ def problem(path: Path, weights_only: bool = True, resume: bool = False) -> str 
 
 
 def outline(path: Path) -> dict[Any, Any]:
-    """What a checkpoint holds, without tensors and objects: stand-ins are in their place, and no code of it runs.
+    """Returns the contents of a checkpoint with stand-ins for tensors and objects; no code of it runs.
 
     Only its table is read, so that many large files cost little; of a folder, that of the part for it.
 
@@ -233,7 +233,7 @@ def _deepspeed_parts(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Noted:
-    """What a checkpoint says of itself; None where it does not, or cannot be read."""
+    """Metadata of a checkpoint; None for what it lacks, or if it cannot be read."""
 
     path: Path
     version: int | None

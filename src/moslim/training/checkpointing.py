@@ -1,10 +1,7 @@
-"""What checkpoints hold, how they are written and read, and which one a run resumes from.
+"""Writing, reading and finding checkpoints.
 
-Lightning's reading and writing of checkpoints: beside their place, and with everything wrong said by path.
-
-What the modules keep in a checkpoint: trained weights and plain hyper-parameters, and a guard for the rest.
-
-Finding the newest and the best checkpoint of a run, and restoring one where no Trainer loop does it.
+Files are written beside their place and moved; errors name the file. Modules save trained weights, plain
+hyper-parameters and a fingerprint of frozen weights.
 """
 
 from __future__ import annotations
@@ -306,7 +303,7 @@ def _saved(folder: Path) -> Iterator[Path]:
 
 
 def _moved(noted: Path, state: dict[str, Any], newest: Path) -> Path | None:
-    """Where a file is now that a checkpoint names, if the folder of both was moved or copied; else where it was."""
+    """Returns the current place of a file that a checkpoint names, also if their folder was moved or copied."""
     saved_in = Path(state.get("dirpath") or noted.parent)
     if noted.is_relative_to(saved_in):
         tail = noted.relative_to(saved_in)

@@ -1,12 +1,8 @@
 """Errors of a command as one message and an exit status.
 
-Messages of jsonargparse about an option, shortened to key, value and reason.
-
-The folder of a run that did not begin: what its start has written is taken away again.
-
-Errors of a command as one message and an exit status.
-
-The statuses: 2 for a mistake that the user can mend, 1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM.
+The statuses are 2 for a mistake that the user can correct, 1 for a failed run, 130 after Ctrl-C, 143 after SIGTERM.
+Messages of jsonargparse about an option are shortened to key, value and reason. Folders of a run that did not start
+are removed.
 """
 
 from __future__ import annotations

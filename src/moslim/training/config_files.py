@@ -1,11 +1,4 @@
-"""The configuration parser: layered files and YAML texts.
-
-Layers of configs: files shipped with the package, parts that a later layer gives anew, entries that it drops.
-
-YAML as users of this package mean it: what stands where a text is wanted stays the text that is written.
-
-The argument parser of all commands: its errors are one line.
-"""
+"""The argument parser of all commands: layered configs, shipped configs, YAML texts, and errors of one line."""
 
 from __future__ import annotations
 
@@ -154,7 +147,7 @@ def _forget_part(config: Namespace, name: str, value: Any, folder: Path) -> None
 
 
 def _arguments(place: Any, name: str) -> Any:
-    """What holds an argument of a part, which may be named without ``init_args``."""
+    """Returns the namespace that holds an argument of a part, which may be named without ``init_args``."""
     if isinstance(place, Namespace) and "class_path" in place and name not in _PART:
         return place.get("init_args")
     return place

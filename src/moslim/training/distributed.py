@@ -1,8 +1,6 @@
-"""Communication between the processes of a run, and weights in shards.
+"""Communication between the processes of a run, and sharded weights (PyTorch's FSDP2).
 
-What the processes of a run tell each other; with one process there is nothing to tell.
-
-Weights in shards, one per process, by PyTorch's FSDP2; Lightning's ``ModelParallelStrategy`` asks modules for it.
+Lightning's ``ModelParallelStrategy`` asks modules to shard their weights.
 """
 
 from __future__ import annotations
@@ -192,7 +190,7 @@ class StepShards:
     def _make_root(self) -> None:
         """Makes a pass through the whole model: FSDP takes the first module that makes one for the root of the rest.
 
-        A trunk that answers without the last layer would be another root.
+        A pass through the backbone alone would make the backbone the root.
         """
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device), use_cache=False)
         self._rooted = True

@@ -1,7 +1,7 @@
-"""What gives weights their meaning, and what a run must be resumed with: recorded in checkpoints and compared.
+"""Options that give weights their meaning or that a resumed run must keep: recorded in checkpoints and compared.
 
-One rule for all of it: a checkpoint records it; whoever loads the checkpoint compares it; a difference is an error that
-lists each option with both values, unless ``model.accept_changes`` names the option.
+Loading a checkpoint compares the recorded options with the current ones. A difference is an error that lists each
+option with both values, unless ``model.accept_changes`` names the option.
 """
 
 from __future__ import annotations

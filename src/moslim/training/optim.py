@@ -1,9 +1,4 @@
-"""Optimizers, learning-rate schedules and gradient accumulation.
-
-Gradient accumulation: which batches make one optimizer step, and what their sums are divided by.
-
-Optimizers and learning-rate schedules, set up in one way for all modules.
-"""
+"""Optimizers, learning-rate schedules and gradient accumulation, set up in one way for all modules."""
 
 from __future__ import annotations
 

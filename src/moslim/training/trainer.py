@@ -1,9 +1,4 @@
-"""The Lightning Trainer with the commands ``generate``, ``export`` and ``replay``.
-
-When checkpoints are written: between optimizer steps, never within the accumulation of one.
-
-The Trainer behind the command line: Lightning's, with ``generate``, ``export`` and ``replay``.
-"""
+"""The Trainer of the command line: Lightning's, with the commands ``generate``, ``export`` and ``replay``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A config is code: it names classes, which are imported and called. Whose may, and commands that need none."""
+"""Checks of configs, which name classes that are imported and called, and defaults for commands without a config."""
 
 from __future__ import annotations
 
