@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from moslim.data import chat_templates as template_limits
+from moslim.data import chat_templates
 from moslim.data.sanitizing import ForbiddenText, Neutraliser
 from moslim.data.types import Message, Question
 from moslim.utils.errors import UsageError
@@ -45,13 +45,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
         UsageError: The template refuses the messages or exceeds the time limit.
     """
     endless = UsageError(
-        f"the tokenizer's chat template does not end: for a chat it takes more than {template_limits.SECONDS} seconds; "
+        f"the tokenizer's chat template does not end: for a chat it takes more than {chat_templates.SECONDS} seconds; "
         "take another tokenizer, or mend its chat_template"
     )
     if tokenizer.chat_template in _ENDLESS:
         raise endless
     try:
-        with template_limits.time_limit(template_limits.SECONDS):
+        with chat_templates.time_limit(chat_templates.SECONDS):
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except TimeoutError:
         _ENDLESS.append(tokenizer.chat_template)
