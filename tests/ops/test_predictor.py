@@ -74,7 +74,7 @@ def test_logits_are_capped_or_scaled_as_the_model_does(kind, batch):
     options, then = CHANGED[kind]
     model = build(kind, options)
     head = last_layer(model)
-    assert head is not None and (head.scale, head.cap) == then
+    assert head is not None and (head.scale, head.softcap) == then
     assert_equal_to_plain(model, batch)
 
 

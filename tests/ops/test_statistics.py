@@ -34,7 +34,7 @@ def total(found, weights):
 
 @pytest.mark.parametrize("held", [1, 3 * WORDS, 5 * WORDS + 2, 1 << 22])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize(("bias", "then"), [(True, {}), (False, {}), (True, {"scale": 1.7, "cap": 2.0})])
+@pytest.mark.parametrize(("bias", "then"), [(True, {}), (False, {}), (True, {"scale": 1.7, "softcap": 2.0})])
 @pytest.mark.parametrize(("entropy", "kl"), [(False, False), (True, False), (False, True), (True, True)])
 def test_values_and_gradients_are_those_of_the_plain_form(inputs, held, temperature, bias, then, entropy, kl):
     hidden, other, tokens, weights = inputs
@@ -65,7 +65,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(inputs, held, temperat
 def test_by_hand():
     logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
     other = torch.tensor([[math.log(3.0), 0.0], [5 + math.log(3.0), 5.0]])
-    found = of_logits(logits, torch.tensor([0, 1]), 1.0, entropy=True, reference=other)
+    found = of_logits(logits, torch.tensor([0, 1]), 1.0, entropy=True, ref_logits=other)
     torch.testing.assert_close(found.logprobs, torch.tensor([0.5, 0.25]).log())
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     torch.testing.assert_close(found.entropy, torch.tensor([math.log(2.0), entropy]))

@@ -27,17 +27,17 @@ HELD_LOGITS = 1 << 22
 
 @dataclass(frozen=True)
 class Head:
-    """Map from hidden states to logits: ``z = scale * layer(h)``, and with a cap ``cap * tanh(z / cap)``.
+    """Map from hidden states to logits: ``z = scale * layer(h)``, and with ``softcap`` c: ``c * tanh(z / c)``.
 
     Args:
         layer: The model's last layer.
         scale: Of Cohere's and Granite's models.
-        cap: Of Gemma's ("soft cap"); None = none.
+        softcap: Of Gemma's models; None = none.
     """
 
     layer: nn.Linear
     scale: float = 1.0
-    cap: float | None = None
+    softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[.., H]`` to ``[.., V]``."""
@@ -47,12 +47,12 @@ class Head:
         """Applies scale and cap to the output of the layer."""
         if self.scale != 1:
             logits = logits * self.scale
-        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def pull_back(self, gradient: Tensor, tempered: Tensor, temperature: float) -> None:
         """Turns a gradient by tempered logits into that by the layer's output, in place."""
-        if self.cap is not None:
-            gradient *= 1 - (tempered * (temperature / self.cap)).square()
+        if self.softcap is not None:
+            gradient *= 1 - (tempered * (temperature / self.softcap)).square()
         if self.scale != temperature:
             gradient *= self.scale / temperature
 
@@ -73,7 +73,7 @@ class Statistics:
 
 
 def of_logits(
-    logits: Tensor, tokens: Tensor, temperature: float, entropy: bool = False, reference: Tensor | None = None
+    logits: Tensor, tokens: Tensor, temperature: float, entropy: bool = False, ref_logits: Tensor | None = None
 ) -> Statistics:
     """The plain form, with every logit in memory.
 
@@ -82,14 +82,14 @@ def of_logits(
         tokens: ``[M]``.
         temperature: Above 0; divides the logits, the reference's too.
         entropy: Whether to compute it.
-        reference: ``[M, V]`` logits of the reference.
+        ref_logits: ``[M, V]`` logits of the reference.
     """
     logp = (widened(logits) / temperature).log_softmax(dim=-1)
     result = Statistics(logp.gather(-1, tokens[:, None])[:, 0])
     if entropy:
         result.entropy = -(logp.exp() * logp).sum(dim=-1)
-    if reference is not None:
-        logq = (widened(reference) / temperature).log_softmax(dim=-1)
+    if ref_logits is not None:
+        logq = (widened(ref_logits) / temperature).log_softmax(dim=-1)
         result.kl = (logp.exp() * (logp - logq)).sum(dim=-1)
     return result
 
@@ -100,7 +100,7 @@ def of_hidden(
     tokens: Tensor,
     temperature: float,
     entropy: bool = False,
-    reference: tuple[Tensor, Head] | None = None,
+    ref_state: tuple[Tensor, Head] | None = None,
     held: int = HELD_LOGITS,
 ) -> Statistics:
     """Statistics from hidden states, with a few rows of logits at a time.
@@ -111,15 +111,15 @@ def of_hidden(
         tokens: ``[M]``.
         temperature: Above 0.
         entropy: Whether to compute it.
-        reference: The reference's hidden states ``[M, H]`` and last layer; no gradient flows into them.
+        ref_state: The reference's hidden states ``[M, H]`` and last layer; no gradient flows into them.
         held: Most logits in memory at a time; at least one row is.
     """
     rows = max(1, held // head.layer.out_features)
     own = _operands(hidden, head.layer)
-    other = (None, None, None) if reference is None else _operands(reference[0], reference[1].layer)
-    heads = (head, None if reference is None else reference[1])
+    other = (None, None, None) if ref_state is None else _operands(ref_state[0], ref_state[1].layer)
+    heads = (head, None if ref_state is None else ref_state[1])
     logprobs, entropies, kl = _OfHidden.apply(rows, temperature, entropy, heads, tokens, *own, *other)  # type: ignore[no-untyped-call]
-    return Statistics(logprobs, entropies if entropy else None, None if reference is None else kl)
+    return Statistics(logprobs, entropies if entropy else None, None if ref_state is None else kl)
 
 
 def _operands(hidden: Tensor, layer: nn.Linear) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -258,7 +258,7 @@ class Predictor:
         tokens: Tensor,
         temperature: float,
         entropy: bool = False,
-        reference: tuple[Predictor, Tensor] | None = None,
+        ref_state: tuple[Predictor, Tensor] | None = None,
     ) -> Statistics:
         """Computes statistics of tokens from the states that predict them.
 
@@ -267,10 +267,10 @@ class Predictor:
             tokens: ``[M]``.
             temperature: The sampler's; 0 (greedy) is taken as 1.
             entropy: Whether to compute it.
-            reference: Predictor and states ``[M, H or V]`` of the reference model.
+            ref_state: Predictor and states ``[M, H or V]`` of the reference model.
         """
         temperature = temperature or 1.0
-        other, wanted = reference or (self, None)
+        other, wanted = ref_state or (self, None)
         if self.head is None or other.head is None:
             wanted = None if wanted is None else other._logits(wanted)
             return of_logits(self._logits(states), tokens, temperature, entropy, wanted)
