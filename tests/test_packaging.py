@@ -2,7 +2,9 @@
 
 import configparser
 import importlib.metadata
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +101,34 @@ def test_configs_open_with_their_command_and_name_classes_in_full(path):
         assert text.startswith(command), "the first line is the command that uses the file"
     for name in re.findall(r"class_path: *([\w.]+)", text):
         assert "." in name, f"{name}: two libraries may have a class of this name"
+
+
+def test_a_wheel_holds_the_configs_and_runs_them_outside_a_checkout(tmp_path):
+    checkout, place = tmp_path / "checkout", tmp_path / "installed"
+    skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", checkout / "src", symlinks=True, ignore=skipped)
+    shutil.copytree(ROOT / "configs", checkout / "configs")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*install, "--target", str(place), str(checkout)], check=True, capture_output=True, text=True)
+    shutil.rmtree(checkout)
+    installed = place / "moslim/configs"
+    assert {str(file.relative_to(installed)) for file in installed.rglob("*.yaml")} == {
+        str(file.relative_to(ROOT / "configs")) for file in CONFIGS
+    }
+    code = "import moslim; from moslim.cli import main; print(moslim.__file__); main()"
+    command = ["fit", "--config", "configs:quickstart/policy.yaml", "--config", "configs:quickstart/scrambled.yaml"]
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--print_config"],
+        cwd=tmp_path / "work",
+        env={**os.environ, "PYTHONPATH": str(place)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    file, _, printed = done.stdout.partition("\n")
+    assert file == str(place / "moslim/__init__.py")
+    assert "scramble: true" in printed and "verbosity:" in printed

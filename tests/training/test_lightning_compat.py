@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import _actions, _typehints
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -38,6 +39,11 @@ class Tiny(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Weighted:
+    def __init__(self, b: float | int = 0) -> None:
+        self.b = b
 
 
 class Counts(Callback):
@@ -303,6 +309,18 @@ def test_the_options_of_a_parser():
     parser = LightningArgumentParser()
     parser.add_argument("--a.b", type=int)
     expect("--a.b" in compat.option_names(parser), "argparse's ArgumentParser._actions under jsonargparse")
+
+
+def test_what_comes_before_an_option(monkeypatch):
+    for kind in (_typehints.ActionTypeHint, _actions._ActionConfigLoad):
+        monkeypatch.setattr(kind, "__call__", getattr(kind.__call__, "applies", kind.__call__))
+    told: list[tuple[Any, ...]] = []
+    compat.before_options(lambda parser, config, value, option: told.append((config.get("a.b"), value, option)))
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(Weighted, "a")
+    parser.parse_args(["--a.b", "1", "--a.b=2", "--a", "{b: 3}"])
+    wanted = [(0, "1", "--a.b"), (1, "2", "--a.b"), (2, "{b: 3}", "--a")]
+    expect(told == wanted, "__call__ of jsonargparse's _typehints.ActionTypeHint or _actions._ActionConfigLoad")
 
 
 def test_the_type_of_an_option():
