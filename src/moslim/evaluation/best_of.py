@@ -1,11 +1,7 @@
 """Best-of-n evaluation in the form of RMGAP (arXiv 2605.01831).
 
-The file of a best-of-n evaluation: questions with several answers of which one fits what is asked for.
-
-Best-of-n in the form of RMGAP (arXiv 2605.01831): of several answers, does the reward pick the one that fits?
-
-There, one of four answers of distinct character fits what a prompt asks for, and every prompt has two paraphrases. A
-preference classifier never sees what was asked for; the mapping function does.
+One of several answers of distinct character fits a request, and the reward should pick it; in RMGAP, each prompt has
+four answers and two paraphrases. A preference classifier never reads the request; the mapping function does.
 """
 
 from __future__ import annotations
@@ -192,7 +188,7 @@ def best_of_n(choices: Sequence[Candidates], probs: Tensor, mapping: MappingFunc
 
 
 def right_picks(probs: Tensor, targets: Tensor, right: Tensor, mapping: MappingFunction) -> Tensor:
-    """Whether the answer with the highest reward is the one that fits.
+    """Mask of the prompts whose answer with the highest reward is the one that fits.
 
     Args:
         probs: ``[P, n, D, K]``, level probabilities of ``n`` answers to each prompt.

@@ -1,14 +1,6 @@
 """Measures of a classifier's levels against labels, lengths, comparisons and requests.
 
-How well one head's levels agree with its labels. Pure functions on tensors; NaN stands for what is not defined.
-
-How far the tested probabilities can be believed, with the temperatures in use and without.
-
-What the heads' levels hang together with besides their labels: the length of the answer, and one another.
-
-How often the classifier prefers the answer that people preferred.
-
-Proxy and gold: what the classifier says of a policy's answers, beside what their labels say.
+Pure functions on tensors; NaN stands for undefined values.
 """
 
 from __future__ import annotations
@@ -134,7 +126,7 @@ def level_intervals(rows: Labelled) -> dict[str, Tensor]:
 
 
 def majority(rows: Labelled) -> dict[str, int | Tensor | None]:
-    """What always saying these rows' most frequent level would score; the lowest of several."""
+    """Measures of a constant prediction: the most frequent level of these rows, the lowest on a tie."""
     if not len(rows.levels):
         return {"level": None, "accuracy": None, "within_one": None}
     level = int(rows.levels.bincount().argmax())
@@ -328,7 +320,7 @@ def _accuracy(score_margins: Tensor, counted: Tensor, question: Tensor) -> Resul
 
 
 def proxy_and_gold(rows: ScoredRows, names: Sequence[str]) -> Result | None:
-    """How far a policy's answers meet its requests, by the classifier and by the labels, on the same answers.
+    """Agreement of a policy's answers with its requests, by the classifier and by the labels, on the same answers.
 
     Args:
         rows: ``N`` scored answers.
@@ -345,11 +337,11 @@ def proxy_and_gold(rows: ScoredRows, names: Sequence[str]) -> Result | None:
         return None
     proxy, gold = requested_probability(rows.probs, asked), requested_probability(rows.targets, asked)
     questions, question = rows.question.unique(return_inverse=True)
-    gaps = gold.new_zeros(len(questions), len(names)).index_add_(0, question, (proxy - gold).nan_to_num(0.0))
-    counts = torch.zeros_like(gaps).index_add_(0, question, counted.to(gaps.dtype))
+    differences = gold.new_zeros(len(questions), len(names)).index_add_(0, question, (proxy - gold).nan_to_num(0.0))
+    counts = torch.zeros_like(differences).index_add_(0, question, counted.to(differences.dtype))
 
     def gap(weights: Tensor) -> Tensor:
-        return (weights @ gaps) / (weights @ counts)
+        return (weights @ differences) / (weights @ counts)
 
     intervals = bootstrap_interval(gap, len(questions)).T
     values = {"proxy": proxy.nanmean(0), "gold": gold.nanmean(0), "gap": (proxy - gold).nanmean(0)}

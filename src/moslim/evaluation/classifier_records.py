@@ -1,12 +1,6 @@
-"""Level probabilities beside labels, and metrics over them.
+"""Records of a classifier's validation and test: level probabilities, labels and score margins, and metrics over them.
 
-Statistics on tensors that several measures share: ranks, rank correlation, intervals over questions.
-
-The validation rows as the classifier saw them, of all processes together.
-
-How well the classifier's levels agree with the labels, per head and per named part of the data.
-
-What a test measures from: level probabilities beside labels, and score margins of comparisons.
+Includes the statistics that several measures share: ranks, rank correlation and bootstrap intervals over questions.
 """
 
 from __future__ import annotations

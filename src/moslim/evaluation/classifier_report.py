@@ -1,6 +1,6 @@
 """The result of a classifier's test: JSON document, Markdown page and logged figures.
 
-The result of a test as one plain JSON document, ``reward.json``.
+Keys of the JSON document, ``reward.json``:
 
 | key | holds |
 |---|---|
@@ -20,10 +20,6 @@ The result of a test as one plain JSON document, ``reward.json``.
 
 The measures are ``accuracy``, ``balanced_accuracy``, ``within_one``, ``mae``, ``kappa`` (quadratic weights),
 ``macro_f1``, ``spearman`` (of the expected level) and ``auroc`` (two levels). What is not defined is null.
-
-A classifier's test as a Markdown page.
-
-Writes a classifier's test into folders and names the figures that dashboards should chart.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Judges: what measures the levels that an answer achieved, apart from the classifier that trained the policy."""
+"""Judges: measures of the levels that an answer achieves, separate from the classifier that trained the policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JudgeInfo:
-    """How results are labelled: the judge's name, and whether it is itself a learned model."""
+    """Label of a result: the judge's name, and whether the judge is a learned model."""
 
     name: str
     proxy: bool
@@ -29,10 +29,10 @@ class Judge(ABC):
     """Measures achieved levels. Subclass it, and name the subclass under ``model.judge``."""
 
     name: ClassVar[str]
-    """What results call the judge; no path, so that results do not depend on where files lie."""
+    """Name of the judge in results; never a path, so that results do not depend on where files are."""
 
     proxy: ClassVar[bool]
-    """Whether the judge is a learned model, which can be fooled: results are then marked ``proxy``."""
+    """True for a learned model, which a policy can exploit: its results are marked ``proxy``."""
 
     preferences: PreferenceSet
 

@@ -1,10 +1,6 @@
-"""Pictures of steerability results and of classifier tests.
+"""Figures of steerability results and of classifier tests.
 
-The look that all pictures of the project share, and the figures that several of them are made of.
-
-Pictures of a steerability result. Each function returns a matplotlib ``Figure``; nothing global is touched.
-
-Pictures of a classifier's test. Each function returns a matplotlib ``Figure``; nothing global is touched.
+Each function returns a matplotlib ``Figure`` and leaves global state unchanged.
 """
 
 from __future__ import annotations
@@ -99,7 +95,7 @@ def heat_map(
 
 
 Point = Mapping[str, float]
-"""What was logged at one step: column to value, with ``step`` among them."""
+"""Logged values of one step by metric name, including ``step``."""
 
 
 def requested_against_achieved(result: Mapping[str, Any]) -> Figure:

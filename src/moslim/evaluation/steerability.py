@@ -1,10 +1,7 @@
 """Steerability: how closely achieved levels follow the requested ones.
 
-Judged answers, stacked: everything that the measures of steerability are computed from.
-
-Measures of control as pure functions on tensors. NaN stands for what could not be judged, and is left out.
-
-Steerability: how closely the achieved levels follow the requested ones, as one plain JSON document.
+Measures are pure functions on the tensors of all judged answers; NaN marks answers that could not be judged and is left
+out. The result is one plain JSON document.
 """
 
 from __future__ import annotations
@@ -367,7 +364,7 @@ def _joint(records: Records) -> Result | None:
 
 
 def _reward(before: Result, after: Result, grids: dict[str, list[SweepGrid]], names: tuple[str, ...]) -> Result:
-    """What training raised (proxy: p_target) beside what was wanted (gold: exact), on the same answers."""
+    """The trained reward (proxy: p_target) beside the goal (gold: exact), on the same answers."""
     gold = {"before": before["dimensions"], "after": after["dimensions"]}
     dimensions: Result = {
         name: {

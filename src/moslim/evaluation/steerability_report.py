@@ -1,9 +1,4 @@
-"""A steerability result as Markdown, as a console table, in a folder and for loggers.
-
-A steerability result as text: a Markdown page and a table for the console.
-
-Writes a steerability result into a folder and sends it to the loggers.
-"""
+"""Reports of a steerability result: Markdown page, console table, files in a folder and logged figures."""
 
 from __future__ import annotations
 

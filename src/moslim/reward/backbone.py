@@ -1,12 +1,7 @@
-"""The classifier's backbone: initialisation, extension by new dimensions, and cached features when frozen.
+"""The classifier's backbone: initialisation, new dimensions, features and their cache.
 
-Pooled hidden states on disk, so that a frozen backbone runs over the same texts only once.
-
-A classifier's backbone as something that turns texts into features and learns nothing.
-
-What a run starts from: a backbone that gets new heads, or a saved classifier.
-
-More dimensions for a classifier that is trained already.
+A run starts from a backbone that gets new heads, or from a saved classifier, which new dimensions can extend. A frozen
+backbone runs once over each text: its pooled hidden states are cached on disk.
 """
 
 from __future__ import annotations

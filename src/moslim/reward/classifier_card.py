@@ -1,10 +1,7 @@
 """The README of an exported classifier, and the record of its training.
 
-What a classifier learned from and how well it did, as plain data in its checkpoints and in its folder.
-
-Code that scores with an exported classifier where moslim is not installed, for its model card.
-
-The README of an exported classifier, with metadata as the Hugging Face Hub reads it.
+The record holds data sources and results as plain data, in checkpoints and in the exported folder. The README has
+metadata for the Hugging Face Hub and code that scores with the classifier without moslim.
 """
 
 from __future__ import annotations
@@ -232,7 +229,7 @@ _CITATION = """@article{moslim2025,
 
 @dataclass
 class ModelCard:
-    """What a card is made from.
+    """Contents of a model card.
 
     Args:
         config: The classifier's configuration.

@@ -1,19 +1,15 @@
-"""A classifier as a folder that others can load, with or without moslim.
-
-A classifier in the adapter form, as it lies in its folder; :mod:`moslim.reward.classifier_export` lists the files.
-
-A classifier as a folder that others can load, with moslim or without it.
+"""Export of a classifier as a folder that loads with or without moslim.
 
 Merged form: the backbone is a plain ``AutoModel`` folder, and an index joins it to the heads. So no weight is stored
 twice, and both ``AutoModelForSequenceClassification`` (after ``import moslim``) and a plain ``AutoModel`` can load it::
 
     config.json  model.safetensors.index.json  heads.safetensors  backbone/
 
-Adapter form: a peft adapter of the backbone instead, with a note of the base model that it belongs on::
+Adapter form: a peft adapter of the backbone instead, with a note of the base model that it belongs to::
 
     config.json  heads.safetensors  adapter/  adapter/base.json
 
-Both come with the tokenizer, a model card (``README.md``), what it is made from (``training.json``) and a config for
+Both come with the tokenizer, a model card (``README.md``), the record of training (``training.json``) and a config for
 ``predict``.
 """
 

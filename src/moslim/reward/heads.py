@@ -1,10 +1,7 @@
 """Classification heads, the link from their outputs to level probabilities, and their calibration.
 
-How the raw outputs of a head become level probabilities: one output per level, per threshold, or a single one.
-
-Heads that are networks of their own, as an alternative to slices of one linear layer.
-
-How far a classifier's probabilities can be believed, and the temperatures that make them believable.
+A head has one output per level, one per threshold, or a single one. Heads are slices of one linear layer or networks of
+their own. Temperatures calibrate their probabilities.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ LinkName = Literal["softmax", "corn", "regression"]
 
 
 class Link(ABC):
-    """What stands between a head's raw scores ``[B, D, S]`` and its level probabilities.
+    """Link from the raw scores of the heads ``[B, D, S]`` to level probabilities.
 
     ``S`` is the largest width of a head; ``-inf`` fills up the narrower ones.
     """
@@ -172,7 +169,7 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibrating a classifier came to.
+    """Result of calibrating a classifier.
 
     Args:
         temperatures: One per head, fitted on all rows.

@@ -1,9 +1,4 @@
-"""Losses on rows with levels and on comparisons.
-
-Learning from, and agreeing with, which of two answers people chose.
-
-What the reward classifier minimises on rows with levels.
-"""
+"""Losses and metrics of the reward classifier on rows with levels and on comparisons."""
 
 from __future__ import annotations
 
@@ -72,7 +67,7 @@ def credit(score_margins: Tensor) -> Tensor:
 
 
 class PairMetrics(Metric):
-    """How often the chosen completion has the higher expected level, over an epoch; a tie counts half.
+    """Share of comparisons whose chosen completion has the higher expected level, per epoch; a tie counts half.
 
     Args:
         preferences: The dimensions.
@@ -143,7 +138,7 @@ class LevelLoss(ABC):
     """
 
     link: ClassVar[LinkName] = "softmax"
-    """What the heads put out (:mod:`moslim.reward.heads`), and with it their width."""
+    """Link of the heads (:mod:`moslim.reward.heads`), which sets their width."""
 
     def __init__(self, weights: list[float] | None = None) -> None:
         self.weights = weights
@@ -163,7 +158,7 @@ class LevelLoss(ABC):
         """
 
     def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-        """What each row counts for in the averages of the heads.
+        """Weight of each row in the averages of the heads.
 
         Args:
             targets: ``[B, D, K]``.

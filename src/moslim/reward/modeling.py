@@ -1,8 +1,7 @@
 """The reward classifier: a backbone, pooling, and one head per preference dimension.
 
-What the heads read of a text: one vector, made of the hidden states of its tokens.
-
-The reward classifier: one backbone, one head per preference dimension, each with its own number of levels.
+Pooling reduces the hidden states of a text's tokens to one vector, which all heads read. Each head has its own number
+of levels.
 """
 
 from __future__ import annotations
@@ -138,7 +137,7 @@ class PreferenceClassifierConfig(PreTrainedConfig):
 
 @dataclass
 class PreferenceClassifierOutput(ModelOutput):
-    """What the classifier returns.
+    """Output of the classifier.
 
     Args:
         logits: ``[B, D, K]`` float32 or finer, ``K`` the largest number of levels; ``-inf`` on levels that a dimension

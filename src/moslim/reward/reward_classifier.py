@@ -1,4 +1,4 @@
-"""Training of the reward classifier, and its validation and calibration on the way."""
+"""Training of the reward classifier, with validation and calibration."""
 
 from __future__ import annotations
 
@@ -362,7 +362,7 @@ class RewardClassifier(ClassifierEvaluation):
 
     @property
     def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
-        """What makes the features of all rows at once, if the backbone is frozen; in a dry run, batches do."""
+        """Function that computes the features of all rows of a frozen backbone; None if batches compute them."""
         dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set dynamically
         if not self.freeze_backbone or dry or not self.cache_features:
             return None

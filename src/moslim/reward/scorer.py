@@ -1,10 +1,7 @@
 """Scoring of texts with a saved classifier.
 
-Classifies pairs of which several begin alike: with the same question, or with the same words of an answer.
-
-Scores of rows as JSON Lines.
-
-Scores texts with a saved classifier.
+Pairs that share a beginning (the same question, or the first words of an answer) share its computation. Scores of rows
+are written as JSON Lines.
 """
 
 from __future__ import annotations
@@ -82,7 +79,7 @@ def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: Prefere
 
 
 def carried(row: Example) -> dict[str, Any]:
-    """What a record says of its row."""
+    """The fields that a score record copies from its row."""
     name = {} if row.id is None else {"id": row.id}
     asked = {"requested": dict(row.requested)} if row.requested else {}
     return {**name, "question": row.question, **asked, "answer": row.answer}

@@ -1,4 +1,4 @@
-"""What is done with a classifier, however it was trained: it is tested, scores the rows of a file, and is exported."""
+"""Test, prediction and export of a classifier, independent of its training."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ClassifierEvaluation(RunModule, ServedModule):
 
     preferences: PreferenceSet
     start: str
-    """What the run started from: folder or Hub name."""
+    """Folder or Hub name that the run started from."""
     starts_trained: bool
     """Whether the start is a whole classifier, which can be exported without training."""
     adapter_base: str | None
@@ -79,7 +79,7 @@ class ClassifierEvaluation(RunModule, ServedModule):
     output: str | None
     trust_remote_code: bool
     _columns: list[int]
-    """Where the classifier has the dimensions of ``preferences``."""
+    """Indices of the dimensions of ``preferences`` in the classifier."""
 
     def __init__(self, preferences: PreferenceSet, pair_weights: dict[str, float] | None) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class ClassifierEvaluation(RunModule, ServedModule):
 
     @property
     def output_folder(self) -> Path:
-        """Where the classifier is saved. Under several processes all must ask."""
+        """Folder of the saved classifier. All processes must read this property."""
         return Path(self.output) if self.output else self.run_folder / "classifier"
 
     # Heads of one width would change places; parameters would not fit.
@@ -285,7 +285,7 @@ class ClassifierEvaluation(RunModule, ServedModule):
         return HeadOutput(output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest])
 
     def _unpadded(self, batch: PairBatch) -> PreferenceClassifierOutput:
-        """What the classifier makes of a batch that is not trained on: pairs of like length go through it together."""
+        """Output for a batch outside training; pairs of similar length share a forward pass."""
         ids, mask = batch.input_ids, batch.attention_mask
         if is_sharded(self.classifier):  # all processes must pass equally often
             return self.classifier(input_ids=ids, attention_mask=mask)
