@@ -96,7 +96,7 @@ def policy(folders: tuple[str, str], **options: Any) -> policy_runs.Traced:
 
 def fit_policy(module: policy_runs.Traced, folder: Path, steps: int, **options: Any) -> tuple[dict[str, Any], Guards]:
     """Trains; returns the state of the data module, and the guards."""
-    guards = Guards(truncated="warn", ratio="off")
+    guards = Guards(truncated="warn", log_ratio="off")
     source = policy_runs.data(PREFERENCES, sampler=options.pop("sampler", None) or ErrorWeighted([0.1, 0.6, 0.3]))
     runner = policy_runs.trainer(
         folder, max_steps=steps, limit_train_batches=2, callbacks=[guards, SaveEachStep(folder)]

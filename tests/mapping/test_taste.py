@@ -55,7 +55,7 @@ def test_a_taste_for_other_dimensions_or_levels_is_refused(tmp_path: Path) -> No
     mapping = UserWeights(path=str(tmp_path / "user_weights.json"))
     with pytest.raises(ValueError, match=r"a user weight for 'five', but `preferences` names only: two"):
         mapping.bind(PreferenceSet({"two": ["a", "b"]}))
-    with pytest.raises(ValueError, match="fitted with a, b; now they are b, a"):
+    with pytest.raises(ValueError, match="fitted with the levels a, b; now they are b, a"):
         mapping.bind(PreferenceSet({"two": ["b", "a"], "five": ["a", "b", "c", "d", "e"]}))
 
 

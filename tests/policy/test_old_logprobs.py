@@ -145,7 +145,7 @@ class Warmer(TorchEngine):
 
 def test_the_guard_looks_at_the_ratio_that_is_clipped(fit):
     def guards():
-        return Guards(nonfinite="off", kl="off", ratio="stop", identical="off", truncated="off", keep=False)
+        return Guards(nonfinite="off", kl="off", log_ratio="stop", identical="off", truncated="off", keep=False)
 
     fit(RLOO(kl_coef=0.0), 1, callbacks=[guards()], engine=Warmer(LONG), minibatches=2)  # of a token: within 0.05
     with pytest.raises(GuardError, match=r"old log-probabilities disagree .* over completions is 0\.\d+, above 0\.05"):

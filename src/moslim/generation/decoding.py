@@ -24,7 +24,7 @@ from moslim.generation.kv_cache import (
 from moslim.ops.loading import transformer_part, unwrapped
 from moslim.ops.numerics import widened
 from moslim.ops.prefix_tree import agreement, carries_state, made_up_tokens, masks_left_padding, reads_trees, say_once
-from moslim.training.lightning_compat import attention_implementation
+from moslim.ops.transformers_compat import attention_implementation
 from moslim.utils.errors import UsageError
 
 DrawMethod = Literal["inverse_cdf", "multinomial"]

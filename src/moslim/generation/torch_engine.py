@@ -19,7 +19,7 @@ from moslim.generation.base import Completions, RolloutEngine
 from moslim.generation.decoding import Chosen, Decoding, TokenChoice, begin
 from moslim.generation.kv_cache import Continuation
 from moslim.ops.numerics import at_least_float32, derive_seed, uniforms
-from moslim.training.lightning_compat import can_pack_linear, packed_linear
+from moslim.ops.transformers_compat import can_pack_linear, packed_linear
 
 _LARGE = 1 << 20
 """Smallest number of weights of a layer that is packed; a smaller layer fits into a CPU's cache."""

@@ -16,8 +16,8 @@ from transformers.utils import find_adapter_config_file
 
 from moslim.ops.loading import first_few, named, read_json, untie
 from moslim.ops.lora import PEFT_PREFIX
+from moslim.ops.transformers_compat import found_file, matching_pattern
 from moslim.training.distributed import inform
-from moslim.training.lightning_compat import found_file, matching_pattern
 from moslim.utils.errors import MissingFileError, UsageError
 from moslim.utils.folders import check_files
 

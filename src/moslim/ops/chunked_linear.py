@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 
 from moslim.ops.loading import transformer_part, unwrapped
 from moslim.ops.numerics import at_least_float32, widened
-from moslim.training.lightning_compat import has_forward_hooks
+from moslim.ops.transformers_compat import has_forward_hooks
 
 HELD_LOGITS = 1 << 22
 """Numbers in the largest tensor over the vocabulary: 16 MiB in float32."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from moslim.ops.loading import language_part
-from moslim.training.lightning_compat import lora_targets
+from moslim.ops.transformers_compat import lora_targets
 from moslim.utils.errors import UsageError
 
 if TYPE_CHECKING:

@@ -36,12 +36,12 @@ from moslim.ops.loading import (
     transformer_part,
     untie,
 )
-from moslim.training.distributed import warn
-from moslim.training.lightning_compat import (
+from moslim.ops.transformers_compat import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     apply_liger,
 )
+from moslim.training.distributed import warn
 from moslim.utils.errors import UsageError
 
 _POSITION_LAYERS = ("wpe", "pos_emb")

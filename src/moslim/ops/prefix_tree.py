@@ -49,8 +49,8 @@ from transformers import AttentionInterface
 
 from moslim.ops.length_bucketing import token_positions
 from moslim.ops.numerics import at_least_float32
+from moslim.ops.transformers_compat import attention_replaced, is_stateful, sdpa_attention_forward
 from moslim.training.distributed import inform
-from moslim.training.lightning_compat import attention_replaced, is_stateful, sdpa_attention_forward
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _MASKS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from moslim.data.prompts import pad
 from moslim.ops.length_bucketing import like_length, pass_tokens
+from moslim.ops.transformers_compat import own_settings
 from moslim.preferences import PreferenceSet
 from moslim.reward.classifier_export import is_classifier, load_classifier
 from moslim.reward.heads import LinkName
 from moslim.reward.losses import Corn, CrossEntropy, LevelLoss, Regression
 from moslim.reward.modeling import Pooling, PreferenceClassifier, PreferenceClassifierConfig
-from moslim.training.lightning_compat import own_settings
 from moslim.utils.errors import UsageError
 from moslim.utils.files import whole_file
 

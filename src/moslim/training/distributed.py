@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moslim.ops.numerics import at_least_float32
-from moslim.training.lightning_compat import block_kinds
+from moslim.ops.transformers_compat import block_kinds
 from moslim.utils.errors import UsageError
 
 

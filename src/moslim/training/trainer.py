@@ -19,10 +19,7 @@ from moslim.policy.policy_trainer import PolicyTrainer
 from moslim.training.checkpoint_files import is_remote
 from moslim.training.checkpointing import CheckedConnector, DirectIO, restore
 from moslim.training.distributed import any_process
-from moslim.training.lightning_compat import (
-    DeferredSigterm,
-    install_connectors,
-)
+from moslim.training.lightning_compat import DeferredSigterm, install_connectors
 from moslim.utils.errors import UsageError
 
 

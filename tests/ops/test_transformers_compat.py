@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from moslim.training import lightning_compat as compat
+from moslim.ops import transformers_compat as compat
 
 SIZES = {
     "vocab_size": 20,
@@ -20,7 +20,7 @@ SIZES = {
 
 def expect(condition: bool, interface: str) -> None:
     """Fails with the interface that is gone or has changed."""
-    assert condition, f"{interface} is gone or has changed: mend its user in src/moslim/training/lightning_compat.py"
+    assert condition, f"{interface} is gone or has changed: mend its user in src/moslim/ops/transformers_compat.py"
 
 
 @pytest.fixture
