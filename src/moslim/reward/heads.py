@@ -13,10 +13,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from moslim.preferences import PreferenceSet, expected_level
+from moslim.training.distributed import warn
 from moslim.utils.errors import UsageError
 
 LinkName = Literal["softmax", "corn", "regression"]
@@ -310,7 +310,7 @@ def calibrate(logits: Tensor, targets: Tensor, questions: Tensor, preferences: P
     """
     few = [name for name, n in zip(preferences.names, label_counts(targets), strict=True) if n < FEWEST]
     if few:
-        rank_zero_warn(
+        warn(
             f"fewer than {FEWEST} validation rows are labelled for {', '.join(few)}: not calibrated, these keep the "
             "temperature 1; give more validation rows"
         )
@@ -321,7 +321,7 @@ def calibrate(logits: Tensor, targets: Tensor, questions: Tensor, preferences: P
         if not 1.001 * _COLDEST < temperature < 0.999 * _HOTTEST
     ]
     if wild:
-        rank_zero_warn(
+        warn(
             f"the temperature of {', '.join(wild)} is at its bound: on validation rows these heads know next to "
             "nothing, or everything"
         )

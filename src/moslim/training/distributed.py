@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +19,9 @@ from torch.distributed.tensor import DTensor
 from moslim.ops.numerics import at_least_float32
 from moslim.ops.transformers_compat import block_kinds
 from moslim.utils.errors import UsageError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 def process_count() -> int:
