@@ -33,10 +33,10 @@ quickstart: $(READY)  ## Starter, reward classifier, policy and its test on the 
 	$(RUN) test --config configs/quickstart/policy.yaml --seed_everything $(SEED) --ckpt_path last
 
 test: $(READY)  ## The test suite, a process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(READY)  ## The test suite without what is marked as slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 ablation: $(READY)  ## Each part of the quickstart's policy exchanged for another, three seeds (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/ablation.py

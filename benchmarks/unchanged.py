@@ -67,15 +67,20 @@ BEFORE = Names(
 )
 AFTER = Names(BEFORE.algorithms)
 
-RENAMES: tuple[tuple[str, str], ...] = ()
+RENAMES: tuple[tuple[str, str], ...] = (
+    (r"(?<=steerability\.json: config/)samples_per_prompt$", "num_generations"),
+    (r"(?<=steerability\.json: config/)missing_end_penalty$", "missing_eos_penalty"),
+    (r"(?<=steerability\.json: config/policy_optimizer/)clip_low$", "epsilon_low"),
+    (r"(?<=steerability\.json: config/policy_optimizer/)clip_high$", "epsilon_high"),
+)
 """Regular expressions and replacements, applied in this order to the names of the first checkout's values. A name is
-``file: what``: ``quickstart/report/steerability.json: dimensions/warmth/mae``, ``ppo/metrics: train/loss at 3``,
-``ppo/weights: policy.lm_head.weight``, ``quickstart/starter/samples.jsonl: 0/question``."""
+``file: what``: ``quickstart/report/steerability.json: dimensions/warmth/mae``, ``ppo/metrics.csv: train/loss at
+3``, ``ppo/last.ckpt: policy.lm_head.weight``, ``quickstart/starter/samples.jsonl: 0/question``."""
 
 MEASURED = re.compile(r": (\w+/)*(time|speed|memory|throughput|seconds)\b|: (epoch|created|date|version)\b")
 """Names of values that differ between two runs of one checkout, as times do."""
 NAMED = re.compile(r"steerability\.json: config/|: (weights|checkpoint|path)s?\b")
-"""Names of texts that say how a run was set up, not what was found: they may differ."""
+"""Names of values that say how a run was set up: texts among them may differ, and options may come and go."""
 
 STAGES = ("quickstart", "algorithms")
 STARTER, CLASSIFIER = "outputs/quickstart/starter/model", "outputs/quickstart/reward/classifier"
@@ -227,11 +232,11 @@ def renamed(name: str) -> str:
 
 
 def compare(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> dict[str, Any]:
-    """Compares values name by name.
+    """Compares values name by name; a text, a truth value and an absent one count as no numbers.
 
     Returns:
         ``numbers`` and ``texts`` that were compared, weights counting one by one, and what differs: ``different`` with
-        both values, and names that only one side has.
+        both values, and names that only one side has: ``options``, and ``only_before`` and ``only_after`` of results.
     """
     before = {renamed(name): values for name, values in before.items()}
     numbers = texts = 0
@@ -242,15 +247,18 @@ def compare(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> dict[s
             continue
         for value in first:
             texts += isinstance(value, str)
-            numbers += math.prod(value.shape) if isinstance(value, Weights) else not isinstance(value, str)
+            numbers += math.prod(value.shape) if isinstance(value, Weights) else type(value) in (int, float)
         if not (len(first) == len(second) and all(map(same, first, second))):
             different.append({"name": name, "before": str(first), "after": str(second)})
+    alone = [sorted(before.keys() - after.keys()), sorted(after.keys() - before.keys())]
+    only_before, only_after = ([name for name in names if not NAMED.search(name)] for names in alone)
     return {
         "numbers": numbers,
         "texts": texts,
         "different": sorted(different, key=lambda one: one["name"]),
-        "only_before": sorted(before.keys() - after.keys()),
-        "only_after": sorted(after.keys() - before.keys()),
+        "only_before": only_before,
+        "only_after": only_after,
+        "options": [name for names in alone for name in names if NAMED.search(name)],
     }
 
 
@@ -314,8 +322,8 @@ def main() -> None:
     equal = True
     for stage, found in result["stages"].items():
         print(f"{stage}: {found['numbers']} numbers and {found['texts']} texts compared")
-        for kind in ("different", "only_before", "only_after"):
-            equal &= not found[kind]
+        for kind in ("different", "only_before", "only_after", "options"):
+            equal &= kind == "options" or not found[kind]
             print(f"  {kind}: {len(found[kind])}")
             for one in found[kind][:20]:
                 print("    ", one)

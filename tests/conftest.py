@@ -18,3 +18,9 @@ def _default_dtype_and_threads() -> None:
     """A test that changes a global setting must not change the next test."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no core waits for them at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

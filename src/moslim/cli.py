@@ -117,6 +117,7 @@ class MoslimCLI(OpenCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         install()
         layered()
+        self._arguments = sys.argv[1:] if args is None else args
         strict = {"allow_abbrev": False}
         usage = f"{Path(sys.argv[0]).name} {{}} [--config FILE] [options]"
         super().__init__(
@@ -142,6 +143,10 @@ class MoslimCLI(OpenCLI):
     def subcommands() -> dict[str, set[str]]:
         skipped = {"model", "datamodule"}
         return {**LightningCLI.subcommands(), "generate": skipped, "export": skipped, "replay": skipped}
+
+    def may_run(self, subcommand: str) -> bool:
+        """Whether the options of a subcommand are needed; to make those of all takes a third of a second."""
+        return self._arguments[:1] == [subcommand] or not set(self._arguments[:1]) & set(SUBCOMMANDS)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run and of all its parts.")

@@ -247,6 +247,7 @@ def test_the_steps_of_a_command_line(tmp_path, monkeypatch):
         "_prepare_subcommand_kwargs",
         "_instantiate_trainer",
         "_parse_ckpt_path",
+        "_prepare_subcommand_parser",
     ):
         expect(name in vars(LightningCLI), f"Lightning's LightningCLI.{name}")
     steps = []
@@ -282,6 +283,21 @@ def test_the_steps_of_a_command_line(tmp_path, monkeypatch):
     wanted = [1, "default", 1, "build", "run fit", "arguments of fit"]
     expect(steps == wanted, "Lightning's LightningCLI, its private steps or their order,")
     assert line.trainer.global_step == 1
+
+
+def test_a_command_that_may_not_run_gets_no_options():
+    class Line(compat.OpenCLI):
+        def may_run(self, subcommand):
+            return subcommand == "test"
+
+        def run_subcommand(self, subcommand):
+            pass
+
+    line = Line(Tiny, save_config_callback=None, args=["test"], auto_configure_optimizers=False)
+    parsers = line._subcommand_parsers
+    has = {name: "--trainer.max_steps" in compat.option_names(parser) for name, parser in parsers.items()}
+    wanted = {"fit": False, "validate": False, "test": True, "predict": False}
+    expect(has == wanted, "Lightning's LightningCLI._prepare_subcommand_parser")
 
 
 def test_a_checkpoint_does_not_change_the_options(tmp_path):

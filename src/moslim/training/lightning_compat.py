@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import yaml
 from jsonargparse import _actions, _typehints
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -188,17 +189,27 @@ class OpenModelCheckpoint(ModelCheckpoint):
 class OpenCLI(LightningCLI):
     """A LightningCLI whose steps a subclass can override, and in which the command line beats a checkpoint.
 
-    Uses ``_get``, ``_dump_config``, ``_run_subcommand``, ``_prepare_subcommand_kwargs``, ``_instantiate_trainer`` and
-    ``_parse_ckpt_path`` of LightningCLI (Lightning 2.6).
+    Uses ``_get``, ``_dump_config``, ``_run_subcommand``, ``_prepare_subcommand_kwargs``, ``_instantiate_trainer``,
+    ``_parse_ckpt_path``, ``_prepare_subcommand_parser`` and ``_subcommand_method_arguments`` of LightningCLI (Lightning
+    2.6).
     """
+
+    def may_run(self, subcommand: str) -> bool:
+        """Whether a subcommand gets a parser with all its options."""
+        return True
 
     def option(self, config: Any, key: str, default: Any = None) -> Any:
         """Value of an option of the chosen command in ``self.config`` or ``self.config_init``."""
         return self._get(config, key, default)
 
     def fill_config_dump(self) -> None:
-        """Sets ``self.config_dump`` to the whole config as plain data."""
-        self._dump_config()
+        """Sets ``self.config_dump``, from which ``_dump_config`` is done, to the whole config as plain data.
+
+        Lightning would check the config anew, which takes as long as reading it.
+        """
+        options: dict[str, Any] = {"skip_link_targets": False, "skip_none": False, "skip_validation": True}
+        dump = yaml.safe_load(self.parser.dump(self.config, format="yaml", **options))
+        self.config_dump = dump[self.config.subcommand]
 
     def run_subcommand(self, subcommand: str) -> None:
         """Runs the chosen command."""
@@ -211,6 +222,12 @@ class OpenCLI(LightningCLI):
     def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Builds the Trainer from its options and the callbacks of the command line."""
         return super()._instantiate_trainer(config, callbacks)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self.may_run(subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        self._subcommand_method_arguments[subcommand] = []
+        return self.init_parser(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
         self.run_subcommand(subcommand)
