@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 FILES = {
@@ -52,5 +54,6 @@ def test_imports_run_one_way() -> None:
     assert upward == []
 
 
+@pytest.mark.slow
 def test_no_module_imports_itself_by_others() -> None:
     list(TopologicalSorter({module: set(imports(module)) - {module} for module in FILES}).static_order())

@@ -35,6 +35,7 @@ def test_arms_are_the_files_of_configs(cells: ModuleType) -> None:
     assert {ROOT / cell.layers[-1] for cell in every(cells)[1:]} == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollouts", [None, 88])
 def test_every_arm_makes_as_many_answers_as_the_quickstart(cells: ModuleType, rollouts: int | None) -> None:
     policy = cells.read(cells.POLICY)
@@ -44,6 +45,7 @@ def test_every_arm_makes_as_many_answers_as_the_quickstart(cells: ModuleType, ro
         assert cell.answers == each * (rollouts or whole), cell.arm
 
 
+@pytest.mark.slow
 def test_a_cell_is_kept_until_what_it_depends_on_changes(
     cells: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

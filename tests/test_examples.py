@@ -37,6 +37,7 @@ def test_every_example_is_run() -> None:
     assert names == {"custom_algorithm.py", "custom_mapping.py", "python_api.py", "steer_a_policy.ipynb"}
 
 
+@pytest.mark.slow
 def test_the_api_answers_and_scores(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     importlib.import_module("python_api").main()
     said = capsys.readouterr().out

@@ -105,6 +105,7 @@ def fit_policy(module: policy_runs.Traced, folder: Path, steps: int, **options: 
     return source.state_dict(), guards
 
 
+@pytest.mark.slow
 def test_a_policy_s_parts_have_moved(folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = policy(folders)
     state, guards = fit_policy(whole, tmp_path, 5)
@@ -119,6 +120,7 @@ def test_a_policy_s_parts_have_moved(folders: tuple[str, str], tmp_path: Path, m
     assert later_guards.trips == guards.trips
 
 
+@pytest.mark.slow
 def test_a_class_of_one_s_own_is_known_by_its_path(folders: tuple[str, str], tmp_path: Path) -> None:
     """Two of one name are two classes."""
     kinds = [type("Mine", (ExpectedDistance,), {"__module__": f"lab.{place}"}) for place in ("one", "other")]
@@ -190,6 +192,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_run_s_checkpoint_names_public_paths_only(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hyper-parameters that the command line saves name classes as configs do, and load."""

@@ -76,6 +76,7 @@ def test_public_names():
         _ = moslim.PolicyTrainner
 
 
+@pytest.mark.slow
 def test_import_registers_the_classifier_and_stays_light():
     code = """
 import sys, moslim
@@ -103,6 +104,7 @@ def test_configs_open_with_their_command_and_name_classes_in_full(path):
         assert "." in name, f"{name}: two libraries may have a class of this name"
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_configs_and_runs_them_outside_a_checkout(tmp_path):
     checkout, place = tmp_path / "checkout", tmp_path / "installed"
     skipped = shutil.ignore_patterns("__pycache__", "*.egg-info")

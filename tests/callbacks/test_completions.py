@@ -187,6 +187,7 @@ def test_one_of_two_processes_writes(tmp_path, capfd):
     assert capfd.readouterr().out.count("Completions at step 1") == 1
 
 
+@pytest.mark.slow
 def test_wandb_table_keeps_its_history_and_is_escaped(tmp_path):
     import wandb
 

@@ -163,6 +163,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_good_run_is_left_alone(kind, policy, preferences, tmp_path):
     """Also where later steps on a rollout are off policy, as they should be."""
@@ -236,6 +237,7 @@ def test_nothing_is_kept_where_nothing_shall_be_written(options, policy, prefere
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_counting(policy, preferences, tmp_path):
     def run(steps, **resume):
         guards, saver = only("truncated", "warn"), SaveEachStep(tmp_path)
@@ -256,6 +258,7 @@ def test_a_resumed_run_goes_on_counting(policy, preferences, tmp_path):
         assert run(3, ckpt_path=tmp_path / "earlier.ckpt") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
 def test_processes_stop_together(process, policy, preferences, tmp_path):
     """Only one process meets the bad reward; what is replayed is its step."""

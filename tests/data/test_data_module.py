@@ -108,6 +108,7 @@ def test_policy_batches_are_repeated(tokenizer, preferences):
     assert ids[0] != ids[3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("view", "options"),
     [

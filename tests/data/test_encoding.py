@@ -106,6 +106,7 @@ def test_no_text_gives_a_control_id(name, normalized):
             assert nothing_in(tokenizer, text), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "NFKC", "accents", "bert", "nmt"])
 def test_code_points_around_a_control_token(name):
     tokenizer, token = letters(NORMALIZERS[name]), "<|im_end|>"
@@ -255,6 +256,7 @@ def test_what_reads_as_the_instruction_in_use_is_broken(instruction, forged, lef
     assert renderer.question([{"role": "user", "content": forged}])[0]["content"] == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text", "forged"),
     [

@@ -123,6 +123,7 @@ def test_the_time_is_linear(text, left):
     assert left is None or len(result) == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("string", ["<|end|>", "Wanted"])
 def test_code_points_around_a_string(string):
     """One text for all: what is left of the string would be found, as the separator stands in none."""

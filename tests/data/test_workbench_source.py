@@ -319,6 +319,7 @@ def test_every_fold_validates_on_hundreds_of_adversarial_answers_of_every_kind(f
 # --- determinism
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "split"), ALL)
 def test_rows_follow_from_the_seed(kind, split, samples):
     source = small(samples=samples)
@@ -335,6 +336,7 @@ def test_kinds_and_splits_draw_apart_from_each_other():
     assert len(apart) == len(ALL) - 2  # validation, test and predict of the labelled rows are the same file
 
 
+@pytest.mark.slow
 def test_the_world_as_shipped_is_of_a_size_that_is_generated_in_seconds():
     source = Workbench()
     sizes = {kind: len(rows(source, kind)) for kind in RowKind}

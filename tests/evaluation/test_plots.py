@@ -21,6 +21,7 @@ def pixels(figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_one_panel_per_dimension_with_the_means(result):
     figure = plots.requested_against_achieved(result)
     warmth, length = figure.axes

@@ -48,6 +48,7 @@ def test_scalars_leave_out_what_was_not_measured(result):
     assert not {"steerability/unseen/mae", "steerability/interference"} & set(values)
 
 
+@pytest.mark.slow
 def test_loggers_get_figures_and_pictures(result, tmp_path):
     import wandb
 

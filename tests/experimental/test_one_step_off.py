@@ -66,6 +66,7 @@ def resampled(module, step, old):
     return module.answerer(module.policy, batch, keys, SAMPLES).completions.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora": LORA}], ids=["all weights", "adapter"])
 def test_answers_come_from_the_weights_before_the_last_update(run, options):
     module = run(6, limit=4, **options)
@@ -193,6 +194,7 @@ def refused(folder, preferences, lm, classifier):
     (folder / f"refused.{torch.distributed.get_rank()}").touch()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_weights_in_shards_are_refused(preferences, lm, classifier, tmp_path):
     in_two(refused, tmp_path, preferences, lm, classifier)

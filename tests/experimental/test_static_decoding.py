@@ -33,6 +33,7 @@ def test_a_cache_is_used_again_and_forgets_what_it_held(models, prompts):
     assert_same(static(models["llama"], prompts), first)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_answers(models, prompts):
     engine = StaticTorchEngine(12, compiled=True)
     assert not engine.decoding.pack_head  # a graph holds addresses of weights

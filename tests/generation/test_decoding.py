@@ -39,6 +39,7 @@ def assert_same(found, plain):
     torch.testing.assert_close(found.logprobs, plain.logprobs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0, 0.8])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("way", WAYS)

@@ -116,6 +116,7 @@ def test_an_answer_depends_on_its_prompt_and_seed_alone(engine, model, prompts):
     assert not torch.equal(whole.tokens[0], whole.tokens[1])  # samples of one prompt
 
 
+@pytest.mark.slow
 def test_an_adapter_gets_a_new_name_and_folder_when_it_has_changed(engine, server, adapted, prompts, tmp_path):
     for _ in range(4):
         sample(engine, adapted, prompts)
@@ -165,6 +166,7 @@ def test_weights_that_the_server_cannot_see_are_an_error_that_says_so(server, ad
         sample(engine, model, prompts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", [[503], [None, 0], [None, None, 0, 502, 0], [None, None, None, 500, 429]])
 def test_what_passes_is_tried_again(engine, server, adapted, prompts, failures):
     expected = sample(engine, adapted, prompts)
@@ -281,6 +283,7 @@ def test_arguments_are_checked(arguments):
         VLLMEngine(**arguments)
 
 
+@pytest.mark.slow
 def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, preferences, lm, classifier, tmp_path):
     def policy():
         engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=2e-5)
@@ -301,6 +304,7 @@ def test_a_run_pushes_every_update_and_is_resumed_as_if_uninterrupted(server, pr
         assert torch.equal(weights(second)[name], value)
 
 
+@pytest.mark.slow
 def test_a_server_samples_ahead_with_the_weights_before_the_update(server, preferences, lm, classifier, tmp_path):
     engine = VLLMEngine(LIMIT, urls=[server.url], folder=str(tmp_path / "weights"), tolerance=2e-5)
     module = make(preferences, lm, classifier, engine=engine, lora=LORA)

@@ -89,6 +89,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -175,6 +176,7 @@ BACKBONES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_an_adapter_as_backbone_of_a_classifier(kind: str, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_rotary_positions_are_no_limit_but_a_warning(tmp_path: Path) -> None:
     assert module.rollout is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "most"), [("bert", 24), ("roberta", 22), ("gpt2", 24)])
 def test_a_classifier_keeps_to_its_backbones_positions(family: str, most: int, tmp_path: Path) -> None:
     backbone = start(tmp_path / "backbone", family)

@@ -43,6 +43,7 @@ def one_by_one(model, batch, temperature):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_values_and_gradients_are_those_of_each_answer_alone(models, answers, kind, way):

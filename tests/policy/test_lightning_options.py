@@ -74,6 +74,7 @@ def test_gradients_are_clipped(algorithm, norm, policy, preferences, tmp_path):
     torch.testing.assert_close(clipped, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -130,6 +131,7 @@ def test_a_step_over_two_rollouts_takes_the_mean_of_theirs(policy, preferences, 
     torch.testing.assert_close(both, (one + other) / 2, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_fast_dev_run_takes_a_step_of_everything_and_writes_nothing(policy, preferences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = policy(num_iterations=2)
@@ -142,6 +144,7 @@ def test_fast_dev_run_takes_a_step_of_everything_and_writes_nothing(policy, pref
     assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("metrics.csv"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler", [Reachable([0.25, 0.5, 0.25]), Curriculum([0.0, 0.5, 0.5])], ids=["same", "curriculum"]
 )
@@ -160,6 +163,7 @@ def test_overfit_batches_asks_the_same_in_every_epoch(sampler, policy, preferenc
     assert len({tuple(step["tokens"].flatten().tolist()) for step in module.trace}) == 6  # answered anew
 
 
+@pytest.mark.slow
 def test_limits_count_training_steps_not_rollouts(policy, preferences, tmp_path):
     module = policy(num_iterations=2)
     run = trainer(tmp_path, max_epochs=2, max_steps=-1, limit_train_batches=3)
@@ -208,6 +212,7 @@ def test_metrics_are_written_every_n_steps(policy, preferences, tmp_path):
     assert steps == ["1", "3", "5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "several", "limit", "rates"),
     [
@@ -281,6 +286,7 @@ def test_weights_in_few_bits_are_not_trained(dtype, precision, remedy, policy, p
         trainer(tmp_path, max_steps=1).fit(policy(dtype="float16", lora=LORA), data(preferences))
 
 
+@pytest.mark.slow
 def test_adapters_on_a_bfloat16_base_are_float32_and_learn(policy, preferences, tmp_path):
     """Nearly all weights of policy and critic change in five steps at a small rate."""
     module = policy(

@@ -58,6 +58,7 @@ def test_a_run_from_the_command_line(kind, preferences, lm, classifier, tmp_path
     assert "train/reward" in module.trainer.callback_metrics
 
 
+@pytest.mark.slow
 def test_a_constraint_s_multiplier_and_its_objective_s_statistics_survive_a_checkpoint(
     preferences, lm, classifier, tmp_path
 ):

@@ -174,6 +174,7 @@ def dated(lm: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> tuple[
     return str(tmp_path / "lm"), save_classifier(tmp_path / "scorer", own, seed=7)
 
 
+@pytest.mark.slow
 def test_prompts_and_the_exported_folder_keep_the_date_of_the_run(
     dated: tuple[str, str], preferences: PreferenceSet, tmp_path: Path
 ) -> None:

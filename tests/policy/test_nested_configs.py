@@ -63,6 +63,7 @@ def start(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tm
     return str(tmp_path / "start")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraOptions(rank=2)])
 def test_policy_with_a_critic_and_classifier_on_such_a_model(
     start: str, lora: LoraOptions | None, preferences: PreferenceSet, tmp_path: Path

@@ -143,6 +143,7 @@ class Warmer(TorchEngine):
         return found
 
 
+@pytest.mark.slow
 def test_the_guard_looks_at_the_ratio_that_is_clipped(fit):
     def guards():
         return Guards(nonfinite="off", kl="off", log_ratio="stop", identical="off", truncated="off", keep=False)

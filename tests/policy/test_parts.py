@@ -126,6 +126,7 @@ def test_parts_are_callbacks_of_the_run_before_the_checkpoints(world, preference
     }
 
 
+@pytest.mark.slow
 def test_statistics_change_in_training_rollouts_alone(world, preferences, tmp_path):
     mapping = running()
     module = world(mapping=mapping, num_iterations=2)
@@ -156,6 +157,7 @@ def test_statistics_change_in_training_rollouts_alone(world, preferences, tmp_pa
     assert mapping.state_dict() == state
 
 
+@pytest.mark.slow
 def test_hooks_of_a_users_mapping_run_and_its_state_comes_back_in_every_stage(world, preferences, tmp_path):
     module = world(mapping=Annealed())
     path, checkpoint = saved(tmp_path, module, preferences, steps=-1, max_epochs=1, limit_train_batches=2)
@@ -186,6 +188,7 @@ def test_the_weight_of_a_restored_mapping_reaches_the_rewards(world, preferences
     torch.testing.assert_close(rewards[0.5], rewards[1.0] / 2)
 
 
+@pytest.mark.slow
 def test_generate_and_export_restore_the_parts(world, preferences, tmp_path):
     trained = world(mapping=running(), policy_optimizer=Counting())
     path, _ = saved(tmp_path, trained, preferences)
@@ -235,6 +238,7 @@ def test_a_rollout_that_fails_leaves_no_trace_in_statistics(world, preferences, 
     assert {"factor": factor} in states[0] and factor != 1.0
 
 
+@pytest.mark.slow
 def test_a_critic_that_came_or_went(world, preferences, tmp_path):
     """With ``reset_state``, a test goes on without it or with a fresh one; a fit has no momentum for it."""
     path, checkpoint = saved(tmp_path, world(policy_optimizer=PPO()), preferences)
@@ -262,6 +266,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", OTHERS)
 def test_a_checkpoint_of_another_class_is_refused_unless_its_state_is_given_up(role, world, preferences, tmp_path):
     parts = {"mapping": running(), "policy_optimizer": Counting()}

@@ -57,6 +57,7 @@ OWN_METRICS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", OWN_METRICS)
 def test_fit_moves_the_policy_and_logs_what_happens(kind, lora, preferences, lm, classifier, tmp_path):
@@ -279,6 +280,7 @@ def trained(preferences, lm, classifier, tmp_path_factory):
     return run.checkpoint_callback.best_model_path
 
 
+@pytest.mark.slow
 def test_the_test_writes_its_report(preferences, lm, classifier, trained, tmp_path, capsys):
     module = make(preferences, lm, classifier, judge=GoldJudge(), report=str(tmp_path / "copy"))
     run = trainer(tmp_path, logger=CSVLogger(tmp_path, name=""))
@@ -315,6 +317,7 @@ def test_before_training_policy_and_base_answer_alike_and_the_classifier_judges(
     assert not (tmp_path / "learning_curves.png").exists()
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_figures_whatever_the_batches_of_its_test(preferences, lm, classifier, tmp_path):
     results = []
     for size in (3, 64):
@@ -366,6 +369,7 @@ def test_another_seed_gives_other_answers(preferences, lm, classifier, tmp_path)
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_predict_answers_the_rows_of_a_file(preferences, lm, classifier, tmp_path):
     module = make(preferences, lm, classifier, predictions=str(tmp_path / "out" / "answers.jsonl"))
     returned = trainer(tmp_path, limit_predict_batches=4).predict(module, data(preferences, eval_batch_size=50))
@@ -387,6 +391,7 @@ class Stopping(Traced):
         return super().predict_step(batch, batch_idx)
 
 
+@pytest.mark.slow
 def test_an_interrupted_prediction_goes_on_where_it_stopped(preferences, lm, classifier, tmp_path):
     whole, file = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
     stopping = make(preferences, lm, classifier, Stopping, engine=TorchEngine(3), predictions=str(file))

@@ -154,6 +154,7 @@ def test_a_classifier_on_such_a_backbone_reads_a_padded_pair_as_alone(kind, mode
     torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "optimizer"), [("lfm2", PPO), ("mamba", RLOO), ("rwkv", RLOO)])
 def test_a_policy_is_trained_and_resumed(kind, optimizer, preferences, tokenizer, classifier, tmp_path):
     start = build(kind, len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)

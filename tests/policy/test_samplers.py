@@ -52,6 +52,7 @@ def asked(tmp_path, folder, step):
     return targets, saved.get("PreferenceDataModule")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_a_run_resumed_from_any_step_asks_for_the_same_with_any_number_of_workers(kind, run, tmp_path):
     _, module_data = run(kind, "whole")
@@ -91,6 +92,7 @@ def test_the_curriculum_widens(run, tmp_path):
     assert max(most[:2]) == 1 and max(most[2:]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_ask_for_what_one_does(run, tmp_path):
     run("errors", "one", steps=4)
     run("errors", "two", steps=4, size=BATCH // 2, strategy="ddp_fork", devices=2)

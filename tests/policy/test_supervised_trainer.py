@@ -77,6 +77,7 @@ def greedy(model: SupervisedTrainer) -> list[str]:
 # --- what is learnt
 
 
+@pytest.mark.slow
 def test_it_learns_the_answers_and_where_they_end(trained: tuple[SupervisedTrainer, Path]) -> None:
     learner, _ = trained
     assert greedy(learner) == [row.answer for row in Generations().rows(RowKind.TEXTS, Split.TRAIN, PREFERENCES, 0)]
@@ -143,6 +144,7 @@ def test_building_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "options"),
     [
@@ -332,6 +334,7 @@ class Stopping(SupervisedTrainer):
         return super().predict_step(batch, batch_idx)
 
 
+@pytest.mark.slow
 def test_an_interrupted_prediction_goes_on_where_it_stopped(tmp_path: Path) -> None:
     options = {"architecture": TINY, "engine": TorchEngine(max_new_tokens=32), "temperatures": [1.0, 0.5]}
     file, whole = tmp_path / "samples.jsonl", tmp_path / "whole.jsonl"
@@ -359,6 +362,7 @@ def test_a_prediction_of_something_else_begins_anew(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_by_default_an_interrupted_prediction_goes_on_in_the_folder_of_the_next_run(tmp_path: Path) -> None:
     def run(kind: type[SupervisedTrainer]) -> None:
         logger = CSVLogger(tmp_path, name="")

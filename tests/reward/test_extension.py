@@ -56,6 +56,7 @@ def texts() -> tuple[list[str], list[str]]:
     return [str(row.question) for row in rows], [row.answer or "" for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [None, 8])
 def test_a_new_head_learns_and_the_others_stay_the_same_to_the_last_bit(
     hidden: int | None, saved: Path, tmp_path: Path

@@ -33,6 +33,7 @@ def refuse(self: PreferenceClassifier, input_ids: torch.Tensor, attention_mask: 
     raise AssertionError("the backbone must not run")
 
 
+@pytest.mark.slow
 def test_heads_learn_from_cached_features_and_the_backbone_stays(
     preferences: PreferenceSet, backbone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +54,7 @@ def test_heads_learn_from_cached_features_and_the_backbone_stays(
         assert torch.equal(again.state_dict()[name], parameter), name
 
 
+@pytest.mark.slow
 def test_features_that_are_not_kept_give_the_same_heads(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def test_features_that_are_not_kept_give_the_same_heads(
         torch.testing.assert_close(heads[1][name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_saved_classifier_pools_as_the_heads_have_learnt_it(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
@@ -107,6 +110,7 @@ def test_too_few_rows_for_a_batch_are_said_before_the_backbone_runs(
         trainer(tmp_path).fit(make(preferences, backbone), data(preferences, batch_size=999))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_the_uninterrupted_one(preferences: PreferenceSet, backbone: str, tmp_path: Path) -> None:
     whole = make(preferences, backbone)
     trainer(tmp_path, max_steps=8).fit(whole, data(preferences))
@@ -122,6 +126,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(preferences: PreferenceSet, 
     assert resumed.classifier.config.temperatures == whole.classifier.config.temperatures
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cache_and_train_as_one_does(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_no_command_takes_it_with_another_pooling(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_the_heads_are_and_read_is_compared(
     kind: str, preferences: PreferenceSet, backbone: str, trained: Path, tmp_path: Path
@@ -148,6 +149,7 @@ def test_another_length_on_purpose_is_the_one_that_is_saved(
     assert Scorer(tmp_path / "out").classifier.config.pair_length == 12
 
 
+@pytest.mark.slow
 def test_a_saved_classifier_is_used_with_its_own_length_or_on_purpose(
     preferences: PreferenceSet, trained: Path, tmp_path: Path
 ) -> None:
@@ -274,6 +276,7 @@ def test_what_is_trained_stays_so(
         assert "accept_changes" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_test_may_have_other_rows_and_batches(
     preferences: PreferenceSet, backbone: str, trained: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +299,7 @@ def dated(backbone: str, tmp_path: Path) -> str:
     return str(tmp_path / "dated")
 
 
+@pytest.mark.slow
 def test_date_and_arguments_go_into_the_folder_and_are_compared(
     dated: str, preferences: PreferenceSet, tmp_path: Path
 ) -> None:
@@ -323,6 +327,7 @@ def test_date_and_arguments_go_into_the_folder_and_are_compared(
         data(preferences, template_date="09.02.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_resumed_run_checks_its_rows_with_the_date_of_its_checkpoint(
     frozen: bool, dated: str, preferences: PreferenceSet, tmp_path: Path

@@ -59,6 +59,7 @@ def export(
     (folder / "README.md").write_text(card.text(), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_code_of_the_card_gives_our_probabilities_without_moslim(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_what_a_run_starts_from_must_be_clear(preferences: PreferenceSet, backbo
             RewardClassifier(PreferenceSet(others), classifier=saved)
 
 
+@pytest.mark.slow
 def test_a_saved_classifier_knows_its_dimensions_in_any_order(
     preferences: PreferenceSet, saved: str, tmp_path: Path
 ) -> None:

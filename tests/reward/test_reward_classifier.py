@@ -51,6 +51,7 @@ def trainer(folder: Path, **options: object) -> Trainer:
     return Trainer(default_root_dir=folder, **{**quiet, **plain, "max_epochs": -1, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
     lora: LoraOptions | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
@@ -73,6 +74,7 @@ def test_fit_learns_both_heads_logs_them_and_exports_a_scorer(
     torch.testing.assert_close(probs[:, 1], torch.tensor(table), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "hidden", "lora"),
     [(SoftOrdinal(), None, None), (Regression(), None, None), (Corn(), 16, LORA)],
@@ -95,6 +97,7 @@ def test_every_loss_and_kind_of_head_learns(
     assert (saved.link, saved.head_hidden, len(saved.temperatures)) == (loss.link, hidden, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [False, True], ids=["pairs only", "mixed"])
 def test_comparisons_train_with_and_without_labels(
     labelled: bool, preferences: PreferenceSet, backbone: str, tmp_path: Path
@@ -127,6 +130,7 @@ def test_without_comparisons_their_term_changes_nothing(
         assert torch.equal(parameter, states[1][name]), name
 
 
+@pytest.mark.slow
 def test_fit_calibrates_and_checkpoint_and_export_keep_it(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
@@ -194,6 +198,7 @@ def test_bfloat16_trains_float32_weights_with_recomputed_activations(
     assert module(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long)).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_weights_in_bfloat16_are_tested_but_not_trained(
     lora: LoraOptions | None, preferences: PreferenceSet, backbone: str, tmp_path: Path
@@ -362,6 +367,7 @@ def sharded_few_steps(*arguments: object) -> None:
     few_steps(*arguments, strategy=sharded(), devices=2)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(preferences: PreferenceSet, tmp_path: Path) -> None:
     """Heads and comparisons are averaged over the whole batch, however it is spread over processes."""
     plain = tmp_path / "without_dropout"
@@ -394,6 +400,7 @@ def sharded_adapter(folder: Path, resumed: Path | None, preferences: PreferenceS
         run.test(module, data(preferences), verbose=False)
 
 
+@pytest.mark.slow
 def test_an_adapter_in_shards_goes_on_from_a_checkpoint_and_is_saved_merged(
     preferences: PreferenceSet, backbone: str, tmp_path: Path
 ) -> None:
@@ -458,6 +465,7 @@ def test_resuming_a_finished_run_leaves_its_record_alone(
     assert (folder / "README.md").read_text() == card
 
 
+@pytest.mark.slow
 def test_untrained_heads_are_not_tested_silently(
     preferences: PreferenceSet, backbone: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -14,6 +14,8 @@ from moslim.cli import run
 from moslim.reward.scorer import Scorer
 from tests.helpers.word_task import save_backbone
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 LEVELS = {"tone": ["bad", "good"], "amount": ["none", "some", "much"]}
 CONFIG = {

@@ -130,6 +130,7 @@ def test_two_processes_are_one(kind, several, start, whole, tmp_path):
     assert_same(fitted(tmp_path, PARTS[kind](start), ROWS // 2 // several, several, **two), expected, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_last_window_of_an_epoch_is_a_full_step(workers, start, tmp_path):
     """Four batches, three at a time: the second step is that of the fourth batch alone."""

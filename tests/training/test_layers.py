@@ -168,6 +168,7 @@ def test_the_class_alone_can_be_changed_by_an_option():
     assert (model["optimizer"]["init_args"]["lr"], model["optimizer"]["init_args"]["weight_decay"]) == (0.5, 0.25)
 
 
+@pytest.mark.slow
 def test_lists_and_names_are_replaced_with_their_arguments():
     monitor = "class_path: lightning.pytorch.callbacks.LearningRateMonitor"
     (replaced,) = layered(f"{{trainer: {{callbacks: [{{{monitor}}}]}}}}")["trainer"]["callbacks"]
@@ -182,6 +183,7 @@ def test_lists_and_names_are_replaced_with_their_arguments():
 # --- shipped configs, and files that are not there
 
 
+@pytest.mark.slow
 def test_a_shipped_config_can_be_copied_and_named_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(located("configs:reward/helpsteer2.yaml"), "mine.yaml")

@@ -347,6 +347,7 @@ def test_the_type_of_an_option():
     expect(isinstance(parser.parse_args(["--a.b", "1"]).a.b, int), "jsonargparse's _typehint of a parser's option")
 
 
+@pytest.mark.slow
 def test_a_wandb_logger_takes_a_run(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -84,6 +84,7 @@ def foreign_names(tree: ast.Module, everywhere: set[str]) -> Iterator[tuple[str,
 EVERYWHERE = set().union(*(defined(tree) for name, tree in FILES.items() if name not in COLLECT))
 
 
+@pytest.mark.slow
 def test_private_names_of_other_libraries_are_in_two_modules():
     found = [
         f"src/{file}:{line} uses `{name}`"

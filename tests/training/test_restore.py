@@ -248,6 +248,7 @@ def test_the_best_of_a_run_that_went_on_elsewhere_may_be_the_one_before() -> Non
     )
 
 
+@pytest.mark.slow
 def test_without_a_best_checkpoint_it_is_said_how_to_get_one() -> None:
     fit()
     with pytest.raises(UsageError, match=r"says of no best checkpoint: train with --checkpoint.monitor METRIC"):

@@ -80,6 +80,7 @@ def in_a_child(action: Callable[[], object], killed_at: int) -> bool:
     return code == 0
 
 
+@pytest.mark.slow
 def test_an_export_over_another_is_whole_wherever_it_is_killed(start: str, tmp_path: Path) -> None:
     old, new, folder = classifier(start, 2.0), classifier(start, 3.0), tmp_path / "shared"
     save_merged(old, tmp_path / "old")
@@ -100,6 +101,7 @@ def test_an_export_over_another_is_whole_wherever_it_is_killed(start: str, tmp_p
     }
 
 
+@pytest.mark.slow
 def test_without_this_package_an_interrupted_exchange_is_no_model_rather_than_a_mixture(
     start: str, tmp_path: Path
 ) -> None:

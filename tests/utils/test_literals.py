@@ -139,6 +139,7 @@ def test_texts_that_yaml_has_lost_are_refused():
             as_text(value, "x")
 
 
+@pytest.mark.slow
 def test_what_messages_quote_is_short():
     assert quoted("a") == "'a'" and quoted([1]) == "[1]"
     deep = []

@@ -122,6 +122,7 @@ def test_style_words_are_wrong_ten_to_fifteen_percent_of_the_time(chats):
     assert all(0.04 < wrong[name] / said[name] < 0.2 for name in NAMES)
 
 
+@pytest.mark.slow
 def test_each_style_word_moves_its_dimension(chats):
     for name, (low, high) in COARSE.items():
         mean = {}

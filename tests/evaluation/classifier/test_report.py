@@ -45,6 +45,7 @@ def colours(figure) -> int:
     return len(np.unique(np.asarray(Image.open(buffer).convert("RGB")).reshape(-1, 3), axis=0))
 
 
+@pytest.mark.slow
 def test_confusion_matrices_show_shares_and_counts(result: Result) -> None:
     figure = plots.confusion_matrices(result)
     two, three = figure.axes
@@ -55,6 +56,7 @@ def test_confusion_matrices_show_shares_and_counts(result: Result) -> None:
     assert colours(figure) > 50
 
 
+@pytest.mark.slow
 def test_reliability_diagram_has_both_curves_and_the_diagonal(result: Result) -> None:
     figure = plots.reliability(result["calibration"])
     assert figure is not None
@@ -68,6 +70,7 @@ def test_reliability_diagram_has_both_curves_and_the_diagonal(result: Result) ->
     assert plots.reliability({"two": None}) is None
 
 
+@pytest.mark.slow
 def test_correlation_of_heads_beside_labels(result: Result) -> None:
     figure = plots.head_correlation(result)
     assert figure is not None
