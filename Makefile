@@ -2,7 +2,7 @@
 # make test         the test suite
 # make test-fast    the test suite without what is marked as slow
 # make ablation     each part of the quickstart's policy exchanged for another; goes on where it stopped
-# make lint         ruff and mypy
+# make lint         ruff, mypy, and the words of docstrings and names
 # make vllm-test    the policy stage through a real vLLM server, in an environment of its own
 SEED ?= 0
 PYTHON ?= python3
@@ -50,10 +50,11 @@ $(VLLM_READY): benchmarks/vllm_server/requirements.txt
 vllm-test: $(READY) $(VLLM_READY)  ## The policy stage through a real vLLM server on this machine (3 GB of packages)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/vllm_quickstart.py --python $(VLLM_VENV)/bin/python
 
-lint: $(READY)  ## Style and types
+lint: $(READY)  ## Style, types and words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --config-file setup.cfg
+	$(BIN)/python tools/check_words.py
 
 format: $(READY)  ## Put the code into shape
 	$(BIN)/ruff check --fix
