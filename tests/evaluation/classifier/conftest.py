@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from moslim.evaluation.classifier_records import ScoredPairs, ScoredRows
-from moslim.preferences import PreferenceSet
 from tests.helpers.scored_rows import Rows
-from tests.helpers.word_task import save_backbone
+from tests.reward.conftest import backbone, preferences
+
+__all__ = ["backbone", "preferences", "rows"]
 
 
 @pytest.fixture
@@ -59,16 +60,3 @@ def six(rows: Rows) -> ScoredRows:
 @pytest.fixture
 def no_pairs() -> ScoredPairs:
     return ScoredPairs(torch.zeros(0, 2).double(), torch.zeros(0, 2).bool(), torch.zeros(0).long(), [])
-
-
-@pytest.fixture
-def preferences() -> PreferenceSet:
-    return PreferenceSet({"tone": ["bad", "good"], "amount": ["none", "some", "much"]})
-
-
-@pytest.fixture(scope="session")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a random causal language model with dropout, and of its tokenizer."""
-    folder = tmp_path_factory.mktemp("backbone")
-    save_backbone(folder, seed=0)
-    return str(folder)
