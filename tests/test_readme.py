@@ -69,7 +69,12 @@ def test_every_command_is_named() -> None:
 
 def test_every_page_is_linked() -> None:
     linked = {Path(name).name for name in re.findall(r"\(docs/([\w.]+)\)", PAGE)}
-    assert linked == {path.name for path in (ROOT / "docs").iterdir()}
+    assert linked == {path.name for path in (ROOT / "docs").iterdir() if path.is_file()}
+
+
+def test_every_design_note_is_linked_from_the_architecture() -> None:
+    linked = re.findall(r"\(design/([\w.]+)\)", (ROOT / "docs/architecture.md").read_text())
+    assert set(linked) == {path.name for path in (ROOT / "docs/design").iterdir()}
 
 
 def test_every_preset_is_in_its_table() -> None:
