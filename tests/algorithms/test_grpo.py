@@ -65,15 +65,6 @@ def test_kl_is_no_part_of_the_advantages_but_the_penalty_is():
     assert GRPO(scale="none", kl_coef=1.0).advantages(given).tolist() == [[1.0, -1.0]]
 
 
-@pytest.mark.parametrize(
-    ("loss_agg_mode", "expected"),
-    [("grpo", (2.0 + 9.0) / 2), ("token_mean", 15 / 4), ("constant", (6 / 5 + 9 / 5) / 2)],
-)
-def test_the_three_reductions(loss_agg_mode, expected):
-    values = torch.tensor([[1.0, 2.0, 3.0], [9.0, 100.0, 100.0]])
-    assert reduce_tokens(values, MASK, loss_agg_mode, 5).item() == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("loss_agg_mode", REDUCTIONS)
 def test_on_policy_loss_and_gradient(loss_agg_mode):
     logprobs = OLD.clone().requires_grad_()
