@@ -62,7 +62,7 @@ def test_every_resample_draws_as_many_questions_as_there_are():
 def test_draws_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     values = torch.rand(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = bootstrap_interval(lambda weights: weights @ values, 50)
-    monkeypatch.setattr(statistics, "_WEIGHTS_AT_ONCE", 50 * 30)
+    monkeypatch.setattr(statistics, "_MAX_COUNTS", 50 * 30)
     assert torch.equal(bootstrap_interval(lambda weights: weights @ values, 50), whole)
 
 

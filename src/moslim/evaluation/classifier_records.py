@@ -24,75 +24,76 @@ from moslim.reward.losses import MISSING
 from moslim.training.distributed import gathered
 
 RESAMPLES = 1000
-"""Draws of a bootstrap interval."""
-_WEIGHTS_AT_ONCE = 2**20
+"""Number of resamples of a bootstrap interval."""
+_MAX_COUNTS = 2**20
+"""Entries of the count matrix of one chunk of resamples; limits the memory."""
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 along the last axis of ``[..., K]``; ties share their average rank, NaN has none (NaN)."""
+    """Ranks from 1 along the last axis of ``[..., K]``; ties get their average rank, NaN gets NaN."""
     comparable = values.nan_to_num(nan=torch.inf)
     ordered = comparable.sort(dim=-1).values
-    below = torch.searchsorted(ordered, comparable)
-    up_to = torch.searchsorted(ordered, comparable, right=True)
-    return ((below + up_to + 1) / 2).where(~values.isnan(), torch.nan).to(values.dtype)
+    num_lower = torch.searchsorted(ordered, comparable)
+    num_not_higher = torch.searchsorted(ordered, comparable, right=True)
+    return ((num_lower + num_not_higher + 1) / 2).where(~values.isnan(), torch.nan).to(values.dtype)
 
 
-def rank_correlation(given: Tensor, found: Tensor) -> Tensor:
+def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
     """Spearman's correlation along the last axis, with average ranks for ties.
 
     Args:
-        given: ``[K]`` or ``[..., K]``.
-        found: ``[..., K]``; NaN points are left out on both sides.
+        x: ``[K]`` or ``[..., K]``.
+        y: ``[..., K]``; points where it is NaN are left out.
 
     Returns:
-        ``[...]``; 0 where one side is constant, NaN with fewer than two points.
+        ``[...]``; 0 where ``x`` or ``y`` is constant, NaN with fewer than two points.
     """
-    present = ~found.isnan()
+    present = ~y.isnan()
     count = present.sum(dim=-1, keepdim=True)
-    middle = (count + 1) / 2
-    x = average_ranks(given.to(found.dtype).where(present, torch.nan)).sub(middle).nan_to_num(0.0)
-    y = average_ranks(found).sub(middle).nan_to_num(0.0)
-    scale = (x.square().sum(dim=-1) * y.square().sum(dim=-1)).sqrt()
-    rho = torch.where(scale > 0, (x * y).sum(dim=-1) / scale.clamp_min(1e-12), 0.0)
+    mean_rank = (count + 1) / 2
+    x_ranks = average_ranks(x.to(y.dtype).where(present, torch.nan)).sub(mean_rank).nan_to_num(0.0)
+    y_ranks = average_ranks(y).sub(mean_rank).nan_to_num(0.0)
+    scale = (x_ranks.square().sum(dim=-1) * y_ranks.square().sum(dim=-1)).sqrt()
+    rho = torch.where(scale > 0, (x_ranks * y_ranks).sum(dim=-1) / scale.clamp_min(1e-12), 0.0)
     return rho.where(count.squeeze(-1) >= 2, torch.nan)
 
 
 def bootstrap_interval(
-    statistic: Callable[[Tensor], Tensor], questions: int, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Callable[[Tensor], Tensor], num_questions: int, resamples: int = RESAMPLES, seed: int = 0
 ) -> Tensor:
-    """95% interval of a statistic by drawing questions with replacement (Efron's percentile bootstrap).
+    """95% percentile bootstrap interval of a statistic (Efron 1979), by resampling questions.
 
-    Questions are drawn, not rows: answers to one question are alike.
+    Questions are resampled instead of rows, since answers to the same question are not independent.
 
     Args:
-        statistic: From ``[R, Q]`` float64, how often each of ``R`` resamples holds each question, to the statistic's
-            value ``[R, ...]`` in each; NaN where it is not defined there.
-        questions: ``Q``.
-        resamples: Number of draws.
-        seed: Seed of the draws: the same questions are drawn for whatever statistic, so intervals can be paired.
+        statistic: Function from the counts of each question in each resample, ``[R, Q]`` float64, to the statistic of
+            each resample, ``[R, ...]``; NaN where it is undefined.
+        num_questions: ``Q``.
+        resamples: Number of resamples.
+        seed: Seed of the resamples, which are the same for every statistic, so that intervals can be compared.
 
     Returns:
-        ``[2, ...]``, lower and upper end; NaN with fewer than two questions, which say nothing of the spread.
+        Lower and upper bound, ``[2, ...]``; NaN with fewer than two questions.
     """
     generator = torch.Generator().manual_seed(seed)
-    at_once = max(1, _WEIGHTS_AT_ONCE // max(questions, 1))
-    counts = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
-    values = torch.cat([statistic(_resampled(count, questions, generator)) for count in counts])
-    ends = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
-    return ends if questions >= 2 else torch.full_like(ends, torch.nan)
+    chunk = max(1, _MAX_COUNTS // max(num_questions, 1))
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    values = torch.cat([statistic(_question_counts(size, num_questions, generator)) for size in sizes])
+    bounds = values.nanquantile(torch.tensor([0.025, 0.975], dtype=values.dtype), dim=0)
+    return bounds if num_questions >= 2 else torch.full_like(bounds, torch.nan)
 
 
-def _resampled(resamples: int, questions: int, generator: torch.Generator) -> Tensor:
-    """``[R, Q]``: how often each question is drawn."""
-    weights = torch.zeros(resamples, questions, dtype=torch.float64)
-    if questions:
-        drawn = torch.randint(questions, (resamples, questions), generator=generator)
-        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    return weights
+def _question_counts(resamples: int, num_questions: int, generator: torch.Generator) -> Tensor:
+    """Counts of each question in each resample, ``[R, Q]``."""
+    counts = torch.zeros(resamples, num_questions, dtype=torch.float64)
+    if num_questions:
+        indices = torch.randint(num_questions, (resamples, num_questions), generator=generator)
+        counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float64))
+    return counts
 
 
 class HeldOut(Metric):
-    """Collects what :func:`moslim.reward.heads.calibrate` needs, from rows that have a label."""
+    """Collects the labelled rows of a validation epoch for :func:`moslim.reward.heads.calibrate`."""
 
     full_state_update = False
     logits: list[Tensor]
@@ -105,32 +106,32 @@ class HeldOut(Metric):
             self.add_state(name, [], "cat")
 
     def update(self, logits: Tensor, targets: Tensor, questions: Sequence[Question]) -> None:
-        """Takes a batch: logits at temperature 1 and targets, both ``[B, D, K]``, and the ``B`` questions."""
+        """Adds a batch: logits at temperature 1 and targets, both ``[B, D, K]``, and the ``B`` questions."""
         labelled = (targets > 0).any(-1).any(-1)
-        keys = torch.tensor([question_number(question) for question in questions], device=logits.device)
+        hashes = torch.tensor([question_number(question) for question in questions], device=logits.device)
         self.logits.append(logits[labelled])
         self.targets.append(targets[labelled])
-        self.questions.append(keys[labelled])
+        self.questions.append(hashes[labelled])
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits and targets ``[N, D, K]``, and a hash ``[N]`` of each question. Every process must call it."""
+        """Returns logits and targets ``[N, D, K]`` and a hash of each question ``[N]``; a collective call."""
         return dim_zero_cat(self.logits), dim_zero_cat(self.targets), dim_zero_cat(self.questions)
 
 
 def question_number(question: Question) -> int:
-    """A number that stands for what :func:`question_key` calls one question: 64 bits, the same in every process."""
+    """Returns a 64-bit hash of :func:`question_key`, the same in every process."""
     digest = hashlib.sha256(question_key(question).encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
 MEASURES = ("accuracy", "within_one", "mae", "kappa")
+"""Keys of :func:`measures`."""
 
 
 class LevelMetrics(Metric):
     """Accuracy, within-one accuracy, mean absolute error and quadratic weighted kappa of every head.
 
-    All four are read off one confusion matrix per head, so an update costs one product and nothing is computed
-    before the epoch ends.
+    All four are computed at the end of the epoch, from one confusion matrix per head.
 
     Args:
         preferences: The dimensions.
@@ -146,72 +147,73 @@ class LevelMetrics(Metric):
         self.add_state("confusion", torch.zeros(len(preferences), width, width, dtype=torch.long), "sum")
 
     def update(self, predicted: Tensor, levels: Tensor) -> None:
-        """Counts a batch: predicted and labelled levels, both ``[B, D]``; rows labelled -1 do not count."""
+        """Adds a batch: predicted and labelled levels, both ``[B, D]``; the label -1 does not count."""
         width = self.confusion.shape[-1]
         labelled = (levels != MISSING)[..., None]
-        truth = F.one_hot(levels.clamp(min=0), width) * labelled
-        self.confusion += (truth[..., None] * F.one_hot(predicted, width)[..., None, :]).sum(0)  # exact: whole numbers
+        one_hot_labels = F.one_hot(levels.clamp(min=0), width) * labelled
+        one_hot_predictions = F.one_hot(predicted, width)
+        self.confusion += (one_hot_labels[..., None] * one_hot_predictions[..., None, :]).sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """``dimension/measure`` and ``mean/measure`` (over heads) to value; what is undefined is left out.
+        """Returns ``dimension/measure`` and the means over heads, ``mean/measure``, without undefined values.
 
-        A head without labels has no value; kappa has none either where chance agreement is complete.
+        A head without labels has no values; kappa is undefined if labels and predictions are one single level.
         """
-        rows = {name: measures(matrix) for name, matrix in zip(self.preferences.names, self.confusion, strict=True)}
-        found = {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
-        found |= {f"mean/{key}": torch.stack([row[key] for row in rows.values()]).nanmean() for key in MEASURES}
-        return {key: value.float() for key, value in found.items() if not value.isnan()}
+        by_head = {name: measures(matrix) for name, matrix in zip(self.preferences.names, self.confusion, strict=True)}
+        values = {f"{name}/{key}": value for name, head in by_head.items() for key, value in head.items()}
+        values |= {f"mean/{key}": torch.stack([head[key] for head in by_head.values()]).nanmean() for key in MEASURES}
+        return {key: value.float() for key, value in values.items() if not value.isnan()}
 
 
 def measures(confusion: Tensor) -> dict[str, Tensor]:
-    """The four measures of one head, ``[...]`` float64; NaN where undefined.
+    """The measures :data:`MEASURES` of a confusion matrix, ``[...]`` float64; NaN where undefined.
 
     Args:
         confusion: ``[..., K, K]`` counts, rows = labelled level, columns = predicted.
     """
     confusion = confusion.cpu().double()
     total = confusion.sum((-2, -1))
-    level = torch.arange(confusion.shape[-1])
-    distance = (level[:, None] - level).abs()
+    levels = torch.arange(confusion.shape[-1])
+    distance = (levels[:, None] - levels).abs()
     squared = distance.square()
-    by_chance = confusion.sum(-1, keepdim=True) @ confusion.sum(-2, keepdim=True) / total[..., None, None]
+    expected = confusion.sum(-1, keepdim=True) @ confusion.sum(-2, keepdim=True) / total[..., None, None]
     return {
         "accuracy": confusion.diagonal(dim1=-2, dim2=-1).sum(-1) / total,
         "within_one": (confusion * (distance <= 1)).sum((-2, -1)) / total,
         "mae": (confusion * distance).sum((-2, -1)) / total,
-        # Cohen 1968; 0/0, where labels and predictions are one single level, is NaN
-        "kappa": 1 - (confusion * squared).sum((-2, -1)) / (by_chance * squared).sum((-2, -1)),
+        # Cohen 1968, with quadratic weights; 0 / 0 = NaN if labels and predictions are one single level
+        "kappa": 1 - (confusion * squared).sum((-2, -1)) / (expected * squared).sum((-2, -1)),
     }
 
 
 class LossMean(Metric):
-    """Means of the parts of a loss over all rows of an epoch and all processes, whatever the batches are.
+    """Means of the terms of a loss over an epoch and all processes, independent of the batches.
 
     Args:
-        parts: Number of parts ``L``.
+        num_terms: Number of terms, ``L``.
     """
 
     full_state_update = False
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, parts: int) -> None:
+    def __init__(self, num_terms: int) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(parts, dtype=torch.float32), "sum")
-        self.add_state("counts", torch.zeros(parts, dtype=torch.float32), "sum")
+        self.add_state("sums", torch.zeros(num_terms, dtype=torch.float32), "sum")
+        self.add_state("counts", torch.zeros(num_terms, dtype=torch.float32), "sum")
 
     def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Adds what a batch holds: the sum of each part and what it is to be divided by, ``[L]`` both."""
+        """Adds a batch: the sum of each term and its denominator, both ``[L]``."""
         self.sums += sums
         self.counts += counts
 
     def compute(self) -> Tensor:
-        """``[L]``; 0 where nothing was counted."""
+        """Returns the means ``[L]``; 0 where the denominator is 0."""
         return self.sums / self.counts.where(self.counts > 0, 1.0)
 
 
 class SubsetMetrics:
-    """:class:`LevelMetrics` over all rows and over each named part of them.
+    """:class:`LevelMetrics` of all rows and of each named subset.
 
     Args:
         preferences: The dimensions.
@@ -219,61 +221,59 @@ class SubsetMetrics:
 
     def __init__(self, preferences: PreferenceSet) -> None:
         self.preferences = preferences
-        self._parts: dict[str, LevelMetrics] = {}
+        self._metrics: dict[str, LevelMetrics] = {}
 
     def update(self, predicted: Tensor, levels: Tensor, subsets: Sequence[str | None]) -> None:
-        """Counts a batch: levels ``[B, D]`` as in :meth:`LevelMetrics.update`, and the part each row belongs to."""
-        self._part("", predicted.device).update(predicted, levels)
-        for name in sorted({s for s in subsets if s}):
-            rows = torch.tensor([s == name for s in subsets], device=predicted.device)
-            self._part(name, predicted.device).update(predicted[rows], levels[rows])
+        """Adds a batch: levels ``[B, D]`` as in :meth:`LevelMetrics.update`, and the subset of each row."""
+        self._of_subset("", predicted.device).update(predicted, levels)
+        for name in sorted({subset for subset in subsets if subset}):
+            mask = torch.tensor([subset == name for subset in subsets], device=predicted.device)
+            self._of_subset(name, predicted.device).update(predicted[mask], levels[mask])
 
     def compute(self, device: torch.device) -> dict[str, Tensor]:
-        """``dimension/measure`` over all rows, ``subset/dimension/measure`` over parts.
-
-        Every process must call it. A part may be unknown to some of them, so the names are exchanged first.
-        """
-        names: set[str] = set().union(*gathered(set(self._parts)))
+        """Returns ``dimension/measure`` of all rows and ``subset/dimension/measure`` of subsets; a collective call."""
+        # A process may have no rows of a subset, and the metrics of a subset are reduced over all processes.
+        names: set[str] = set().union(*gathered(set(self._metrics)))
         result: dict[str, Tensor] = {}
         for name in sorted(names):
             prefix = f"{name}/" if name else ""
-            result |= {f"{prefix}{key}": value for key, value in self._part(name, device).compute().items()}
+            result |= {f"{prefix}{key}": value for key, value in self._of_subset(name, device).compute().items()}
         return result
 
     def reset(self) -> None:
-        """Forgets everything."""
-        self._parts.clear()
+        """Discards all counts."""
+        self._metrics.clear()
 
-    def _part(self, name: str, device: torch.device) -> LevelMetrics:
-        if name not in self._parts:
-            self._parts[name] = LevelMetrics(self.preferences).to(device)
-        return self._parts[name]
+    def _of_subset(self, name: str, device: torch.device) -> LevelMetrics:
+        if name not in self._metrics:
+            self._metrics[name] = LevelMetrics(self.preferences).to(device)
+        return self._metrics[name]
 
 
-_ROUNDING = 1e-5
-"""Score margins up to this are ties: two places in a batch do not give the very same numbers for the same answer."""
+_TIE_TOLERANCE = 1e-5
+"""Largest score margin that counts as a tie: scores of equal answers differ by rounding within a batch."""
 
 
 class _Stacked:
-    """Parts of equal first axis, on CPU: tensors or lists; a dataclass."""
+    """Base of dataclasses whose fields are CPU tensors or lists with the same first axis ``N``."""
 
     subsets: list[str | None]
 
     @classmethod
     def concat(cls, parts: Sequence[Self]) -> Self:
-        """Joins what several batches or processes gave."""
+        """Concatenates the records of several batches or processes."""
         columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]  # type: ignore[arg-type]
         return cls(*(torch.cat(c) if isinstance(c[0], Tensor) else [x for part in c for x in part] for c in columns))
 
     def of_subset(self, name: str) -> Self:
-        """Keeps what belongs to a named part of the data."""
+        """Selects the rows of a named subset."""
         return self.select(torch.tensor([subset == name for subset in self.subsets]))
 
-    def select(self, rows: Tensor) -> Self:
-        """Keeps the rows of a mask ``[N]`` bool."""
-        kept = rows.nonzero()[:, 0]
+    def select(self, mask: Tensor) -> Self:
+        """Selects the rows of a mask ``[N]`` bool."""
+        indices = mask.nonzero()[:, 0]
         values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
-        return type(self)(*(v[kept] if isinstance(v, Tensor) else [v[i] for i in kept.tolist()] for v in values))
+        return type(self)(*(v[indices] if isinstance(v, Tensor) else [v[i] for i in indices.tolist()] for v in values))
 
 
 @dataclass
@@ -282,13 +282,13 @@ class ScoredRows(_Stacked):
 
     Args:
         probs: ``[N, D, K]`` float64, 0 on levels that a dimension lacks.
-        raw: ``[N, D, K]`` float64, the same without the temperatures that calibrate the heads.
-        levels: ``[N, D]`` int64, -1 = not labelled.
-        targets: ``[N, D, K]`` float64, share of the raters that gave each level; all 0 where not labelled.
-        requested: ``[N, D]`` int64, level that a policy was asked for when it gave the answer, -1 = none.
+        raw: ``[N, D, K]`` float64, probabilities at temperature 1.
+        levels: ``[N, D]`` int64, labels, -1 = none.
+        targets: ``[N, D, K]`` float64, share of the raters that gave each level; all 0 without a label.
+        requested: ``[N, D]`` int64, requested level if the answer is a policy's, -1 = none.
         question: ``[N]`` int64, equal for answers to the same question.
         length: ``[N]`` int64, characters of the answer.
-        subsets: Named part of the data that each row belongs to.
+        subsets: Subset of the data that each row belongs to.
     """
 
     probs: Tensor
@@ -305,14 +305,14 @@ class ScoredRows(_Stacked):
 
 
 @dataclass
-class ScoredPairs(_Stacked):
-    """``P`` comparisons of two answers to one question.
+class ScoredComparisons(_Stacked):
+    """``P`` comparisons of a chosen and a rejected answer to one question.
 
     Args:
-        score_margins: ``[P, D]`` float64, expected level of the chosen completion less that of the rejected.
-        comparison_mask: ``[P, D]`` bool, the dimensions that each comparison speaks about.
-        question: ``[P]`` int64, equal for comparisons of the same question.
-        subsets: Named part of the data that each comparison belongs to.
+        score_margins: ``[P, D]`` float64, expected level of the chosen minus that of the rejected answer.
+        comparison_mask: ``[P, D]`` bool, dimensions that are compared.
+        question: ``[P]`` int64, equal for comparisons on the same question.
+        subsets: Subset of the data that each comparison belongs to.
     """
 
     score_margins: Tensor
@@ -325,42 +325,51 @@ class ScoredPairs(_Stacked):
 
 
 class ScoreCollector:
-    """Collects what a test sees, batch by batch.
+    """Collects the scores, labels and comparisons of a test.
 
     Args:
         preferences: The dimensions.
     """
 
     def __init__(self, preferences: PreferenceSet) -> None:
-        dimensions, width = len(preferences), max(preferences.sizes)
-        number, level = torch.empty(0, dtype=torch.long), torch.empty(0, dimensions, dtype=torch.long)
-        probs = torch.empty(0, dimensions, width, dtype=torch.float64)
+        num_dimensions, width = len(preferences), max(preferences.sizes)
+        ids, levels = torch.empty(0, dtype=torch.long), torch.empty(0, num_dimensions, dtype=torch.long)
+        probs = torch.empty(0, num_dimensions, width, dtype=torch.float64)
         self._preferences = preferences
-        self._no_rows = ScoredRows(probs, probs, level, probs, level, number, number, [])
-        self._no_pairs = ScoredPairs(level.double(), level.bool(), number, [])
+        self._no_rows = ScoredRows(probs, probs, levels, probs, levels, ids, ids, [])
+        self._no_comparisons = ScoredComparisons(levels.double(), levels.bool(), ids, [])
         self.clear()
 
     def clear(self) -> None:
-        """Forgets what an interrupted test collected."""
-        self._rows, self._pairs = [self._no_rows], [self._no_pairs]
+        """Discards the records of an interrupted test."""
+        self._rows, self._comparisons = [self._no_rows], [self._no_comparisons]
 
     def add(self, batch: PairBatch, probs: Tensor, raw: Tensor) -> None:
-        """Takes a batch and its probabilities ``[B, D, K]``, calibrated and not. Unlabelled answers count in pairs."""
+        """Adds the labelled rows and the comparisons of a batch.
+
+        Args:
+            batch: ``B`` rows; unlabelled ones count in comparisons only.
+            probs: ``[B, D, K]`` calibrated level probabilities.
+            raw: ``[B, D, K]`` level probabilities at temperature 1.
+        """
         probs, raw, targets = (values.detach().double().cpu() for values in (probs, raw, batch.targets))
         question = torch.tensor([question_number(row.group or row.question) for row in batch.rows], dtype=torch.long)
         length = torch.tensor([len(row.answer or "") for row in batch.rows], dtype=torch.long)
         subsets = [row.subset for row in batch.rows]
-        asked = [self._preferences.encode(known_levels(row.requested, self._preferences)) for row in batch.rows]
-        requested = torch.stack(asked)
+        preferences = [known_levels(row.requested, self._preferences) for row in batch.rows]
+        requested = torch.stack([self._preferences.encode(preference) for preference in preferences])
         rows = ScoredRows(probs, raw, batch.levels.cpu(), targets, requested, question, length, subsets)
         self._rows.append(rows.select(targets.any(-1).any(-1)))
         expected, chosen, rejected = expected_level(probs), batch.chosen.cpu(), batch.rejected.cpu()
         score_margins = expected[chosen] - expected[rejected]
-        score_margins = score_margins.where(score_margins.abs() > _ROUNDING, 0.0)
-        parts = [subsets[row] for row in chosen.tolist()]
-        self._pairs.append(ScoredPairs(score_margins, batch.comparison_mask.cpu(), question[chosen], parts))
+        score_margins = score_margins.where(score_margins.abs() > _TIE_TOLERANCE, 0.0)
+        mask, chosen_subsets = batch.comparison_mask.cpu(), [subsets[row] for row in chosen.tolist()]
+        self._comparisons.append(ScoredComparisons(score_margins, mask, question[chosen], chosen_subsets))
 
-    def gathered(self) -> tuple[ScoredRows, ScoredPairs]:
-        """The rows and pairs of all processes; every process must ask."""
-        parts = gathered((ScoredRows.concat(self._rows), ScoredPairs.concat(self._pairs)))
-        return ScoredRows.concat([rows for rows, _ in parts]), ScoredPairs.concat([pairs for _, pairs in parts])
+    def gathered(self) -> tuple[ScoredRows, ScoredComparisons]:
+        """Returns the rows and comparisons of all processes; a collective call."""
+        parts = gathered((ScoredRows.concat(self._rows), ScoredComparisons.concat(self._comparisons)))
+        return (
+            ScoredRows.concat([rows for rows, _ in parts]),
+            ScoredComparisons.concat([comparisons for _, comparisons in parts]),
+        )

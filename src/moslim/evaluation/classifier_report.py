@@ -1,25 +1,25 @@
-"""The result of a classifier's test: JSON document, Markdown page and logged figures.
+"""Results of a classifier's test: JSON document, Markdown page, console table and logged metrics.
 
 Keys of the JSON document, ``reward.json``:
 
 | key | holds |
 |---|---|
-| ``schema`` | version of this document; a key that is added does not change it |
-| ``weights`` | added by the test stage: a fingerprint of the weights that were tested |
+| ``schema`` | version of this document, which additional keys do not change |
+| ``weights`` | fingerprint of the weights, added by the test stage |
 | ``dimensions`` | by dimension: ``levels``, ``n_rows``, measures, ``recall``, ``confusion``, ``interval`` (95%) |
-| ``mean`` | each measure's mean over the dimensions where it is defined |
-| ``baseline`` | by dimension: always the most frequent label of these rows: ``level``, ``accuracy``, ``within_one`` |
+| ``mean`` | mean of each measure over the dimensions for which it is defined |
+| ``baseline`` | by dimension: :func:`~moslim.evaluation.classifier_measures.majority_baseline` |
 | ``subsets`` | by subset: ``n_rows``, ``dimensions``, ``mean`` |
 | ``length`` | :func:`~moslim.evaluation.classifier_measures.length_dependence` |
 | ``correlation`` | :func:`~moslim.evaluation.classifier_measures.head_correlation`; null with one dimension |
-| ``pairs`` | :func:`~moslim.evaluation.classifier_measures.pairwise`; null without compared answers |
-| ``requests`` | :func:`~moslim.evaluation.classifier_measures.proxy_and_gold`; null where no row was asked for |
-| ``best_of`` | :class:`~moslim.evaluation.BestOf`; null without its file |
-| ``calibration`` | by dimension: :func:`~moslim.evaluation.classifier_measures.calibration_of` |
-| ``n_rows``, ``n_questions`` | labelled answers; questions that they, or compared answers, belong to |
+| ``pairs`` | :func:`~moslim.evaluation.classifier_measures.pairwise_accuracy`; null without comparisons |
+| ``requests`` | :func:`~moslim.evaluation.classifier_measures.proxy_and_gold`; null without requests |
+| ``best_of`` | :class:`~moslim.evaluation.BestOf`; null if it is not configured |
+| ``calibration`` | by dimension: :func:`~moslim.evaluation.classifier_measures.head_calibration` |
+| ``n_rows``, ``n_questions`` | number of labelled answers; number of questions of these and of the comparisons |
 
 The measures are ``accuracy``, ``balanced_accuracy``, ``within_one``, ``mae``, ``kappa`` (quadratic weights),
-``macro_f1``, ``spearman`` (of the expected level) and ``auroc`` (two levels). What is not defined is null.
+``macro_f1``, ``spearman`` (of the expected level) and ``auroc`` (two levels). Undefined values are null.
 """
 
 from __future__ import annotations
@@ -31,22 +31,21 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer
 
-from moslim.evaluation import classifier_records as metrics
-from moslim.evaluation import plotting as plots
+from moslim.evaluation import classifier_records, plotting
 from moslim.evaluation.classifier_measures import (
     MEASURES,
-    Labelled,
-    calibration_of,
+    LabelledRows,
+    head_calibration,
     head_correlation,
     length_dependence,
     level_intervals,
     level_measures,
-    majority,
-    pairwise,
+    majority_baseline,
+    pairwise_accuracy,
     proxy_and_gold,
     recall,
 )
-from moslim.evaluation.classifier_records import ScoredPairs, ScoredRows
+from moslim.evaluation.classifier_records import ScoredComparisons, ScoredRows
 from moslim.preferences import PreferenceSet
 from moslim.utils.files import (
     Result,
@@ -62,33 +61,34 @@ from moslim.utils.files import (
 )
 
 SCHEMA = 1
+"""Version of the JSON document."""
 
 
 def evaluate(
     rows: ScoredRows,
-    pairs: ScoredPairs,
+    comparisons: ScoredComparisons,
     preferences: PreferenceSet,
     pair_weights: Mapping[str, float] | None = None,
     best_of: Result | None = None,
 ) -> Result:
-    """Measures a classifier.
+    """Computes the result of a classifier's test.
 
     Args:
-        rows: Its probabilities beside labels.
-        pairs: Its expected levels of compared answers.
+        rows: Level probabilities and labels.
+        comparisons: Score margins of chosen and rejected answers.
         preferences: The dimensions, in the order of the rows.
-        pair_weights: See :func:`~moslim.evaluation.classifier_measures.pairwise`.
-        best_of: What :class:`~moslim.evaluation.BestOf` found.
+        pair_weights: See :func:`~moslim.evaluation.classifier_measures.pairwise_accuracy`.
+        best_of: Result of :class:`~moslim.evaluation.BestOf`.
 
     Returns:
-        Plain data that :mod:`json` writes as it is; see the module. It does not depend on the order of rows and pairs.
+        The JSON document as plain data. It does not depend on the order of rows and comparisons.
     """
     names = preferences.names
-    heads = {d.name: Labelled.of(rows, i, len(d.levels)) for i, d in enumerate(preferences.dimensions)}
+    heads = {d.name: LabelledRows.of(rows, i, len(d.levels)) for i, d in enumerate(preferences.dimensions)}
     matrices = {name: head.confusions().sum(0) for name, head in heads.items()}
-    measured = _measured(rows, preferences)
-    named = sorted({subset for subset in rows.subsets if subset})
-    found = {
+    measured = _measures(rows, preferences)
+    subsets = sorted({subset for subset in rows.subsets if subset})
+    result = {
         "schema": SCHEMA,
         "dimensions": {
             name: {
@@ -101,77 +101,88 @@ def evaluate(
             for name, head in heads.items()
         },
         "mean": measured["mean"],
-        "baseline": {name: majority(head) for name, head in heads.items()},
-        "subsets": {name: _measured(rows.of_subset(name), preferences) for name in named},
+        "baseline": {name: majority_baseline(head) for name, head in heads.items()},
+        "subsets": {name: _measures(rows.of_subset(name), preferences) for name in subsets},
         "length": length_dependence(rows, names),
         "correlation": head_correlation(rows, names) if len(names) > 1 else None,
-        "pairs": pairwise(pairs, preferences, pair_weights) if len(pairs) else None,
+        "pairs": pairwise_accuracy(comparisons, preferences, pair_weights) if len(comparisons) else None,
         "requests": proxy_and_gold(rows, names),
         "best_of": best_of,
-        "calibration": calibration_of(rows, preferences),
+        "calibration": head_calibration(rows, preferences),
         "n_rows": len(rows),
-        "n_questions": len(torch.cat([rows.question, pairs.question]).unique()),
+        "n_questions": len(torch.cat([rows.question, comparisons.question]).unique()),
     }
-    return plain(found)
+    return plain(result)
 
 
-def _measured(rows: ScoredRows, preferences: PreferenceSet) -> Result:
+def _measures(rows: ScoredRows, preferences: PreferenceSet) -> Result:
     dimensions: dict[str, Result] = {}
     for i, dimension in enumerate(preferences.dimensions):
-        head = Labelled.of(rows, i, len(dimension.levels))
+        head = LabelledRows.of(rows, i, len(dimension.levels))
         dimensions[dimension.name] = {"n_rows": len(head.levels), **level_measures(head)}
-    mean = {m: torch.stack([found[m] for found in dimensions.values()]).nanmean() for m in MEASURES}
+    mean = {key: torch.stack([values[key] for values in dimensions.values()]).nanmean() for key in MEASURES}
     return {"n_rows": len(rows), "dimensions": dimensions, "mean": mean}
 
 
 TITLES = {
     "accuracy": "accuracy",
-    "balanced_accuracy": "balanced",
-    "within_one": "within one",
+    "balanced_accuracy": "balanced accuracy",
+    "within_one": "within one level",
     "mae": "MAE",
-    "kappa": "QW kappa",
+    "kappa": "quadratic weighted kappa",
     "spearman": "Spearman",
     "macro_f1": "macro F1",
     "auroc": "AUROC",
 }
-"""Measures in the order in which people should read them."""
-_CALIBRATION = {"ece": "ECE", "classwise_ece": "classwise ECE", "brier": "Brier", "rps": "RPS"}
-
-
-_CONSOLE = ("accuracy", "within_one", "mae", "kappa", "spearman", "auroc")
-"""Measures that fit a console of 80 columns."""
+"""Column titles of the measures, in the order of the page."""
+_INTERVAL_TITLES = ("accuracy", "majority", "within one level", "majority", "quadratic weighted kappa", "AUROC")
+_CALIBRATION = {
+    "ece": "ECE",
+    "classwise_ece": "classwise ECE",
+    "brier": "Brier score",
+    "rps": "ranked probability score",
+}
+_CONSOLE = {
+    "accuracy": "accuracy",
+    "within_one": "within one",
+    "mae": "MAE",
+    "kappa": "kappa",
+    "spearman": "Spearman",
+    "auroc": "AUROC",
+}
+"""Measures and titles that fit a console of 80 columns."""
 
 
 def summary_table(result: Result) -> str:
-    """The main figures as plain text for the console: a table of the heads, and a line for each further measurement."""
-    parts = {**result["dimensions"], "mean": result["mean"]}
-    rows = [[name, str(part.get("n_rows", "")), *(number(part[m]) for m in _CONSOLE)] for name, part in parts.items()]
+    """Formats the main results for the console: a table of the heads, and a line for each further evaluation."""
+    measured = {**result["dimensions"], "mean": result["mean"]}
+    rows = [
+        [name, str(values.get("n_rows", "")), *(number(values[key]) for key in _CONSOLE)]
+        for name, values in measured.items()
+    ]
     title = f"Reward classifier, {result['n_rows']} labelled answers, {result['n_questions']} questions"
-    lines = [console_table(title, ["dimension", "rows", *(TITLES[m] for m in _CONSOLE)], {"": rows})]
+    lines = [console_table(title, ["dimension", "rows", *_CONSOLE.values()], {"": rows})]
     if pairs := result["pairs"]:
         accuracy = number(pairs["weighted"]["accuracy"])
-        lines.append(f"compared answers, weighted sum of the heads: accuracy {accuracy}\n")
-    if asked := result["requests"]:
-        mean = asked["mean"]
-        lines.append(f"answers to requests: proxy {number(mean['proxy'])}, gold {number(mean['gold'])}\n")
-    if found := result["best_of"]:
-        lines.append(
-            f"best of {found['n_answers']}: accuracy {number(found['accuracy'])}, by chance {number(found['chance'])}\n"
-        )
+        lines.append(f"comparisons: accuracy {accuracy} of the weighted sum of expected levels\n")
+    if requests := result["requests"]:
+        proxy, gold = number(requests["mean"]["proxy"]), number(requests["mean"]["gold"])
+        lines.append(f"answers to requests: proxy {proxy}, gold {gold}\n")
+    if best_of := result["best_of"]:
+        accuracy, chance = number(best_of["accuracy"]), number(best_of["chance"])
+        lines.append(f"best of {best_of['n_answers']}: accuracy {accuracy}, chance {chance}\n")
     return "".join(lines)
 
 
 def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
-    """The report; ``pictures`` are file names beside it."""
+    """Formats the report as a Markdown page; ``pictures`` are names of files in its folder."""
     blocks = [
         "# Reward classifier",
         f"{result['n_rows']} labelled answers, {result['n_questions']} questions.",
         "## Heads",
         markdown_table(["dimension", "rows", *TITLES.values()], _heads(result)),
-        "In brackets: 95% interval over questions. Majority: always the most frequent label of these very rows.",
-        markdown_table(
-            ["dimension", "accuracy", "majority", "within one", "majority", "QW kappa", "AUROC"], _intervals(result)
-        ),
+        "In brackets: 95% bootstrap interval over questions. Majority: constant prediction of the most frequent label.",
+        markdown_table(["dimension", *_INTERVAL_TITLES], _intervals(result)),
         *markdown_pictures(pictures),
         "## Recall by level",
         markdown_table(["dimension", "level", "labelled", "predicted", "recall"], _levels(result)),
@@ -186,68 +197,78 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _heads(part: Result) -> list[list[str]]:
-    rows = [[name, str(d["n_rows"]), *(number(d[m]) for m in TITLES)] for name, d in part["dimensions"].items()]
-    return [*rows, ["**mean**", "", *(number(part["mean"][m]) for m in TITLES)]]
+def _heads(measured: Result) -> list[list[str]]:
+    rows = [
+        [name, str(values["n_rows"]), *(number(values[key]) for key in TITLES)]
+        for name, values in measured["dimensions"].items()
+    ]
+    return [*rows, ["**mean**", "", *(number(measured["mean"][key]) for key in TITLES)]]
 
 
 def _intervals(result: Result) -> list[list[str]]:
     rows = []
-    for name, measured in result["dimensions"].items():
-        base = result["baseline"][name]
-        shown = {m: _with_interval(measured[m], measured["interval"].get(m)) for m in TITLES}
-        shares = [cell for m in ("accuracy", "within_one") for cell in (shown[m], number(base[m]))]
-        rows.append([name, *shares, shown["kappa"], shown["auroc"]])
+    for name, values in result["dimensions"].items():
+        baseline = result["baseline"][name]
+        cells = {key: _with_interval(values[key], values["interval"].get(key)) for key in TITLES}
+        with_baseline = [cell for key in ("accuracy", "within_one") for cell in (cells[key], number(baseline[key]))]
+        rows.append([name, *with_baseline, cells["kappa"], cells["auroc"]])
     return rows
 
 
 def _levels(result: Result) -> list[list[str]]:
     rows = []
-    for name, measured in result["dimensions"].items():
-        matrix = measured["confusion"]
-        for k, level in enumerate(measured["levels"]):
+    for name, values in result["dimensions"].items():
+        matrix = values["confusion"]
+        for k, level in enumerate(values["levels"]):
             predicted = sum(row[k] for row in matrix)
-            rows.append([name, f"{k} {level}", str(sum(matrix[k])), str(predicted), number(measured["recall"][k])])
+            rows.append([name, f"{k} {level}", str(sum(matrix[k])), str(predicted), number(values["recall"][k])])
     return rows
 
 
 def _subsets(result: Result) -> list[str]:
     if not result["subsets"]:
         return []
-    rows = [[subset, *row] for subset, part in result["subsets"].items() for row in _heads(part)]
+    rows = [[subset, *row] for subset, measured in result["subsets"].items() for row in _heads(measured)]
     return ["## By subset", markdown_table(["subset", "dimension", "rows", *TITLES.values()], rows)]
 
 
 def _length(result: Result) -> list[str]:
     length, names = result["length"], list(result["dimensions"])
-    buckets = [
-        [f"{b['from']} to {b['to']}", str(b["n_rows"]), *(number(b["accuracy"][name]) for name in names)]
-        for b in length["buckets"]
+    accuracy_rows = [
+        [
+            f"{bucket['from']} to {bucket['to']}",
+            str(bucket["n_rows"]),
+            *(number(bucket["accuracy"][name]) for name in names),
+        ]
+        for bucket in length["buckets"]
     ]
-    follows = [[name, number(s["expected"]), number(s["label"])] for name, s in length["spearman"].items()]
+    correlation_rows = [
+        [name, number(values["expected"]), number(values["label"])] for name, values in length["spearman"].items()
+    ]
     return [
         "## Length of the answer",
         "Accuracy by quartile of length.",
-        markdown_table([length["unit"], "rows", *names], buckets),
-        "Spearman's correlation with length. A head that follows length more closely than its labels do rewards length "
-        "for its own sake.",
-        markdown_table(["dimension", "head", "label"], follows),
+        markdown_table([length["unit"], "rows", *names], accuracy_rows),
+        "Spearman's correlation with length. A head that correlates more with length than its labels do rewards length "
+        "itself.",
+        markdown_table(["dimension", "expected level", "label"], correlation_rows),
     ]
 
 
 def _correlation(result: Result) -> list[str]:
-    found = result["correlation"]
-    if found is None:
+    correlation = result["correlation"]
+    if correlation is None:
         return []
+    names = correlation["names"]
     rows = [
-        [name, *(f"{number(a, 2)} ({number(b, 2)})" for a, b in zip(*lines, strict=True))]
-        for name, *lines in zip(found["names"], found["expected"], found["label"], strict=True)
+        [name, *(f"{number(head, 2)} ({number(label, 2)})" for head, label in zip(heads, labels, strict=True))]
+        for name, heads, labels in zip(names, correlation["expected"], correlation["label"], strict=True)
     ]
     return [
-        "## Between dimensions",
+        "## Correlation between dimensions",
         "Spearman's correlation of the heads' expected levels, in brackets that of the labels. Mean excess of the "
-        f"heads: {number(found['excess'])}.",
-        markdown_table(["", *found["names"]], rows),
+        f"heads' absolute correlation over that of the labels: {number(correlation['excess'])}.",
+        markdown_table(["dimension", *names], rows),
     ]
 
 
@@ -255,74 +276,77 @@ def _pairs(result: Result) -> list[str]:
     pairs = result["pairs"]
     if pairs is None:
         return []
-    shown = {**pairs["dimensions"], "**weighted sum**": pairs["weighted"]}
-    rows = [[name, str(p["n_pairs"]), _with_interval(p["accuracy"], p["interval"])] for name, p in shown.items()]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in pairs["weighted"]["weights"].items())
+    by_subset = [[subset, *row] for subset, measured in pairs["subsets"].items() for row in _pair_rows(measured)]
     return [
-        "## Compared answers",
-        "How often the answer that people preferred has the higher expected level, a tie counting half. Weights of "
-        f"the sum: {weights}.",
-        markdown_table(["by", "pairs", "accuracy"], rows),
-        *_pairs_by_subset(pairs["subsets"]),
+        "## Comparisons of chosen and rejected answers",
+        "Accuracy: share of comparisons whose chosen answer has the higher expected level; a tie counts half. Weights "
+        f"of the weighted sum of expected levels: {weights}.",
+        markdown_table(["dimension", "comparisons", "accuracy"], _pair_rows(pairs)),
+        *([markdown_table(["subset", "dimension", "comparisons", "accuracy"], by_subset)] if by_subset else []),
     ]
 
 
-def _pairs_by_subset(subsets: Result) -> list[str]:
-    rows = [
-        [subset, name, str(p["n_pairs"]), _with_interval(p["accuracy"], p["interval"])]
-        for subset, part in subsets.items()
-        for name, p in {**part["dimensions"], "**weighted sum**": part["weighted"]}.items()
+def _pair_rows(pairs: Result) -> list[list[str]]:
+    scores = {**pairs["dimensions"], "**weighted sum**": pairs["weighted"]}
+    return [
+        [name, str(values["n_pairs"]), _with_interval(values["accuracy"], values["interval"])]
+        for name, values in scores.items()
     ]
-    return [markdown_table(["subset", "by", "pairs", "accuracy"], rows)] if rows else []
 
 
 def _requests(result: Result) -> list[str]:
-    found = result["requests"]
-    if found is None:
+    requests = result["requests"]
+    if requests is None:
         return []
-    shown = {**found["dimensions"], "**mean**": found["mean"]}
     rows = [
-        [name, str(r["n_rows"]), number(r["proxy"]), number(r["gold"]), _with_interval(r["gap"], r["interval"])]
-        for name, r in shown.items()
+        [
+            *(name, str(values["n_rows"]), number(values["proxy"]), number(values["gold"])),
+            _with_interval(values["gap"], values["interval"]),
+        ]
+        for name, values in {**requests["dimensions"], "**mean**": requests["mean"]}.items()
     ]
     return [
         "## Answers to requests",
-        "Proxy: the classifier's probability of the level that the policy was asked for. Gold: how often the label is "
-        "that level. A gap (proxy minus gold) above 0 is reward that the policy has not earned.",
+        "Proxy: mean probability of the requested level by the classifier. Gold: share of labels that equal the "
+        "requested level. Where the gap (proxy minus gold) is above 0, the classifier overrates the policy's answers.",
         markdown_table(["dimension", "answers", "proxy", "gold", "gap"], rows),
     ]
 
 
 def _best_of(result: Result) -> list[str]:
-    found = result["best_of"]
-    if found is None:
+    best_of = result["best_of"]
+    if best_of is None:
         return []
-    again = found["paraphrases"]
-    rows = [["as asked", _with_interval(found["accuracy"], found["interval"])], ["by chance", number(found["chance"])]]
-    if again is not None:
+    rows = [
+        ["original questions", _with_interval(best_of["accuracy"], best_of["interval"])],
+        ["chance", number(best_of["chance"])],
+    ]
+    if paraphrases := best_of["paraphrases"]:
         rows += [
-            ["paraphrased", number(again["accuracy"])],
-            ["as asked and in every paraphrase", number(again["every"])],
+            ["paraphrases", number(paraphrases["accuracy"])],
+            ["original question and all its paraphrases", number(paraphrases["every"])],
         ]
     return [
-        f"## Best of {found['n_answers']}",
-        f"{found['n_prompts']} prompts with one answer that fits the preference; share of them where "
-        f"`{found['mapping']}` gives that answer the highest reward.",
+        f"## Best of {best_of['n_answers']}",
+        f"{best_of['n_prompts']} prompts with one answer each that meets the preference. Accuracy: share of them for "
+        f"which `{best_of['mapping']}` gives this answer the highest reward.",
         markdown_table(["prompts", "accuracy"], rows),
     ]
 
 
 def _calibration(result: Result) -> list[str]:
     rows = []
-    for name, found in result["calibration"].items():
-        raw = (found or {}).get("uncalibrated")
+    for name, errors in result["calibration"].items():
+        raw = errors and errors["uncalibrated"]
         cells = [
-            number(found[key] if found else None) + (f" ({number(raw[key])})" if raw else "") for key in _CALIBRATION
+            number(errors[key] if errors else None) + (f" ({number(raw[key])})" if raw else "") for key in _CALIBRATION
         ]
         rows.append([name, *cells])
     return [
         "## Calibration",
-        "Lower is better; in brackets: without the temperatures that were fitted on validation rows.",
+        "Lower is better. ECE: expected calibration error of the most probable level; classwise: mean over all levels. "
+        "In brackets: before temperature scaling, which was fitted on validation data.",
         markdown_table(["dimension", *_CALIBRATION.values()], rows),
     ]
 
@@ -333,16 +357,16 @@ def _with_interval(value: float | None, interval: Sequence[float | None] | None)
     return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
-_PLACES = ("reward.json", "version_*/reward.json")
+_RESULT_FILES = ("reward.json", "version_*/reward.json")
 
 
 def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
-    """Writes the report into folders, sends its pictures to the loggers and prints its table; for rank 0.
+    """Writes the report into folders, logs its pictures and prints its table; on rank 0 only.
 
     Args:
-        trainer: Whose loggers to use.
-        result: What :func:`~moslim.evaluation.classifier_report.evaluate` returned.
-        folders: Where to write; the first one's pictures go to the loggers.
+        trainer: Trainer of the test.
+        result: Result of :func:`evaluate`.
+        folders: Folders to write; the pictures of the first one are logged.
     """
     first, *copies = folders
     paths = write_report(result, first)
@@ -354,17 +378,17 @@ def publish(trainer: Trainer, result: Result, folders: Sequence[Path]) -> None:
 
 
 def write_report(result: Result, folder: str | Path) -> dict[str, Path]:
-    """Writes ``reward.json``, ``report.md`` and the pictures; each file is replaced whole or not at all.
+    """Writes ``reward.json``, ``report.md`` and the pictures, each file atomically; creates the folder.
 
     Returns:
-        Path by name: ``json``, ``report``, ``confusion``, and ``correlation`` and ``reliability`` where there are such.
+        Paths by ``json``, ``report``, ``confusion`` and, unless undefined, ``correlation`` and ``reliability``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
-        "confusion": plots.confusion_matrices(result),
-        "correlation": plots.head_correlation(result),
-        "reliability": plots.reliability(result["calibration"]),
+        "confusion": plotting.confusion_matrices(result),
+        "correlation": plotting.head_correlation(result),
+        "reliability": plotting.reliability(result["calibration"]),
     }
     pictures = write_figures(folder, figures)
     page = markdown(result, [path.name for path in pictures.values()])
@@ -372,13 +396,13 @@ def write_report(result: Result, folder: str | Path) -> dict[str, Path]:
 
 
 def find_result(folders: Iterable[str | Path], weights: str) -> Result | None:
-    """Returns the newest test of these weights, or None.
+    """Returns the newest saved result for these weights, or None.
 
     Args:
-        folders: Roots of runs, or folders of reports.
+        folders: Root folders of runs, or folders of reports.
         weights: Fingerprint of the weights.
     """
-    files = {file for folder in folders for place in _PLACES for file in Path(folder).glob(place)}
+    files = {file for folder in folders for pattern in _RESULT_FILES for file in Path(folder).glob(pattern)}
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         result: Result = json.loads(file.read_text(encoding="utf-8"))
         if result.get("weights") == weights:
@@ -387,33 +411,33 @@ def find_result(folders: Iterable[str | Path], weights: str) -> Result | None:
 
 
 def scalars(result: Result) -> dict[str, float]:
-    """The figures that dashboards should chart; what is not defined is left out.
+    """Returns the metrics to log, without undefined values.
 
-    ``{dimension}/{measure}`` and ``mean/{measure}``; ``{subset}/...`` for the measures that validation has, too;
+    ``{dimension}/{measure}`` and ``mean/{measure}``; ``{subset}/...`` for the measures of validation;
     ``calibration/{dimension}/{ece, classwise_ece, brier, rps}``; ``pairs/{dimension}/accuracy`` and
     ``pairs/weighted/accuracy``; ``requests/{dimension}/{proxy, gold, gap}`` and ``requests/mean/...``;
     ``best_of/accuracy``, ``best_of/paraphrased`` and ``best_of/every_paraphrase``.
     """
-    values = _of(result, MEASURES)
-    for name, part in result["subsets"].items():
-        values |= {f"{name}/{key}": value for key, value in _of(part, metrics.MEASURES).items()}
-    for name, figures in result["calibration"].items():
-        kinds = ("ece", "classwise_ece", "brier", "rps")
-        values |= {f"calibration/{name}/{kind}": figures[kind] for kind in kinds} if figures else {}
+    metrics = _level_metrics(result, MEASURES)
+    for name, measured in result["subsets"].items():
+        subset_metrics = _level_metrics(measured, classifier_records.MEASURES)
+        metrics |= {f"{name}/{key}": value for key, value in subset_metrics.items()}
+    for name, errors in result["calibration"].items():
+        metrics |= {f"calibration/{name}/{key}": errors[key] for key in _CALIBRATION} if errors else {}
     if pairs := result["pairs"]:
-        parts = {**pairs["dimensions"], "weighted": pairs["weighted"]}
-        values |= {f"pairs/{name}/accuracy": part["accuracy"] for name, part in parts.items()}
-    if asked := result["requests"]:
-        parts = {**asked["dimensions"], "mean": asked["mean"]}
-        shown = ("proxy", "gold", "gap")
-        values |= {f"requests/{name}/{kind}": part[kind] for name, part in parts.items() for kind in shown}
-    if found := result["best_of"]:
-        values["best_of/accuracy"] = found["accuracy"]
-        if again := found["paraphrases"]:
-            values |= {"best_of/paraphrased": again["accuracy"], "best_of/every_paraphrase": again["every"]}
-    return {key: value for key, value in values.items() if value is not None}
+        scores = {**pairs["dimensions"], "weighted": pairs["weighted"]}
+        metrics |= {f"pairs/{name}/accuracy": values["accuracy"] for name, values in scores.items()}
+    if requests := result["requests"]:
+        for name, values in {**requests["dimensions"], "mean": requests["mean"]}.items():
+            metrics |= {f"requests/{name}/{key}": values[key] for key in ("proxy", "gold", "gap")}
+    if best_of := result["best_of"]:
+        metrics["best_of/accuracy"] = best_of["accuracy"]
+        if paraphrases := best_of["paraphrases"]:
+            metrics["best_of/paraphrased"] = paraphrases["accuracy"]
+            metrics["best_of/every_paraphrase"] = paraphrases["every"]
+    return {key: value for key, value in metrics.items() if value is not None}
 
 
-def _of(part: Result, measures: Sequence[str]) -> dict[str, float | None]:
-    named = {**part["dimensions"], "mean": part["mean"]}
-    return {f"{name}/{measure}": found[measure] for name, found in named.items() for measure in measures}
+def _level_metrics(measured: Result, measures: Sequence[str]) -> dict[str, float | None]:
+    by_name = {**measured["dimensions"], "mean": measured["mean"]}
+    return {f"{name}/{measure}": values[measure] for name, values in by_name.items() for measure in measures}

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moslim.evaluation.classifier_records import ScoredPairs, ScoredRows
+from moslim.evaluation.classifier_records import ScoredComparisons, ScoredRows
 from tests.helpers.scored_rows import Rows
 from tests.reward.conftest import backbone, preferences
 
@@ -58,5 +58,5 @@ def six(rows: Rows) -> ScoredRows:
 
 
 @pytest.fixture
-def no_pairs() -> ScoredPairs:
-    return ScoredPairs(torch.zeros(0, 2).double(), torch.zeros(0, 2).bool(), torch.zeros(0).long(), [])
+def no_comparisons() -> ScoredComparisons:
+    return ScoredComparisons(torch.zeros(0, 2).double(), torch.zeros(0, 2).bool(), torch.zeros(0).long(), [])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moslim.data.types import Question
-from moslim.evaluation.best_of import BestOf, Candidates, Score, best_of_n, read_choices, right_picks
+from moslim.evaluation.best_of import BestOf, Candidates, Score, best_of_n, correct_choices, read_choices
 from moslim.mapping import ExpectedDistance, MappingFunction, TargetProbability
 from moslim.preferences import PreferenceSet
 from moslim.utils.files import Result, plain
@@ -52,7 +52,7 @@ def test_the_highest_reward_wins_and_a_tie_is_shared(mapping) -> None:
     probs = torch.stack([certain(answers, 3) for answers in levels])
     targets = torch.tensor([[1, -1], [-1, 1], [-1, 1]])
     mapping.bind(PreferenceSet({"size": ["s", "m", "l"], "heat": ["c", "w", "h"]}))
-    assert right_picks(probs, targets, torch.tensor([1, 0, 0]), mapping).tolist() == [1, 0, 0.5]
+    assert correct_choices(probs, targets, torch.tensor([1, 0, 0]), mapping).tolist() == [1, 0, 0.5]
 
 
 def test_paraphrases_are_counted_apart() -> None:

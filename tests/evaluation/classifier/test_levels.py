@@ -4,18 +4,18 @@ import pytest
 import torch
 
 from moslim.evaluation.classifier_measures import (
-    Labelled,
+    LabelledRows,
     auroc,
     level_intervals,
     level_measures,
-    majority,
+    majority_baseline,
     recall,
 )
 from moslim.evaluation.classifier_records import ScoredRows
 
 
 def test_measures_of_three_levels_by_hand(six: ScoredRows) -> None:
-    head = Labelled.of(six, 1, 3)
+    head = LabelledRows.of(six, 1, 3)
     assert head.confusions().sum(0).tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
     found = {name: value.item() for name, value in level_measures(head).items()}
     assert found["accuracy"] == pytest.approx(4 / 6)
@@ -32,7 +32,7 @@ def test_measures_of_three_levels_by_hand(six: ScoredRows) -> None:
 
 
 def test_unlabelled_rows_do_not_count_and_two_levels_have_an_auroc(six: ScoredRows) -> None:
-    head = Labelled.of(six, 0, 2)
+    head = LabelledRows.of(six, 0, 2)
     found = level_measures(head)
     assert len(head.levels) == 5 and found["accuracy"] == 3 / 5
     # negatives 0.2 0.8, positives 0.8 0.2 0.8: pairs 1 + 1/2, 1/2 + 0, 1 + 1/2 of 6
@@ -60,28 +60,28 @@ def test_intervals_are_over_questions(rows) -> None:
     right, wrong = [[1, 2], [0, 0]] * 20, [[0, 0], [1, 2]] * 20
     scored = rows(levels=right + right, predicted=right + wrong, question=[1] * 40 + [2] * 40)
     for head, size in enumerate((2, 3)):
-        found = {name: ends.tolist() for name, ends in level_intervals(Labelled.of(scored, head, size)).items()}
+        found = {name: ends.tolist() for name, ends in level_intervals(LabelledRows.of(scored, head, size)).items()}
         assert found["accuracy"] == [0, 1]
         assert found["kappa"] == [-1, 1]
         assert found["within_one"] == ([1, 1] if size == 2 else [0, 1])
         assert ("auroc" in found) == (size == 2)
-    assert level_intervals(Labelled.of(scored, 0, 2))["auroc"].tolist() == [0, 1]
+    assert level_intervals(LabelledRows.of(scored, 0, 2))["auroc"].tolist() == [0, 1]
 
 
 def test_a_head_without_labels_has_nothing(rows) -> None:
-    head = Labelled.of(rows(levels=[[-1, 0]], predicted=[[0, 0]]), 0, 2)
+    head = LabelledRows.of(rows(levels=[[-1, 0]], predicted=[[0, 0]]), 0, 2)
     assert all(value.isnan() for value in level_measures(head).values())
     assert all(ends.isnan().all() for ends in level_intervals(head).values())
-    assert majority(head) == {"level": None, "accuracy": None, "within_one": None}
+    assert majority_baseline(head) == {"level": None, "accuracy": None, "within_one": None}
 
 
 def test_labels_of_one_level_have_no_correlation(rows) -> None:
-    found = level_measures(Labelled.of(rows(levels=[[1, 1]] * 3, predicted=[[1, 0], [1, 1], [0, 2]]), 1, 3))
+    found = level_measures(LabelledRows.of(rows(levels=[[1, 1]] * 3, predicted=[[1, 0], [1, 1], [0, 2]]), 1, 3))
     assert found["spearman"].isnan()
     assert found["accuracy"] == found["balanced_accuracy"] == 1 / 3
 
 
 def test_majority(six: ScoredRows, rows) -> None:
-    assert majority(Labelled.of(six, 0, 2)) == {"level": 1, "accuracy": 3 / 5, "within_one": 1}
+    assert majority_baseline(LabelledRows.of(six, 0, 2)) == {"level": 1, "accuracy": 3 / 5, "within_one": 1}
     scored = rows(levels=[[0, 0], [0, 2], [0, 2]], predicted=[[0, 0]] * 3)
-    assert majority(Labelled.of(scored, 1, 3)) == {"level": 2, "accuracy": 2 / 3, "within_one": 2 / 3}
+    assert majority_baseline(LabelledRows.of(scored, 1, 3)) == {"level": 2, "accuracy": 2 / 3, "within_one": 2 / 3}

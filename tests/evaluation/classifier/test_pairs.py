@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from moslim.evaluation.classifier_measures import complete_weights, pairwise
-from moslim.evaluation.classifier_records import ScoredPairs
+from moslim.evaluation.classifier_measures import complete_weights, pairwise_accuracy
+from moslim.evaluation.classifier_records import ScoredComparisons
 from moslim.utils.files import plain
 from tests.helpers.scored_rows import PREFERENCES
 
-PAIRS = ScoredPairs(
+PAIRS = ScoredComparisons(
     score_margins=torch.tensor([[0.5, -1.0], [0.0, 2.0], [-0.5, 0.25], [0.25, 1.0]], dtype=torch.float64),
     comparison_mask=torch.tensor([[True, True], [True, True], [True, False], [False, False]]),
     question=torch.tensor([1, 1, 2, 2]),
@@ -15,7 +15,7 @@ PAIRS = ScoredPairs(
 
 
 def test_by_hand() -> None:
-    found = plain(pairwise(PAIRS, PREFERENCES))
+    found = plain(pairwise_accuracy(PAIRS, PREFERENCES))
     assert found["n_pairs"] == 4
     assert {name: (p["accuracy"], p["n_pairs"]) for name, p in found["dimensions"].items()} == {
         "two": (0.5, 3),  # right, tie, wrong
@@ -31,16 +31,16 @@ def test_by_hand() -> None:
 
 
 def test_parts_of_the_data_by_hand() -> None:
-    found = plain(pairwise(PAIRS, PREFERENCES))["subsets"]
+    found = plain(pairwise_accuracy(PAIRS, PREFERENCES))["subsets"]
     assert {name: part["n_pairs"] for name, part in found.items()} == {"de": 1, "en": 2}
     assert found["de"]["dimensions"]["three"]["accuracy"] == 1 and found["de"]["weighted"]["accuracy"] == 1
     assert found["en"]["dimensions"]["two"]["accuracy"] == 0.5 and found["en"]["weighted"]["accuracy"] == 0
 
 
 def test_weights_change_the_sum() -> None:
-    found = pairwise(PAIRS, PREFERENCES, {"two": 3})["weighted"]
+    found = pairwise_accuracy(PAIRS, PREFERENCES, {"two": 3})["weighted"]
     assert found["accuracy"] == 0.5 and found["n_pairs"] == 3
-    against = pairwise(PAIRS, PREFERENCES, {"three": -1})["weighted"]  # a dimension that people dislike
+    against = pairwise_accuracy(PAIRS, PREFERENCES, {"three": -1})["weighted"]  # a dimension that people dislike
     assert against["accuracy"] == 0.5 and against["n_pairs"] == 2
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from moslim.evaluation import plotting as plots
-from moslim.evaluation.classifier_records import ScoredPairs, ScoredRows
+from moslim.evaluation.classifier_records import ScoredComparisons, ScoredRows
 from moslim.evaluation.classifier_report import evaluate, markdown, scalars, summary_table, write_report
 from moslim.utils.files import Result
 from tests.helpers.scored_rows import PREFERENCES
@@ -26,17 +26,17 @@ BEST_OF = {
 
 @pytest.fixture
 def result(six: ScoredRows) -> Result:
-    pairs = ScoredPairs(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]), ["en"])
+    pairs = ScoredComparisons(torch.tensor([[1.0, -1.0]]).double(), torch.ones(1, 2).bool(), torch.tensor([9]), ["en"])
     six.raw = six.probs.sqrt() / six.probs.sqrt().sum(-1, keepdim=True)
     six.requested[:, 1] = 2
     return evaluate(six, pairs, PREFERENCES, {"two": 2.0, "three": 0.5}, BEST_OF)
 
 
 @pytest.fixture
-def least(six: ScoredRows, no_pairs: ScoredPairs) -> Result:
+def least(six: ScoredRows, no_comparisons: ScoredComparisons) -> Result:
     """One unlabelled dimension, no subsets, pairs or prompts."""
     rows = six.select(six.length > 100)
-    return evaluate(rows, no_pairs, PREFERENCES)
+    return evaluate(rows, no_comparisons, PREFERENCES)
 
 
 def colours(figure) -> int:
@@ -90,13 +90,13 @@ def test_the_page_tells_every_figure(result: Result) -> None:
         "| three | 1 b | 2 | 3 | 1.000 |",
         "| de | two | 1 | 0.000 |",
         "| 1 to 2 | 2 | 0.500 | 0.500 |",
-        "the sum: two 2, three 0.5.",
+        "weighted sum of expected levels: two 2, three 0.5.",
         "| **weighted sum** | 1 | 1.000 |",
         "| three | 6 | 0.217 | 0.333 | -0.117 [",
         "| two | 0 | - | - | - |",
         "## Best of 4",
-        "| as asked | 0.750 [0.500, 1.000] |",
-        "| as asked and in every paraphrase | 0.250 |",
+        "| original questions | 0.750 [0.500, 1.000] |",
+        "| original question and all its paraphrases | 0.250 |",
         f"| three | {0.8 - 4 / 6:.3f} (",
     ):
         assert line in page, line
@@ -105,7 +105,7 @@ def test_the_page_tells_every_figure(result: Result) -> None:
 
 def test_what_there_is_not_takes_no_space(least: Result) -> None:
     page = markdown(least)
-    for heading in ("By subset", "Compared answers", "Answers to requests", "Best of"):
+    for heading in ("By subset", "Comparisons", "Answers to requests", "Best of"):
         assert heading not in page
     assert "| three | 0 | - | - | - | - | - | - | - | - |" in page
     assert "nan" not in page and "None" not in page
@@ -151,13 +151,13 @@ def test_the_summary_fits_a_console_of_80_columns(result: Result) -> None:
     lines = summary_table(result).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "Reward classifier, 6 labelled answers, 4 questions"
-    assert lines[1].split() == "dimension rows accuracy within one MAE QW kappa Spearman AUROC".split()
+    assert lines[1].split() == "dimension rows accuracy within one MAE kappa Spearman AUROC".split()
     assert [line.split()[:3] for line in lines[3:5]] == [["two", "5", "0.600"], ["three", "6", "0.667"]]
     assert lines[5].split()[:2] == ["mean", "0.633"]
     assert lines[6:] == [
-        "compared answers, weighted sum of the heads: accuracy 1.000",
+        "comparisons: accuracy 1.000 of the weighted sum of expected levels",
         "answers to requests: proxy 0.217, gold 0.333",
-        "best of 4: accuracy 0.750, by chance 0.250",
+        "best of 4: accuracy 0.750, chance 0.250",
     ]
 
 
