@@ -3,12 +3,12 @@ from math import isnan, nan, sqrt
 import pytest
 import torch
 
-from moslim.evaluation.steerability import control, level_shares, mean_interval, slopes, sweeps
+from moslim.evaluation.steerability import level_shares, mean_interval, slopes, sweep_measures, sweeps
 
 
 def test_control_on_a_small_sweep():
     achieved = torch.tensor([[[0.0, 2.0, 2.0]], [[2.0, 1.0, 0.0]]], dtype=torch.float64)  # two questions, one sample
-    values = {name: value.tolist() for name, value in control(achieved).items()}
+    values = {name: value.tolist() for name, value in sweep_measures(achieved).items()}
     assert values == {
         "exact": [[1, 0, 1], [0, 1, 0]],
         "within_one": [[1, 1, 1], [0, 1, 0]],
@@ -20,7 +20,7 @@ def test_control_on_a_small_sweep():
 
 
 def test_control_leaves_out_what_was_not_judged():
-    values = control(torch.tensor([[[0.0, nan, 1.0]]], dtype=torch.float64))
+    values = sweep_measures(torch.tensor([[[0.0, nan, 1.0]]], dtype=torch.float64))
     means = {name: value.nanmean().item() for name, value in values.items()}
     assert means["exact"] == 0.5
     assert means["within_one"] == 1.0
@@ -31,7 +31,7 @@ def test_control_leaves_out_what_was_not_judged():
 
 
 def test_a_level_between_integers_counts_as_the_nearer():
-    values = control(torch.tensor([[[0.4, 1.6, 0.6]]], dtype=torch.float64))
+    values = sweep_measures(torch.tensor([[[0.4, 1.6, 0.6]]], dtype=torch.float64))
     assert values["exact"].tolist() == [[1, 0, 0]]
     assert values["within_one"].tolist() == [[1, 1, 1]]
 
@@ -56,19 +56,19 @@ def test_level_shares():
 
 def test_sweeps_put_answers_where_they_belong(trained):
     warmth, length = sweeps(trained, (3, 2))
-    assert warmth.own.tolist() == [[[0, 1, 2]], [[1, 1, 1]]]
+    assert warmth.swept.tolist() == [[[0, 1, 2]], [[1, 1, 1]]]
     assert warmth.achieved[0, 0, :, 1].tolist() == [0, 0, 1]
-    assert length.own.tolist() == [[[0, 1]], [[1, 0]]]
+    assert length.swept.tolist() == [[[0, 1]], [[1, 0]]]
     assert warmth.p_target[1, 0].tolist() == pytest.approx([0, 0.9, 0])
 
 
 def test_sweeps_mark_missing_answers(make):
     rows = [(7, 0, "sweep", [0, -1], [0.0, 0.0]), (7, 3, "sweep", [2, -1], [nan, 0.0])]
     warmth, length = sweeps(make(rows), (3, 2))
-    assert warmth.own.shape == (1, 2, 3)
-    assert warmth.own.isnan().tolist() == [[[False, True, True], [True, True, True]]]
+    assert warmth.swept.shape == (1, 2, 3)
+    assert warmth.swept.isnan().tolist() == [[[False, True, True], [True, True, True]]]
     assert warmth.p_target[0, 1, 2].isnan()  # the classifier has an opinion, the judge has none
-    assert length.own.isnan().all()
+    assert length.swept.isnan().all()
 
 
 def test_a_sweep_prompt_moves_one_dimension(make):

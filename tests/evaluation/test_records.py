@@ -21,7 +21,7 @@ def test_concat_undoes_a_split(trained):
 
 
 def test_concat_of_nothing_says_so():
-    with pytest.raises(ValueError, match="no records to join"):
+    with pytest.raises(ValueError, match="the test data loader has no batch"):
         Records.concat([])
 
 
@@ -67,9 +67,9 @@ def test_canonical_of_none_is_none(make):
 
 
 def test_fields_that_disagree_are_named(trained):
-    with pytest.raises(ValueError, match=r"records.achieved is \(14, 1\)"):
+    with pytest.raises(ValueError, match=r"records.achieved has shape \(14, 1\)"):
         replace(trained, achieved=trained.achieved[:, :1])
-    with pytest.raises(ValueError, match=r"records.kinds is \(13,\)"):
+    with pytest.raises(ValueError, match=r"records.kinds has shape \(13,\)"):
         replace(trained, kinds=trained.kinds[1:])
 
 

@@ -141,7 +141,7 @@ def test_measures_alone_agree(result, trained, preferences):
 
 
 def test_other_dimensions_are_refused(trained, starting):
-    with pytest.raises(ValueError, match="policy's records have 2 dimensions, preferences 1"):
+    with pytest.raises(ValueError, match="records of 'policy' have 2 dimensions, but `preferences` has 1"):
         steerability(trained, starting, PreferenceSet({"warmth": ["cold", "warm"]}), GOLD, {})
 
 

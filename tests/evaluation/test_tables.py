@@ -30,7 +30,7 @@ def test_markdown_tables(result):
     ):
         assert line in page.splitlines()
     assert "| unseen |" not in page
-    assert "0.000 before, -0.058 after" in page
+    assert "0.000 before training, -0.058 after training" in page
 
 
 def test_proxy_is_marked_wherever_a_judge_speaks(trained, starting, preferences):
@@ -44,7 +44,7 @@ def test_proxy_is_marked_wherever_a_judge_speaks(trained, starting, preferences)
 
 def test_no_combinations(trained, starting, preferences):
     page = markdown(build(trained.of_kind("sweep"), starting.of_kind("sweep"), preferences))
-    assert "No prompt asked for several dimensions at once." in page
+    assert "No prompt requests several dimensions." in page
     assert "| warmth | - | - | - |" in page  # nothing was asked without an instruction
 
 
@@ -67,4 +67,4 @@ def test_summary_fits_the_console(result):
 
 def test_a_classifier_that_judges_is_not_called_gold(result):
     judged = {**result, "judge": {**result["judge"], "proxy": True}}
-    assert "proxy minus what the judge, a classifier itself, finds met: -0.058" in summary_table(judged)
+    assert "proxy minus share of requests met by the classifier judge: -0.058" in summary_table(judged)

@@ -1,4 +1,4 @@
-"""Judges: measures of the levels that an answer achieves, separate from the classifier that trained the policy."""
+"""Judges: measures of the levels that answers achieve, independent of the classifier that trained the policy."""
 
 from __future__ import annotations
 
@@ -19,43 +19,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JudgeInfo:
-    """Label of a result: the judge's name, and whether the judge is a learned model."""
+    """Description of a judge in results.
+
+    Args:
+        name: See :attr:`Judge.name`.
+        proxy: See :attr:`Judge.proxy`.
+    """
 
     name: str
     proxy: bool
 
 
 class Judge(ABC):
-    """Measures achieved levels. Subclass it, and name the subclass under ``model.judge``."""
+    """Base class of judges. Subclass it, and name the subclass under ``model.judge``."""
 
     name: ClassVar[str]
-    """Name of the judge in results; never a path, so that results do not depend on where files are."""
+    """Name of the judge in results; not a path, so that results do not depend on the location of files."""
 
     proxy: ClassVar[bool]
-    """True for a learned model, which a policy can exploit: its results are marked ``proxy``."""
+    """True for a learned model, which a policy can exploit; its results are marked as proxy."""
 
     preferences: PreferenceSet
 
     @property
     def info(self) -> JudgeInfo:
-        """The label of this judge's results."""
+        """Description of the judge in results."""
         return JudgeInfo(self.name, self.proxy)
 
     def setup(self, preferences: PreferenceSet) -> None:
-        """Fixes the dimensions to judge and their order; loads what judging needs.
+        """Sets the dimensions to judge, and loads models.
 
         Raises:
-            ValueError: The judge does not know a dimension, or knows it with another number of levels.
+            ValueError: The judge lacks a dimension, or has other levels for it.
         """
         self.preferences = preferences
 
     @abstractmethod
     def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
-        """Returns the achieved levels ``[N, D]`` (float32, CPU) of ``N`` answers; NaN where it cannot judge."""
+        """Returns the achieved levels ``[N, D]`` (float32, CPU) of ``N`` answers; NaN where the judge cannot decide."""
 
 
 class GoldJudge(Judge):
-    """Counts the levels exactly, on the embedded world, whose dimensions a program can measure."""
+    """Computes the exact levels of answers in the embedded world."""
 
     name = "gold"
     proxy = False
@@ -72,20 +77,20 @@ class GoldJudge(Judge):
         names = self.preferences.names
         rows = []
         for question, answer in zip(questions, answers, strict=True):
-            found = gold_levels(question, answer)
-            rows.append([float(found[name]) for name in names])
+            levels = gold_levels(question, answer)
+            rows.append([float(levels[name]) for name in names])
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), len(names))
 
 
 class ClassifierJudge(Judge):
-    """Takes the most probable level of a second reward classifier, where no exact measure exists.
+    """Returns the most probable levels of a second reward classifier.
 
     Args:
-        path: Folder or Hub name of a saved reward classifier: another one than the policy was trained with,
-            at best of another backbone and trained on other rows.
+        path: Folder or Hub name of a saved reward classifier that did not train the policy, preferably with another
+            backbone and trained on other rows.
         batch_size: Answers per forward pass.
-        device: Where the classifier runs.
-        base: Base model of a classifier in the adapter form, where it is not where it was in training.
+        device: Device of the classifier.
+        base: Base model of a classifier saved as an adapter; None = the location saved with it.
     """
 
     name = "classifier"

@@ -1,7 +1,7 @@
-"""Steerability: how closely achieved levels follow the requested ones.
+"""Steerability: measures of the agreement between requested and achieved levels.
 
-Measures are pure functions on the tensors of all judged answers; NaN marks answers that could not be judged and is left
-out. The result is one plain JSON document.
+Measures are pure functions on tensors of judged completions. NaN stands for levels that could not be judged, and is
+left out of means. The result is one JSON document.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from moslim.utils.errors import UsageError
 from moslim.utils.files import Result, plain
 
 KINDS = ("sweep", "default", "seen", "unseen")
-"""Shipped kinds of requests: one dimension's level sweep, no instruction, combinations of levels. Others may follow."""
+"""Shipped kinds of prompts: level sweep of one dimension, no instruction, and two sets of combinations."""
 
 
 @dataclass
 class Records:
-    """``N`` judged answers; ``D`` dimensions, at most ``K`` levels.
+    """``N`` judged completions; ``D`` dimensions, at most ``K`` levels.
 
     Args:
-        question: ``[N]`` int64, which question.
-        sample: ``[N]`` int64, which of the answers drawn for one prompt.
+        question: ``[N]`` int64, index of the question.
+        sample: ``[N]`` int64, index of the completion among those of one prompt.
         kinds: ``N`` names of :class:`~moslim.data.prompt_batches.EvaluationKind`.
-        targets: ``[N, D]`` int64, requested level, -1 = not mentioned in the prompt.
-        achieved: ``[N, D]`` float, the judge's level; NaN where it cannot judge.
-        probs: ``[N, D, K]`` float, the training classifier's class probabilities, 0 on padded classes.
+        targets: ``[N, D]`` int64, requested level, -1 = not requested.
+        achieved: ``[N, D]`` float, level by the judge; NaN where it cannot judge.
+        probs: ``[N, D, K]`` float, level probabilities of the training classifier, 0 on levels that a dimension lacks.
 
     Raises:
-        UsageError: The fields disagree in ``N`` or ``D``, or a kind has no name.
+        UsageError: The fields differ in ``N`` or ``D``, or the name of a kind is empty.
     """
 
     question: Tensor
@@ -58,65 +58,65 @@ class Records:
         }
         for name, (actual, expected) in shapes.items():
             if tuple(actual) != expected:
-                raise UsageError(f"records.{name} is {tuple(actual)}, but targets {(n, d)} ask for {expected}")
+                raise UsageError(f"records.{name} has shape {tuple(actual)}, but targets of {(n, d)} need {expected}")
         if not all(self.kinds):
-            raise UsageError("records.kinds has an empty name: give the kind of request that each answer is to")
+            raise UsageError("records.kinds has an empty name: name the kind of prompt of each completion")
 
     def __len__(self) -> int:
         return len(self.kinds)
 
     @classmethod
     def concat(cls, parts: Sequence[Records]) -> Records:
-        """Joins the records of several batches or ranks.
+        """Concatenates the records of several batches or processes.
 
         Raises:
             UsageError: There are no parts.
         """
         if not parts:
-            raise UsageError("no records to join: the test data loader gave no batch")
+            raise UsageError("no completions were judged: the test data loader has no batch; check the test split")
         return cls(
-            question=torch.cat([p.question for p in parts]),
-            sample=torch.cat([p.sample for p in parts]),
-            kinds=[kind for p in parts for kind in p.kinds],
-            targets=torch.cat([p.targets for p in parts]),
-            achieved=torch.cat([p.achieved for p in parts]),
-            probs=torch.cat([p.probs for p in parts]),
+            question=torch.cat([part.question for part in parts]),
+            sample=torch.cat([part.sample for part in parts]),
+            kinds=[kind for part in parts for kind in part.kinds],
+            targets=torch.cat([part.targets for part in parts]),
+            achieved=torch.cat([part.achieved for part in parts]),
+            probs=torch.cat([part.probs for part in parts]),
         )
 
     def select(self, rows: Tensor) -> Records:
-        """Keeps some rows: a mask ``[N]`` (bool) or positions (int64)."""
-        rows = torch.arange(len(self))[rows.cpu()]
+        """Selects rows by a mask ``[N]`` (bool) or by indices (int64)."""
+        indices = torch.arange(len(self))[rows.cpu()]
         return Records(
-            question=self.question[rows],
-            sample=self.sample[rows],
-            kinds=[self.kinds[i] for i in rows.tolist()],
-            targets=self.targets[rows],
-            achieved=self.achieved[rows],
-            probs=self.probs[rows],
+            question=self.question[indices],
+            sample=self.sample[indices],
+            kinds=[self.kinds[i] for i in indices.tolist()],
+            targets=self.targets[indices],
+            achieved=self.achieved[indices],
+            probs=self.probs[indices],
         )
 
     def of_kind(self, kind: str) -> Records:
-        """Keeps the rows of one kind."""
-        return self.select(torch.tensor([k == kind for k in self.kinds], dtype=torch.bool))
+        """Selects the rows of one kind."""
+        return self.select(torch.tensor([name == kind for name in self.kinds], dtype=torch.bool))
 
     def canonical(self) -> Records:
-        """Returns the same answers on CPU in one order, whatever batches and ranks they came from.
+        """Returns the records on CPU in an order that does not depend on batches and processes.
 
-        Rows are ordered by question, kind, targets and sample. An answer that is there twice, as when ranks
-        are padded to equal length, counts once.
+        Rows are sorted by question, kind, targets and sample. Duplicates are removed; they arise when processes are
+        padded to equal length.
         """
-        known = [*KINDS, *sorted(set(self.kinds) - set(KINDS))]
-        kinds = torch.tensor([known.index(kind) for kind in self.kinds], dtype=torch.long)
+        ordered_kinds = [*KINDS, *sorted(set(self.kinds) - set(KINDS))]
+        kinds = torch.tensor([ordered_kinds.index(kind) for kind in self.kinds], dtype=torch.long)
         columns = (self.question[:, None].cpu(), kinds[:, None], self.targets.cpu(), self.sample[:, None].cpu())
         identity = torch.cat(columns, dim=1)
         values = self.achieved.cpu().nan_to_num(-1.0)
-        # lexsort's last key is the first to count: the identity's columns decide, values only break ties.
+        # The last key of lexsort is the primary one: the columns of the identity decide, the values only break ties.
         keys = [*values.T.flip(0).numpy(), *identity.T.flip(0).numpy()]
         order = torch.from_numpy(np.lexsort(keys))
         identity = identity[order]
-        new = torch.ones(len(self), dtype=torch.bool)
-        new[1:] = (identity[1:] != identity[:-1]).any(dim=1)
-        return self._cpu().select(order[new])
+        is_first = torch.ones(len(self), dtype=torch.bool)
+        is_first[1:] = (identity[1:] != identity[:-1]).any(dim=1)
+        return self._cpu().select(order[is_first])
 
     def _cpu(self) -> Records:
         return Records(
@@ -131,13 +131,13 @@ class Records:
 
 @dataclass
 class SweepGrid:
-    """Answers to the same ``Q`` questions with one dimension's ``K`` levels requested in turn, ``S`` samples each.
+    """Completions of ``Q`` questions with each of the ``K`` levels of one dimension requested, ``S`` samples each.
 
     Args:
-        dimension: Position of the dimension that is moved.
+        dimension: Index of the swept dimension.
         achieved: ``[Q, S, K, D]`` float64, level on every dimension; NaN where missing or not judged.
-        p_target: ``[Q, S, K]`` float64, the training classifier's probability of the requested level; NaN where
-            the judge gave none, so that both are averages over the same answers.
+        p_target: ``[Q, S, K]`` float64, the training classifier's probability of the requested level; NaN where the
+            swept dimension was not judged, so that proxy and gold are means over the same completions.
     """
 
     dimension: int
@@ -145,73 +145,73 @@ class SweepGrid:
     p_target: Tensor
 
     @property
-    def own(self) -> Tensor:
-        """``[Q, S, K]`` achieved level on the dimension that is moved."""
+    def swept(self) -> Tensor:
+        """Achieved level on the swept dimension, ``[Q, S, K]``."""
         return self.achieved[..., self.dimension]
 
 
 def sweeps(records: Records, sizes: tuple[int, ...]) -> list[SweepGrid]:
-    """Sorts the answers of kind ``sweep`` into one grid per dimension, all over the same questions.
+    """Arranges the completions of kind ``sweep`` in one grid per dimension, all over the same questions.
 
     Args:
-        records: Judged answers, each there once (:meth:`Records.canonical`).
+        records: Judged completions without duplicates (:meth:`Records.canonical`).
         sizes: Number of levels of each dimension.
 
     Raises:
-        UsageError: A sweep prompt mentions no dimension or several.
+        UsageError: A prompt of the sweep requests no dimension or several.
     """
     records = records.of_kind("sweep")
-    moved = records.targets != INACTIVE
-    if not bool((moved.sum(dim=1) == 1).all()):
+    requested = records.targets != INACTIVE
+    if not bool((requested.sum(dim=1) == 1).all()):
         raise UsageError("a prompt of kind 'sweep' must ask for exactly one dimension; use 'seen' or 'unseen'")
-    questions, question = records.question.unique(return_inverse=True)
-    samples, sample = records.sample.unique(return_inverse=True)
+    questions, question_indices = records.question.unique(return_inverse=True)
+    samples, sample_indices = records.sample.unique(return_inverse=True)
     grids = []
-    for i, size in enumerate(sizes):
-        rows = moved[:, i]
-        level = records.targets[rows, i]
-        cell = (question[rows], sample[rows], level)
+    for d, size in enumerate(sizes):
+        mask = requested[:, d]
+        levels = records.targets[mask, d]
+        cells = (question_indices[mask], sample_indices[mask], levels)
         shape = (len(questions), len(samples), size)
         achieved = torch.full((*shape, len(sizes)), torch.nan, dtype=torch.float64)
-        achieved[cell] = records.achieved[rows].double()
+        achieved[cells] = records.achieved[mask].double()
         p_target = torch.full(shape, torch.nan, dtype=torch.float64)
-        p_target[cell] = records.probs[rows, i].double().gather(1, level[:, None]).squeeze(1)
-        grids.append(SweepGrid(i, achieved, p_target.where(~achieved[..., i].isnan(), torch.nan)))
+        p_target[cells] = records.probs[mask, d].double().gather(1, levels[:, None]).squeeze(1)
+        grids.append(SweepGrid(d, achieved, p_target.where(~achieved[..., d].isnan(), torch.nan)))
     return grids
 
 
-def control(achieved: Tensor) -> dict[str, Tensor]:
-    """The six measures of one dimension's sweep, question by question.
+def sweep_measures(achieved: Tensor) -> dict[str, Tensor]:
+    """Computes the six measures of a sweep, per question.
 
-    A level between two integers counts as the nearer one in ``exact`` and ``within_one``.
+    ``exact`` and ``within_one`` round a level between two integers to the nearer one.
 
     Args:
         achieved: ``[Q, S, K]`` achieved level; the last axis is the requested level.
 
     Returns:
-        Measure to values ``[Q, M]``, NaN where not defined: a measure's value is the mean of what is not NaN.
-        ``spearman`` has one value per sample, ``monotonicity`` one per pair of neighbouring levels,
-        ``dynamic_range`` one per sample: achieved at the highest request minus at the lowest.
+        Values ``[Q, M]`` by measure, whose mean without NaN is the result. ``spearman`` has one value per sample,
+        ``monotonicity`` one per pair of neighbouring levels (1 if the achieved level does not fall), ``dynamic_range``
+        one per sample (achieved level at the highest request minus that at the lowest).
     """
     requested = torch.arange(achieved.shape[-1], dtype=achieved.dtype)
     error = (achieved - requested).abs()
     step = achieved.diff(dim=-1)
     values = {
-        "exact": _share(error < 0.5, error),
-        "within_one": _share(error < 1.5, error),
+        "exact": _indicator(error < 0.5, error),
+        "within_one": _indicator(error < 1.5, error),
         "mae": error,
         "spearman": rank_correlation(requested, achieved),
-        "monotonicity": _share(step >= 0, step),
+        "monotonicity": _indicator(step >= 0, step),
         "dynamic_range": achieved[..., -1] - achieved[..., 0],
     }
     return {name: value.flatten(start_dim=1) for name, value in values.items()}
 
 
 def slopes(achieved: Tensor) -> Tensor:
-    """Change of every dimension's level per level of the request, least squares per question.
+    """Least-squares slope of every dimension's achieved level over the requested level, per question.
 
     Args:
-        achieved: ``[Q, S, K, D]``, third axis = requested level of the dimension that is moved.
+        achieved: ``[Q, S, K, D]``; the third axis is the requested level of the swept dimension.
 
     Returns:
         ``[Q, D]``; NaN where fewer than two different requests were judged.
@@ -226,13 +226,13 @@ def slopes(achieved: Tensor) -> Tensor:
 
 
 def level_shares(achieved: Tensor) -> Tensor:
-    """Share of answers at each achieved level, per requested level.
+    """Distribution of the achieved level, per requested level.
 
     Args:
-        achieved: ``[Q, S, K]``.
+        achieved: ``[Q, S, K]``; the last axis is the requested level.
 
     Returns:
-        ``[K, K]``, rows = requested, summing to 1; NaN rows where nothing was judged.
+        ``[K, K]``, a row per requested level, which sums to 1; NaN where no completion was judged.
     """
     size = achieved.shape[-1]
     nearest = achieved.round().clamp(0, size - 1)
@@ -241,92 +241,94 @@ def level_shares(achieved: Tensor) -> Tensor:
 
 
 def mean_interval(values: list[Tensor], resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, float]:
-    """95% interval of a measure's mean over dimensions; every dimension sees the same draw of questions.
+    """95% bootstrap interval of a measure's mean over dimensions, by resampling questions jointly for all dimensions.
 
     Args:
-        values: One ``[Q, M]`` tensor per dimension, as :func:`control` gives.
-        resamples: Number of draws.
-        seed: Seed of the draws.
+        values: ``[Q, M]`` of each dimension, from :func:`sweep_measures`.
+        resamples: Number of resamples.
+        seed: Seed of the resamples.
 
     Returns:
-        Lower and upper end; NaN with fewer than two questions.
+        Lower and upper bound; NaN with fewer than two questions.
     """
-    total = torch.stack([v.nansum(dim=1) for v in values], dim=1)
-    count = torch.stack([(~v.isnan()).sum(dim=1).double() for v in values], dim=1)
+    sums = torch.stack([value.nansum(dim=1) for value in values], dim=1)
+    counts = torch.stack([(~value.isnan()).sum(dim=1).double() for value in values], dim=1)
 
-    def mean(weights: Tensor) -> Tensor:
-        return ((weights @ total) / (weights @ count)).nanmean(dim=1)
+    def mean(question_counts: Tensor) -> Tensor:
+        return ((question_counts @ sums) / (question_counts @ counts)).nanmean(dim=1)
 
-    low, high = bootstrap_interval(mean, len(total), resamples, seed).tolist()
+    low, high = bootstrap_interval(mean, len(sums), resamples, seed).tolist()
     return low, high
 
 
-def _share(holds: Tensor, judged: Tensor) -> Tensor:
-    """0 or 1 where a condition could be checked, NaN elsewhere."""
-    return holds.to(judged.dtype).where(~judged.isnan(), torch.nan)
+def _indicator(condition: Tensor, values: Tensor) -> Tensor:
+    """1 where a condition on values holds, 0 where it does not, NaN where the value is NaN."""
+    return condition.to(values.dtype).where(~values.isnan(), torch.nan)
 
 
 SCHEMA = 1
-"""Version of the document; a key that is added does not change it."""
+"""Version of the document, which additional keys do not change."""
 
 MEASURES = ("exact", "within_one", "mae", "spearman", "monotonicity", "dynamic_range")
+"""Keys of :func:`sweep_measures`."""
 
 
 def steerability(
     policy: Records, base: Records, preferences: PreferenceSet, judge: JudgeInfo, config: dict[str, Any]
 ) -> Result:
-    """Compares a policy with the one it started from.
+    """Computes the steerability of a trained policy and of the policy that it started from.
 
     Args:
-        policy: Judged answers of the trained policy.
-        base: Judged answers of the starting policy to the same prompts.
+        policy: Judged completions of the trained policy.
+        base: Judged completions of the starting policy for the same prompts.
         preferences: The dimensions, in the order of the records.
-        judge: Who measured the achieved levels.
+        judge: Judge that measured the achieved levels.
         config: Settings of the run to keep with the result: plain data without paths, times or versions.
 
     Returns:
-        Plain data that :mod:`json` writes as it is: floats rounded to 6 digits, None for what could not be
-        measured. It does not depend on the order of the records.
+        The JSON document as plain data: floats rounded to 6 digits, None for undefined values. It does not depend on
+        the order of the records.
 
     Raises:
-        UsageError: The records have another number of dimensions than ``preferences``.
+        UsageError: The records and ``preferences`` differ in the number of dimensions.
     """
-    for owner, records in (("policy", policy), ("base", base)):
+    for name, records in (("policy", policy), ("base", base)):
         if records.targets.shape[1] != len(preferences):
             raise UsageError(
-                f"the {owner}'s records have {records.targets.shape[1]} dimensions, preferences {len(preferences)}"
+                f"the records of '{name}' have {records.targets.shape[1]} dimensions, but `preferences` has "
+                f"{len(preferences)}: judge the completions with the same preferences"
             )
     policy, base = policy.canonical(), base.canonical()
-    after, before = sweeps(policy, preferences.sizes), sweeps(base, preferences.sizes)
+    grids = {"before": sweeps(base, preferences.sizes), "after": sweeps(policy, preferences.sizes)}
     names = preferences.names
-    talk = torch.stack([slopes(sweep.achieved).nanmean(dim=0) for sweep in after])
-    gain = talk.diagonal()[:, None]
-    relative = (talk / gain).where(gain.abs() > 1e-6, torch.nan)
-    others = ~torch.eye(len(names), dtype=torch.bool)
-    measured, measured_before = _control(after, names), _control(before, names)
+    before, after = (_measures(sweep_grids, names) for sweep_grids in grids.values())
+    cross_talk = torch.stack([slopes(grid.achieved).nanmean(dim=0) for grid in grids["after"]])
+    swept_slope = cross_talk.diagonal()[:, None]
+    relative = (cross_talk / swept_slope).where(swept_slope.abs() > 1e-6, torch.nan)
+    off_diagonal = ~torch.eye(len(names), dtype=torch.bool)
     result = {
         "schema": SCHEMA,
         "judge": {"name": judge.name, "proxy": judge.proxy},
-        **measured,
+        **after,
         "interval": {
-            measure: mean_interval([control(sweep.own)[measure] for sweep in after])
+            measure: mean_interval([sweep_measures(grid.swept)[measure] for grid in grids["after"]])
             for measure in ("exact", "spearman")
         },
-        "base": {**measured_before, "combinations": _combinations(base)},
+        "base": {**before, "combinations": _combinations(base)},
         "combinations": _combinations(policy),
-        "cross_talk": talk,
+        "cross_talk": cross_talk,
         "cross_talk_normalised": relative,
-        "interference": relative[others].abs().nanmean(),
-        "reward": _reward(measured_before, measured, {"before": before, "after": after}, names),
-        "default_quality": {"before": _default(base, names), "after": _default(policy, names)},
+        "interference": relative[off_diagonal].abs().nanmean(),
+        "reward": _reward(before, after, grids, names),
+        "default_quality": {"before": _default_levels(base, names), "after": _default_levels(policy, names)},
         "curves": {
             name: {
                 "requested": list(preferences[name].levels),
-                "policy": a.own.nanmean(dim=(0, 1)),
-                "base": b.own.nanmean(dim=(0, 1)),
-                "shares": level_shares(a.own),
+                "policy": grid.swept.nanmean(dim=(0, 1)),
+                "base": base_grid.swept.nanmean(dim=(0, 1)),
+                "shares": level_shares(grid.swept),
             }
-            for name, a, b in zip(names, after, before, strict=True)
+            for name, grid, base_grid in zip(names, grids["after"], grids["before"], strict=True)
         },
         "n_questions": len(policy.question.unique()),
         "n_answers": len(policy),
@@ -335,54 +337,55 @@ def steerability(
 
 
 def measures(records: Records, preferences: PreferenceSet) -> Result:
-    """The level sweep alone: ``dimensions`` (name to measure to value) and their ``mean``, as plain data."""
-    return plain(_control(sweeps(records.canonical(), preferences.sizes), preferences.names))
+    """Computes the measures of the level sweep: ``dimensions``, by name and measure, and their ``mean``."""
+    return plain(_measures(sweeps(records.canonical(), preferences.sizes), preferences.names))
 
 
-def _control(grids: list[SweepGrid], names: tuple[str, ...]) -> Result:
+def _measures(grids: list[SweepGrid], names: tuple[str, ...]) -> Result:
     dimensions = {
-        name: {measure: value.nanmean() for measure, value in control(sweep.own).items()}
-        for name, sweep in zip(names, grids, strict=True)
+        name: {measure: value.nanmean() for measure, value in sweep_measures(grid.swept).items()}
+        for name, grid in zip(names, grids, strict=True)
     }
-    return {"dimensions": dimensions, "mean": {m: _mean([d[m] for d in dimensions.values()]) for m in MEASURES}}
+    mean = {measure: _mean([values[measure] for values in dimensions.values()]) for measure in MEASURES}
+    return {"dimensions": dimensions, "mean": mean}
 
 
 def _combinations(records: Records) -> Result:
-    further = sorted(set(records.kinds) - set(KINDS))
-    return {kind: _joint(records.of_kind(kind)) for kind in ("seen", "unseen", *further)}
+    added_kinds = sorted(set(records.kinds) - set(KINDS))
+    return {kind: _joint_measures(records.of_kind(kind)) for kind in ("seen", "unseen", *added_kinds)}
 
 
-def _joint(records: Records) -> Result | None:
-    """Share of answers with every requested level met, and the mean over dimensions of the MAE."""
+def _joint_measures(records: Records) -> Result | None:
+    """Share of completions that meet all requested levels, and the mean absolute error averaged over dimensions."""
     if not len(records):
         return None
     active = records.targets != INACTIVE
     error = (records.achieved.double() - records.targets).abs().where(active, torch.nan)
-    judged = (active & ~error.isnan()).sum(dim=1) == active.sum(dim=1)
-    met = ((error < 0.5) | ~active).all(dim=1)[judged]
-    return {"joint_exact": met.double().mean(), "mae": error.nanmean(dim=0).nanmean(), "n_answers": len(records)}
+    fully_judged = (active & ~error.isnan()).sum(dim=1) == active.sum(dim=1)
+    all_exact = ((error < 0.5) | ~active).all(dim=1)[fully_judged]
+    return {"joint_exact": all_exact.double().mean(), "mae": error.nanmean(dim=0).nanmean(), "n_answers": len(records)}
 
 
 def _reward(before: Result, after: Result, grids: dict[str, list[SweepGrid]], names: tuple[str, ...]) -> Result:
-    """The trained reward (proxy: p_target) beside the goal (gold: exact), on the same answers."""
+    """Proxy (``p_target``) and gold (``exact``) before and after training, over the same completions."""
     gold = {"before": before["dimensions"], "after": after["dimensions"]}
     dimensions: Result = {
         name: {
-            "proxy": {time: rows[i].p_target.nanmean() for time, rows in grids.items()},
-            "gold": {time: gold[time][name]["exact"] for time in grids},
+            "proxy": {phase: sweep_grids[d].p_target.nanmean() for phase, sweep_grids in grids.items()},
+            "gold": {phase: gold[phase][name]["exact"] for phase in grids},
         }
-        for i, name in enumerate(names)
+        for d, name in enumerate(names)
     }
     means = {
-        kind: {time: _mean([values[kind][time] for values in dimensions.values()]) for time in grids}
-        for kind in ("proxy", "gold")
+        key: {phase: _mean([values[key][phase] for values in dimensions.values()]) for phase in grids}
+        for key in ("proxy", "gold")
     }
-    gap = {time: means["proxy"][time] - means["gold"][time] for time in grids}
+    gap = {phase: means["proxy"][phase] - means["gold"][phase] for phase in grids}
     return {**means, "gap": gap, "dimensions": dimensions}
 
 
-def _default(records: Records, names: tuple[str, ...]) -> Result:
-    """Mean level of every dimension where nothing was asked for."""
+def _default_levels(records: Records, names: tuple[str, ...]) -> Result:
+    """Mean achieved level of every dimension over prompts without an instruction."""
     levels = records.of_kind("default").achieved.double().nanmean(dim=0)
     return dict(zip(names, levels, strict=True))
 

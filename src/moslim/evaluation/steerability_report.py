@@ -1,4 +1,4 @@
-"""Reports of a steerability result: Markdown page, console table, files in a folder and logged figures."""
+"""Reports of a steerability result: Markdown page, console table, files in a folder and logged metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from moslim.evaluation import plotting as plots
+from moslim.evaluation import plotting
 from moslim.evaluation.steerability import MEASURES
 from moslim.utils.files import (
     Result,
@@ -27,34 +27,37 @@ TITLES = {
     "exact": "exact",
     "within_one": "within one",
     "mae": "MAE",
-    "monotonicity": "monotone",
+    "monotonicity": "monotonicity",
     "dynamic_range": "range",
 }
-"""Measures in the order in which people should read them."""
+"""Column titles of the measures, in the order of the tables."""
 
 PROXY_NOTE = (
-    "> **Proxy.** The judge of these results is itself a learned classifier. It can be wrong, and a policy can be "
-    "good at pleasing it: read the figures as an indication, not as a measurement."
+    "> **Proxy.** The judge of these results is a learned classifier. It can be wrong, and a policy can exploit it: "
+    "treat the results as estimates."
 )
 
 
 def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
-    """The report as a Markdown page; ``pictures`` are file names beside it."""
+    """Formats the report as a Markdown page; ``pictures`` are names of files in its folder."""
     mark = " (proxy)" if result["judge"]["proxy"] else ""
     names = list(result["dimensions"])
     reward, default = result["reward"], result["default_quality"]
-    before_and_after = [
-        [name, *(number(d[kind][time]) for kind in ("proxy", "gold") for time in ("before", "after"))]
-        for name, d in [*reward["dimensions"].items(), ("**mean**", reward)]
+    reward_rows = [
+        [name, *(number(values[key][phase]) for key in ("proxy", "gold") for phase in ("before", "after"))]
+        for name, values in [*reward["dimensions"].items(), ("**mean**", reward)]
     ]
-    joint = [
-        [kind, *(_pair(result, kind, key) for key in ("joint_exact", "mae"))]
+    combination_rows = [
+        [kind, *(_with_base(result, kind, key) for key in ("joint_exact", "mae"))]
         for kind, joint_measures in result["combinations"].items()
         if joint_measures
     ]
-    talk = [[f"**{name}**", *map(number, row)] for name, row in zip(names, result["cross_talk"], strict=True)]
-    drift = [
-        [name, number(default["before"][name]), number(default["after"][name]), _drift(default, name)] for name in names
+    cross_talk_rows = [
+        [f"**{name}**", *map(number, row)] for name, row in zip(names, result["cross_talk"], strict=True)
+    ]
+    default_rows = [
+        [name, number(default["before"][name]), number(default["after"][name]), _default_change(default, name)]
+        for name in names
     ]
     blocks = [
         f"# Steerability{mark}",
@@ -62,26 +65,27 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
         f"`{result['judge']['name']}`{mark}.",
         *([PROXY_NOTE] if mark else []),
         f"## Requested against achieved levels{mark}",
-        "The trained policy, and in brackets the policy it started from under the same instructions.",
-        markdown_table(["dimension", *TITLES.values()], _control_rows(result, "**mean**")),
-        f"95% interval of the mean over questions: Spearman {_interval(result, 'spearman')}, "
+        "The trained policy, and in brackets the policy that it started from, on the same prompts.",
+        markdown_table(["dimension", *TITLES.values()], _sweep_rows(result)),
+        f"95% bootstrap interval of the mean, over questions: Spearman {_interval(result, 'spearman')}, "
         f"exact {_interval(result, 'exact')}.",
         *markdown_pictures(pictures),
-        f"## Several dimensions at once{mark}",
-        markdown_table(["combinations", "all levels exact", "MAE"], joint)
-        if joint
-        else "No prompt asked for several dimensions at once.",
-        f"## What was trained and what was wanted{mark}",
-        "Proxy: the training classifier's probability of the requested level. Gold: share of requests that the "
-        f"judge found met. Gap (proxy minus gold): {number(reward['gap']['before'])} before, "
-        f"{number(reward['gap']['after'])} after.",
-        markdown_table(["dimension", "proxy before", "proxy after", "gold before", "gold after"], before_and_after),
+        f"## Combinations of dimensions{mark}",
+        markdown_table(["combinations", "all levels exact", "MAE"], combination_rows)
+        if combination_rows
+        else "No prompt requests several dimensions.",
+        f"## Proxy and gold{mark}",
+        "Proxy: mean probability of the requested level by the training classifier. Gold: share of requests that are "
+        f"met according to the judge. Gap (proxy minus gold): {number(reward['gap']['before'])} before training, "
+        f"{number(reward['gap']['after'])} after training.",
+        markdown_table(["dimension", "proxy before", "proxy after", "gold before", "gold after"], reward_rows),
         f"## Levels without an instruction{mark}",
-        markdown_table(["dimension", "before", "after", "change"], drift),
+        "Mean achieved level.",
+        markdown_table(["dimension", "before", "after", "change"], default_rows),
         f"## Cross-talk{mark}",
-        "Change of the level in the column for each level by which the row's request moves. Interference (mean of "
-        f"the other columns relative to the row's own): {number(result['interference'])}.",
-        markdown_table(["request moved", *names], talk),
+        "Change of the achieved level of a dimension (column) per level of the request (row). Interference, the mean "
+        f"absolute change of other dimensions relative to the requested one: {number(result['interference'])}.",
+        markdown_table(["requested dimension", *names], cross_talk_rows),
         "## Settings",
         f"```json\n{json.dumps(result['config'], indent=2, ensure_ascii=False)}\n```",
     ]
@@ -89,65 +93,70 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
 
 
 def summary_table(result: Result) -> str:
-    """The main figures as a plain-text table for the console."""
+    """Formats the main results as a plain-text table for the console."""
     judge = result["judge"]["name"] + (" (proxy)" if result["judge"]["proxy"] else "")
-    trained, base = {**result["dimensions"], "mean": result["mean"]}, result["base"]
+    base = result["base"]
+    after = {**result["dimensions"], "mean": result["mean"]}
     before = {**base["dimensions"], "mean": base["mean"]}
     table = console_table(
         f"Steerability, {result['n_questions']} questions, judge: {judge}",
         ["dimension", *TITLES.values()],
         {
-            heading: [[name, *(number(values[measure]) for measure in TITLES)] for name, values in figures.items()]
-            for heading, figures in (("", trained), ("before training", before))
+            heading: [[name, *(number(values[measure]) for measure in TITLES)] for name, values in measured.items()]
+            for heading, measured in (("", after), ("before training", before))
         },
     )
     gap = result["reward"]["gap"]["after"]
-    met = "what the judge, a classifier itself, finds met" if result["judge"]["proxy"] else "gold"
-    return f"{table}\nproxy minus {met}: {number(gap)}\n"
+    gold = "share of requests met by the classifier judge" if result["judge"]["proxy"] else "gold"
+    return f"{table}\nproxy minus {gold}: {number(gap)}\n"
 
 
-def _control_rows(result: Result, mean: str) -> list[list[str]]:
-    pairs = [(name, values, result["base"]["dimensions"][name]) for name, values in result["dimensions"].items()]
-    pairs.append((mean, result["mean"], result["base"]["mean"]))
-    return [[name, *(f"{number(a[m])} ({number(b[m])})" for m in TITLES)] for name, a, b in pairs]
+def _sweep_rows(result: Result) -> list[list[str]]:
+    base = result["base"]
+    rows = [(name, values, base["dimensions"][name]) for name, values in result["dimensions"].items()]
+    rows.append(("**mean**", result["mean"], base["mean"]))
+    return [
+        [name, *(f"{number(after[measure])} ({number(before[measure])})" for measure in TITLES)]
+        for name, after, before in rows
+    ]
 
 
-def _pair(result: Result, kind: str, key: str) -> str:
+def _with_base(result: Result, kind: str, key: str) -> str:
     base = result["base"]["combinations"][kind]
     return f"{number(result['combinations'][kind][key])} ({number(base[key] if base else None)})"
 
 
-def _drift(default: Mapping[str, Any], name: str) -> str:
+def _default_change(default: Mapping[str, Any], name: str) -> str:
     before, after = default["before"][name], default["after"][name]
     return number(None if before is None or after is None else after - before)
 
 
 def _interval(result: Result, measure: str) -> str:
-    low, high = result["interval"][measure]
-    return f"{number(low)} to {number(high)}"
+    lower, upper = result["interval"][measure]
+    return f"{number(lower)} to {number(upper)}"
 
 
 def write_report(
-    result: Result, folder: str | Path, history: Sequence[plots.Point] | Path | None = None
+    result: Result, folder: str | Path, history: Sequence[plotting.Point] | Path | None = None
 ) -> dict[str, Path]:
-    """Writes ``steerability.json``, ``report.md`` and the pictures. Files are replaced whole or not at all.
+    """Writes ``steerability.json``, ``report.md`` and the pictures, each file atomically; creates the folder.
 
     Args:
-        result: What :func:`moslim.evaluation.steerability.steerability` returned.
-        folder: Where to write; created where it does not exist.
-        history: Points logged in training, or the ``metrics.csv`` that holds them, for the learning curves.
+        result: Result of :func:`moslim.evaluation.steerability.steerability`.
+        folder: Folder to write.
+        history: Metrics logged in training, or the ``metrics.csv`` that has them, for the learning curves.
 
     Returns:
-        Path by name: ``json``, ``report``, ``requested_achieved``, ``cross_talk``, and ``learning_curves`` where
-        the history has them.
+        Paths by ``json``, ``report``, ``requested_achieved``, ``cross_talk`` and, if the history has proxy or gold,
+        ``learning_curves``.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    points = plots.read_history(history) if isinstance(history, Path) else history or []
+    points = plotting.read_history(history) if isinstance(history, Path) else history or []
     figures = {
-        "requested_achieved": plots.requested_against_achieved(result),
-        "cross_talk": plots.cross_talk(result),
-        "learning_curves": plots.learning_curves(points, list(result["dimensions"])),
+        "requested_achieved": plotting.requested_against_achieved(result),
+        "cross_talk": plotting.cross_talk(result),
+        "learning_curves": plotting.learning_curves(points, list(result["dimensions"])),
     }
     pictures = write_figures(folder, figures)
     page = markdown(result, [path.name for path in pictures.values()])
@@ -155,13 +164,13 @@ def write_report(
 
 
 def log_report(loggers: Iterable[Logger], paths: Mapping[str, Path], result: Result, step: int | None = None) -> None:
-    """Sends the figures to every logger, and the pictures to those that take pictures. Call it on rank 0.
+    """Logs the metrics to every logger, and the pictures to those that accept pictures; on rank 0 only.
 
     Args:
         loggers: ``trainer.loggers``.
-        paths: What :func:`write_report` returned.
-        result: The same result.
-        step: Training step that the policy comes from.
+        paths: Paths from :func:`write_report`.
+        result: Result of the same report.
+        step: Training step of the policy.
     """
     loggers = list(loggers)
     for logger in loggers:
@@ -170,12 +179,13 @@ def log_report(loggers: Iterable[Logger], paths: Mapping[str, Path], result: Res
 
 
 def scalars(result: Result) -> dict[str, float]:
-    """The figures that dashboards should chart, under ``steerability/``; what was not measured is left out."""
-    values = {f"mean/{measure}": result["mean"][measure] for measure in MEASURES}
-    values |= {f"{name}/{measure}": d[measure] for name, d in result["dimensions"].items() for measure in MEASURES}
-    values |= {f"base/{measure}": result["base"]["mean"][measure] for measure in MEASURES}
-    values |= {f"reward/{kind}": result["reward"][kind]["after"] for kind in ("proxy", "gold", "gap")}
-    for kind, joint in result["combinations"].items():
-        values |= {f"{kind}/{key}": joint[key] for key in ("joint_exact", "mae")} if joint else {}
-    values["interference"] = result["interference"]
-    return {f"steerability/{key}": value for key, value in values.items() if value is not None}
+    """Returns the metrics to log, under ``steerability/``, without undefined values."""
+    metrics = {f"mean/{measure}": result["mean"][measure] for measure in MEASURES}
+    for name, values in result["dimensions"].items():
+        metrics |= {f"{name}/{measure}": values[measure] for measure in MEASURES}
+    metrics |= {f"base/{measure}": result["base"]["mean"][measure] for measure in MEASURES}
+    metrics |= {f"reward/{key}": result["reward"][key]["after"] for key in ("proxy", "gold", "gap")}
+    for kind, joint_measures in result["combinations"].items():
+        metrics |= {f"{kind}/{key}": joint_measures[key] for key in ("joint_exact", "mae")} if joint_measures else {}
+    metrics["interference"] = result["interference"]
+    return {f"steerability/{key}": value for key, value in metrics.items() if value is not None}
