@@ -172,9 +172,9 @@ def run_small(folder: Path, command: list[str], *options: str) -> MoslimCLI | No
         patch.setattr(sys, "argv", ["main.py"])
         try:
             return run([*command, *shlex.split(FEW_STEPS), *shlex.split(small), *options])
-        except GateError as closed:
-            assert ", wanted " in str(closed)
-            assert "no such metric" not in str(closed) and "nothing was logged" not in str(closed)
+        except GateError as failure:
+            assert ", required " in str(failure)
+            assert "no such metric" not in str(failure) and "no metrics were logged" not in str(failure)
             return None
 
 

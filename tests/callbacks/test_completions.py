@@ -12,7 +12,15 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
-from moslim.callbacks.dashboards import CompletionTable, Dashboard, answer_rows, append, escaped, flat, render
+from moslim.callbacks.dashboards import (
+    CompletionTable,
+    Dashboard,
+    append_rows,
+    completion_rows,
+    escape_html,
+    flatten,
+    render,
+)
 from moslim.callbacks.guards import Guards
 from moslim.callbacks.monitors import ThroughputMonitor
 from moslim.preferences import PreferenceSet
@@ -83,7 +91,7 @@ def read(path):
 
 
 def test_rows_are_spread_over_the_rollout():
-    first, second = answer_rows(rollout(), PREFERENCES, step=3, count=2)
+    first, second = completion_rows(rollout(), PREFERENCES, step=3, count=2)
     assert first == {
         "step": 3,
         "question": "How?",
@@ -98,14 +106,14 @@ def test_rows_are_spread_over_the_rollout():
 
 
 def test_more_rows_than_answers():
-    rows = answer_rows(rollout(), PREFERENCES, step=3, count=9)
+    rows = completion_rows(rollout(), PREFERENCES, step=3, count=9)
     assert [row["answer"] for row in rows] == ["Fine.", "b", "c", "d"]
     assert (rows[3]["requested"], rows[3]["advantage"]) == ({}, None)
 
 
 def test_model_text_is_inert_on_the_console():
     nasty = "[bold]x[/bold] [/] \x1b[31mred\x07\u202e\nnew line " + "long " * 200
-    text = render(answer_rows(rollout(nasty), PREFERENCES, step=1, count=1), "[b]Title", ("reward",))
+    text = render(completion_rows(rollout(nasty), PREFERENCES, step=1, count=1), "[b]Title", ("reward",))
     assert "[b]Title" in text
     assert "[bold]x[/bold] [/]" in text
     assert not {"\x1b", "\x07", "\u202e"} & set(text)
@@ -116,7 +124,7 @@ def test_model_text_is_inert_on_the_console():
 def test_history_is_appended_as_json_lines(tmp_path):
     file = tmp_path / "new" / "completions.jsonl"
     for step in (1, 2):
-        append(file, answer_rows(rollout("späte\nAntwort"), PREFERENCES, step, count=2))
+        append_rows(file, completion_rows(rollout("späte\nAntwort"), PREFERENCES, step, count=2))
     assert [(row["step"], row["answer"]) for row in read(file)] == [
         (1, "späte\nAntwort"),
         (1, "c"),
@@ -126,7 +134,7 @@ def test_history_is_appended_as_json_lines(tmp_path):
 
 
 def test_one_value_per_column():
-    first, _, _, last = (flat(row, PREFERENCES.names) for row in answer_rows(rollout(), PREFERENCES, 3, 4))
+    first, _, _, last = (flatten(row, PREFERENCES.names) for row in completion_rows(rollout(), PREFERENCES, 3, 4))
     assert first == {
         "step": 3,
         "question": "How?",
@@ -142,7 +150,7 @@ def test_one_value_per_column():
         "length/probabilities": [0.75, 0.25],
     }
     assert (last["preference"], last["warmth/requested"], last["warmth/reward"]) == ("", None, None)
-    assert escaped(first["warmth/probabilities"]) == "0.25 0.25 0.50" and escaped("a<b") == "a&lt;b"
+    assert escape_html(first["warmth/probabilities"]) == "0.25 0.25 0.50" and escape_html("a<b") == "a&lt;b"
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -154,7 +162,7 @@ def test_the_history_is_also_parquet(stopped, tmp_path):
         fit(tmp_path, CompletionTable(3, 2), policy, CSVLogger(tmp_path))
     folder = tmp_path / "lightning_logs" / "version_0"
     table = pyarrow.parquet.read_table(folder / "completions.parquet")
-    assert table.to_pylist() == [flat(row, PREFERENCES.names) for row in read(folder / "completions.jsonl")]
+    assert table.to_pylist() == [flatten(row, PREFERENCES.names) for row in read(folder / "completions.jsonl")]
     assert table["step"].to_pylist() == ([1, 1, 3, 3] if stopped else [1, 1, 3, 3, 6, 6])
     assert str(table.schema.field("warmth/requested").type) == "string"  # though some, or all, were not asked for
     assert not list(folder.glob("*.part"))
@@ -228,7 +236,7 @@ def test_fast_dev_run_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_a_module_without_answers_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="BoringModel gives none"):
+    with pytest.raises(UsageError, match="BoringModel generates none"):
         fit(tmp_path, CompletionTable(), BoringModel(), False)
 
 

@@ -46,8 +46,8 @@ def test_the_last_value_counts_and_is_shown(capsys):
 def test_every_metric_that_falls_short_is_listed():
     with pytest.raises(GateError) as error:
         fit(Gate({"val/score": 0.51}, {"val/loss": 1.5}))
-    assert "val/score: 0.5, wanted >= 0.51" in str(error.value)
-    assert "val/loss: 2, wanted <= 1.5" in str(error.value)
+    assert "val/score: 0.5, required >= 0.51" in str(error.value)
+    assert "val/loss: 2, required <= 1.5" in str(error.value)
 
 
 def test_an_unknown_metric_is_named_with_its_neighbours():

@@ -232,7 +232,7 @@ def test_broken_weights_are_not_saved(policy, preferences, tmp_path):
 def test_nothing_is_kept_where_nothing_shall_be_written(options, policy, preferences, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     guards = only("truncated", "stop", keep=options.pop("keep", True))
-    with pytest.raises(GuardError, match="The step was not kept"):
+    with pytest.raises(GuardError, match="The step was not saved"):
         trainer(tmp_path, callbacks=[guards], **options).fit(policy(engine=Endless(8)), data(preferences))
     assert list(tmp_path.iterdir()) == []
 
@@ -301,9 +301,9 @@ def test_replay_says_what_it_needs(policy, preferences, tmp_path):
 def test_wrong_options_and_modules(tmp_path):
     with pytest.raises(ValueError, match=r"guards.kl is 'halt': give 'stop', 'warn' or 'off'"):
         Guards(kl="halt")
-    with pytest.raises(ValueError, match=r"kl_limit is 0.0.*more than 0"):
+    with pytest.raises(ValueError, match=r"kl_limit is 0.0.*values above 0"):
         Guards(kl_limit=0.0)
-    with pytest.raises(UsageError, match="Guards watch a PolicyTrainer, not a BoringModel"):
+    with pytest.raises(UsageError, match="Guards check a PolicyTrainer, not a BoringModel"):
         trainer(tmp_path, max_steps=1, callbacks=[Guards()]).fit(BoringModel())
 
 
@@ -311,18 +311,20 @@ def test_faults_by_hand():
     assert nonfinite("x", torch.tensor([1.0, math.inf, math.nan])) == "x is not finite in 2 of 3 places"
     assert nonfinite("x", torch.zeros(2, 2)) is None
     old, mask = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), torch.tensor([[True, True], [True, False]])
-    assert faults.kl_above(old, old - 2, mask, 3.0) is None  # 2 nats a token: 4 and 2
-    assert faults.kl_above(old, old - 2, mask, 2.9).startswith("the KL divergence to the reference is 3 nats")
-    assert faults.kl_above(old, None, mask, 1e-9) is None
-    assert faults.kl_above(old, old * math.nan, mask, 1e9) is not None
+    assert faults.kl_fault(old, old - 2, mask, 3.0) is None  # 2 nats a token: 4 and 2
+    assert faults.kl_fault(old, old - 2, mask, 2.9).startswith("the KL divergence to the reference is 3 nats")
+    assert faults.kl_fault(old, None, mask, 1e-9) is None
+    assert faults.kl_fault(old, old * math.nan, mask, 1e9) is not None
     now = old + torch.tensor([[0.03, -0.03], [0.0, 99.0]])
-    assert faults.off_policy("engine", now, old, mask, 0.021) is None
-    assert faults.off_policy("engine", now, old, mask & False, 1e-9) is None
-    assert "over tokens is 0.02, above 0.019" in faults.off_policy("engine", now, old, mask, 0.019)
+    assert faults.log_ratio_fault("engine", now, old, mask, 0.021) is None
+    assert faults.log_ratio_fault("engine", now, old, mask & False, 1e-9) is None
+    assert "over tokens is 0.02, above 0.019" in faults.log_ratio_fault("engine", now, old, mask, 0.019)
     now = old + torch.tensor([[0.03, 0.03], [0.01, 99.0]])  # answers: 0.06 and 0.01
-    assert faults.off_policy("engine", now, old, mask, 0.036, completions=True) is None
-    assert "engine disagree" in faults.off_policy("engine", now, old, mask, 0.034, completions=True)
-    assert faults.identical(["a", "a", "b", "b"], 2) and not faults.identical(["a", "a", "b", "c"], 2)
-    assert not faults.identical(["a", "a"], 1)
-    assert faults.truncated(torch.tensor([False, False])) and not faults.truncated(torch.tensor([False, True]))
+    assert faults.log_ratio_fault("engine", now, old, mask, 0.036, completions=True) is None
+    assert "engine disagree" in faults.log_ratio_fault("engine", now, old, mask, 0.034, completions=True)
+    assert faults.identical_fault(["a", "a", "b", "b"], 2) and not faults.identical_fault(["a", "a", "b", "c"], 2)
+    assert not faults.identical_fault(["a", "a"], 1)
+    assert faults.truncated_fault(torch.tensor([False, False])) and not faults.truncated_fault(
+        torch.tensor([False, True])
+    )
     assert nonfinite_weights([("w", torch.tensor([math.nan]))]) == "weight w is not finite"

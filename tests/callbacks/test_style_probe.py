@@ -80,7 +80,7 @@ def test_a_gate_behind_it_compares_and_loggers_get_the_figures(tmp_path: Path) -
     logger = CSVLogger(tmp_path, name="")
     trainer(tmp_path, StyleProbe(8), Gate(wanted), logger=logger).fit(RuleFollower(), data())
     assert "style/verbosity" in (tmp_path / "version_0" / "metrics.csv").read_text().splitlines()[0]
-    with pytest.raises(GateError, match=r"style/formality: -3, wanted >= 0.7"):
+    with pytest.raises(GateError, match=r"style/formality: -3, required >= 0.7"):
         trainer(tmp_path, StyleProbe(8), Gate({**wanted, "style/formality": 0.7})).fit(RuleFollower(), data())
 
 

@@ -15,7 +15,7 @@ from moslim.algorithms.grpo import GRPO
 from moslim.algorithms.online_dpo import OnlineDPO
 from moslim.algorithms.ppo import PPO
 from moslim.algorithms.rloo import RLOO
-from moslim.callbacks.guards import kl_above
+from moslim.callbacks.guards import kl_fault
 from moslim.callbacks.monitors import StepCheckpoint
 from moslim.mapping import TargetProbability
 from moslim.training.distributed import averaged, gathered, mean_over_processes, process_count
@@ -67,7 +67,7 @@ def own_divergence(folder):
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     old = torch.full((2, 3), 1.0 + 3 * rank)  # 3 and 12 nats per answer
-    (folder / f"{rank}").write_text(str(kl_above(old, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 7.4)))
+    (folder / f"{rank}").write_text(str(kl_fault(old, torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), 7.4)))
     torch.distributed.destroy_process_group()
 
 

@@ -49,7 +49,7 @@ class Raising(Callback):
 KINDS = {
     "usage": UsageError("rows.csv, line 7, field 'warmth': 9 is no level"),
     "guard": GuardError("guard `kl`: too far"),
-    "gate": GateError("the gate is closed"),
+    "gate": GateError("the gate failed"),
     "parity": ParityError("the server computes something else"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
     "interrupt": KeyboardInterrupt(),
@@ -96,7 +96,7 @@ def fails(capsys, kind, *options):
     [
         ("usage", 2, "error: rows.csv, line 7, field 'warmth': 9 is no level\n"),
         ("guard", 1, "error: guard `kl`: too far\n(--debug shows the traceback)\n"),
-        ("gate", 1, "error: the gate is closed\n"),
+        ("gate", 1, "error: the gate failed\n"),
         ("parity", 1, "error: the server computes something else\n"),
         ("memory", 1, "error: out of memory: CUDA out of memory. Tried to allocate 2 GiB.\nSmaller batches"),
         ("interrupt", 130, ""),

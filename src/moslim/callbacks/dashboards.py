@@ -27,6 +27,7 @@ from moslim.utils.errors import UsageError
 from moslim.utils.files import whole_file, write_text
 
 Row = dict[str, Any]
+"""A completion as plain data; see :func:`completion_rows`."""
 
 
 class JudgedCompletions(Protocol):
@@ -48,24 +49,27 @@ class JudgedCompletions(Protocol):
     def completion_advantages(self) -> Tensor: ...
 
 
-def answer_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
+def completion_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step: int, count: int) -> list[Row]:
     """Returns ``count`` evenly spaced completions as plain data.
 
     ``requested`` and ``rewards`` hold the requested dimensions only, ``probabilities`` holds all dimensions.
     """
-    names, total = preferences.names, len(rollout.answers)
+    names = preferences.names
     rows = []
-    for i in evenly_spaced(total, count):
+    for i in evenly_spaced(len(rollout.answers), count):
         targets, rewards = rollout.targets[i].tolist(), rollout.per_dimension[i].tolist()
         requested = [d for d, target in enumerate(targets) if target != INACTIVE]
-        levels = zip(preferences.dimensions, rollout.probs[i].tolist(), strict=True)
+        probs = dict(zip(names, rollout.probs[i].tolist(), strict=True))
         rows.append(
             {
                 "step": step,
-                "question": _text(rollout.questions[i]),
+                "question": _question_text(rollout.questions[i]),
                 "requested": {names[d]: preferences.dimensions[d].levels[targets[d]] for d in requested},
                 "answer": rollout.answers[i],
-                "probabilities": {d.name: [_finite(p) for p in probs[: len(d.levels)]] for d, probs in levels},
+                "probabilities": {
+                    dimension.name: [_finite(prob) for prob in probs[dimension.name][: len(dimension.levels)]]
+                    for dimension in preferences.dimensions
+                },
                 "rewards": {names[d]: _finite(rewards[d]) for d in requested},
                 "reward": _finite(float(rollout.rewards[i])),
                 "advantage": _finite(float(rollout.completion_advantages[i])),
@@ -74,7 +78,7 @@ def answer_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step: in
     return rows
 
 
-def append(file: Path, rows: list[Row]) -> None:
+def append_rows(file: Path, rows: list[Row]) -> None:
     """Appends rows to a JSON Lines file and creates it if necessary."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
@@ -82,10 +86,10 @@ def append(file: Path, rows: list[Row]) -> None:
 
 
 def write_parquet(lines: Path, names: Sequence[str]) -> Path:
-    """Writes the rows of a JSON Lines file to a parquet file beside it, with the fields of :func:`flat`.
+    """Writes the rows of a JSON Lines file to a parquet file beside it, with the fields of :func:`flatten`.
 
     Args:
-        lines: File that :func:`append` wrote.
+        lines: File written by :func:`append_rows`.
         names: Names of the dimensions.
 
     Returns:
@@ -98,7 +102,7 @@ def write_parquet(lines: Path, names: Sequence[str]) -> Path:
     for name in names:
         types |= {f"{name}/reward": pyarrow.float64(), f"{name}/probabilities": pyarrow.list_(pyarrow.float64())}
     with lines.open(encoding="utf-8") as stream:  # splitlines() would also split at other characters
-        rows = [flat(json.loads(line), names) for line in stream]
+        rows = [flatten(json.loads(line), names) for line in stream]
     schema = pyarrow.schema([(field, types.get(field, pyarrow.string())) for field in rows[0]])
     path = lines.with_suffix(".parquet")
     with whole_file(path) as part:
@@ -106,11 +110,11 @@ def write_parquet(lines: Path, names: Sequence[str]) -> Path:
     return path
 
 
-def flat(row: Row, names: Sequence[str]) -> Row:
+def flatten(row: Row, names: Sequence[str]) -> Row:
     """Flattens a row: ``preference`` as text, and ``/requested``, ``/reward``, ``/probabilities`` per dimension.
 
     Args:
-        row: Row of :func:`answer_rows`.
+        row: Row from :func:`completion_rows`.
         names: Names of the dimensions.
     """
     preference = ", ".join(f"{name}: {level}" for name, level in row["requested"].items())
@@ -123,30 +127,31 @@ def flat(row: Row, names: Sequence[str]) -> Row:
     return fields
 
 
-def escaped(value: Any) -> Any:
+def escape_html(value: Any) -> Any:
     """Converts a cell for W&B, whose tables render HTML: escapes texts and formats lists of numbers."""
     if isinstance(value, list):
         return " ".join("-" if number is None else f"{number:.2f}" for number in value)
     return html.escape(value) if isinstance(value, str) else value
 
 
-def _text(question: Question) -> str:
+def _question_text(question: Question) -> str:
     if isinstance(question, str):
         return question
     return "\n".join(f"{message['role']}: {message['content']}" for message in question)
 
 
 def _finite(value: float) -> float | None:
+    """Rounds a number to six decimals; None if it is not finite."""
     return round(value, 6) if math.isfinite(value) else None
 
 
-def render(rows: list[Row], title: str, figures: Sequence[str], width: int = 120) -> str:
+def render(rows: list[Row], title: str, number_keys: Sequence[str], width: int = 120) -> str:
     """Formats rows as a table for the console.
 
     Args:
-        rows: Rows of :func:`answer_rows`, which may have more numbers.
+        rows: Rows from :func:`completion_rows`; other numbers may be added to them.
         title: Text above the table.
-        figures: Keys of the numbers to show.
+        number_keys: Keys of the numbers to show.
         width: Width of the table in characters.
     """
     from rich import box
@@ -157,21 +162,21 @@ def render(rows: list[Row], title: str, figures: Sequence[str], width: int = 120
     table = Table(title=Text(title), box=box.SIMPLE_HEAD, show_lines=True, title_justify="left")
     for field, ratio in (("requested", 3), ("question", 4), ("answer", 8)):
         table.add_column(field, ratio=ratio)
-    for figure in figures:
-        table.add_column(figure, justify="right", no_wrap=True)
+    for key in number_keys:
+        table.add_column(key, justify="right", no_wrap=True)
     for row in rows:
         requested = "\n".join(
             f"{name}: {level} ({_signed(row['rewards'][name])})" for name, level in row["requested"].items()
         )
-        cells = (requested or "nothing", _short(row["question"], 160), _short(row["answer"], 400))
-        table.add_row(*map(Text, cells), *(_signed(row[figure]) for figure in figures))
+        cells = (requested or "nothing", _shortened(row["question"], 160), _shortened(row["answer"], 400))
+        table.add_row(*map(Text, cells), *(_signed(row[key]) for key in number_keys))
     text = io.StringIO()
     Console(file=text, width=width, force_terminal=sys.stdout.isatty()).print(table)
     return text.getvalue().rstrip()
 
 
-def _short(text: str, limit: int) -> str:
-    """One line without control characters, cut at ``limit``."""
+def _shortened(text: str, limit: int) -> str:
+    """Returns a text as one line without control characters, cut at ``limit``."""
     line = " ".join("".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -183,7 +188,7 @@ def _signed(value: float | None) -> str:
 class CompletionTable(Callback):
     """Prints and saves some completions of the policy during training, with their requests and rewards.
 
-    They are appended to ``completions.jsonl`` in the run's folder and to one table in W&B if it is used. At the end of
+    They are appended to ``completions.jsonl`` in the run's folder and, with W&B, to a table of the run. At the end of
     the run ``completions.parquet`` is written.
 
     Args:
@@ -199,7 +204,7 @@ class CompletionTable(Callback):
             raise UsageError(f"every_n_steps={every_n_steps} and rows={rows} must both be at least 1")
         self.every_n_steps = every_n_steps
         self.rows = rows
-        self._shown = 0
+        self._last_step = 0
         self._file: Path | None = None
         # A wandb.Table. An annotation with the class would import wandb when options are parsed.
         self._table: Any = None
@@ -207,15 +212,15 @@ class CompletionTable(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "rollout"):
             raise UsageError(
-                f"CompletionTable shows completions of a policy, and {type(pl_module).__name__} gives none: "
-                "remove it from trainer.callbacks"
+                f"CompletionTable shows completions of a policy, but {type(pl_module).__name__} generates none: "
+                "remove CompletionTable from trainer.callbacks"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Broadcast: all ranks must read it. None under fast_dev_run.
         folder = trainer.log_dir
         self._file = Path(folder) / "completions.jsonl" if folder else None
-        self._shown = trainer.global_step
+        self._last_step = trainer.global_step
         self._table = None
 
     def on_train_batch_end(
@@ -223,17 +228,17 @@ class CompletionTable(Callback):
     ) -> None:
         step = trainer.global_step
         due = step == 1 or step % self.every_n_steps == 0
-        if not due or step == self._shown or not trainer.is_global_zero:
+        if not due or step == self._last_step or not trainer.is_global_zero:
             return
-        self._shown = step
+        self._last_step = step
         module: Any = pl_module
-        rows = answer_rows(module.rollout, module.preferences, step, self.rows)
+        rows = completion_rows(module.rollout, module.preferences, step, self.rows)
         _print(trainer, render(rows, f"Completions at step {step}", ("reward", "advantage")))
         if self._file is not None:
-            append(self._file, rows)
+            append_rows(self._file, rows)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                self._log(logger, [flat(row, module.preferences.names) for row in rows])
+                self._log_to_wandb(logger, [flatten(row, module.preferences.names) for row in rows])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
@@ -243,14 +248,14 @@ class CompletionTable(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    def _log(self, logger: WandbLogger, rows: list[Row]) -> None:
-        """Adds rows to the run's only table, so that the dashboard shows the history."""
+    def _log_to_wandb(self, logger: WandbLogger, rows: list[Row]) -> None:
+        """Adds rows to the same table in W&B, so that the dashboard shows the history."""
         import wandb
 
         if self._table is None:
             self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
         for row in rows:
-            self._table.add_data(*map(escaped, row.values()))
+            self._table.add_data(*map(escape_html, row.values()))
         logger.experiment.log({"completions": self._table, "trainer/global_step": rows[0]["step"]})
 
 
@@ -264,51 +269,60 @@ def _print(trainer: Trainer, text: str) -> None:
 
 
 STEP = "trainer/global_step"
+"""Metric of the x-axis in W&B."""
 RUN_FILE = "wandb_run.json"
+"""File in the run's folder that holds the id of the W&B run."""
 
 
-class Meaning(NamedTuple):
-    """Unit of a metric, and the aggregates in the summary of a run (``last``, ``min``, ``max``, ``mean``)."""
+class MetricInfo(NamedTuple):
+    """Description of a metric in W&B.
+
+    Args:
+        unit: Unit, or the quantity that is measured.
+        summary: Aggregates in the summary of a run: ``last``, ``min``, ``max`` or ``mean``, separated by commas.
+    """
 
     unit: str
     summary: str = "last"
 
 
 METRICS = {
-    "train/loss": Meaning("the policy optimizer's objective"),
-    "train/reward*": Meaning("reward of the mapping function, mean over completions of instructed prompts", "last,max"),
-    "train/proxy*": Meaning("the classifier's probability of the requested level", "last,max"),
-    "train/gold*": Meaning("share of requests that the judge finds met", "last,max"),
-    "train/kl": Meaning("nats per completion, to the reference", "last,max"),
-    "train/kl_k3": Meaning("nats per token, to the reference", "last,max"),
-    "train/entropy": Meaning("nats per token", "last,min"),
-    "train/length": Meaning("tokens per completion", "last,mean"),
-    "train/truncated": Meaning("share of completions cut at the length limit", "last,max"),
-    "train/used": Meaning("share of completions that take part in updates", "last,min"),
-    "train/clip_fraction": Meaning("share of completions or tokens whose ratio was clipped", "last,max"),
-    "train/entropy_bonus": Meaning("nats per token, exact", "last,min"),
-    "train/kl_loss": Meaning("nats, as in the loss", "last,max"),
-    "train/kl_coef": Meaning("weight of the KL divergence"),
-    "train/value_loss": Meaning("squared error of the critic, in squared rewards"),
-    "train/value_clip_fraction": Meaning("share of tokens whose value was clipped", "last,max"),
-    "train/pairs": Meaning("share of prompts with a chosen and a rejected completion", "last,min"),
-    "train/accuracy": Meaning("share of comparisons whose chosen completion is the likelier one", "last,max"),
-    "train/margin": Meaning("nats by which the chosen completion is likelier, times beta"),
-    "train/multiplier*": Meaning("weight of the constrained dimension"),
-    "train/off_policy/*": Meaning(
+    "train/loss": MetricInfo("the policy optimizer's objective"),
+    "train/reward*": MetricInfo(
+        "reward of the mapping function, mean over completions of instructed prompts", "last,max"
+    ),
+    "train/proxy*": MetricInfo("the classifier's probability of the requested level", "last,max"),
+    "train/gold*": MetricInfo("share of requests that the judge finds met", "last,max"),
+    "train/kl": MetricInfo("nats per completion, to the reference", "last,max"),
+    "train/kl_k3": MetricInfo("nats per token, to the reference", "last,max"),
+    "train/entropy": MetricInfo("nats per token", "last,min"),
+    "train/length": MetricInfo("tokens per completion", "last,mean"),
+    "train/truncated": MetricInfo("share of completions cut at the length limit", "last,max"),
+    "train/used": MetricInfo("share of completions that take part in updates", "last,min"),
+    "train/clip_fraction": MetricInfo("share of completions or tokens whose ratio was clipped", "last,max"),
+    "train/entropy_bonus": MetricInfo("nats per token, exact", "last,min"),
+    "train/kl_loss": MetricInfo("nats, as in the loss", "last,max"),
+    "train/kl_coef": MetricInfo("weight of the KL divergence"),
+    "train/value_loss": MetricInfo("squared error of the critic, in squared rewards"),
+    "train/value_clip_fraction": MetricInfo("share of tokens whose value was clipped", "last,max"),
+    "train/pairs": MetricInfo("share of prompts with a chosen and a rejected completion", "last,min"),
+    "train/accuracy": MetricInfo("share of comparisons whose chosen completion is the likelier one", "last,max"),
+    "train/margin": MetricInfo("nats by which the chosen completion is likelier, times beta"),
+    "train/multiplier*": MetricInfo("weight of the constrained dimension"),
+    "train/off_policy/*": MetricInfo(
         "staleness in steps, kl in nats per token, weight, share of tokens whose weight is clipped", "last,max"
     ),
-    "train/default_kl": Meaning("nats per token, on prompts without instruction", "last,max"),
-    "offset/*": Meaning("levels: achieved minus requested, by requested level"),
-    "sampler/*": Meaning("probability that a prompt requests this; `dimensions`: maximal number per prompt"),
-    "time/*": Meaning("seconds: of a step; sample, reward, old, reference and critic: of a rollout", "mean"),
-    "speed/tokens": Meaning("completion tokens per second and process", "mean"),
-    "memory/*": Meaning("GiB", "max"),
-    "guards/*": Meaning("number of trips of a guard", "max"),
-    "val/*": Meaning("levels, or shares of completions", "last"),
-    "steerability/*": Meaning("levels, or shares of completions", "last"),
+    "train/default_kl": MetricInfo("nats per token, on prompts without instruction", "last,max"),
+    "offset/*": MetricInfo("levels: achieved minus requested, by requested level"),
+    "sampler/*": MetricInfo("probability that a prompt requests this; `dimensions`: maximal number per prompt"),
+    "time/*": MetricInfo("seconds: of a step; sample, reward, old, reference and critic: of a rollout", "mean"),
+    "speed/tokens": MetricInfo("completion tokens per second and process", "mean"),
+    "memory/*": MetricInfo("GiB", "max"),
+    "guards/*": MetricInfo("number of trips of a guard", "max"),
+    "val/*": MetricInfo("levels, or shares of completions", "last"),
+    "steerability/*": MetricInfo("levels, or shares of completions", "last"),
 }
-"""Metrics by name; ``*`` stands for any end of a name. See docs/dashboards.md for how to read them."""
+"""Metrics by name; ``*`` stands for any suffix. See docs/dashboards.md for how to read them."""
 
 
 class Dashboard(Callback):
@@ -329,9 +343,9 @@ class Dashboard(Callback):
         folder = trainer.log_dir  # broadcast: all processes must read it
         for logger in _wandb_loggers(trainer):
             run = logger.experiment
-            for name, meaning in METRICS.items():
-                run.define_metric(name, step_metric=STEP, summary=meaning.summary)
-            run.config.update({"units": {name: meaning.unit for name, meaning in METRICS.items()}}, True)
+            for name, info in METRICS.items():
+                run.define_metric(name, step_metric=STEP, summary=info.summary)
+            run.config.update({"units": {name: info.unit for name, info in METRICS.items()}}, True)
             if stage == "fit" and folder and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 write_text(Path(folder) / RUN_FILE, json.dumps({"id": run.id}) + "\n")
@@ -340,15 +354,15 @@ class Dashboard(Callback):
         checkpoint = best_checkpoint(trainer.checkpoint_callback)
         folder = trainer.log_dir
         completions = Path(folder or "") / "completions.parquet"
-        self._store(trainer, "checkpoint", [Path(checkpoint)] if checkpoint else [])
-        self._store(trainer, "completions", [completions] if completions.exists() else [])
+        self._upload(trainer, "checkpoint", [Path(checkpoint)] if checkpoint else [])
+        self._upload(trainer, "completions", [completions] if completions.exists() else [])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         names = ("report.md", "steerability.json", "reward.json", "*.png")
-        self._store(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])
+        self._upload(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])
 
-    def _store(self, trainer: Trainer, name: str, paths: list[Path]) -> None:
+    def _upload(self, trainer: Trainer, name: str, paths: list[Path]) -> None:
         loggers = _wandb_loggers(trainer)
         if not self.artifacts or not paths or not loggers:
             return
@@ -362,10 +376,10 @@ class Dashboard(Callback):
 
 
 def best_checkpoint(saver: Checkpoint | None) -> str:
-    """Path of the best checkpoint by ``monitor``, or of the last one without it; empty if there is none."""
+    """Returns the path of the best checkpoint, or of the last one without ``monitor``; empty if there is none."""
     if not isinstance(saver, ModelCheckpoint):
         return ""
-    if saver.monitor is None:  # best_model_path is then that of the last interval
+    if saver.monitor is None:  # best_model_path is then the checkpoint of the last interval
         return saver.last_model_path or saver.best_model_path
     return saver.best_model_path or saver.last_model_path
 
@@ -386,5 +400,5 @@ def continue_run(loggers: Iterable[Logger], checkpoint: Path) -> None:
 
 
 def _wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """The W&B loggers in the main process, none in others."""
+    """Returns the W&B loggers in the main process, and none in other processes."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)] if trainer.is_global_zero else []

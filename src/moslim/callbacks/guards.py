@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from moslim.algorithms.functional import k1
-from moslim.callbacks.dashboards import Row, answer_rows
+from moslim.callbacks.dashboards import Row, completion_rows
 from moslim.ops.numerics import nonfinite
 from moslim.policy.policy_trainer import PolicyTrainer
 from moslim.training.checkpoint_files import GUARD_RECORD
@@ -27,10 +27,10 @@ from moslim.utils.errors import UsageError
 from moslim.utils.files import console_table
 
 
-def kl_above(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, limit: float) -> str | None:
+def kl_fault(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, limit: float) -> str | None:
     """Checks that the estimated KL divergence to the reference, averaged over all processes, is within a limit.
 
-    All processes must call it. Those whose own divergence is not below the mean return the fault.
+    This is a collective call. The processes whose divergence is not below the mean return the fault.
 
     Args:
         logprobs: ``[N, T]`` log-probabilities of the policy that sampled the completions.
@@ -47,7 +47,7 @@ def kl_above(logprobs: Tensor, ref_logprobs: Tensor | None, mask: Tensor, limit:
     return f"the KL divergence to the reference is {float(kl):.4g} nats per completion, not within {limit:g}"
 
 
-def off_policy(
+def log_ratio_fault(
     source: str, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, tolerance: float, completions: bool = False
 ) -> str | None:
     """Checks that probability ratios are 1 while the policy has not changed since it sampled.
@@ -60,10 +60,10 @@ def off_policy(
         tolerance: Largest accepted mean of ``|log ratio|``; rounding in bfloat16 gives some hundredths per token.
         completions: Whether to compare ratios of whole completions, the products of those of their tokens.
     """
-    distance, counted = (logprobs - old_logprobs) * mask, mask
+    log_ratio = (logprobs - old_logprobs) * mask
     if completions:
-        distance, counted = distance.sum(dim=1), mask.any(dim=1)
-    mean = float((distance.abs() * counted).sum() / counted.sum().clamp(min=1))
+        log_ratio, mask = log_ratio.sum(dim=1), mask.any(dim=1)
+    mean = float((log_ratio.abs() * mask).sum() / mask.sum().clamp(min=1))
     if mean <= tolerance:
         return None
     return (
@@ -72,8 +72,8 @@ def off_policy(
     )
 
 
-def identical(completions: Sequence[str], num_generations: int) -> str | None:
-    """Checks that the completions of some prompt differ, so that their rewards can be compared.
+def identical_fault(completions: Sequence[str], num_generations: int) -> str | None:
+    """Checks that at least one prompt has different completions, whose rewards can be compared.
 
     Args:
         completions: ``B * n`` texts, those of one prompt adjacent.
@@ -85,8 +85,8 @@ def identical(completions: Sequence[str], num_generations: int) -> str | None:
     return f"the {num_generations} completions of every prompt are the same, such as {completions[0][:80]!r}"
 
 
-def truncated(ended: Tensor) -> str | None:
-    """Checks that some completion of a rollout ended (``[N]`` bool) before the length limit."""
+def truncated_fault(ended: Tensor) -> str | None:
+    """Checks that at least one completion of a rollout ended before the length limit, given ``ended``, ``[N]`` bool."""
     return None if bool(ended.any()) else f"all {len(ended)} completions were cut at the length limit"
 
 
@@ -127,28 +127,31 @@ class Gate(Callback):
         if trainer.fast_dev_run or trainer.interrupted:  # type: ignore[attr-defined]  # set dynamically
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        bounds = [(name, ">=", least) for name, least in self.minimum.items()]
-        bounds += [(name, "<=", most) for name, most in self.maximum.items()]
-        faults = [fault for name, sign, bound in bounds if (fault := _fault(metrics, name, sign, bound))]
+        thresholds = [(name, ">=", smallest) for name, smallest in self.minimum.items()]
+        thresholds += [(name, "<=", largest) for name, largest in self.maximum.items()]
+        faults = [fault for name, sign, bound in thresholds if (fault := _threshold_fault(metrics, name, sign, bound))]
         if faults:
             reasons = "\n  ".join(faults)
-            raise GateError(f"the gate is closed; results of earlier runs are still in place:\n  {reasons}")
-        _print_passed(metrics, bounds)
+            raise GateError(f"the gate failed; results of earlier runs are unchanged:\n  {reasons}")
+        _print_passed(metrics, thresholds)
 
 
-def _fault(metrics: dict[str, float], name: str, sign: str, bound: float) -> str | None:
+def _threshold_fault(metrics: dict[str, float], name: str, sign: str, bound: float) -> str | None:
+    """Describes a metric that is missing or not within its threshold; None if it is within."""
     if name not in metrics:
-        close = difflib.get_close_matches(name, metrics) or sorted(metrics)
-        return f"{name}: no such metric; did you mean {', '.join(close)}?" if close else f"{name}: nothing was logged"
+        candidates = difflib.get_close_matches(name, metrics) or sorted(metrics)
+        if not candidates:
+            return f"{name}: no metrics were logged"
+        return f"{name}: no such metric; did you mean {', '.join(candidates)}?"
     value = metrics[name]
     passed = value >= bound if sign == ">=" else value <= bound  # both false for NaN
-    return None if passed else f"{name}: {value:.4g}, wanted {sign} {bound:g}"
+    return None if passed else f"{name}: {value:.4g}, required {sign} {bound:g}"
 
 
 @rank_zero_only
-def _print_passed(metrics: dict[str, float], bounds: list[tuple[str, str, float]]) -> None:
-    rows = [[name, f"{metrics[name]:.4g}", f"{sign} {bound:g}"] for name, sign, bound in bounds]
-    print(console_table("gate passed", ["metric", "value", "wanted"], {"": rows}))
+def _print_passed(metrics: dict[str, float], thresholds: list[tuple[str, str, float]]) -> None:
+    rows = [[name, f"{metrics[name]:.4g}", f"{sign} {bound:g}"] for name, sign, bound in thresholds]
+    print(console_table("gate passed", ["metric", "value", "threshold"], {"": rows}))
 
 
 Action = Literal["stop", "warn", "off"]
@@ -161,10 +164,10 @@ class GuardError(RuntimeError):
 class Guards(Callback):
     """Checks every rollout and loss before the weights change; docs/troubleshooting.md lists the remedies.
 
-    With the action ``stop`` a guard raises :class:`GuardError` before the step, so that weights and checkpoints stay as
-    they are; all processes stop together. The step (rollout, weights and states) is saved to
-    ``guards/<guard>-step<n>.ckpt`` in the run's folder; ``python main.py replay --ckpt_path`` shows its completions.
-    With ``warn`` a guard warns and saves the step the first time, and counts all times as ``guards/<guard>``.
+    With the action ``stop`` a guard raises :class:`GuardError` in all processes before the step, so that weights and
+    checkpoints stay unchanged. The step (rollout, weights and states) is saved to ``guards/<guard>-step<n>.ckpt`` in
+    the run's folder; ``python main.py replay --ckpt_path`` shows its completions. With ``warn`` a guard warns and saves
+    the step the first time that it trips. All trips are counted as ``guards/<guard>``.
 
     Args:
         nonfinite: Action for NaN or infinity in a rollout (log-probabilities of policy and reference, the classifier's
@@ -174,7 +177,7 @@ class Guards(Callback):
         log_ratio: Action for probability ratios that are not 1 before the first step on a rollout: of the update to the
             engine, or to the old log-probabilities that later steps are clipped by. The ratios are those of tokens, or
             for old log-probabilities of whole completions if the optimizer clips these.
-        identical: Action for equal completions of each prompt.
+        identical: Action for a rollout in which all completions of each prompt are equal.
         truncated: Action for a rollout whose completions were all cut at the length limit.
         kl_limit: Limit in nats per completion, like the metric ``train/kl``.
         ratio_tolerance: Largest accepted mean of ``|log ratio|``; bfloat16 needs some hundredths.
@@ -209,7 +212,9 @@ class Guards(Callback):
             if action not in ("stop", "warn", "off"):
                 raise UsageError(f"guards.{name} is '{action}': give 'stop', 'warn' or 'off'")
         if min(kl_limit, ratio_tolerance) <= 0:
-            raise UsageError(f"guards.kl_limit is {kl_limit}, ratio_tolerance {ratio_tolerance}: give more than 0")
+            raise UsageError(
+                f"guards.kl_limit is {kl_limit} and guards.ratio_tolerance is {ratio_tolerance}: give values above 0"
+            )
         self.kl_limit = kl_limit
         self.ratio_tolerance = ratio_tolerance
         self.keep = keep
@@ -224,11 +229,13 @@ class Guards(Callback):
             UsageError: The module is not a PolicyTrainer.
         """
         if not isinstance(pl_module, PolicyTrainer):
-            raise UsageError(f"Guards watch a PolicyTrainer, not a {type(pl_module).__name__}")
-        self.trips.clear()  # those of a checkpoint are loaded later
+            raise UsageError(
+                f"Guards check a PolicyTrainer, not a {type(pl_module).__name__}: remove Guards from trainer.callbacks"
+            )
+        self.trips.clear()  # the trips in a checkpoint are loaded later
 
     def state_dict(self) -> dict[str, Any]:
-        """Number of trips by guard."""
+        """Returns the number of trips of each guard."""
         return {"trips": dict(self.trips)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -253,26 +260,26 @@ class Guards(Callback):
             update_mask = rows.update_mask  # other tokens have no log-probabilities
             checks = {
                 "nonfinite": rollout.nonfinite,
-                "kl": lambda: kl_above(rollout.old_logprobs, ref_logprobs, rollout.mask, self.kl_limit),
-                "log_ratio": lambda: self._off_policy(module, update_mask),
-                "identical": lambda: identical(rollout.answers, module.num_generations),
-                "truncated": lambda: truncated(rollout.ended),
+                "kl": lambda: kl_fault(rollout.old_logprobs, ref_logprobs, rollout.mask, self.kl_limit),
+                "log_ratio": lambda: self._log_ratio_fault(module, update_mask),
+                "identical": lambda: identical_fault(rollout.answers, module.num_generations),
+                "truncated": lambda: truncated_fault(rollout.ended),
             }
         for guard, check in checks.items():
             self._check(trainer, module, guard, check)
         self._check(trainer, module, "nonfinite", lambda: nonfinite("the loss", loss.detach()))
 
-    def _off_policy(self, module: Any, mask: Tensor) -> str | None:
+    def _log_ratio_fault(self, module: Any, mask: Tensor) -> str | None:
         rows, logprobs, tolerance = module.rows, module.logprobs, self.ratio_tolerance
         engine_logprobs = rows.old_logprobs if rows.engine_logprobs is None else rows.engine_logprobs
-        reason = off_policy("engine", logprobs, engine_logprobs, mask, tolerance)
-        if reason is None and module.steps_per_rollout > 1:
+        fault = log_ratio_fault("engine", logprobs, engine_logprobs, mask, tolerance)
+        if fault is None and module.steps_per_rollout > 1:
             completions = module.policy_optimizer.weighs_completions
-            reason = off_policy("old log-probabilities", logprobs, rows.old_logprobs, mask, tolerance, completions)
-        return reason
+            fault = log_ratio_fault("old log-probabilities", logprobs, rows.old_logprobs, mask, tolerance, completions)
+        return fault
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the reason to the file of a guard, and prevents other checkpoints of weights that are not finite.
+        """Adds the record to the file of a guard, and refuses other checkpoints of weights that are not finite.
 
         Raises:
             GuardError: A weight is not finite, and ``nonfinite`` is ``stop``.
@@ -280,37 +287,45 @@ class Guards(Callback):
         if self._record is not None:
             checkpoint[GUARD_RECORD] = self._record
         elif self.actions["nonfinite"] == "stop":
-            trained = [(name, p.detach()) for name, p in pl_module.named_parameters() if p.requires_grad]
-            reason = nonfinite_weights(trained)
-            if trainer.strategy.reduce_boolean_decision(reason is not None, all=False):
-                raise GuardError(f"no checkpoint was written: {reason or 'a weight of another process is not finite'}")
+            trained = [
+                (name, parameter.detach())
+                for name, parameter in pl_module.named_parameters()
+                if parameter.requires_grad
+            ]
+            fault = nonfinite_weights(trained)
+            if trainer.strategy.reduce_boolean_decision(fault is not None, all=False):
+                raise GuardError(f"no checkpoint was written: {fault or 'a weight of another process is not finite'}")
 
     def _check(self, trainer: Trainer, module: PolicyTrainer, guard: str, check: Callable[[], str | None]) -> None:
         """Runs one check. ``identical`` and ``truncated`` must fail in all processes, others in any."""
         action = self.actions[guard]
         if action == "off":
             return
-        reason = check()
+        fault = check()
         in_all = guard in ("identical", "truncated")
-        if not trainer.strategy.reduce_boolean_decision(reason is not None, all=in_all):
+        if not trainer.strategy.reduce_boolean_decision(fault is not None, all=in_all):
             return
         self.trips[guard] = self.trips.get(guard, 0) + 1
         module.log(f"guards/{guard}", float(self.trips[guard]), batch_size=1)
         if action == "warn" and self.trips[guard] > 1:
             return
-        reasons = gathered(reason)
-        process = next(rank for rank, text in enumerate(reasons) if text is not None)
-        reason = f"{reasons[process]} (step {trainer.global_step})"
-        kept = self._keep(trainer, module, guard, reason, process)
+        faults = gathered(fault)
+        process = next(rank for rank, text in enumerate(faults) if text is not None)
+        reason = f"{faults[process]} (step {trainer.global_step})"
+        note = self._save_step(trainer, module, guard, reason, process)
         if action == "stop":
-            raise GuardError(f"guard `{guard}`: {reason}; see docs/troubleshooting.md. {kept}")
-        rank_zero_warn(f"guard `{guard}`: {reason}; later trips are only counted, as guards/{guard}. {kept}")
+            raise GuardError(f"guard `{guard}`: {reason}; see docs/troubleshooting.md. {note}")
+        rank_zero_warn(f"guard `{guard}`: {reason}; later trips are only counted, as guards/{guard}. {note}")
 
-    def _keep(self, trainer: Trainer, module: PolicyTrainer, guard: str, reason: str, process: int) -> str:
-        """Saves the step as a checkpoint, with the numbers of the process that tripped; all processes must call it."""
+    def _save_step(self, trainer: Trainer, module: PolicyTrainer, guard: str, reason: str, process: int) -> str:
+        """Saves the step with the loss and log-probabilities of the process that tripped; a collective call.
+
+        Returns:
+            Sentence for the message, which says how to show the step.
+        """
         folder = trainer.log_dir or trainer.default_root_dir
         if not self.keep or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set dynamically
-            return "The step was not kept."
+            return "The step was not saved."
         assert module.logprobs is not None and module.step_loss is not None
         path = Path(folder) / "guards" / f"{guard}-step{trainer.global_step}.ckpt"
         numbers = gathered({"loss": float(module.step_loss), "logprobs": module.logprobs.cpu()})[process]
@@ -323,8 +338,8 @@ class Guards(Callback):
 
 
 @dataclass
-class Replayed:
-    """Numbers of a replayed step.
+class ReplayedStep:
+    """Loss, log-probabilities and completions of a replayed step.
 
     Args:
         loss: Loss of the step.
@@ -345,13 +360,13 @@ class StepTaken(Exception):
 
 
 class Replay(Callback):
-    """Stops a resumed ``fit`` before its first backward pass, with the numbers of the step in ``found``."""
+    """Stops a resumed ``fit`` before its first backward pass and stores the step in ``step``."""
 
     sees_nonfinite = True
     """The step is shown even if its numbers are not finite."""
 
     def __init__(self) -> None:
-        self.found: Replayed | None = None
+        self.step: ReplayedStep | None = None
         self._record: dict[str, Any] | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -359,14 +374,14 @@ class Replay(Callback):
         self._record = checkpoint.get(GUARD_RECORD)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Stores the numbers.
+        """Stores the step.
 
         Raises:
             StepTaken: Always.
         """
         assert isinstance(pl_module, PolicyTrainer)
         assert pl_module.rows is not None and pl_module.logprobs is not None and pl_module.step_loss is not None
-        self.found = Replayed(
+        self.step = ReplayedStep(
             loss=float(pl_module.step_loss),
             logprobs=pl_module.logprobs.cpu(),
             rows=_replayed_rows(pl_module, trainer.global_step),
@@ -376,17 +391,14 @@ class Replay(Callback):
 
 
 def _replayed_rows(module: PolicyTrainer, step: int) -> list[Row]:
-    """Rows of :func:`answer_rows` with ``tokens``, ``ended``, ``log_ratio`` (sum over tokens) and ``kl`` (nats)."""
-    part, logprobs = module.rows, module.logprobs
-    assert part is not None and logprobs is not None
-    log_ratio = ((logprobs - part.old_logprobs) * part.mask).sum(dim=1)
+    """Rows of :func:`completion_rows` with ``tokens``, ``ended``, ``log_ratio`` (sum over tokens) and ``kl`` (nats)."""
+    batch, logprobs = module.rows, module.logprobs
+    assert batch is not None and logprobs is not None
+    log_ratio = ((logprobs - batch.old_logprobs) * batch.mask).sum(dim=1)
     kl = torch.full_like(log_ratio, torch.nan)
-    if part.ref_logprobs is not None:
-        kl = (k1(part.old_logprobs, part.ref_logprobs) * part.mask).sum(dim=1)
-    figures = zip(part.mask.sum(dim=1).tolist(), part.ended.tolist(), log_ratio.tolist(), kl.tolist(), strict=True)
-    return [
-        {**row, "tokens": tokens, "ended": ended, "log_ratio": ratio, "kl": divergence}
-        for row, (tokens, ended, ratio, divergence) in zip(
-            answer_rows(part, module.preferences, step, len(part)), figures, strict=True
-        )
-    ]
+    if batch.ref_logprobs is not None:
+        kl = (k1(batch.old_logprobs, batch.ref_logprobs) * batch.mask).sum(dim=1)
+    columns = {"tokens": batch.mask.sum(dim=1), "ended": batch.ended, "log_ratio": log_ratio, "kl": kl}
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = completion_rows(batch, module.preferences, step, len(batch))
+    return [row | dict(zip(columns, cells, strict=True)) for row, cells in zip(rows, values, strict=True)]

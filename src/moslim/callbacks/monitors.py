@@ -75,45 +75,50 @@ class ThroughputMonitor(Callback):
 
     - ``time/step``, ``time/backward``, ``time/update`` (clipping, optimizer, schedule), in seconds,
     - ``memory/cpu``, and on a CUDA device ``memory/gpu`` and ``memory/gpu_peak``, in GiB,
-    - for a policy, ``speed/tokens``: completion tokens of this process per second, over all steps on a rollout; the
-      progress bar shows it too.
+    - for a policy, ``speed/tokens``: completion tokens of this process per second, over all steps on a rollout, also
+      shown in the progress bar.
     """
 
     def __init__(self) -> None:
-        self._step: Stopwatch | None = None
-        self._phase: Stopwatch | None = None
-        self._rollout: Stopwatch | None = None
+        self._step_watch: Stopwatch | None = None
+        self._phase_watch: Stopwatch | None = None
+        self._rollout_watch: Stopwatch | None = None
         self._speed: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = self._phase = self._rollout = None
+        self._step_watch = self._phase_watch = self._rollout_watch = None
         self._speed = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step = Stopwatch(pl_module.device)
-        if batch_idx % _repeats(pl_module) == 0:
-            self._rollout = self._step
+        self._step_watch = Stopwatch(pl_module.device)
+        if batch_idx % _batch_repeats(pl_module) == 0:
+            self._rollout_watch = self._step_watch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._phase = Stopwatch(pl_module.device)
+        self._phase_watch = Stopwatch(pl_module.device)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._phase is not None:
-            self._phase.lap("time/backward")
+        if self._phase_watch is not None:
+            self._phase_watch.lap("time/backward")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         rollout = getattr(pl_module, "rollout", None)
-        if rollout is not None and (batch_idx + 1) % _repeats(pl_module) == 0 and self._rollout is not None:
-            tokens, seconds = int(rollout.mask.sum()), self._rollout.read()
+        if rollout is not None and (batch_idx + 1) % _batch_repeats(pl_module) == 0 and self._rollout_watch is not None:
+            tokens, seconds = int(rollout.mask.sum()), self._rollout_watch.read()
             self._speed = {"speed/tokens": tokens / seconds}
             pl_module.log_dict(self._speed, prog_bar=True, logger=False, batch_size=1)
-            self._rollout = None  # the first rollout of a run resumed within it has no start
-        if self._step is None or self._phase is None or not shown(trainer):
+            self._rollout_watch = None  # a run that is resumed within a rollout has no start time of it
+        if self._step_watch is None or self._phase_watch is None or not shown(trainer):
             return
-        self._phase.lap("time/update")
-        metrics = {**self._phase.durations, "time/step": self._step.read(), **memory(pl_module.device), **self._speed}
+        self._phase_watch.lap("time/update")
+        metrics = {
+            **self._phase_watch.durations,
+            "time/step": self._step_watch.read(),
+            **memory(pl_module.device),
+            **self._speed,
+        }
         if isinstance(pl_module, RunModule):
             pl_module.record(metrics)
         else:
@@ -138,21 +143,23 @@ def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _repeats(module: LightningModule) -> int:
+def _batch_repeats(module: LightningModule) -> int:
+    """Number of steps on a rollout; 1 for other modules."""
     return int(getattr(module, "batch_repeats", 1))
 
 
 FILE = "role_memory.csv"
+"""File in the run's folder."""
 
 
 class RoleMemory(Callback):
     """Writes the memory of each role to ``role_memory.csv`` in the run's folder when a policy's ``fit`` starts.
 
-    The command line adds it to every run. The file has a line per role (policy, reference, classifier, critic):
-    ``parameters`` that it uses, ``trained`` ones, bytes of its weights ``alone``, and bytes ``added`` to the roles
-    above it. After the first step the file also has the ``peak``: the largest number of bytes in use from a forward
-    pass of the role to the next one of another; backward pass and update count for the policy. The peak is that of
-    :class:`PeakMemory`, which resets ``memory/gpu_peak`` for each role.
+    The command line adds it to every run. The file has a line per role (policy, reference, classifier, critic): number
+    of ``parameters`` and of ``trained`` ones, bytes of its weights ``alone``, and bytes that it ``added`` to the roles
+    in the lines above. After the first step the file also has the ``peak``: the largest number of bytes in use from a
+    forward pass of the role to the next one of another role; the policy's includes backward pass and update. It is
+    measured by :class:`PeakMemory`, which resets ``memory/gpu_peak`` for each role.
     """
 
     def __init__(self) -> None:
@@ -191,15 +198,17 @@ class RoleMemory(Callback):
 
     def _add_hooks(self, module: PolicyTrainer) -> None:
         policy = transformer_part(module.models.policy)
-        self._on_pass(policy, lambda: module.models.active)
-        self._on_pass(module.scorer.classifier.backbone, lambda: "classifier")
+        self._add_hook(policy, lambda: module.models.active)
+        self._add_hook(module.scorer.classifier.backbone, lambda: "classifier")
         with module.models.reference() as model:
             if transformer_part(model) is not policy:
-                self._on_pass(transformer_part(model), lambda: "reference")
+                self._add_hook(transformer_part(model), lambda: "reference")
 
-    def _on_pass(self, model: Any, role: Callable[[], Role]) -> None:
-        def begin(passing: Any, *_: Any) -> None:
-            if passing is model:  # a copy has the hooks too, and another thread may sample with it
+    def _add_hook(self, model: Any, role: Callable[[], Role]) -> None:
+        """Starts the measurement of a role at each forward pass of a model."""
+
+        def begin(hooked: Any, *_: Any) -> None:
+            if hooked is model:  # a copy has the hook too, and another thread may sample with it
                 self._begin(role())
 
         self._handles.append(model.register_forward_pre_hook(begin))
@@ -229,7 +238,7 @@ class RoleMemory(Callback):
             writer.writerows(rows)
 
 
-_PROBE = 7  # keeps seeds apart from those of other completions
+_PROBE_SEED = 7  # distinguishes the seeds from those of other completions
 
 
 class StyleProbe(Callback):
@@ -254,35 +263,46 @@ class StyleProbe(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if not isinstance(pl_module, SupervisedTrainer):
-            raise UsageError(f"StyleProbe measures a SupervisedTrainer, not a {type(pl_module).__name__}")
+            raise UsageError(
+                f"StyleProbe measures a SupervisedTrainer, not a {type(pl_module).__name__}: remove it from "
+                "trainer.callbacks"
+            )
         source = getattr(trainer.datamodule, "source", None)  # type: ignore[attr-defined]
         if not isinstance(source, Workbench):
-            raise UsageError(f"StyleProbe asks about the embedded world, but data.source is a {type(source).__name__}")
+            raise UsageError(
+                f"StyleProbe asks about the embedded world, but data.source is a {type(source).__name__}: remove it "
+                "from trainer.callbacks"
+            )
         topics, metrics = source.topics(held_out=False), {}
-        for number, (dimension, words) in enumerate(COARSE.items()):
-            low, high = (self._mean_level(pl_module, topics, dimension, word, number) for word in words)
+        for index, (dimension, words) in enumerate(COARSE.items()):
+            low, high = (self._mean_level(pl_module, topics, dimension, word, index) for word in words)
             metrics[f"style/{dimension}"] = high - low
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
 
     def _mean_level(
-        self, module: SupervisedTrainer, topics: Sequence[Topic], dimension: str, word: str, number: int
+        self, module: SupervisedTrainer, topics: Sequence[Topic], dimension: str, word: str, index: int
     ) -> float:
-        probed = [topics[i * len(topics) // self.questions] for i in range(self.questions)]
-        questions = [ask(topic, i % len(QUESTIONS), [word]) for i, topic in enumerate(probed)]
-        keys: list[tuple[int, ...]] = [(_PROBE, number, i) for i in range(len(questions))]
-        texts = module.answers(list(questions), keys, 1.0)
-        return sum(gold_levels(q, text)[dimension] for q, text in zip(questions, texts, strict=True)) / len(texts)
+        """Mean gold level of completions on evenly spaced topics, asked for with a style word."""
+        selected = [topics[i * len(topics) // self.questions] for i in range(self.questions)]
+        questions = [ask(topic, i % len(QUESTIONS), [word]) for i, topic in enumerate(selected)]
+        seeds: list[tuple[int, ...]] = [(_PROBE_SEED, index, i) for i in range(len(questions))]
+        completions = module.answers(list(questions), seeds, 1.0)
+        levels = [
+            gold_levels(question, completion)[dimension]
+            for question, completion in zip(questions, completions, strict=True)
+        ]
+        return sum(levels) / len(levels)
 
 
 class StepCheckpoint(OpenModelCheckpoint):
     """Lightning's ModelCheckpoint that saves at optimizer steps only; the command line adds it to every run.
 
-    A checkpoint does not hold accumulated gradients, so that one due within ``trainer.accumulate_grad_batches`` is
+    A checkpoint does not hold accumulated gradients. One that is due within ``trainer.accumulate_grad_batches`` is
     saved after the next optimizer step. With ``save_on_exception``, none is saved within an accumulation, while weights
     change, or after a guard stopped the run, since a resumed run would trip it again. With ``save_last``, ``last.ckpt``
-    is updated at the end of training; Lightning's is that of the last interval.
+    is updated at the end of training, where Lightning keeps that of the last interval.
     """
 
     _postponed = False
@@ -292,8 +312,9 @@ class StepCheckpoint(OpenModelCheckpoint):
         return super().skips(trainer) or within_accumulation(trainer)
 
     def saves_on_exception(self, trainer: Trainer) -> bool:
-        changing = self._stepping and finished_batches(trainer) < started_batches(trainer)  # a batch is in progress
-        return super().saves_on_exception(trainer) and not within_accumulation(trainer) and not changing
+        batch_in_progress = finished_batches(trainer) < started_batches(trainer)
+        weights_change = self._stepping and batch_in_progress
+        return super().saves_on_exception(trainer) and not within_accumulation(trainer) and not weights_change
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, GuardError):

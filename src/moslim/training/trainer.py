@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from moslim.callbacks.dashboards import render
-from moslim.callbacks.guards import Replay, Replayed, StepTaken
+from moslim.callbacks.guards import Replay, ReplayedStep, StepTaken
 from moslim.policy.policy_trainer import PolicyTrainer
 from moslim.training.checkpoint_files import is_remote
 from moslim.training.checkpointing import CheckedConnector, DirectIO, restore
@@ -148,7 +148,7 @@ class MoslimTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-    ) -> Replayed:
+    ) -> ReplayedStep:
         """Takes a policy's next step again, up to its loss, and prints its answers with their figures.
 
         Nothing is trained and nothing written. With a file that a guard kept, it is the step at which it tripped.
@@ -176,12 +176,12 @@ class MoslimTrainer(Trainer):
         with warnings.catch_warnings(), contextlib.suppress(StepTaken):
             warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
             self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
-        if replay.found is None:
+        if replay.step is None:
             raise UsageError(
                 f"--ckpt_path {ckpt_path}: there is no step after it, trainer.max_steps or max_epochs is reached"
             )
-        _show(replay.found)
-        return replay.found
+        _show(replay.step)
+        return replay.step
 
     def _trained_here(self, model: LightningModule) -> bool:
         """Whether this Trainer has trained the module, as a script does that goes on without a checkpoint."""
@@ -212,14 +212,14 @@ def untrained(command: str) -> str:
     )
 
 
-def _show(found: Replayed) -> None:
+def _show(step: ReplayedStep) -> None:
     """Prints the answers, and the loss beside the one that a guard noted."""
-    print(render(found.rows, "The step's answers", ("reward", "advantage", "kl", "log_ratio", "tokens")))
-    if found.record is None:
-        print(f"loss {found.loss:.6g}")
+    print(render(step.rows, "The step's answers", ("reward", "advantage", "kl", "log_ratio", "tokens")))
+    if step.record is None:
+        print(f"loss {step.loss:.6g}")
     else:
-        print(f"guard `{found.record['guard']}`: {found.record['reason']}")
-        print(f"loss {found.loss:.6g}, noted when it tripped: {found.record['loss']:.6g}")
+        print(f"guard `{step.record['guard']}`: {step.record['reason']}")
+        print(f"loss {step.loss:.6g}, noted when it tripped: {step.record['loss']:.6g}")
 
 
 def _method(model: LightningModule, name: str) -> Any:
