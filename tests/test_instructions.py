@@ -1,6 +1,6 @@
 import pytest
 
-from moslim.instructions import PreferenceInstruction, SystemMessage, Tags, Template, level_words, readings
+from moslim.instructions import PreferenceInstruction, SystemMessage, Tags, Template, instruction_forms, level_words
 from moslim.preferences import Preference, PreferenceSet
 
 PREFERENCES = PreferenceSet({"verbosity": ["short", "long"], "warmth": ["cold", "mild", "warm"]})
@@ -82,7 +82,7 @@ def test_template_refuses_anything_else(text):
     ],
 )
 def test_what_reads_as_a_shipped_instruction(instruction, expected):
-    assert readings(instruction, PREFERENCES).items() >= expected.items()
+    assert instruction_forms(instruction, PREFERENCES).items() >= expected.items()
 
 
 def test_what_an_instruction_writes_for_a_level_reads_as_one_whoever_wrote_the_class():
@@ -93,11 +93,11 @@ def test_what_an_instruction_writes_for_a_level_reads_as_one_whoever_wrote_the_c
                 "role": "user", "content": f"{messages[-1]['content']}\nWanted: {words}"
             }]  # fmt: skip
 
-    assert readings(Own(), PREFERENCES) == {
+    assert instruction_forms(Own(), PREFERENCES) == {
         f"Wanted: {dimension.name} {level}": "" for dimension in PREFERENCES.dimensions for level in dimension.levels
     }
     shared = PreferenceSet({"size": ["low", "high"], "heat": ["low", "hot"]})
-    assert readings(Tags(names=False), shared)["[[low]]"] == "low"
+    assert instruction_forms(Tags(names=False), shared)["[[low]]"] == "low"
 
 
 def test_template_reserves_what_it_is_told_to():

@@ -138,7 +138,7 @@ def test_names_that_are_no_texts():
             PreferenceSet({name: ["low", "high"]})
         with pytest.raises(ValueError, match=r"preferences.dimensions.size: .* put it in quotes"):
             PreferenceSet({"size": ["low", name]})
-    with pytest.raises(ValueError, match="'low' is no list: give a list"):
+    with pytest.raises(ValueError, match="'low' is not a list: give a list"):
         PreferenceSet({"size": "low"})
     for size in ({}, {"size": []}, {"size": ["one"]}):
         with pytest.raises(ValueError, match=r"(at least one dimension|at least two)"):

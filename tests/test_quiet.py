@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moslim.cli import leave_out_noise, plain_warnings, run
+from moslim.cli import hide_library_messages, one_line_warnings, run
 from tests.helpers.cli_folder import PARTS, folder  # noqa: F401  # a working folder for each test
 from tests.helpers.tiny_world import FEW_STEPS, SMALL_POLICY, save_world
 
@@ -16,7 +16,7 @@ NOISE = r"(?i)\btip\b|FLOPs|eval mode|many workers|LeafSpec|deprecat|available: 
 
 
 def test_only_what_matters_is_said(caplog, capsys, recwarn):
-    leave_out_noise()
+    hide_library_messages()
     caplog.set_level("INFO")
     run(
         [
@@ -36,7 +36,7 @@ def test_only_what_matters_is_said(caplog, capsys, recwarn):
 
 def test_a_warning_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    plain_warnings()
+    one_line_warnings()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         print(warnings.formatwarning("rows.csv: 3 rows are skipped", UserWarning, "loader.py", 7), end="")
@@ -54,7 +54,7 @@ def test_a_policy_is_tested_without_noise(tmp_path):
     assert re.findall(NOISE, said.stdout + said.stderr) == []
     table = said.stdout.split("\n\n")[0].splitlines()
     assert table[0] == "Steerability, 1 questions, judge: gold"
-    assert table[1].split() == "dimension Spearman exact within one MAE monotone range".split()
+    assert table[1].split() == "dimension Spearman exact within one MAE monotonicity range".split()
     names = "verbosity formality warmth helpfulness mean".split()
     rows = [line.split() for line in table[3:]]
     assert [row[0] for row in rows] == [*names, "before", *names]

@@ -54,55 +54,57 @@ _LOGGERS = tuple(
     for package in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
     for name in ("utilities.rank_zero", "utilities.seed", "accelerators.cuda", "trainer.connectors.signal_connector")
 )
-_INFO = re.compile(
+_HIDDEN_MESSAGES = re.compile(
     r"💡 Tip|Seed set to |GPU available: False|[TH]PU available|LOCAL_RANK: |Restoring states from the checkpoint path"
     r"|`Trainer\(\w+=.*\)` was configured so|Using \w+( \w+)? Automatic Mixed Precision"
     r"|The following callbacks returned in `LightningModule.configure_callbacks` will override"
 )
-_WARNINGS = (
-    r".*module\(s\) in eval mode at the start of training",  # roles of a policy have their own modes
+_HIDDEN_WARNINGS = (
+    r".*module\(s\) in eval mode at the start of training",  # the reference and the classifier stay in eval mode
     r".*does not have many workers",
     r".*LeafSpec.*is deprecated",
-    r"The dirpath has changed from",  # each run has a folder of its own
+    r"The dirpath has changed from",  # each run has its own folder
     r"You have overridden `\w+` in `LightningModule` but have passed in a `LightningDataModule`",
     r"[\s\S]*JsonargparseDeprecationWarning",
     r"[\s\S]*deprecated in v4\.",
 )
 
 
-class _NoiseFilter(logging.Filter):
+class _MessageFilter(logging.Filter):
+    """Drops the log messages that match :data:`_HIDDEN_MESSAGES`."""
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return not _INFO.match(record.getMessage().strip())
+        return not _HIDDEN_MESSAGES.match(record.getMessage().strip())
 
 
-_FILTER = _NoiseFilter()
+_MESSAGE_FILTER = _MessageFilter()
 
 
-def leave_out_noise() -> None:
+def hide_library_messages() -> None:
     """Hides irrelevant tips and warnings of other libraries. Repeated calls have no further effect."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for name in _LOGGERS:
-        logging.getLogger(name).addFilter(_FILTER)
-    for pattern in _WARNINGS:
+        logging.getLogger(name).addFilter(_MESSAGE_FILTER)
+    for pattern in _HIDDEN_WARNINGS:
         warnings.filterwarnings("ignore", pattern)
 
 
-def plain_warnings() -> None:
-    """Shows warnings as one line, without file and line number."""
+def one_line_warnings() -> None:
+    """Formats warnings as one line, without file and line number."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-_NUMBER_OR_SHARE: dict[str, Any] = {
+_TRAINER_OPTION_TYPES: dict[str, Any] = {
     **{f"limit_{stage}_batches": int | float | None for stage in ("train", "val", "test", "predict")},
     "overfit_batches": int | float,
     "val_check_interval": int | float | str | timedelta | dict[str, int] | None,
 }
-_LOOPS = ("fit", "validate", "test", "predict")
+_LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 """Commands of Lightning, which does not accept ``none`` as checkpoint."""
-_MEASURES = ("validate", "test")
+_METRIC_COMMANDS = ("validate", "test")
 """Commands that print a table of the metrics."""
-_USES = ("validate", "test", "predict", "generate")
+_INFERENCE_COMMANDS = ("validate", "test", "predict", "generate")
 """Commands that use weights without training them."""
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "generate", "export", "replay")
 
@@ -141,11 +143,12 @@ class MoslimCLI(OpenCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        skipped = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "generate": skipped, "export": skipped, "replay": skipped}
+        skipped_arguments = {"model", "datamodule"}
+        own_commands = dict.fromkeys(("generate", "export", "replay"), skipped_arguments)
+        return {**LightningCLI.subcommands(), **own_commands}
 
     def may_run(self, subcommand: str) -> bool:
-        """Whether the options of a subcommand are needed; to make those of all takes a third of a second."""
+        """Whether the options of a subcommand are needed; adding those of all subcommands takes 0.3 seconds."""
         return self._arguments[:1] == [subcommand] or not set(self._arguments[:1]) & set(SUBCOMMANDS)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -190,11 +193,11 @@ class MoslimCLI(OpenCLI):
             if preferences is not None:
                 PreferenceSet(**preferences.init_args.as_dict()).requested(levels)
         ckpt_path, model = self.option(self.config, "ckpt_path"), self.option(self.config, "model")
-        if self.subcommand in _USES and ckpt_path is None and model is not None:
+        if self.subcommand in _INFERENCE_COMMANDS and ckpt_path is None and model is not None:
             module, _, name = model.class_path.rpartition(".")
             module_class = getattr(importlib.import_module(module), name)
             if not issubclass(module_class, RunModule):
-                if self.subcommand != "generate":  # asks the module itself
+                if self.subcommand != "generate":  # which checks the module later
                     rank_zero_warn(f"no --ckpt_path: {self.subcommand} takes the weights that {name} starts with")
             elif module_class.starts_untrained(model.get("init_args", {})):
                 raise UsageError(untrained(self.subcommand))
@@ -202,26 +205,28 @@ class MoslimCLI(OpenCLI):
     def run_subcommand(self, subcommand: str) -> None:
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
         folders = NewFolders([logger.log_dir for logger in loggers] or [self.trainer.default_root_dir])
-        started = self.trainer.global_step
+        first_step = self.trainer.global_step
         try:
             super().run_subcommand(subcommand)
         except BaseException:
-            if self.trainer.is_global_zero and self.trainer.global_step == started:
+            if self.trainer.is_global_zero and self.trainer.global_step == first_step:
                 folders.remove()
             raise
-        has_table = subcommand == "test" and getattr(self.model, "reports_test", False)
+        if subcommand not in _METRIC_COMMANDS or not self._verbose or not self.trainer.is_global_zero:
+            return
+        has_report = subcommand == "test" and getattr(self.model, "reports_test", False)
         metrics = self.trainer.callback_metrics
-        if subcommand in _MEASURES and self._verbose and metrics and not has_table and self.trainer.is_global_zero:
+        if metrics and not has_report:
             print(metrics_table(f"{subcommand}: metrics", metrics))
 
     def instantiate_classes(self) -> None:
-        raised: list[Exception] = []
+        constructor_errors: list[Exception] = []
 
         def build(cls: type, /, *args: Any, **kwargs: Any) -> Any:
             try:
                 return cls(*args, **kwargs)
             except Exception as error:
-                raised.append(error)
+                constructor_errors.append(error)
                 raise
 
         self.parser.add_instantiator(build, object, subclasses=True)
@@ -233,9 +238,10 @@ class MoslimCLI(OpenCLI):
             cause: BaseException = error  # for models and data modules, which Lightning builds
             while cause.__cause__ is not None and str(cause).startswith("Does not validate against any of"):
                 cause = cause.__cause__
-            for built in (*raised, cause):  # the parser hides errors of constructors among those of other types
-                if built in raised or isinstance(built, UsageError) or in_own_code(built):
-                    raise built from built.__cause__
+            # The parser hides errors of constructors among those of the other types of an option.
+            for candidate in (*constructor_errors, cause):
+                if candidate in constructor_errors or isinstance(candidate, UsageError) or in_own_code(candidate):
+                    raise candidate from candidate.__cause__
             raise UsageError(shortened(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -256,7 +262,7 @@ class MoslimCLI(OpenCLI):
         kwargs = super().subcommand_arguments(subcommand)
         if kwargs["ckpt_path"] == "":
             raise UsageError("--ckpt_path is empty: give last, best, a file, or none")
-        if subcommand in _LOOPS and not given(kwargs["ckpt_path"]):
+        if subcommand in _LIGHTNING_COMMANDS and not given(kwargs["ckpt_path"]):
             kwargs["ckpt_path"] = None
         if kwargs["ckpt_path"] in ("last", "best"):
             kwargs["ckpt_path"] = str(
@@ -266,16 +272,17 @@ class MoslimCLI(OpenCLI):
             continue_run(self.trainer.loggers, Path(kwargs["ckpt_path"]))
         if kwargs["weights_only"] is None:
             kwargs["weights_only"] = True
-        if subcommand in _MEASURES:  # Lightning's table cuts names and shows 16 digits
+        if subcommand in _METRIC_COMMANDS:  # Lightning's table cuts names and shows 16 digits
             self._verbose, kwargs["verbose"] = kwargs["verbose"], False
         if subcommand == "predict" and kwargs["return_predictions"] is None:
             kwargs["return_predictions"] = False  # they are saved to a file
         return kwargs
 
     def _resolved_checkpoint(self, subcommand: str, name: str, weights_only: bool | None) -> Path:
-        """Path of the checkpoint ``last`` or ``best``, in the folders of loggers and checkpoint callbacks."""
-        logs = [Path(logger.log_dir) for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
-        roots = dict.fromkeys([*(log.parent for log in logs), *logs, Path(self.trainer.default_root_dir)])
+        """Finds the checkpoint ``last`` or ``best`` in the folders of loggers and checkpoint callbacks."""
+        log_folders = [Path(logger.log_dir) for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
+        parents = (folder.parent for folder in log_folders)
+        roots = dict.fromkeys([*parents, *log_folders, Path(self.trainer.default_root_dir)])
         savers = (callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
         folders = [str(saver.dirpath) for saver in savers if saver.dirpath]
         for folder in folders or [str(self.trainer.default_root_dir)]:
@@ -295,9 +302,9 @@ def _csv_first(logger: Logger | list[Logger] | bool | None, root: str) -> list[L
     loggers = logger if isinstance(logger, list) else [logger] if isinstance(logger, Logger) else []
     if any(isinstance(logger, WandbLogger) for logger in loggers):
         _never_prompt_for_wandb()
-    csv: list[Logger] = [logger for logger in loggers if isinstance(logger, CSVLogger)]
-    others = [logger for logger in loggers if not isinstance(logger, CSVLogger)]
-    return [*(csv or [CSVLogger(root, name="")]), *others]
+    csv_loggers: list[Logger] = [logger for logger in loggers if isinstance(logger, CSVLogger)]
+    other_loggers = [logger for logger in loggers if not isinstance(logger, CSVLogger)]
+    return [*(csv_loggers or [CSVLogger(root, name="")]), *other_loggers]
 
 
 def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
@@ -306,7 +313,7 @@ def _keep_whole_numbers(parser: LightningArgumentParser) -> None:
     The parser tries the types of a union in order. ``typing`` caches ``Union[int, float]`` as an earlier
     ``Union[float, int]``; ``int | float`` keeps its order.
     """
-    for name, option_type in _NUMBER_OR_SHARE.items():
+    for name, option_type in _TRAINER_OPTION_TYPES.items():
         set_option_type(parser, f"trainer.{name}", option_type)
 
 
@@ -335,14 +342,14 @@ def _with_shipped_paths(arguments: list[str]) -> list[str]:
     Raises:
         UsageError: A config does not exist.
     """
-    replaced = []
+    with_paths = []
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else ("", "", argument)
         path = located(value)
-        if is_shipped(path):
+        if is_shipped(path):  # not found
             raise UsageError(missing(path, None))
-        replaced.append(f"{option}{equals}{path}")
-    return replaced
+        with_paths.append(f"{option}{equals}{path}")
+    return with_paths
 
 
 def run(args: list[str] | None = None) -> MoslimCLI:
@@ -358,7 +365,7 @@ def run(args: list[str] | None = None) -> MoslimCLI:
     if os.getcwd() not in sys.path and imports_from_here(arguments):
         sys.path.append(os.getcwd())  # last, so that no file there shadows a library
     if not debugging():
-        leave_out_noise()
+        hide_library_messages()
     return MoslimCLI(with_defaults(arguments))
 
 
@@ -369,19 +376,20 @@ def main(args: list[str] | None = None) -> None:
         args: Arguments; None = those of the process.
 
     Raises:
-        SystemExit: With status 2 for a user's mistake, 1 for a failed run, 130 or 143 for an interrupted one.
+        SystemExit: Status 2 after a user's mistake, 1 after a failed run, 130 or 143 after an interruption.
     """
     arguments = without_flag(sys.argv[1:] if args is None else args)
     if arguments == ["--version"]:
         print(importlib.metadata.version("moslim"))
         return
     if not debugging():
-        plain_warnings()
+        one_line_warnings()
     with reported():
-        if arguments[:1] == ["generate"] and any(part.partition("=")[0] == "--policy" for part in arguments):
-            if any(part.partition("=")[0] == "--config" for part in arguments):
+        options = {argument.partition("=")[0] for argument in arguments}
+        if arguments[:1] == ["generate"] and "--policy" in options:
+            if "--config" in options:
                 raise UsageError("generate --policy FOLDER takes no --config: all that it needs is in the folder")
-            leave_out_noise()
+            hide_library_messages()
             auto_cli(generate, args=arguments[1:], as_positional=False, parser_class=MoslimParser)
         else:
             run(arguments)

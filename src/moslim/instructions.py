@@ -12,9 +12,9 @@ from moslim.preferences import Preference, PreferenceSet
 from moslim.utils.errors import UsageError
 
 OPENING, CLOSING = "[[", "]]"
-"""Delimiters of the shipped instructions; ordinary text except in what the instruction in use writes."""
+"""Delimiters of the shipped instructions. Elsewhere in questions and answers they are ordinary text."""
 
-_PROBE = "a question in the place of all"
+_SAMPLE_QUESTION = "a question in the place of all"
 
 
 def level_words(preference: Preference, preferences: PreferenceSet) -> list[tuple[str, str]]:
@@ -48,8 +48,8 @@ class PreferenceInstruction(ABC):
     def forms(self, preferences: PreferenceSet) -> dict[str, str]:
         """Returns further texts that read as this instruction, each with its replacement in questions and answers.
 
-        ``reserved`` and the output of :meth:`render` for single levels are included already (:func:`readings`). Case,
-        white space and look-alike characters are ignored.
+        ``reserved`` and the output of :meth:`render` for single levels are always replaced, too. Case, white space and
+        look-alike characters are ignored in the comparison.
 
         Args:
             preferences: Dimensions in use.
@@ -57,21 +57,21 @@ class PreferenceInstruction(ABC):
         return {}
 
 
-def readings(instruction: PreferenceInstruction, preferences: PreferenceSet) -> dict[str, str]:
+def instruction_forms(instruction: PreferenceInstruction, preferences: PreferenceSet) -> dict[str, str]:
     """Returns every text that reads as an instruction, with its replacement in questions and answers.
 
-    These are the texts that the instruction writes for single levels, without those that it writes for every level,
-    and its ``forms``.
+    These are the ``forms`` of the instruction, and the texts that it writes for some but not for all single levels.
     """
-    written: list[list[str]] = []
+    texts_by_level: list[list[str]] = []
     with suppress(UsageError):  # the prompts of the run raise the same error
         for dimension in preferences.dimensions:
             for level in range(len(dimension.levels)):
-                chat: list[Message] = [{"role": "user", "content": _PROBE}]
+                chat: list[Message] = [{"role": "user", "content": _SAMPLE_QUESTION}]
                 messages = instruction.render(chat, Preference({dimension.name: level}), preferences)
-                texts = [part.strip() for message in messages for part in message["content"].split(_PROBE)]
-                written.append([text for text in texts if text])
-    distinctive = {text: "" for texts in written for text in texts if not all(text in other for other in written)}
+                texts = [part.strip() for message in messages for part in message["content"].split(_SAMPLE_QUESTION)]
+                texts_by_level.append([text for text in texts if text])
+    all_texts = [text for texts in texts_by_level for text in texts]
+    distinctive = {text: "" for text in all_texts if not all(text in texts for texts in texts_by_level)}
     return distinctive | instruction.forms(preferences)
 
 
@@ -86,8 +86,8 @@ class SystemMessage(PreferenceInstruction):
         """See the base class."""
         if not preference:
             return list(messages)
-        words = ", ".join(f"{name}: {level}" for name, level in level_words(preference, preferences))
-        text = f"{OPENING}Preferences{CLOSING} {words}"
+        levels = ", ".join(f"{name}: {level}" for name, level in level_words(preference, preferences))
+        text = f"{OPENING}Preferences{CLOSING} {levels}"
         if messages[0]["role"] != "system":
             return [{"role": "system", "content": text}, *messages]
         return [{"role": "system", "content": f"{messages[0]['content']}\n\n{text}"}, *messages[1:]]
@@ -108,7 +108,7 @@ class Tags(PreferenceInstruction):
         self.names = names
 
     def text(self, preference: Preference, preferences: PreferenceSet) -> str:
-        """Returns the tags alone, separated by spaces.
+        """Returns the tags, separated by spaces.
 
         Raises:
             UsageError: ``names`` is false, and two dimensions share a level name.
@@ -130,10 +130,10 @@ class Tags(PreferenceInstruction):
         forms = {}
         for dimension in preferences.dimensions:
             for level in dimension.levels:
-                words = f"{dimension.name}: {level}" if self.names else level
-                forms[f"{OPENING}{words}{CLOSING}"] = words
+                text = f"{dimension.name}: {level}" if self.names else level
+                forms[f"{OPENING}{text}{CLOSING}"] = text
                 if self.names:
-                    forms |= {f"{OPENING}{words}": words, f"{words}{CLOSING}": words}
+                    forms |= {f"{OPENING}{text}": text, f"{text}{CLOSING}": text}
         return forms
 
 
@@ -160,11 +160,11 @@ class Template(PreferenceInstruction):
                 f"instruction template {text!r}: {error}; write a literal brace as '{{{{' or '}}}}'"
             ) from error
         fields = [name for _, name, _, _ in parts if name is not None]
-        plain = all(not spec and not conversion for _, _, spec, conversion in parts)
-        if sorted(fields) != ["preferences", "question"] or not plain:
+        unformatted = all(not spec and not conversion for _, _, spec, conversion in parts)
+        if sorted(fields) != ["preferences", "question"] or not unformatted:
             raise UsageError(
                 f"instruction template {text!r} has placeholders {fields}: "
-                "it must hold {question} and {preferences}, each exactly once and plain, and no other"
+                "give {question} and {preferences} once each, without a format, and no other"
             )
         self._parts = [(literal, name) for literal, name, _, _ in parts]
         literals = [""]  # before, between and after the two placeholders
@@ -179,18 +179,18 @@ class Template(PreferenceInstruction):
         if not preference:
             return list(messages)
         *before, last = messages
-        words = ", ".join(f"{name}: {level}" for name, level in level_words(preference, preferences))
-        values = {"question": last["content"], "preferences": words}
+        levels = ", ".join(f"{name}: {level}" for name, level in level_words(preference, preferences))
+        values = {"question": last["content"], "preferences": levels}
         content = "".join(literal + (values[name] if name else "") for literal, name in self._parts)
         return [*before, {"role": last["role"], "content": content}]
 
     def forms(self, preferences: PreferenceSet) -> dict[str, str]:
         """Returns each level after the text before ``{preferences}``, or else before the text that follows it."""
         before, after = self._around
-        words = [f"{dimension.name}: {level}" for dimension in preferences.dimensions for level in dimension.levels]
+        levels = [f"{dimension.name}: {level}" for dimension in preferences.dimensions for level in dimension.levels]
         if before:
-            return {f"{before} {level}": level for level in words}
-        return {f"{level} {after}": level for level in words} if after else dict.fromkeys(words, "")
+            return {f"{before} {level}": level for level in levels}
+        return {f"{level} {after}": level for level in levels} if after else dict.fromkeys(levels, "")
 
 
 def sample_prompts(
@@ -199,28 +199,34 @@ def sample_prompts(
     """Returns sample prompts, by which a checkpoint detects a changed instruction.
 
     Returns:
-        ``prompts``: chat by requested levels. Empty if the instruction is worded at random.
+        ``prompts``: chat by requested levels. Empty if the instruction has random wording.
     """
-    tops = {dimension.name: len(dimension.levels) - 1 for dimension in preferences.dimensions}
-    single = [{name: level} for name, top in tops.items() for level in range(top + 1)]
+    highest = {dimension.name: len(dimension.levels) - 1 for dimension in preferences.dimensions}
+    single_levels = [{name: level} for name, last in highest.items() for level in range(last + 1)]
     question: list[Message] = [{"role": "user", "content": "How do I make tea?"}]
-    longer = [{"role": "system", "content": "Be kind."}, *question, {"role": "assistant", "content": "So."}, *question]
+    dialogue = [
+        {"role": "system", "content": "Be kind."},
+        *question,
+        {"role": "assistant", "content": "So."},
+        *question,
+    ]
 
     def render() -> dict[str, list[Message]]:
-        chats = {str(levels): instruction.render(question, Preference(levels), preferences) for levels in single}
-        return {**chats, "all": instruction.render(longer, Preference(tops), preferences)}
+        chats = {str(levels): instruction.render(question, Preference(levels), preferences) for levels in single_levels}
+        return {**chats, "all": instruction.render(dialogue, Preference(highest), preferences)}
 
     prompts = render()
     return {"prompts": prompts} if prompts == render() else {}
 
 
 def _refuse_shared_level_names(preferences: PreferenceSet) -> None:
-    owner: dict[str, str] = {}
+    """Raises an error if two dimensions have a level of the same name."""
+    dimension_by_level: dict[str, str] = {}
     for dimension in preferences.dimensions:
         for level in dimension.levels:
-            if level in owner:
+            if level in dimension_by_level:
                 raise UsageError(
-                    f"dimensions '{owner[level]}' and '{dimension.name}' both have a level '{level}': "
+                    f"dimensions '{dimension_by_level[level]}' and '{dimension.name}' both have a level '{level}': "
                     "rename one, or use Tags with names: true"
                 )
-            owner[level] = dimension.name
+            dimension_by_level[level] = dimension.name

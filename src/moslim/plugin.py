@@ -27,7 +27,7 @@ class Plugin(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of the state in a checkpoint: role, place and class, so that no other class loads it."""
+        """Key of the state in a checkpoint: role, place and class, so that another class does not load it."""
         return f"{self.role}{self.place}:{class_key(type(self))}"
 
     @property
@@ -36,34 +36,34 @@ class Plugin(Callback):
         return ()
 
 
-def own_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
-    """Returns all parts, each before the parts that it contains, with their places set.
+def all_parts(plugins: Iterable[Plugin]) -> list[Plugin]:
+    """Returns plugins and their children, each parent before its children, and sets the places of the children.
 
     Raises:
-        UsageError: The same instance occurs twice, so its state would be ambiguous.
+        UsageError: The same instance occurs twice.
     """
-    parts = _placed(plugins)
+    parts = _with_children(plugins)
     for i, part in enumerate(parts):
         if any(part is earlier for earlier in parts[:i]):
             raise UsageError(
-                f"the same {type(part).__name__} stands in two places of the model's {part.role}: its hooks would run "
-                "twice and its state would be saved once; make two of them"
+                f"the same {type(part).__name__} instance occurs twice in the model's {part.role}: its hooks would run "
+                "twice and its state would be saved once; create two instances"
             )
     return parts
 
 
-def _placed(plugins: Iterable[Plugin]) -> list[Plugin]:
+def _with_children(plugins: Iterable[Plugin]) -> list[Plugin]:
     parts: list[Plugin] = []
     for plugin in plugins:
         parts.append(plugin)
         for index, child in enumerate(plugin.children):
             child.place = f"{plugin.place}.{index}"
-        parts += _placed(plugin.children)
+        parts += _with_children(plugin.children)
     return parts
 
 
 class Stateful(Protocol):
-    """An object whose state goes into checkpoints; the state may be empty."""
+    """Object whose state is saved in checkpoints; the state may be empty."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> None: ...
@@ -71,35 +71,37 @@ class Stateful(Protocol):
 
 @contextmanager
 def unchanged_on_failure(parts: Sequence[Stateful]) -> Iterator[None]:
-    """Restores the state of the parts if the block raises, so that it can be repeated."""
-    before = [deepcopy(part.state_dict()) for part in parts]
+    """Context manager that restores the state of the parts if its block raises, so that the block can be repeated."""
+    states = [deepcopy(part.state_dict()) for part in parts]
     try:
         yield
     except BaseException:
-        for part, state in zip(parts, before, strict=True):
+        for part, state in zip(parts, states, strict=True):
             if state:
                 part.load_state_dict(state)
         raise
 
 
-def own_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:
-    """Returns the parts as callbacks for ``configure_callbacks``.
+def part_callbacks(plugins: Iterable[Plugin], configured: Iterable[Callback]) -> list[Callback]:
+    """Returns plugins and their children as callbacks for ``configure_callbacks``.
 
     Args:
         plugins: Parts that the config names.
         configured: ``trainer.callbacks``.
 
     Raises:
-        UsageError: ``configured`` has a callback of the type, or a base type, of a part. Lightning would silently
-            replace one with the other.
+        UsageError: ``configured`` has a callback of the type, or a base type, of a part, so that Lightning would
+            silently replace one with the other.
     """
-    parts = own_parts(plugins)
+    parts = all_parts(plugins)
     for callback in configured:
         callback_type = type(callback)
-        twin = next((part for part in parts if callback_type is not Callback and isinstance(part, callback_type)), None)
-        if twin is not None and callback not in parts:  # after a first run, `configured` holds the parts themselves
+        if callback_type is Callback or callback in parts:  # after a first run, `configured` holds the parts themselves
+            continue
+        duplicate = next((part for part in parts if isinstance(part, callback_type)), None)
+        if duplicate is not None:
             raise UsageError(
-                f"trainer.callbacks lists a {callback_type.__name__}, which is also the model's {twin.role}: "
+                f"trainer.callbacks lists a {callback_type.__name__}, which is also the model's {duplicate.role}: "
                 "remove it from trainer.callbacks"
             )
     return list(parts)

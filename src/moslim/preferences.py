@@ -46,15 +46,17 @@ class Dimension:
         if len(self.levels) < 2:
             raise UsageError(f"dimension '{self.name}' has levels {list(self.levels)}: give at least two")
         if len(set(self.levels)) != len(self.levels):
-            raise UsageError(f"dimension '{self.name}' names a level twice: {list(self.levels)}")
-        _check_name(self.name, f"name of a dimension {quoted(self.name)}")
+            raise UsageError(f"dimension '{self.name}' names a level twice: {list(self.levels)}; rename one of them")
+        _check_name(self.name, f"name {quoted(self.name)} of a dimension")
         if set(self.name) & {"/", "."}:
             raise UsageError(
-                f"dimension '{self.name}': no '/' or '.' can be in the name, as metrics and weights have it"
+                f"dimension '{self.name}': the name becomes part of the names of metrics and weights, so it cannot "
+                "contain '/' or '.'; rename the dimension"
             )
         if self.name in RESERVED_NAMES:
             raise UsageError(
-                f"dimension '{self.name}': metrics have this name already; call it otherwise, e.g. '{self.name}_level'"
+                f"dimension '{self.name}': metrics have this name already; rename the dimension, e.g. "
+                f"'{self.name}_level'"
             )
         for level in self.levels:
             _check_name(level, f"level {quoted(level)} of dimension '{self.name}'")
@@ -71,11 +73,11 @@ class Dimension:
         text = str(level).strip()
         if text in self.levels:
             return self.levels.index(text)
-        by_name = any(map(_is_number, self.levels))
-        if not by_name and _is_number(text) and 0 <= int(text) < len(self.levels):
+        names_only = any(map(_is_number, self.levels))
+        if not names_only and _is_number(text) and 0 <= int(text) < len(self.levels):
             return int(text)
-        known = ", ".join(name if by_name else f"{name} ({i})" for i, name in enumerate(self.levels))
-        raise UsageError(f"dimension '{self.name}' has no level '{text}'; lowest first, there are: {known}")
+        choices = ", ".join(name if names_only else f"{name} ({i})" for i, name in enumerate(self.levels))
+        raise UsageError(f"dimension '{self.name}' has no level '{text}'; lowest first, there are: {choices}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class PreferenceSet:
         return Preference({name: self[name].number(level) for name, level in levels.items()})
 
     def to_dict(self) -> dict[str, list[str]]:
-        """Returns the constructor's argument as plain data."""
+        """Returns the argument of the constructor as plain data."""
         return {d.name: list(d.levels) for d in self.dimensions}
 
     def check(self, preference: Preference) -> None:
@@ -160,7 +162,7 @@ class PreferenceSet:
                 raise UsageError(f"level {level} of dimension '{name}' is outside 0..{size - 1}")
 
     def encode(self, preference: Preference) -> Tensor:
-        """Returns the target ``[D]`` (int64) of a preference; ``INACTIVE`` for dimensions that it does not name.
+        """Returns the target ``[D]`` (int64) of a preference; ``INACTIVE`` for dimensions that are not requested.
 
         Raises:
             UsageError: See :meth:`check`.
@@ -169,7 +171,7 @@ class PreferenceSet:
         return torch.tensor([preference.levels.get(name, INACTIVE) for name in self.names], dtype=torch.long)
 
     def decode(self, target: Tensor) -> Preference:
-        """Inverse of :meth:`encode`."""
+        """Returns the preference of a target; the inverse of :meth:`encode`."""
         levels = zip(self.names, target.tolist(), strict=True)
         return Preference({name: level for name, level in levels if level != INACTIVE})
 
@@ -188,10 +190,10 @@ class PreferenceSet:
                 raise UsageError(
                     f"dimension '{dimension.name}' is unknown to the {owner}, which has: {', '.join(other.names)}"
                 )
-            ours, theirs = list(dimension.levels), list(other[dimension.name].levels)
-            if theirs != ours:
+            levels, other_levels = list(dimension.levels), list(other[dimension.name].levels)
+            if levels != other_levels:
                 raise UsageError(
-                    f"dimension '{dimension.name}' has the levels {ours} in `preferences`, but {theirs} in the "
+                    f"dimension '{dimension.name}' has the levels {levels} in `preferences`, but {other_levels} in the "
                     f"{owner}: a level is known by its place, lowest first, so another name or order means something "
                     f"else; give those of the {owner}"
                 )
@@ -200,30 +202,32 @@ class PreferenceSet:
 
 def _level_names(name: str, levels: Sequence[Scalar]) -> tuple[str, ...]:
     if isinstance(levels, str) or not isinstance(levels, Sequence):
-        raise UsageError(f"preferences.dimensions.{name}: {quoted(levels)} is no list: give a list of level names")
+        raise UsageError(f"preferences.dimensions.{name}: {quoted(levels)} is not a list: give a list of level names")
     return tuple(as_text(level, f"preferences.dimensions.{name}") for level in levels)
 
 
-def _check_name(name: str, what: str) -> None:
+def _check_name(name: str, label: str) -> None:
+    """Checks that a name can be written into prompts; ``label`` starts the error message."""
     if not name.strip():
-        raise UsageError(f"{what}: it is empty")
+        raise UsageError(f"{label} is empty: give a name")
     if name != name.strip() or not name.isprintable():
-        raise UsageError(f"{what}: white space around it, line ends and invisible characters cannot be in a name")
+        raise UsageError(f"{label} has surrounding white space, line ends or invisible characters: remove them")
     if "[[" in name or "]]" in name or name.startswith("[") or name.endswith("]"):
-        raise UsageError(f"{what}: it holds brackets, which delimit levels in prompts; write it without")
+        raise UsageError(f"{label} has brackets, which delimit levels in prompts: remove them")
 
 
-def _refuse_equal(names: Sequence[str], what: str) -> None:
-    """Raises an error if two names differ only in case, width or white space."""
-    known: dict[str, str] = {}
+def _refuse_equal(names: Sequence[str], label: str) -> None:
+    """Raises an error if two names differ only in case, width or white space; ``label`` starts the message."""
+    by_key: dict[str, str] = {}
     for name in names:
         key = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        if key in known:
-            raise UsageError(f"{what} {known[key]!r} and {name!r} differ in case or white space only: rename one")
-        known[key] = name
+        if key in by_key:
+            raise UsageError(f"{label} {by_key[key]!r} and {name!r} differ in case or white space only: rename one")
+        by_key[key] = name
 
 
 def _is_number(text: str) -> bool:
+    """Whether a text is an integer in ASCII digits."""
     return bool(re.fullmatch(r"-?[0-9]+", text))
 
 
@@ -256,5 +260,5 @@ def requested_probability(probs: Tensor, targets: Tensor) -> Tensor:
         probs: ``[B, D, K]``, 0 on levels that a dimension lacks.
         targets: ``[B, D]`` int64, requested level, -1 = not requested.
     """
-    probability = widened(probs).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return probability.masked_fill(targets == INACTIVE, torch.nan)
+    requested = widened(probs).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return requested.masked_fill(targets == INACTIVE, torch.nan)

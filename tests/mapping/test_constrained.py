@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moslim.mapping import Constrained, ExpectedDistance, TargetProbability, UserWeights
-from moslim.plugin import own_parts
+from moslim.plugin import all_parts
 from moslim.preferences import PreferenceSet
 from moslim.utils.errors import UsageError
 
@@ -77,7 +77,7 @@ def test_its_objective_observes_other_dimensions_and_is_a_part_of_its_own() -> N
     mapping = bound(objective)
     mapping.observe(PROBS, TARGETS)
     assert objective.state_dict()["running"].keys() == {"two/a", "two/b"}
-    assert own_parts([mapping]) == [mapping, objective] and objective.place == ".0"
+    assert all_parts([mapping]) == [mapping, objective] and objective.place == ".0"
 
 
 def test_wrong_arguments_are_named() -> None:

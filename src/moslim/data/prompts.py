@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from moslim.data.encoding import ChatEncoder, Frame, without_start
 from moslim.data.sanitizing import ForbiddenText, TakenOut
 from moslim.data.types import Message, Question
-from moslim.instructions import PreferenceInstruction, readings
+from moslim.instructions import PreferenceInstruction, instruction_forms
 from moslim.preferences import Preference, PreferenceSet
 from moslim.utils.errors import UsageError, quoted
 
@@ -89,7 +89,7 @@ def instruction_patterns(instruction: PreferenceInstruction, preferences: Prefer
     strings = [
         pattern for text in instruction.reserved for pattern in (ForbiddenText(text), ForbiddenText(text, match="form"))
     ]
-    forms = readings(instruction, preferences)
+    forms = instruction_forms(instruction, preferences)
     return (*strings, *(ForbiddenText(text, left, "form") for text, left in forms.items()))
 
 

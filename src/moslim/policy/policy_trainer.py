@@ -22,7 +22,7 @@ from moslim.generation.torch_engine import TorchEngine
 from moslim.mapping.base import MappingFunction
 from moslim.ops.logprobs import ForwardConfig
 from moslim.ops.lora import LoraOptions
-from moslim.plugin import Plugin, own_callbacks, own_parts, unchanged_on_failure
+from moslim.plugin import Plugin, all_parts, part_callbacks, unchanged_on_failure
 from moslim.policy.generation import BatchKey, OffPolicy, Purpose
 from moslim.policy.policy_evaluation import Dtype, PolicyEvaluation
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
@@ -251,7 +251,7 @@ class PolicyTrainer(PolicyEvaluation):
         Raises:
             UsageError: One of them is listed in ``trainer.callbacks`` too, where Lightning would replace it.
         """
-        parts = own_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
+        parts = part_callbacks([self.mapping, self.policy_optimizer], self.trainer.callbacks)  # type: ignore[attr-defined]
         return [*parts, *super().configure_callbacks()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -372,7 +372,7 @@ class PolicyTrainer(PolicyEvaluation):
     @property
     def _plugins(self) -> list[Plugin]:
         """Mapping function and policy optimizer, with their children."""
-        return own_parts([self.mapping, self.policy_optimizer])
+        return all_parts([self.mapping, self.policy_optimizer])
 
     @property
     def _sampler(self) -> PreferenceSampler | None:
