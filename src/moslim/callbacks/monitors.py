@@ -242,7 +242,7 @@ _PROBE_SEED = 7  # distinguishes the seeds from those of other completions
 
 
 class StyleProbe(Callback):
-    """Measures at the end of ``fit`` how far the style words of the embedded world move the gold levels.
+    """Measures the effect of the embedded world's style words on the gold levels, at the end of ``fit``.
 
     Logs ``style/{dimension}``, the mean gold level with the high word minus that with the low word, for a
     :class:`~moslim.callbacks.Gate` that comes later in ``trainer.callbacks``. Held-out topics are not used.

@@ -135,7 +135,10 @@ TITLES = {
     "auroc": "AUROC",
 }
 """Column titles of the measures, in the order of the page."""
-_INTERVAL_TITLES = ("accuracy", "majority", "within one level", "majority", "quadratic weighted kappa", "AUROC")
+_INTERVAL_TITLES = (
+    *("accuracy", "majority accuracy", "within one level", "majority within one level"),
+    *("quadratic weighted kappa", "AUROC"),
+)
 _CALIBRATION = {
     "ece": "ECE",
     "classwise_ece": "classwise ECE",
