@@ -17,9 +17,9 @@ from moslim.callbacks.dashboards import (
     Dashboard,
     append_rows,
     completion_rows,
-    escape_html,
     flatten,
     render,
+    wandb_cell,
 )
 from moslim.callbacks.guards import Guards
 from moslim.callbacks.monitors import ThroughputMonitor
@@ -150,7 +150,7 @@ def test_one_value_per_column():
         "length/probabilities": [0.75, 0.25],
     }
     assert (last["preference"], last["warmth/requested"], last["warmth/reward"]) == ("", None, None)
-    assert escape_html(first["warmth/probabilities"]) == "0.25 0.25 0.50" and escape_html("a<b") == "a&lt;b"
+    assert wandb_cell(first["warmth/probabilities"]) == "0.25 0.25 0.50" and wandb_cell("a<b") == "a&lt;b"
 
 
 @pytest.mark.parametrize("stopped", [False, True])

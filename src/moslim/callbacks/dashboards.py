@@ -127,7 +127,7 @@ def flatten(row: Row, names: Sequence[str]) -> Row:
     return fields
 
 
-def escape_html(value: Any) -> Any:
+def wandb_cell(value: Any) -> Any:
     """Converts a cell for W&B, whose tables render HTML: escapes texts and formats lists of numbers."""
     if isinstance(value, list):
         return " ".join("-" if number is None else f"{number:.2f}" for number in value)
@@ -135,6 +135,7 @@ def escape_html(value: Any) -> Any:
 
 
 def _question_text(question: Question) -> str:
+    """Formats a question as text: a chat as one line per message."""
     if isinstance(question, str):
         return question
     return "\n".join(f"{message['role']}: {message['content']}" for message in question)
@@ -182,6 +183,7 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _signed(value: float | None) -> str:
+    """Formats a number with its sign; None becomes ``-``."""
     return "-" if value is None else f"{value:+.2f}"
 
 
@@ -201,7 +203,7 @@ class CompletionTable(Callback):
 
     def __init__(self, every_n_steps: int = 50, rows: int = 4) -> None:
         if every_n_steps < 1 or rows < 1:
-            raise UsageError(f"every_n_steps={every_n_steps} and rows={rows} must both be at least 1")
+            raise UsageError(f"CompletionTable: every_n_steps is {every_n_steps} and rows is {rows}: give at least 1")
         self.every_n_steps = every_n_steps
         self.rows = rows
         self._last_step = 0
@@ -255,7 +257,7 @@ class CompletionTable(Callback):
         if self._table is None:
             self._table = wandb.Table(columns=list(rows[0]), log_mode="INCREMENTAL")
         for row in rows:
-            self._table.add_data(*map(escape_html, row.values()))
+            self._table.add_data(*map(wandb_cell, row.values()))
         logger.experiment.log({"completions": self._table, "trainer/global_step": rows[0]["step"]})
 
 
@@ -363,6 +365,7 @@ class Dashboard(Callback):
         self._upload(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])
 
     def _upload(self, trainer: Trainer, name: str, paths: list[Path]) -> None:
+        """Uploads files and folders as an artifact of the W&B run, if ``artifacts`` is set."""
         loggers = _wandb_loggers(trainer)
         if not self.artifacts or not paths or not loggers:
             return

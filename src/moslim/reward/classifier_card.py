@@ -216,9 +216,14 @@ def score(question, answer):
 print(score("How do I make tea?", "Boil some water, pour it over the leaves and wait."))"""
 
 
-_MEASURES = {"accuracy": "accuracy", "within_one": "within one level", "mae": "MAE", "kappa": "weighted kappa"}
+_MEASURES = {
+    "accuracy": "accuracy",
+    "within_one": "within one level",
+    "mae": "MAE",
+    "kappa": "quadratic weighted kappa",
+}
 _TEST_MEASURES = {**_MEASURES, "spearman": "Spearman", "auroc": "AUROC"}
-_CALIBRATION = {"ece": "ECE", "brier": "Brier", "rps": "RPS"}
+_CALIBRATION = {"ece": "ECE", "brier": "Brier score", "rps": "ranked probability score"}
 _CITATION = """@article{moslim2025,
   author  = {Zhang, Yu and Jiang, Wanli and Yang, Zhengyu},
   title   = {MOSLIM: Align with diverse preferences in prompts through reward classification},
