@@ -74,6 +74,7 @@ class _MessageFilter(logging.Filter):
     """Drops the log messages that match :data:`_HIDDEN_MESSAGES`."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a message is shown."""
         return not _HIDDEN_MESSAGES.match(record.getMessage().strip())
 
 
@@ -143,6 +144,7 @@ class MoslimCLI(OpenCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
+        """Returns the commands, with the arguments that are not options of each."""
         skipped_arguments = {"model", "datamodule"}
         own_commands = dict.fromkeys(("generate", "export", "replay"), skipped_arguments)
         return {**LightningCLI.subcommands(), **own_commands}
@@ -152,9 +154,11 @@ class MoslimCLI(OpenCLI):
         return self._arguments[:1] == [subcommand] or not set(self._arguments[:1]) & set(SUBCOMMANDS)
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the option ``seed_everything``."""
         parser.add_argument("--seed_everything", type=int, default=0, help="Seed of the run and of all its parts.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds preferences and default callbacks, and links preferences and seed to model and data module."""
         parser.add_argument("--preferences", type=PreferenceSet, sub_configs=True, help="The dimensions in use.")
         _keep_whole_numbers(parser)
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
@@ -168,9 +172,15 @@ class MoslimCLI(OpenCLI):
             parser.link_arguments("seed_everything", f"{part}.init_args.seed")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parses the arguments, and keeps the config."""
         self.config = parser.parse_args(cast("list[str] | None", args))
 
     def before_instantiate_classes(self) -> None:
+        """Validates the config, and warns of options that are dropped.
+
+        Raises:
+            UsageError: An option is invalid, or a default cannot be written to ``config.yaml``.
+        """
         self._refuse_early()
         self.fill_config_dump()
         for message in dropped([str(file) for file in self.option(self.config, "config") or []], self.config_dump):
@@ -203,6 +213,7 @@ class MoslimCLI(OpenCLI):
                 raise UsageError(untrained(self.subcommand))
 
     def run_subcommand(self, subcommand: str) -> None:
+        """Runs the command and prints its metrics; removes the folders of a run that failed before its first step."""
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
         folders = NewFolders([logger.log_dir for logger in loggers] or [self.trainer.default_root_dir])
         first_step = self.trainer.global_step
@@ -220,6 +231,11 @@ class MoslimCLI(OpenCLI):
             print(metrics_table(f"{subcommand}: metrics", metrics))
 
     def instantiate_classes(self) -> None:
+        """Builds model, data module and trainer.
+
+        Raises:
+            UsageError: An option is invalid. Errors of constructors are raised as they are.
+        """
         constructor_errors: list[Exception] = []
 
         def build(cls: type, /, *args: Any, **kwargs: Any) -> Any:
@@ -245,10 +261,16 @@ class MoslimCLI(OpenCLI):
             raise UsageError(shortened(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds the trainer with a CSV logger first."""
         config = self.option(self.config_init, "trainer")
         return super().instantiate_trainer(logger=_csv_first(config.logger, config.default_root_dir), **kwargs)
 
     def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Builds the trainer, without checkpoint callbacks if checkpoints are disabled.
+
+        Raises:
+            UsageError: Lightning refuses an option.
+        """
         if config["enable_checkpointing"] is False or config["fast_dev_run"]:
             callbacks = [callback for callback in callbacks if not isinstance(callback, ModelCheckpoint)]
         try:
@@ -259,6 +281,11 @@ class MoslimCLI(OpenCLI):
             raise UsageError(f"trainer: {error}") from error
 
     def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
+        """Returns the arguments of the Trainer's method; resolves ``ckpt_path`` and continues the W&B run.
+
+        Raises:
+            UsageError: ``ckpt_path`` is empty, or names a checkpoint that does not exist.
+        """
         kwargs = super().subcommand_arguments(subcommand)
         if kwargs["ckpt_path"] == "":
             raise UsageError("--ckpt_path is empty: give last, best, a file, or none")

@@ -212,6 +212,7 @@ class CompletionTable(Callback):
         self._table: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that the module has rollouts."""
         if not hasattr(pl_module, "rollout"):
             raise UsageError(
                 f"CompletionTable shows completions of a policy, but {type(pl_module).__name__} generates none: "
@@ -219,6 +220,7 @@ class CompletionTable(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sets the file, and starts a new table."""
         # Broadcast: all ranks must read it. None under fast_dev_run.
         folder = trainer.log_dir
         self._file = Path(folder) / "completions.jsonl" if folder else None
@@ -228,6 +230,7 @@ class CompletionTable(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Shows and saves completions of the rollout, if due."""
         step = trainer.global_step
         due = step == 1 or step % self.every_n_steps == 0
         if not due or step == self._last_step or not trainer.is_global_zero:
@@ -243,11 +246,13 @@ class CompletionTable(Callback):
                 self._log_to_wandb(logger, [flatten(row, module.preferences.names) for row in rows])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes ``completions.parquet``."""
         module: Any = pl_module
         if self._file is not None and self._file.exists() and trainer.is_global_zero:
             write_parquet(self._file, module.preferences.names)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes ``completions.parquet`` when the run is stopped."""
         self.on_train_end(trainer, pl_module)
 
     def _log_to_wandb(self, logger: WandbLogger, rows: list[Row]) -> None:
@@ -342,6 +347,7 @@ class Dashboard(Callback):
         self.artifacts = artifacts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Defines the metrics in W&B, and saves the id of the W&B run for ``fit``."""
         folder = trainer.log_dir  # broadcast: all processes must read it
         for logger in _wandb_loggers(trainer):
             run = logger.experiment
@@ -353,6 +359,7 @@ class Dashboard(Callback):
                 write_text(Path(folder) / RUN_FILE, json.dumps({"id": run.id}) + "\n")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Uploads checkpoint and completions."""
         checkpoint = best_checkpoint(trainer.checkpoint_callback)
         folder = trainer.log_dir
         completions = Path(folder or "") / "completions.parquet"
@@ -360,6 +367,7 @@ class Dashboard(Callback):
         self._upload(trainer, "completions", [completions] if completions.exists() else [])
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Uploads the report."""
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         names = ("report.md", "steerability.json", "reward.json", "*.png")
         self._upload(trainer, "report", [path for name in names for path in sorted(folder.glob(name))])

@@ -86,24 +86,29 @@ class ThroughputMonitor(Callback):
         self._speed: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Discards the measurements of an earlier run."""
         self._step_watch = self._phase_watch = self._rollout_watch = None
         self._speed = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Starts the time of the step and, on a new rollout, that of the rollout."""
         self._step_watch = Stopwatch(pl_module.device)
         if batch_idx % _batch_repeats(pl_module) == 0:
             self._rollout_watch = self._step_watch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Starts the time of the backward pass."""
         self._phase_watch = Stopwatch(pl_module.device)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the time of the backward pass and starts that of the update."""
         if self._phase_watch is not None:
             self._phase_watch.lap("time/backward")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Logs the metrics, if due."""
         rollout = getattr(pl_module, "rollout", None)
         if rollout is not None and (batch_idx + 1) % _batch_repeats(pl_module) == 0 and self._rollout_watch is not None:
             tokens, seconds = int(rollout.mask.sum()), self._rollout_watch.read()
@@ -309,35 +314,43 @@ class StepCheckpoint(OpenModelCheckpoint):
     _stepping = False
 
     def skips(self, trainer: Trainer) -> bool:
+        """Whether a checkpoint that is due is not written now."""
         return super().skips(trainer) or within_accumulation(trainer)
 
     def saves_on_exception(self, trainer: Trainer) -> bool:
+        """Whether an exception makes a checkpoint."""
         batch_in_progress = finished_batches(trainer) < started_batches(trainer)
         weights_change = self._stepping and batch_in_progress
         return super().saves_on_exception(trainer) and not within_accumulation(trainer) and not weights_change
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves a checkpoint, unless a guard stopped the run."""
         if not isinstance(exception, GuardError):
             super().on_exception(trainer, pl_module, exception)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Records that weights may change in this batch."""
         self._stepping = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Records that no weights have changed in this batch."""
         self._stepping = False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves a checkpoint, or postpones it within an accumulation."""
         self._postponed = within_accumulation(trainer)
         super().on_validation_end(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Saves a checkpoint that is due or was postponed."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._postponed and not within_accumulation(trainer):
             self.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Updates ``last.ckpt``, except within an accumulation."""
         if within_accumulation(trainer):
             return
         self.forget_older(trainer)

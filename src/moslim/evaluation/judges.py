@@ -66,12 +66,14 @@ class GoldJudge(Judge):
     proxy = False
 
     def setup(self, preferences: PreferenceSet) -> None:
+        """See the base class; raises UsageError for dimensions that the embedded world lacks."""
         from moslim.workbench.grammar import LEVELS
 
         super().setup(preferences)
         preferences.columns_in(PreferenceSet(LEVELS), "gold judge of the embedded world")
 
     def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
+        """See the base class."""
         from moslim.workbench.grammar import gold_levels
 
         names = self.preferences.names
@@ -105,6 +107,7 @@ class ClassifierJudge(Judge):
         self._columns: list[int] = []
 
     def setup(self, preferences: PreferenceSet) -> None:
+        """See the base class; loads the classifier."""
         from moslim.reward.scorer import Scorer
 
         super().setup(preferences)
@@ -113,6 +116,7 @@ class ClassifierJudge(Judge):
         self._columns = preferences.columns_in(self._scorer.preferences, f"judge in {self.path}")
 
     def levels(self, questions: Sequence[Question], answers: Sequence[str]) -> Tensor:
+        """See the base class."""
         if self._scorer is None:
             raise RuntimeError("ClassifierJudge.levels was called before setup(preferences)")
         probs = self._scorer.probabilities(list(questions), list(answers), batch_size=self.batch_size)
