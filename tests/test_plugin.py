@@ -36,7 +36,7 @@ def test_parts_come_before_those_inside_of_them_with_their_places():
     assert all_parts([outer, other]) == parts and [part.state_key for part in parts] == keys  # asked a second time
 
 
-def test_own_callbacks_are_the_parts():
+def test_part_callbacks_are_the_parts():
     part = Part(Finer())
     assert part_callbacks([part], [Callback()]) == [part, part.children[0]]
     assert part_callbacks([part], [part, part.children[0], Callback()]) == [part, part.children[0]]  # a later stage
