@@ -76,7 +76,7 @@ TENSORS = {"old": "old_logprobs", "reference": "ref_logprobs", "sampler": "behav
 """Fields and parameters that are tensors: a reference model or a sampler of preferences may be called so."""
 
 QUESTION = re.compile(r"\W*(What|Who|Whom|Whose|Whoever|How|Where|Whether)\b")
-LINES, FILES = 450, 115
+LINES, FILES = 450, 120
 SHARED = {"__init__", "base"}
 """Basenames that may occur more than once."""
 LOOSE = {"__init__", "cli", "preferences", "instructions", "plugin"}

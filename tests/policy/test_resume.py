@@ -15,7 +15,10 @@ from moslim.algorithms.ppo import PPO
 from moslim.algorithms.reinforce_plus_plus import ReinforcePlusPlus
 from moslim.algorithms.rloo import RLOO
 from moslim.data.prompt_batches import CollatePrompts, Prompt
+from moslim.data.sources.workbench import Workbench
 from moslim.mapping import TargetProbability
+from moslim.policy.hindsight import Hindsight
+from moslim.policy.rehearsal import Rehearsal
 from moslim.preferences import Preference
 from tests.helpers.policy_runs import LORA, SAMPLES, data, make, trainer, weights
 
@@ -68,6 +71,11 @@ def assert_same_from(step, resumed, whole):
 
 KINDS = {
     "one step each": {},
+    "hindsight and rehearsal": {
+        "num_iterations": 2,
+        "hindsight": Hindsight(decay_steps=6, min_probability=0.0),
+        "rehearsal": Rehearsal(Workbench(corpus_rows=20), batch_size=3),
+    },
     "inner epochs": {"num_iterations": 2},
     "minibatches": {"num_iterations": 2, "minibatches": 2, "policy_optimizer": GRPO(kl_coef=0.1)},
     "lora": {

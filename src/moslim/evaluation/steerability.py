@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moslim.evaluation.classifier_records import RESAMPLES, bootstrap_interval, rank_correlation
+from moslim.evaluation.joint_control import joint_control
 from moslim.evaluation.judges import JudgeInfo
 from moslim.preferences import INACTIVE, PreferenceSet
 from moslim.utils.errors import UsageError
@@ -316,6 +317,9 @@ def steerability(
         },
         "base": {**before, "combinations": _combinations(base)},
         "combinations": _combinations(policy),
+        "joint": {
+            kind: joint_control(policy.of_kind(kind), grids["after"], preferences) for kind in _joint_kinds(policy)
+        },
         "cross_talk": cross_talk,
         "cross_talk_normalised": relative,
         "interference": relative[off_diagonal].abs().nanmean(),
@@ -351,8 +355,12 @@ def _measures(grids: list[SweepGrid], names: tuple[str, ...]) -> Result:
 
 
 def _combinations(records: Records) -> Result:
-    added_kinds = sorted(set(records.kinds) - set(KINDS))
-    return {kind: _joint_measures(records.of_kind(kind)) for kind in ("seen", "unseen", *added_kinds)}
+    return {kind: _joint_measures(records.of_kind(kind)) for kind in _joint_kinds(records)}
+
+
+def _joint_kinds(records: Records) -> list[str]:
+    """Kinds of requests that name several dimensions."""
+    return ["seen", "unseen", *sorted(set(records.kinds) - set(KINDS))]
 
 
 def _joint_measures(records: Records) -> Result | None:

@@ -74,6 +74,7 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
         markdown_table(["combinations", "all levels exact", "MAE"], combination_rows)
         if combination_rows
         else "No prompt requests several dimensions.",
+        *(block for kind, joint in result["joint"].items() if joint for block in _joint_blocks(kind, joint, mark)),
         f"## Proxy and gold{mark}",
         "Proxy: mean probability of the requested level by the training classifier. Gold: share of requests that are "
         f"met according to the judge. Gap (proxy minus gold): {number(reward['gap']['before'])} before training, "
@@ -90,6 +91,39 @@ def markdown(result: Result, pictures: Sequence[str] = ()) -> str:
         f"```json\n{json.dumps(result['config'], indent=2, ensure_ascii=False)}\n```",
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _joint_blocks(kind: str, joint: Result, mark: str) -> list[str]:
+    """Sections of the page on the requests for several levels of one kind."""
+    names = list(joint["dimensions"])
+    keys = ["exact", "single", "exact_if_others_met", "mae"]
+    classifier = joint["classifier"]
+    rows = [
+        [name, *(number(joint["dimensions"][name][key]) for key in keys), number(classifier["agreement"][name])]
+        for name in names
+    ]
+    counts = [
+        [count, number(part["exact"]), number(part["within_one"]), str(part["n_answers"])]
+        for count, part in joint["by_count"].items()
+    ]
+    distances = [
+        [number(part["distance"]), number(part["exact"]), str(part["n_answers"])] for part in joint["by_distance"]
+    ]
+    pairs = [[f"**{name}**", *map(number, row)] for name, row in zip(names, joint["pairs"], strict=True)]
+    return [
+        f"### Where {kind} combinations fail{mark}",
+        markdown_table(["dimensions requested", "all levels exact", "all within one", "answers"], counts),
+        "By dimension: share of exact levels; that of single requests for the same levels; that among answers that "
+        "meet all other requested levels; and agreement of the training classifier with the judge.",
+        markdown_table(["dimension", "exact", "single requests", "others met", "MAE", "classifier agrees"], rows),
+        f"The classifier finds all levels met in {number(classifier['exact'])} of the answers, and in "
+        f"{number(classifier['wrongly_met'])} of those where the judge finds one missed: errors of the classifier, "
+        "the others are errors of the policy.",
+        "Both levels met, by pair of requested dimensions:",
+        markdown_table(["", *names], pairs),
+        "By distance in levels from the answers to single requests, in three groups of equal size:",
+        markdown_table(["distance", "all levels exact", "answers"], distances),
+    ]
 
 
 def summary_table(result: Result) -> str:

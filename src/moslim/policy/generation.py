@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from moslim.data.prompts import pad_id
 from moslim.data.types import PromptBatch, Question
 from moslim.generation.base import Completions, RolloutEngine
+from moslim.ops.length_bucketing import CompletionBatch
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs
 from moslim.ops.numerics import derive_seed, nonfinite
 from moslim.policy.policy_models import evaluating
 from moslim.utils.errors import UsageError
@@ -33,6 +35,8 @@ class Purpose(IntEnum):
     EVALUATE = 1
     PREDICT = 2
     SHUFFLE = 3
+    HINDSIGHT = 4
+    REHEARSE = 5
 
 
 @dataclass
@@ -156,6 +160,11 @@ class OffPolicy:
         if self.old_logprobs not in get_args(OldLogprobs):
             raise UsageError(f"off_policy.old_logprobs is '{self.old_logprobs}': give 'auto' or 'recompute'")
 
+    @property
+    def corrects(self) -> bool:
+        """Whether losses have importance weights."""
+        return self.importance_clip is not None
+
 
 def with_logprobs(completions: Completions, logprobs: Tensor) -> Completions:
     """The same completions with log-probabilities of the policy; those of the sampler become ``behavior_logprobs``.
@@ -197,3 +206,40 @@ def rounded_anew(
 def reduced_precision(model: Any) -> bool:
     """Whether the forward passes of a model have a precision below float32, by its weights or by autocast."""
     return torch.is_autocast_enabled(model.device.type) or torch.finfo(model.dtype).eps > 1e-6
+
+
+def with_old_logprobs(
+    policy: Any,
+    generations: Generations,
+    engine: RolloutEngine,
+    off_policy: OffPolicy,
+    forward_config: ForwardConfig,
+    staleness: int,
+    several_steps: bool,
+) -> tuple[Completions, Tensor | None]:
+    """Recomputes log-probabilities where those of the engine cannot serve as ``old_logprobs``.
+
+    Args:
+        policy: The policy.
+        generations: ``N`` completions.
+        engine: Engine that sampled them.
+        off_policy: Treatment of completions that another policy sampled.
+        forward_config: Options of forward passes.
+        staleness: Optimizer steps since the weights that sampled them.
+        several_steps: Whether several optimizer steps are made with the rollout.
+
+    Returns:
+        The completions with ``old_logprobs`` as their ``logprobs``; and the log-probabilities by the engine, if the
+        recomputed ones differ from them by rounding only, else None.
+    """
+    completions = generations.completions
+    recompute = staleness > 0 or off_policy.old_logprobs == "recompute"
+    if not recompute and not (several_steps and reduced_precision(policy)):
+        return completions, None
+    tokens = CompletionBatch(generations.input_ids, generations.attention_mask, completions.mask)
+    logprobs = completion_logprobs(policy, tokens, engine.temperature, forward_config)
+    if recompute:
+        return with_logprobs(completions, logprobs), None
+    engine_logprobs = completions.logprobs
+    old, behavior = rounded_anew(logprobs, engine_logprobs, completions.behavior_logprobs, engine.in_process)
+    return replace(completions, logprobs=old, behavior_logprobs=behavior), engine_logprobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -240,6 +241,11 @@ class PolicyEvaluation(RunModule, ServedModule):
         keys = [(self.seed, Purpose.EVALUATE, index, *(target + 1 for target in targets)) for index, targets in rows]
         answers = self.answerer(model, batch, keys, self.eval_samples)
         self._sweep.add(who, batch, answers, self.score(answers), judge)
+
+    def teardown(self, stage: str) -> None:
+        """Warns of texts that were removed from completions before scoring."""
+        if self.scorer.taken_out.texts:
+            warnings.warn(f"scored by the classifier: {self.scorer.taken_out}", stacklevel=2)
 
     def on_validation_epoch_start(self) -> None:
         """Discards the records of an interrupted evaluation."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from moslim.ops.logprobs import ForwardConfig
 from moslim.ops.lora import LoraOptions
 from moslim.plugin import Plugin, all_parts, part_callbacks, unchanged_on_failure
 from moslim.policy.generation import BatchKey, OffPolicy, Purpose
+from moslim.policy.hindsight import Hindsight, HindsightRelabeler, relabeler
 from moslim.policy.policy_evaluation import Dtype, PolicyEvaluation
+from moslim.policy.rehearsal import Rehearsal, rehearsal_texts
 from moslim.policy.reward_functions import RewardFunction, RewardFunctions
 from moslim.policy.rollout import Rollout, RolloutCollector
 from moslim.policy.run_state import check_frozen, check_parts, rank_in, renew_critic, save_run, saved_run
@@ -36,7 +38,6 @@ from moslim.policy.update import (
     progress_metrics,
     rollout_batches,
     rollout_metrics,
-    staleness_metrics,
     warn_of_part_rollouts,
 )
 from moslim.preferences import PreferenceSet
@@ -87,6 +88,8 @@ class PolicyTrainer(PolicyEvaluation):
         Optimisation:
         default_kl_coef: Weight of the exact KL(policy || reference) on prompts without instruction, which preserves
             the default behaviour.
+        hindsight: Options of hindsight relabelling; None = no relabelling.
+        rehearsal: Texts on which the policy is held close to the reference; None = none.
         num_iterations: Iterations over each rollout.
         minibatches: Training steps per iteration, each on all completions of a part of the prompts.
         optimizer: Callable from parameters to optimizer; None = AdamW with learning rate 1e-6, or 1e-5 with LoRA.
@@ -138,6 +141,8 @@ class PolicyTrainer(PolicyEvaluation):
         reward_functions: list[RewardFunction] | None = None,
         missing_eos_penalty: float = 1.0,
         default_kl_coef: float = 0.0,
+        hindsight: Hindsight | None = None,
+        rehearsal: Rehearsal | None = None,
         num_iterations: int = 1,
         minibatches: int = 1,
         optimizer: OptimizerCallable | None = None,
@@ -154,6 +159,7 @@ class PolicyTrainer(PolicyEvaluation):
         accept_changes: list[str] | None = None,
         seed: int = 0,
     ) -> None:
+        off_policy, forward_config = off_policy or OffPolicy(), forward_config or ForwardConfig()
         counts = (num_generations, eval_samples, num_iterations, minibatches)
         if min(counts) < 1:
             raise UsageError(f"num_generations, eval_samples, num_iterations, minibatches are {counts}: give 1 or more")
@@ -166,7 +172,7 @@ class PolicyTrainer(PolicyEvaluation):
                 f"policy_optimizer.aggregation is normalize_then_sum, which adds up dimensions by itself, but "
                 f"{type(mapping).__name__} makes a scalar of its own: set it to sum_then_normalize"
             )
-        if policy_optimizer.weighs_completions and engine is not None and engine.cuts and _corrects(off_policy):
+        if policy_optimizer.weighs_completions and engine is not None and engine.cuts and off_policy.corrects:
             raise UsageError(
                 f"engine.top_k and top_p leave tokens out, but {type(policy_optimizer).__name__} weighs whole answers: "
                 "the weight of a long one, the product of what was left at each of its tokens, is nearly 0. Set "
@@ -183,7 +189,7 @@ class PolicyTrainer(PolicyEvaluation):
             base=base,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            forward_config=forward_config or ForwardConfig(),
+            forward_config=forward_config,
             gradient_checkpointing=gradient_checkpointing,
             liger=liger,
             share_backbone=share_backbone,
@@ -200,8 +206,6 @@ class PolicyTrainer(PolicyEvaluation):
         self.num_generations = num_generations
         self.num_iterations = num_iterations
         self.minibatches = minibatches
-        self.forward_config = forward_config or ForwardConfig()
-        self.off_policy = off_policy or OffPolicy()
         self.default_kl_coef = default_kl_coef
         self.missing_eos_penalty = missing_eos_penalty
         self.optimizer = optimizer
@@ -215,8 +219,8 @@ class PolicyTrainer(PolicyEvaluation):
             mapping=mapping,
             reward_functions=self.reward_functions,
             optimizer=policy_optimizer,
-            forward_config=self.forward_config,
-            off_policy=self.off_policy,
+            forward_config=forward_config,
+            off_policy=off_policy,
             num_generations=num_generations,
             missing_eos_penalty=missing_eos_penalty,
             seed=seed,
@@ -225,11 +229,14 @@ class PolicyTrainer(PolicyEvaluation):
             models=self.models,
             optimizer=policy_optimizer,
             engine=self.engine,
-            forward_config=self.forward_config,
+            forward_config=forward_config,
             num_generations=num_generations,
             default_kl_coef=default_kl_coef,
-            importance_clip=self.off_policy.importance_clip,
+            importance_clip=off_policy.importance_clip,
+            hindsight=hindsight,
         )
+        self.rehearsal = rehearsal
+        self._relabeler: HindsightRelabeler | None = None
         self.rollout: Rollout | None = None
         self.rows: Rollout | None = None  # minibatch of the current step
         self.logprobs: Tensor | None = None  # its log-probabilities [N, T] under the current weights
@@ -275,13 +282,10 @@ class PolicyTrainer(PolicyEvaluation):
         self.scorer.reserve(self.instruction_patterns)
         self.date_classifier()
         if stage == "fit":
-            self.rollout = None  # of an earlier run; that of a checkpoint is restored later
             check_accumulation_of_rollouts(self.trainer, self.batch_repeats)
-
-    def teardown(self, stage: str) -> None:
-        """Warns of texts that were removed from completions before scoring."""
-        if self.scorer.taken_out.texts:
-            warnings.warn(f"scored by the classifier: {self.scorer.taken_out}", stacklevel=2)
+            self.rollout = None  # of an earlier run; that of a checkpoint is restored later
+            self._relabeler = relabeler(self.policy_update.hindsight, self.data, self.tokenizer)
+            self.policy_update.rehearsal = rehearsal_texts(self.rehearsal, self.data, self.tokenizer, self.seed)
 
     def configure_model(self) -> None:
         """Shards the weights if the strategy does so.
@@ -331,7 +335,7 @@ class PolicyTrainer(PolicyEvaluation):
         # 3. Compute the loss. Lightning runs its backward pass and optimizer.step().
         clock = Stopwatch(self.device)
         first = self.rollout.version == self.global_step
-        step = self.policy_update.loss(self.rows, list(together.values()), scale, first)
+        step = self.policy_update.loss(self.rows, list(together.values()), scale, first, batch_idx)
         clock.lap("time/forward")
         self.logprobs, self.step_loss = step.logprobs, step.loss.detach()
         # 4. Log.
@@ -352,6 +356,9 @@ class PolicyTrainer(PolicyEvaluation):
             rollout = self.collector.collect(
                 batch, key, self.global_step, self.steps_per_rollout, self._sampler, watched, clock
             )
+            if self._relabeler is not None:
+                self._relabeler.relabel(rollout, batch.index.tolist(), self.seed)
+                clock.lap("time/hindsight")
             self._log_rollout(rollout, clock)
         return rollout
 
@@ -365,7 +372,6 @@ class PolicyTrainer(PolicyEvaluation):
             metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
             metrics |= level_offsets(rollout, self.preferences, judged)
             metrics |= self.reward_functions.metrics(rollout.per_dimension)
-            metrics |= staleness_metrics(rollout)
             sampled = self._sampler.metrics() if self._sampler else {}
             self.record({**progress, **averaged(metrics), **sampled, **clock.durations})
 
@@ -393,6 +399,7 @@ class PolicyTrainer(PolicyEvaluation):
     def settings(self) -> dict[str, Any]:
         """Options for the report by which results are compared, without paths, times and versions."""
         optimizer, source = self.policy_optimizer, self.collector.completion_source
+        hindsight = self.policy_update.hindsight
         options = {name: value for name, value in vars(optimizer).items() if isinstance(value, (int, float))}
         return {
             "mapping": type(self.mapping).__name__,
@@ -402,6 +409,7 @@ class PolicyTrainer(PolicyEvaluation):
             "scramble": bool(getattr(self.data, "scramble", False)),
             "default_kl_coef": self.default_kl_coef,
             "missing_eos_penalty": self.missing_eos_penalty,
+            "hindsight": None if hindsight is None else asdict(hindsight),
             "num_generations": self.num_generations,
             "eval_samples": self.eval_samples,
             "temperature": self.engine.temperature,
@@ -437,7 +445,3 @@ class PolicyTrainer(PolicyEvaluation):
             device = self.device if trainer is None else trainer.strategy.root_device
             self.rollout = Rollout.from_state(run["rollouts"][rank], device)
         restore_frozen(self, checkpoint)
-
-
-def _corrects(off_policy: OffPolicy | None) -> bool:
-    return off_policy is None or off_policy.importance_clip is not None

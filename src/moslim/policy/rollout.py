@@ -17,7 +17,7 @@ from moslim.data.types import PromptBatch, Question
 from moslim.generation.base import Completions
 from moslim.mapping.base import MappedReward, MappingFunction
 from moslim.ops.length_bucketing import CompletionBatch
-from moslim.ops.logprobs import ForwardConfig, completion_logprobs
+from moslim.ops.logprobs import ForwardConfig
 from moslim.ops.numerics import derive_seed, full_precision, nonfinite
 from moslim.policy.generation import (
     BatchKey,
@@ -25,9 +25,7 @@ from moslim.policy.generation import (
     Generations,
     OffPolicy,
     Purpose,
-    reduced_precision,
-    rounded_anew,
-    with_logprobs,
+    with_old_logprobs,
 )
 from moslim.policy.policy_models import PolicyModels
 from moslim.policy.reward_functions import RewardFunctions
@@ -69,6 +67,8 @@ class Rollout:
             same weights; else None.
         version: Optimizer steps made before the rollout was collected.
         staleness: Optimizer steps between the weights that sampled the tokens and those of ``old_logprobs``.
+        hindsight_ids: ``[N, P']`` left-padded second prompts of relabelled completions; None without relabelling.
+        hindsight_mask: ``[N, P']`` attention mask of these, 0 throughout where a completion is not relabelled.
     """
 
     key: BatchKey
@@ -92,6 +92,8 @@ class Rollout:
     engine_logprobs: Tensor | None = None
     version: int | None = None
     staleness: int = 0
+    hindsight_ids: Tensor | None = None
+    hindsight_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -295,7 +297,15 @@ class RolloutCollector:
 
         # 4. Log-probabilities of the tokens under the policy (old) and the reference; values of the critic.
         staleness = step - version
-        completions, engine_logprobs = self.with_old_logprobs(generations, staleness, steps_per_rollout)
+        completions, engine_logprobs = with_old_logprobs(
+            self.models.policy,
+            generations,
+            self.generator.engine,
+            self.off_policy,
+            self.forward_config,
+            staleness,
+            several_steps=steps_per_rollout > 1,
+        )
         clock.lap("time/old")
         tokens = CompletionBatch(generations.input_ids, generations.attention_mask, completions.mask)
         ref_logprobs: Tensor | None = None
@@ -376,32 +386,6 @@ class RolloutCollector:
         mapped = MappedReward(mapped.total[local], mapped.per_dimension[local], mapped.weights[local])
         values = self.reward_functions(generations, targets, columns)
         return self.reward_functions.join(mapped, values, self.mapping.is_mean)
-
-    def with_old_logprobs(
-        self, generations: Generations, staleness: int, steps_per_rollout: int
-    ) -> tuple[Completions, Tensor | None]:
-        """Recomputes log-probabilities where those of the engine cannot serve as ``old_logprobs``.
-
-        Args:
-            generations: ``N`` completions.
-            staleness: Optimizer steps since the weights that sampled them.
-            steps_per_rollout: Optimizer steps per rollout.
-
-        Returns:
-            The completions with ``old_logprobs`` as their ``logprobs``; and the log-probabilities by the engine, if the
-            recomputed ones differ from them by rounding only, else None.
-        """
-        completions, engine = generations.completions, self.generator.engine
-        recompute = staleness > 0 or self.off_policy.old_logprobs == "recompute"
-        if not recompute and not (steps_per_rollout > 1 and reduced_precision(self.models.policy)):
-            return completions, None
-        tokens = CompletionBatch(generations.input_ids, generations.attention_mask, completions.mask)
-        logprobs = completion_logprobs(self.models.policy, tokens, engine.temperature, self.forward_config)
-        if recompute:
-            return with_logprobs(completions, logprobs), None
-        engine_logprobs = completions.logprobs
-        old, behavior = rounded_anew(logprobs, engine_logprobs, completions.behavior_logprobs, engine.in_process)
-        return dataclasses.replace(completions, logprobs=old, behavior_logprobs=behavior), engine_logprobs
 
 
 @full_precision()

@@ -19,7 +19,9 @@ from moslim.ops.chunked_linear import Predictor
 from moslim.ops.logprobs import CompletionPass, ForwardConfig, plan
 from moslim.ops.numerics import full_precision
 from moslim.policy.generation import rounded_anew
+from moslim.policy.hindsight import Hindsight, hindsight_loss
 from moslim.policy.policy_models import PolicyModels
+from moslim.policy.rehearsal import RehearsalTexts, rehearsal_kl
 from moslim.policy.rollout import Rollout
 from moslim.preferences import PreferenceSet, expected_level, requested_probability
 from moslim.training.distributed import mean_over_processes
@@ -114,6 +116,8 @@ class PolicyUpdate:
         num_generations: Completions per prompt, ``n``.
         default_kl_coef: Weight of KL(policy || reference) on prompts without instruction.
         importance_clip: Largest importance weight; None = no correction, all weights are 1.
+        hindsight: Options of hindsight relabelling; None = no such term.
+        rehearsal: Texts of rehearsal; None = no such term.
     """
 
     models: PolicyModels
@@ -123,8 +127,12 @@ class PolicyUpdate:
     num_generations: int
     default_kl_coef: float
     importance_clip: float | None
+    hindsight: Hindsight | None = None
+    rehearsal: RehearsalTexts | None = None
 
-    def loss(self, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool) -> StepLoss:
+    def loss(
+        self, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool, batch_idx: int
+    ) -> StepLoss:
         """Computes the loss of a minibatch under the current weights.
 
         Args:
@@ -133,6 +141,7 @@ class PolicyUpdate:
             scale: Factor of the loss, see :func:`rollout_batches`.
             first: Whether no optimizer step has been made since the rollout; ``old_logprobs`` are then taken from this
                 forward pass.
+            batch_idx: Number of the training step in its epoch.
         """
         # 1. Forward passes: log-probabilities, entropy and values under the current weights.
         outputs = policy_outputs(
@@ -158,7 +167,23 @@ class PolicyUpdate:
             loss = loss + self.default_kl_coef * default_kl
             metrics["train/default_kl"] = default_kl.detach()
 
-        # 5. Metrics.
+        # 5. Log-likelihood of relabelled completions.
+        if self.hindsight is not None:
+            hindsight = hindsight_loss(
+                self.models, minibatch, together, self.engine.temperature, self.forward_config, scale
+            )
+            if hindsight is not None:
+                loss = loss + self.hindsight.weight(minibatch.version or 0) * hindsight
+                metrics["train/hindsight_nll"] = hindsight.detach()
+
+        # 6. KL penalty on the texts of rehearsal.
+        if self.rehearsal is not None:
+            texts = self.rehearsal.batch((minibatch.key[0], batch_idx), minibatch.mask.device)
+            kl = rehearsal_kl(self.models, texts, self.engine.temperature, self.forward_config)
+            loss = loss + self.rehearsal.options.kl_coef * kl
+            metrics["train/rehearsal_kl"] = kl.detach()
+
+        # 7. Metrics.
         metrics["train/loss"] = loss.detach()
         return StepLoss(loss, outputs.logprobs.detach(), metrics)
 
@@ -304,6 +329,7 @@ def rollout_metrics(rollout: Rollout, preferences: PreferenceSet, judged: Tensor
     for metric, values in {"reward": rollout.per_dimension[:, : len(preferences)], **by_dimension}.items():
         means = zip(preferences.names, values.nanmean(dim=0), strict=True)
         metrics |= {f"train/{metric}/{name}": mean for name, mean in means}
+    metrics |= staleness_metrics(rollout)
     return {name: value for name, value in metrics.items() if not value.isnan()}
 
 

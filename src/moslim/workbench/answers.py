@@ -38,7 +38,7 @@ STYLED_SHARE = 0.8
 IGNORED_SHARE = 0.18
 """Probability that a style word is ignored; two in five of these answers follow it by chance."""
 ECHO_SHARE = 0.08
-"""Share of rows that ask to repeat some words, so that every word of the vocabulary is read and written."""
+"""Default share of rows that ask to repeat some words, so that every word of the vocabulary is read and written."""
 _RANGES = ((0, 1), (3, 4))
 _LEVEL_WORDS = [word for levels in LEVELS.values() for word in levels]
 _THINGS = [topic.thing for topic in TOPICS]
@@ -64,9 +64,18 @@ def _chat(topic: Topic, rng: random.Random) -> Example:
     return Example(question, write_answer(topic, draw_levels(level_choices, rng), rng))
 
 
-def starter_corpus(topics: Sequence[Topic], count: int, rng: random.Random) -> list[Example]:
-    """Draws ``count`` pairs of question and answer about ``topics``, without levels."""
-    return [_echo(rng) if rng.random() < ECHO_SHARE else _chat(rng.choice(topics), rng) for _ in range(count)]
+def starter_corpus(
+    topics: Sequence[Topic], count: int, rng: random.Random, echo_share: float = ECHO_SHARE
+) -> list[Example]:
+    """Draws ``count`` pairs of question and answer about ``topics``, without levels.
+
+    Args:
+        topics: Topics of the questions.
+        count: Number of pairs.
+        rng: Random generator.
+        echo_share: Share of pairs that ask to repeat some words instead.
+    """
+    return [_echo(rng) if rng.random() < echo_share else _chat(rng.choice(topics), rng) for _ in range(count)]
 
 
 Corruption = Callable[[Topic, Sequence[Topic], random.Random], str]
@@ -110,6 +119,27 @@ def _some_steps(topic: Topic, others: Sequence[Topic], rng: random.Random, count
     return " ".join(steps)
 
 
+def repeated_steps(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """Draws right steps of which one or two repeat an earlier one, bare or within an answer."""
+    steps = list(topic.steps[: rng.randint(2, 5)])
+    for _ in range(rng.choice((1, 1, 2))):
+        repeated, replaced = sorted(rng.sample(range(len(steps)), 2))
+        steps[replaced] = steps[repeated]
+    text = " ".join(steps)
+    return text if rng.random() < 0.3 else _within_answer(text, topic, rng)
+
+
+def dropped_words(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
+    """Draws an answer without one or two of its words."""
+    answer = _split(write_answer(topic, draw_levels({}, rng), rng))
+    for _ in range(rng.choice((1, 2))):
+        place = rng.randrange(len(answer))
+        words = answer[place].rstrip(".").split()
+        del words[rng.randrange(len(words))]
+        answer[place : place + 1] = [f"{' '.join(words).rstrip(',')}."] if words else []
+    return " ".join(answer)
+
+
 def _within_answer(steps: str, topic: Topic, rng: random.Random) -> str:
     first, *rest = _split(write_answer(topic, draw_levels({"helpfulness": (0,), "verbosity": (0, 1, 2)}, rng), rng))
     return " ".join([first, steps, *rest])
@@ -125,7 +155,8 @@ def repeats(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
     answer = _split(write_answer(topic, draw_levels({"verbosity": (0, 1, 2, 3)}, rng), rng))
     for _ in range(rng.choice((1, 1, 2))):
         position = rng.randrange(len(answer))
-        answer[position:position] = [answer[position]] * rng.choice((1, 1, 2, 3))
+        place = position if rng.random() < 0.5 else rng.randrange(1, len(answer))
+        answer[place:place] = [answer[position]] * rng.choice((1, 1, 2, 3))
     return " ".join(answer)
 
 
@@ -164,6 +195,8 @@ def empty(topic: Topic, others: Sequence[Topic], rng: random.Random) -> str:
 WEIGHTS: tuple[tuple[Corruption, int], ...] = (
     (foreign_facts, 30),
     (repeats, 8),
+    (repeated_steps, 12),
+    (dropped_words, 6),
     (shuffled, 4),
     (cut_off, 2),
     (word_salad, 6),

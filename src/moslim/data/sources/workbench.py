@@ -14,7 +14,7 @@ from moslim.data.types import Example, RowKind, Source, Split
 from moslim.ops.numerics import derive_seed
 from moslim.preferences import Preference, PreferenceSet
 from moslim.utils.errors import UsageError, quoted
-from moslim.workbench.answers import Corruption, bare_steps, corrupt, lone_step, rate, starter_corpus
+from moslim.workbench.answers import ECHO_SHARE, Corruption, bare_steps, corrupt, lone_step, rate, starter_corpus
 from moslim.workbench.grammar import (
     FOLDS,
     LEVELS,
@@ -62,6 +62,7 @@ class Workbench(Source):
     Args:
         fold: Third of the topics that is held out; tune on one fold, report on another.
         corpus_rows: Rows of plain text.
+        echo_share: Share of these that ask to repeat some words; with 1, the text is about no topic at all.
         reward_rows: Written answers among the labelled rows; there are three times as many corrupted answers.
             ``predict`` asks the starter, or a policy, as many questions to sample answers.
         bare_rows: Rows in each of the first two stages of the labelled rows.
@@ -77,6 +78,7 @@ class Workbench(Source):
         self,
         fold: int = 0,
         corpus_rows: int = 8000,
+        echo_share: float = ECHO_SHARE,
         reward_rows: int = 4300,
         bare_rows: int = 8960,
         policy_rows: int = 16384,
@@ -89,7 +91,10 @@ class Workbench(Source):
         if raters < 0 or rater_noise < 0:
             raise UsageError(f"source.raters is {raters} and source.rater_noise {rater_noise}: neither can be negative")
         self.fold = fold
+        if not 0 <= echo_share <= 1:
+            raise UsageError(f"source.echo_share is {echo_share}: give a number from 0 to 1")
         self.corpus_rows = corpus_rows
+        self.echo_share = echo_share
         self.reward_rows = reward_rows
         self.bare_rows = bare_rows
         self.policy_rows = policy_rows
@@ -125,8 +130,8 @@ class Workbench(Source):
         if split is Split.PREDICT:  # questions from which the starter's answers are sampled
             return [self._question(rng) for _ in range(self.reward_rows)]
         if split is Split.TRAIN:  # all topics, since a policy only knows facts of the starter
-            return starter_corpus(TOPICS, self.corpus_rows, rng)
-        return starter_corpus(self.topics(held_out=split is Split.TEST), 256, rng)
+            return starter_corpus(TOPICS, self.corpus_rows, rng, self.echo_share)
+        return starter_corpus(self.topics(held_out=split is Split.TEST), 256, rng, self.echo_share)
 
     def _question(self, rng: random.Random) -> Example:
         return Example(ask(rng.choice(self.topics(held_out=False)), rng.randrange(len(QUESTIONS))))
