@@ -31,6 +31,8 @@ def test_texts_of_a_config_are_what_is_written(parser, tmp_path):
         "  init_args:\n"
         "    where: {lang: [no, on], version: [1.10, 010, 1_000, 12:30, 2024-01-01], 1: yes}\n"
         "    constants: {lesson: off}\n"
+        "    rejected: second\n"
+        "    comparison_dimensions: [yes, 2]\n"
         "    scales:\n"
         "      size: &scale\n"
         "        values: {no: 0, true: 1, 1: 1, 1.50: 1, null: 0}  # levels\n"
@@ -47,6 +49,7 @@ def test_texts_of_a_config_are_what_is_written(parser, tmp_path):
         "1": ["yes"],
     }
     assert made.source.constants == {"lesson": "off"}
+    assert made.source.comparisons.comparison_dimensions == ["yes", "2"]
     for scale in made.source.labels.scales.values():
         assert scale.values == {"no": 0, "true": 1, "1": 1, "1.50": 1, "null": 0}
         assert scale.missing == ["n", "~", "0"]

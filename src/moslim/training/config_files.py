@@ -224,7 +224,7 @@ def _at(config: Any, key: tuple[str, ...]) -> Any:
     return config
 
 
-TEXTS = ("columns", "compared", "constants", "counts", "dimensions", "keep", "missing", "where")
+TEXTS = ("columns", "comparison_dimensions", "constants", "counts", "dimensions", "keep", "missing", "where")
 """Options that hold texts: every scalar in a list or mapping below one is the text that is written."""
 _STR, _INT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "int", "null", "merge"))
 _PLAIN_INTEGER = re.compile("-?(0|[1-9][0-9]*)")
