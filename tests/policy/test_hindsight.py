@@ -137,7 +137,7 @@ def expected_nll(models, rows, which):
 
 @pytest.mark.parametrize("forward_config", [PLAIN, ForwardConfig(), ForwardConfig(tokens=9, share_prefixes="always")])
 def test_the_loss_is_the_mean_negative_log_likelihood(models, relabeled, forward_config):
-    loss = hindsight_loss(models, relabeled, [relabeled], 1.0, forward_config, scale=1)
+    loss = hindsight_loss(models, relabeled, [relabeled], 1.0, forward_config, loss_scale=1)
     total, count = expected_nll(models, relabeled, (0, 1, 3))
     torch.testing.assert_close(loss, total / count, atol=1e-5, rtol=1e-5)
     trained = list(models.policy.parameters())
@@ -149,15 +149,16 @@ def test_the_loss_is_the_mean_negative_log_likelihood(models, relabeled, forward
 
 def test_minibatches_of_one_step_add_up(models, relabeled):
     parts = [relabeled.rows(torch.tensor(index)) for index in ([0, 2], [1, 3])]
-    losses = [hindsight_loss(models, part, parts, 1.0, PLAIN, scale=2) for part in parts]  # Lightning takes the mean
-    whole = hindsight_loss(models, relabeled, [relabeled], 1.0, PLAIN, scale=1)
+    # Lightning takes the mean over the parts.
+    losses = [hindsight_loss(models, part, parts, 1.0, PLAIN, loss_scale=2) for part in parts]
+    whole = hindsight_loss(models, relabeled, [relabeled], 1.0, PLAIN, loss_scale=1)
     torch.testing.assert_close(sum(losses) / 2, whole, atol=1e-6, rtol=1e-5)
 
 
 def test_without_relabelled_completions_there_is_no_term(models, relabeled):
     relabeled.hindsight_mask[:] = 0
-    assert hindsight_loss(models, relabeled, [relabeled], 1.0, PLAIN, scale=1) is None
-    assert hindsight_loss(models, rollout([[1, 1, 1, 1]]), [], 1.0, PLAIN, scale=1) is None
+    assert hindsight_loss(models, relabeled, [relabeled], 1.0, PLAIN, loss_scale=1) is None
+    assert hindsight_loss(models, rollout([[1, 1, 1, 1]]), [], 1.0, PLAIN, loss_scale=1) is None
 
 
 def test_the_update_adds_it_with_its_weight(models, relabeled):

@@ -51,8 +51,8 @@ def models(request, tokenizer):
 def run(models, rows, forward_config, temperature=1.0, **options):
     update = PolicyUpdate(models, RLOO(), TorchEngine(4), forward_config, 1, default_kl_coef=0.0, importance_clip=None)
     outputs = policy_outputs(models, rows, temperature, forward_config, **options)
-    return update.loss_inputs(outputs, rows, [rows], scale=1, first=False), mean_default_kl(
-        outputs.default_kl, [rows], scale=1
+    return update.loss_inputs(outputs, rows, [rows], loss_scale=1, first=False), mean_default_kl(
+        outputs.default_kl, [rows], loss_scale=1
     )
 
 

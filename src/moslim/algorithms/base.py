@@ -113,7 +113,7 @@ class LossInputs:
         step_mask: ``[M, T]`` bool, the concatenated masks of all minibatches that make one optimizer step; None =
             ``mask``.
         step_value_mask: ``[M, T]`` bool, the concatenated value masks of the same minibatches.
-        parts: Factor of the loss. It undoes the mean over accumulated batches that Lightning takes.
+        loss_scale: Factor of the loss. It undoes the mean over accumulated batches that Lightning takes.
     """
 
     logprobs: Tensor
@@ -132,7 +132,7 @@ class LossInputs:
     importance_clip: float | None = None
     step_mask: Tensor | None = None
     step_value_mask: Tensor | None = None
-    parts: float = 1
+    loss_scale: float = 1
 
     @property
     def log_ratio(self) -> Tensor:
@@ -183,7 +183,9 @@ class LossInputs:
 
     def reduce(self, values: Tensor, loss_agg_mode: LossAggMode) -> Tensor:
         """Reduces per-token values ``[N, T]`` to a scalar, see :func:`~moslim.algorithms.functional.reduce_tokens`."""
-        return reduce_tokens(values, self.mask, loss_agg_mode, self.max_completion_length, self.step_mask, self.parts)
+        return reduce_tokens(
+            values, self.mask, loss_agg_mode, self.max_completion_length, self.step_mask, self.loss_scale
+        )
 
     def token_mean(self, values: Tensor) -> Tensor:
         """Mean of ``[N, T]`` values over the tokens of this process, detached, for metrics."""

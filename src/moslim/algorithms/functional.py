@@ -289,7 +289,7 @@ def reduce_tokens(
     loss_agg_mode: LossAggMode,
     max_completion_length: int,
     step_mask: Tensor | None = None,
-    parts: float = 1,
+    loss_scale: float = 1,
 ) -> Tensor:
     """Reduces per-token values to a scalar: the share of this minibatch in a mean over one optimizer step.
 
@@ -307,12 +307,12 @@ def reduce_tokens(
         max_completion_length: Length limit of completions in tokens.
         step_mask: ``[M, T]`` bool, the concatenated masks of all minibatches that make one optimizer step, this one
             included; None = ``mask``.
-        parts: Factor of the result. It undoes the mean over accumulated batches that Lightning takes.
+        loss_scale: Factor of the result. It undoes the mean over accumulated batches that Lightning takes.
     """
     counted = mask if step_mask is None else step_mask
     if loss_agg_mode == "token_mean":
-        return (values * mask).sum() / shared_count(counted) * parts
-    completions = shared_count(counted.any(dim=1)) / parts
+        return (values * mask).sum() / shared_count(counted) * loss_scale
+    completions = shared_count(counted.any(dim=1)) / loss_scale
     if loss_agg_mode == "constant":
         return (values * mask).sum() / (completions * max_completion_length)
     return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sum() / completions

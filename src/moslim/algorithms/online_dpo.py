@@ -77,7 +77,7 @@ class OnlineDPO(PolicyOptimizer):
             losses = -logsigmoid(self.beta * margin)
         else:
             losses = (margin - 1 / (2 * self.beta)).square()
-        loss = (losses * compared_prompts).sum() / shared_count(step_prompts) * batch.parts
+        loss = (losses * compared_prompts).sum() / shared_count(step_prompts) * batch.loss_scale
         margins = margin.detach()[compared_prompts]
         metrics = {"pairs": compared_prompts.float().mean()}
         if len(margins):

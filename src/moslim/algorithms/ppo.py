@@ -97,7 +97,7 @@ class PPO(PolicyGradient):
         if batch.value_mask is not None:
             mask, step_mask = batch.value_mask, batch.step_value_mask
         loss = 0.5 * reduce_tokens(
-            token_losses, mask, "token_mean", batch.max_completion_length, step_mask, batch.parts
+            token_losses, mask, "token_mean", batch.max_completion_length, step_mask, batch.loss_scale
         )
         return loss, ((token_losses > squared_error) & mask).sum() / mask.sum().clamp(min=1)
 

@@ -61,7 +61,7 @@ class RLOO(PolicyGradient):
         objective, clipped = self.clipped(batch.log_ratio.sum(dim=1), batch.advantages)
         weights = batch.importance(batch.log_importance_weight.sum(dim=1))
         completions = len(batch.mask if batch.step_mask is None else batch.step_mask)
-        surrogate = -(objective * weights).sum() / completions * batch.parts
+        surrogate = -(objective * weights).sum() / completions * batch.loss_scale
         metrics = {"clip_fraction": clipped.mean(), **batch.importance_metrics(weights)}
         return self.regularized(surrogate, metrics, batch)
 

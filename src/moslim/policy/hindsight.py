@@ -174,7 +174,7 @@ def hindsight_loss(
     together: Sequence[Rollout],
     temperature: float,
     forward_config: ForwardConfig,
-    scale: float,
+    loss_scale: float,
 ) -> Tensor | None:
     """Mean negative log-likelihood per token of the relabelled completions after their second prompts.
 
@@ -184,7 +184,7 @@ def hindsight_loss(
         together: All minibatches of the rollout that make one optimizer step, ``minibatch`` included.
         temperature: Sampling temperature.
         forward_config: Options of forward passes.
-        scale: Factor of the loss, see :func:`~moslim.policy.update.rollout_batches`.
+        loss_scale: Factor of the loss, see :func:`~moslim.policy.update.rollout_batches`.
 
     Returns:
         The share of this minibatch, a scalar with gradient: its mean over processes and minibatches is the mean over
@@ -193,7 +193,7 @@ def hindsight_loss(
     if minibatch.hindsight_ids is None or minibatch.hindsight_mask is None:
         return None
     counts = [part.mask[part.hindsight_mask.any(dim=1)].sum() for part in together if part.hindsight_mask is not None]
-    tokens = mean_over_processes(torch.stack(counts).sum()) / scale
+    tokens = mean_over_processes(torch.stack(counts).sum()) / loss_scale
     if not tokens > 0:
         return None
     batch = CompletionBatch(

@@ -329,13 +329,13 @@ class PolicyTrainer(PolicyEvaluation):
         if self.rollout is None or self.rollout.key != key:
             self.rollout = self._collect(batch, key)
         # 2. Select the minibatch, and all minibatches of the rollout that make one optimizer step with it.
-        numbers, scale = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
+        numbers, loss_scale = rollout_batches(self.trainer, batch_idx, self.batch_repeats)
         together = {number: self._minibatch(self.rollout, number % self.batch_repeats) for number in numbers}
         self.rows = together[batch_idx]
         # 3. Compute the loss. Lightning runs its backward pass and optimizer.step().
         clock = Stopwatch(self.device)
         first = self.rollout.version == self.global_step
-        step = self.policy_update.loss(self.rows, list(together.values()), scale, first, batch_idx)
+        step = self.policy_update.loss(self.rows, list(together.values()), loss_scale, first, batch_idx)
         clock.lap("time/forward")
         self.logprobs, self.step_loss = step.logprobs, step.loss.detach()
         # 4. Log.

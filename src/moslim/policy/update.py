@@ -38,7 +38,7 @@ def rollout_batches(trainer: Trainer, batch_idx: int, repeats: int) -> tuple[lis
         repeats: Batches per rollout, ``num_iterations * minibatches``.
 
     Returns:
-        Their numbers in the epoch, and the factor of their losses. Lightning divides losses by
+        Their numbers in the epoch, and ``loss_scale``, the factor of their losses. Lightning divides losses by
         ``accumulate_grad_batches``; the loss of a step over several rollouts is the mean over these.
     """
     step_numbers = step_batches(trainer, batch_idx)
@@ -131,14 +131,14 @@ class PolicyUpdate:
     rehearsal: RehearsalTexts | None = None
 
     def loss(
-        self, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool, batch_idx: int
+        self, minibatch: Rollout, together: Sequence[Rollout], loss_scale: float, first: bool, batch_idx: int
     ) -> StepLoss:
         """Computes the loss of a minibatch under the current weights.
 
         Args:
             minibatch: ``N`` completions.
             together: All minibatches of the rollout that make one optimizer step, ``minibatch`` included.
-            scale: Factor of the loss, see :func:`rollout_batches`.
+            loss_scale: Factor of the loss, see :func:`rollout_batches`.
             first: Whether no optimizer step has been made since the rollout; ``old_logprobs`` are then taken from this
                 forward pass.
             batch_idx: Number of the training step in its epoch.
@@ -154,7 +154,7 @@ class PolicyUpdate:
         )
 
         # 2. Inputs of the loss: old log-probabilities, advantages, masks.
-        inputs = self.loss_inputs(outputs, minibatch, together, scale, first)
+        inputs = self.loss_inputs(outputs, minibatch, together, loss_scale, first)
 
         # 3. The algorithm's loss.
         with full_precision():
@@ -162,7 +162,7 @@ class PolicyUpdate:
         loss, metrics = output.loss, {f"train/{name}": value for name, value in output.metrics.items()}
 
         # 4. KL penalty on prompts without instruction, which preserves the default behavior.
-        default_kl = mean_default_kl(outputs.default_kl, together, scale)
+        default_kl = mean_default_kl(outputs.default_kl, together, loss_scale)
         if default_kl is not None:
             loss = loss + self.default_kl_coef * default_kl
             metrics["train/default_kl"] = default_kl.detach()
@@ -170,7 +170,7 @@ class PolicyUpdate:
         # 5. Log-likelihood of relabelled completions.
         if self.hindsight is not None:
             hindsight = hindsight_loss(
-                self.models, minibatch, together, self.engine.temperature, self.forward_config, scale
+                self.models, minibatch, together, self.engine.temperature, self.forward_config, loss_scale
             )
             if hindsight is not None:
                 loss = loss + self.hindsight.weight(minibatch.version or 0) * hindsight
@@ -188,7 +188,7 @@ class PolicyUpdate:
         return StepLoss(loss, outputs.logprobs.detach(), metrics)
 
     def loss_inputs(
-        self, outputs: PolicyOutputs, minibatch: Rollout, together: Sequence[Rollout], scale: float, first: bool
+        self, outputs: PolicyOutputs, minibatch: Rollout, together: Sequence[Rollout], loss_scale: float, first: bool
     ) -> LossInputs:
         """Collects the inputs of the algorithm's loss; see :meth:`loss` for the arguments."""
         old_logprobs, behavior_logprobs = minibatch.old_logprobs, minibatch.behavior_logprobs
@@ -213,7 +213,7 @@ class PolicyUpdate:
             importance_clip=self.importance_clip,
             step_mask=torch.cat([part.update_mask for part in together]),
             step_value_mask=torch.cat([part.value_mask for part in together]),
-            parts=scale,
+            loss_scale=loss_scale,
         )
 
 
@@ -263,13 +263,13 @@ def policy_outputs(
     return PolicyOutputs(logprobs, entropies, values, kl_sum if default_kl else None)
 
 
-def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], scale: float) -> Tensor | None:
+def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], loss_scale: float) -> Tensor | None:
     """Averages the KL to the reference over the tokens of completions to prompts without instruction.
 
     Args:
         total: Sum over these tokens in the minibatch of this process; None if it was not requested.
         together: All minibatches of the rollout that make one optimizer step.
-        scale: Factor of the loss, see :func:`rollout_batches`.
+        loss_scale: Factor of the loss, see :func:`rollout_batches`.
 
     Returns:
         The share of this minibatch: its mean over processes and minibatches is the mean over all tokens. None if no
@@ -278,7 +278,7 @@ def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], scale: fl
     if total is None:
         return None
     uninstructed_mask = torch.cat([part.mask[part.uninstructed] for part in together])
-    tokens = mean_over_processes(uninstructed_mask.sum()) / scale
+    tokens = mean_over_processes(uninstructed_mask.sum()) / loss_scale
     return total / tokens if tokens > 0 else None
 
 
