@@ -83,7 +83,7 @@ def safetensors(folder: Path) -> bytes:
         (lambda raw, _: raw[:500] + bytes(100) + raw[600:], "damaged"),
         (lambda raw, folder: safetensors(folder), "a safetensors file: name its folder"),
         (lambda raw, _: b"model: {class_path: a.b}\n", "no checkpoint, but something else"),
-        (lambda raw, _: zipped(), "nothing that torch.save wrote"),
+        (lambda raw, _: zipped(), "which torch.save always writes"),
         (lambda raw, _: pickled({"a": 1}, _use_new_zipfile_serialization=False), "before 1.6"),
         (lambda raw, _: pickled(nn.Linear(2, 1).state_dict()), "no state_dict .* something else wrote it"),
         (lambda raw, _: pickled([1, 2]), "no checkpoint of a Trainer"),

@@ -20,29 +20,29 @@ from moslim.training.distributed import inform, warn
 from moslim.utils.errors import UsageError
 
 Entries = dict[str, Any]
-"""Plain data by option, e.g. ``model.pooling``; an entry that no option sets alone has a name of its own."""
+"""Plain data by option, e.g. ``model.pooling``; entries that several options determine have names of their own."""
 
 _KEY = "identity"
 _SHOWN = 160
 _FEW = 3
 _CONFIGURATIONS = ("model.backbone", "model.model")
 _IRRELEVANT = ("drop", "token_id", "cache", "dtype", "architectures", "version", "name_or_path", "tie_", "output_")
-"""Parts of names of configuration entries that do not change hidden states in evaluation mode."""
+"""Substrings of the names of configuration entries that do not change hidden states in evaluation mode."""
 
 
 def keep_identity(checkpoint: dict[str, Any], meaning: Entries, run: Entries) -> None:
-    """Records both groups in a checkpoint.
+    """Records options in a checkpoint.
 
     Args:
-        checkpoint: The checkpoint.
-        meaning: What gives weights their meaning; compared whenever they are loaded.
-        run: What a run must be resumed with; compared when it goes on.
+        checkpoint: The checkpoint, changed in place.
+        meaning: Options that give the weights their meaning; compared whenever the weights are loaded.
+        run: Options that a resumed run must keep; compared when a run is resumed.
     """
     checkpoint[_KEY] = {"meaning": plain(meaning), "run": plain(run)}
 
 
 def saved_entries(checkpoint: Mapping[str, Any]) -> Entries:
-    """Entries that :func:`keep_identity` recorded, both groups together; empty where a checkpoint has no record."""
+    """Returns all entries that :func:`keep_identity` recorded; empty if the checkpoint has no record."""
     saved = checkpoint.get(_KEY, {})
     return {**saved.get("meaning", {}), **saved.get("run", {})}
 
@@ -56,118 +56,122 @@ def check_identity(
     path: str | Path | None = None,
     source: str = "the checkpoint",
 ) -> set[str]:
-    """Compares what a checkpoint recorded with what there is now.
+    """Compares the recorded options of a checkpoint with the current ones.
 
-    Entries that only one of the two sides has are not compared; nor are, of a model's configuration, those that only
-    one version of transformers writes.
+    Entries that only one side has are not compared. The same holds inside a model's configuration, whose entries depend
+    on the version of transformers.
 
     Args:
         checkpoint: The checkpoint.
-        meaning: As in :func:`keep_identity`, of the present run.
-        run: The same; empty where no run goes on.
+        meaning: Current options, as in :func:`keep_identity`.
+        run: Likewise; empty if no run is resumed.
         accepted: Entries that may differ (``model.accept_changes``).
-        never: Entries that may not, whatever is accepted.
-        path: Where the checkpoint lies, for the message.
-        source: What it is, for the message; a folder of weights has a record, too.
+        never: Entries that may not differ, even if they are in ``accepted``.
+        path: Path of the checkpoint, for the message.
+        source: Noun for the message, such as "the checkpoint" or the name of a folder with a record.
 
     Returns:
-        The entries that differ and are accepted.
+        Names of the entries that differ and are accepted.
 
     Raises:
-        UsageError: Others differ; or ``accepted`` names what is not recorded.
+        UsageError: Other entries differ, or ``accepted`` contains an unknown name.
     """
     if _KEY not in checkpoint:
         warn(
             f"{source} does not record the options that give its weights their meaning (an earlier version wrote "
-            "it), so nothing was compared: make sure that preferences, pooling, instruction and the like are the same"
+            "it), so nothing was compared: make sure that preferences, pooling and instruction are the same"
         )
         return set()
-    saved, now = checkpoint[_KEY], plain({**meaning, **run})
-    known = {**saved["meaning"], **saved["run"]}
-    unknown = sorted(set(accepted) - known.keys() - now.keys())
+    saved, current = saved_entries(checkpoint), plain({**meaning, **run})
+    unknown = sorted(set(accepted) - saved.keys() - current.keys())
     if unknown:
         raise UsageError(
             f"model.accept_changes names {', '.join(unknown)}, which is not compared; there are: "
-            f"{', '.join(sorted(known))}"
+            f"{', '.join(sorted(saved))}"
         )
-    different = {name for name in known.keys() & now.keys() if _differ(known[name], now[name], name in _CONFIGURATIONS)}
-    refused = [name for name in known if name in different and (name not in accepted or name in never)]
+    different = {
+        name for name in saved.keys() & current.keys() if _differ(saved[name], current[name], name in _CONFIGURATIONS)
+    }
+    refused = [name for name in saved if name in different and (name not in accepted or name in never)]
     if not refused:
         if different:
             names = ", ".join(sorted(different))
             inform(f"model.accept_changes: {source} was made with another {names}.")
         return different
-    lines = [f"  {name}: {_both(known[name], now[name], name in _CONFIGURATIONS)}" for name in refused]
-    asked = [name for name in refused if name not in never]
-    on_purpose = (
-        f"; or, to go on with what there is now on purpose, --model.accept_changes '[{', '.join(asked)}]'"
-        if asked
+    lines = [f"  {name}: {_comparison(saved[name], current[name], name in _CONFIGURATIONS)}" for name in refused]
+    acceptable = [name for name in refused if name not in never]
+    accept = (
+        f"; or, to continue with the present options on purpose, --model.accept_changes '[{', '.join(acceptable)}]'"
+        if acceptable
         else ""
     )
     raise UsageError(
         f"{source} was made with other options than this run has, so that its weights or its rows would mean "
-        "something else:\n" + "\n".join(lines) + f"\ngive those of {source}{_config(path)}{on_purpose}"
+        "something else:\n" + "\n".join(lines) + f"\ngive those of {source}{_config_hint(path)}{accept}"
     )
 
 
-def _differ(saved: Any, now: Any, shared: bool) -> bool:
-    """Whether two values differ; mappings, if ``shared``, only in entries that both have."""
-    if shared and isinstance(saved, dict) and isinstance(now, dict):
-        return any(_differ(saved[key], now[key], shared) for key in saved.keys() & now.keys())
-    return bool(saved != now)
+def _differ(saved: Any, current: Any, shared_only: bool) -> bool:
+    """Whether two values differ; if ``shared_only``, mappings are compared only in the keys that both have."""
+    if shared_only and isinstance(saved, dict) and isinstance(current, dict):
+        return any(_differ(saved[key], current[key], shared_only) for key in saved.keys() & current.keys())
+    return bool(saved != current)
 
 
-def _config(path: str | Path | None) -> str:
-    """The way to give the options of a checkpoint's run, for the message."""
+def _config_hint(path: str | Path | None) -> str:
+    """Part of the message that names the config of a checkpoint's run."""
     if path is None:
         return ""
-    places = [parent / "config.yaml" for parent in list(Path(path).parents)[:2]]
-    found = next((place for place in places if place.is_file()), None)
-    return f", most simply by the run's own config: --config {found or '<folder of the run>/config.yaml'}"
+    candidates = [parent / "config.yaml" for parent in list(Path(path).parents)[:2]]
+    config = next((file for file in candidates if file.is_file()), None)
+    return f", most simply by the run's own config: --config {config or '<folder of the run>/config.yaml'}"
 
 
-def _both(saved: Any, now: Any, shared: bool) -> str:
-    """Both values; of mappings the entries that differ as in :func:`_differ`."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        among = [name for name in {**saved, **now} if not shared or (name in saved and name in now)]
-        names = [name for name in among if _differ(saved.get(name), now.get(name), shared)]
-        shown = ", ".join(f"{name} {_both(saved.get(name), now.get(name), shared)}" for name in names[:_FEW])
-        return shown + (f", and {len(names) - _FEW} more" if len(names) > _FEW else "")
-    one, other = _text(saved), _text(now)
-    if max(len(one), len(other)) > _SHOWN:
-        start = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), 0)
-        cut = max(0, min(start, len(one), len(other)) - _SHOWN // 4)
-        one, other = (f"{'...' if cut else ''}{text[cut : cut + _SHOWN]}" for text in (one, other))
-    return f"saved {one}, now {other}"
+def _comparison(saved: Any, current: Any, shared_only: bool) -> str:
+    """Text with both values; of mappings, the entries that differ (see :func:`_differ`)."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        names = [name for name in {**saved, **current} if not shared_only or (name in saved and name in current)]
+        differing = [name for name in names if _differ(saved.get(name), current.get(name), shared_only)]
+        parts = [f"{name} {_comparison(saved.get(name), current.get(name), shared_only)}" for name in differing[:_FEW]]
+        return ", ".join(parts) + (f", and {len(differing) - _FEW} more" if len(differing) > _FEW else "")
+    saved_text, current_text = _json(saved), _json(current)
+    if max(len(saved_text), len(current_text)) > _SHOWN:
+        pairs = enumerate(zip(saved_text, current_text, strict=False))
+        first_difference = next((i for i, (a, b) in pairs if a != b), 0)
+        start = max(0, min(first_difference, len(saved_text), len(current_text)) - _SHOWN // 4)
+        ellipsis = "..." if start else ""
+        saved_text, current_text = (f"{ellipsis}{text[start : start + _SHOWN]}" for text in (saved_text, current_text))
+    return f"saved {saved_text}, now {current_text}"
 
 
-def _text(value: Any) -> str:
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
 def class_key(part: type | Callable[..., Any]) -> str:
-    """Name under which checkpoints, records and exported folders know a class or function.
+    """Returns the name of a class or function in checkpoints, records and exported folders.
 
-    Of this package it is the bare name, which is unique in it, so that a class can move to another module. Of all other
-    code it is the full path.
+    It is the bare name within this package, where names are unique, so that a class can move to another module. For all
+    other code it is the full path.
     """
-    of_package = part.__module__.partition(".")[0] == __name__.partition(".")[0]
-    return part.__qualname__ if of_package else f"{part.__module__}.{part.__qualname__}"
+    in_package = part.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return part.__qualname__ if in_package else f"{part.__module__}.{part.__qualname__}"
 
 
 def plain(value: Any) -> Any:
-    """Data that a checkpoint can hold and another process can compare.
+    """Converts a value to plain data, for checkpoints and comparisons with other processes.
 
-    A class or function becomes its :func:`class_key`, an object what :func:`described` says of it.
+    A class or function is converted by :func:`class_key`, an object to its ``repr``, or by :func:`described` if that
+    contains an address.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(map(plain, value), key=_text)
+        return sorted(map(plain, value), key=_json)
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if hasattr(value, "__qualname__"):
         return class_key(value)
     text = repr(value)
@@ -175,7 +179,7 @@ def plain(value: Any) -> Any:
 
 
 def described(part: Any) -> Entries:
-    """The key of an object's class, and the arguments that it was made with and has kept."""
+    """Returns the :func:`class_key` of an object, and the constructor arguments that it stores as attributes."""
     options = {}
     for name in inspect.signature(type(part)).parameters:
         for attribute in (name, f"_{name}"):
@@ -186,7 +190,7 @@ def described(part: Any) -> Entries:
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
-    """Hash of rows, dataclasses of plain data, in their order; of the fields by which they are compared."""
+    """Returns a hash of rows in order: of the fields of each dataclass that take part in comparisons."""
     digest = hashlib.sha256()
     for row in rows:
         values = [_ordered(getattr(row, field.name)) for field in dataclasses.fields(row) if field.compare]
@@ -196,24 +200,24 @@ def rows_digest(rows: Iterable[Any]) -> str:
 
 def _ordered(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return sorted((str(key), _ordered(one)) for key, one in value.items())
+        return sorted((str(key), _ordered(item)) for key, item in value.items())
     if isinstance(value, (set, frozenset)):
         return sorted(map(repr, value))
     return value
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of what turns text into ids: the tokenizer's whole pipeline, without its chat template."""
+    """Returns a hash of a tokenizer's pipeline from text to ids, without its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = sorted(tokenizer.get_vocab().items())
     else:
         content = json.loads(backend.to_str())
-        content["truncation"] = content["padding"] = None  # which the last call has set
-    return hashlib.sha256(_text(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        content["truncation"] = content["padding"] = None  # set by the last call
+    return hashlib.sha256(_json(content).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def architecture(config: PreTrainedConfig) -> Entries:
-    """Entries of a model's configuration that matter to hidden states in evaluation mode."""
+    """Returns the entries of a model's configuration that change hidden states in evaluation mode."""
     entries = plain(config.to_dict()).items()
-    return {name: value for name, value in entries if not any(part in name for part in _IRRELEVANT)}
+    return {name: value for name, value in entries if not any(substring in name for substring in _IRRELEVANT)}
