@@ -69,7 +69,7 @@ class RunModule(LightningModule):
     """Options in which it may not differ, even if they are in ``accept_changes``."""
 
     reports_test: ClassVar[bool] = False
-    """Whether ``test`` prints its own table, so that the command line does not list the metrics."""
+    """True if ``test`` prints its own table, so that the command line does not list the metrics."""
 
     rows_kept: int = 0
     """Number of rows that ``predict`` skips, since an interrupted run has finished them."""
