@@ -132,7 +132,7 @@ def test_heads_of_their_own_are_found_by_the_name_of_their_dimension() -> None:
     features = classifier.features(IDS, MASK)
     assert {name.split(".")[1] for name in classifier.state_dict() if name.startswith("head.")} == {"zeal", "calm"}
     assert torch.equal(classifier.classify(features).logits[:, 1], classifier.head["calm"](features))
-    with pytest.raises(ValueError, match="dimension 'values' cannot bear its name"):
+    with pytest.raises(ValueError, match="name of dimension 'values' cannot be"):
         awkward = PreferenceSet({"values": ["no", "yes"]})
         PreferenceClassifier.from_backbone(language_model("llama"), awkward, head_hidden=6)
 

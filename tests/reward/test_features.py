@@ -60,12 +60,12 @@ def renamed(file: Path) -> None:
     [flipped, renamed, lambda file: file.write_bytes(b""), lambda file: file.write_bytes(file.read_bytes()[:-3])],
     ids=["flipped", "renamed", "empty", "cut"],
 )
-def test_a_wrong_or_damaged_file_is_made_anew(harm, tmp_path: Path, compute: Counted) -> None:
+def test_a_wrong_or_damaged_file_is_computed_again(harm, tmp_path: Path, compute: Counted) -> None:
     cache = FeatureCache(tmp_path, "key")
     cache(ROWS, compute)
     (file,) = tmp_path.iterdir()
     harm(file)
-    with pytest.warns(UserWarning, match="made anew"):
+    with pytest.warns(UserWarning, match="computed again"):
         assert torch.equal(cache(ROWS, compute), FEATURES)
     assert torch.equal(cache(ROWS, compute), FEATURES)
     assert compute.calls == 2

@@ -1,7 +1,7 @@
 """The classifier's backbone: initialisation, new dimensions, features and their cache.
 
-A run starts from a backbone that gets new heads, or from a saved classifier, which new dimensions can extend. A frozen
-backbone runs once over each text: its pooled hidden states are cached on disk.
+A run starts from a backbone, which gets new heads, or from a saved classifier, to which it can add dimensions. A frozen
+backbone runs once over each text, and its pooled hidden states are cached on disk.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ Ids = Sequence[int]
 
 
 class FeatureCache:
-    """One safetensors file per set of texts, whose name is a hash of all that the features depend on.
+    """Cache of pooled hidden states on disk, with one safetensors file per sequence of texts.
+
+    A file's name is a hash of ``key`` and of the token ids, which cover the tokenizer and the length limit.
 
     Args:
-        folder: Where the files are.
-        key: Hash of what turns token ids into features, see :func:`backbone_key`. Tokenizer and length limit count
-            through the ids that they lead to.
+        folder: Folder of the files.
+        key: Hash of the backbone and the settings that determine features, from :func:`backbone_key`.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
@@ -48,11 +49,11 @@ class FeatureCache:
         self._key = key
 
     def __call__(self, rows: Sequence[Ids], compute: Callable[[], Tensor]) -> Tensor:
-        """Returns the features ``[N, H]`` of ``N`` texts, in the type of ``compute``; from disk where they are whole.
+        """Returns the features ``[N, H]`` of ``N`` texts, from disk if a valid file exists.
 
         Args:
             rows: Token ids of each text.
-            compute: What makes the features, if need be. They are then saved, whole or not at all.
+            compute: Function that computes the features if they are not cached. Its result is saved atomically.
         """
         key = self._row_key(rows)
         file = self.folder / f"{key}.safetensors"
@@ -60,8 +61,8 @@ class FeatureCache:
             try:
                 return _read(file, key, len(rows))
             except (ValueError, KeyError, OSError, SafetensorError) as error:
-                rank_zero_warn(f"cached features '{file}' are unusable ({error}): they are made anew")
-        rank_zero_info(f"the backbone runs over {len(rows)} texts, whose features go to {file}")
+                rank_zero_warn(f"cached features '{file}' are unusable ({error}): they are computed again")
+        rank_zero_info(f"the backbone runs over {len(rows)} texts and saves their features in {file}")
         features = compute()
         _write(file, key, features)
         return features
@@ -74,7 +75,12 @@ class FeatureCache:
 
 
 def backbone_key(backbone: nn.Module, *settings: Any) -> str:
-    """Hash of a backbone, every bit of it, and of settings as plain data."""
+    """Hash of a backbone's state dict and of settings.
+
+    Args:
+        backbone: The backbone; every bit of its weights and buffers counts.
+        settings: Plain data, hashed by its ``repr``.
+    """
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -84,10 +90,10 @@ def backbone_key(backbone: nn.Module, *settings: Any) -> str:
 
 def _read(file: Path, key: str, count: int) -> Tensor:
     with safe_open(file, "pt") as opened:
-        noted, features = opened.metadata() or {}, opened.get_tensor("features")
-    if noted.get("key") != key or features.ndim != 2 or len(features) != count:
-        raise UsageError("they are of other texts or of another backbone")
-    if noted.get("checksum") != _checksum(features):
+        metadata, features = opened.metadata() or {}, opened.get_tensor("features")
+    if metadata.get("key") != key or features.ndim != 2 or len(features) != count:
+        raise UsageError("they belong to other texts or to another backbone")
+    if metadata.get("checksum") != _checksum(features):
         raise UsageError("they are damaged")
     return features
 
@@ -110,36 +116,41 @@ def resolve_freeze(freeze: bool | None, extends: bool, adapts: bool) -> bool:
     """Returns whether the backbone is frozen.
 
     Args:
-        freeze: What the run says; None = it follows from the rest.
+        freeze: Option ``freeze_backbone`` of the run; None = the value of ``extends``.
         extends: Whether heads are added to a saved classifier.
         adapts: Whether the backbone gets low-rank adapters.
 
     Raises:
-        UsageError: A backbone that must stay as it is would be trained.
+        UsageError: The options would train a backbone that must be frozen.
     """
     if extends and freeze is False:
         raise UsageError(
-            "model.extend leaves the backbone as it is, for the old heads: leave model.freeze_backbone out"
+            "model.freeze_backbone is false, but model.extend freezes the backbone, which the old heads share: leave "
+            "model.freeze_backbone out"
         )
     if adapts and (extends or freeze):
-        raise UsageError("model.lora trains the backbone, which is frozen here: set model.lora to null")
+        option = "model.extend" if extends else "model.freeze_backbone"
+        raise UsageError(f"model.lora trains the backbone, which {option} freezes: set model.lora to null")
     return extends or bool(freeze)
 
 
 def cached_features(
     classifier: PreferenceClassifier, pad_id: int, folder: Path, trainer: Trainer, rows: Sequence[Ids]
 ) -> Tensor:
-    """Features of texts; the first process of a machine makes and saves what is missing, the others read it.
+    """Returns the features of texts, computed or from the cache.
+
+    All processes must call this function. The first process of each machine computes and saves missing features, which
+    the others read.
 
     Args:
         classifier: The classifier.
-        pad_id: What stands on padding.
-        folder: Where features are kept.
-        trainer: The run's Trainer, all of whose processes must ask.
+        pad_id: Token id of padding.
+        folder: Folder of the cache.
+        trainer: The run's Trainer.
         rows: Token ids of ``N`` texts.
 
     Returns:
-        ``[N, H]`` float32 or finer, on the CPU.
+        ``[N, H]`` in float32 or higher precision, on the CPU.
     """
     config = classifier.config
     settings = sorted(own_settings(config.backbone).items()), config.pooling, config.layer, str(trainer.precision)
@@ -165,32 +176,32 @@ def run_backbone(classifier: PreferenceClassifier, rows: Sequence[Ids], pad_id: 
     Args:
         classifier: The classifier.
         rows: Token ids of ``N`` texts.
-        pad_id: What stands on padding.
+        pad_id: Token id of padding.
 
     Returns:
-        ``[N, H]`` float32 or finer, on the CPU, in the order of the rows.
+        ``[N, H]`` in float32 or higher precision, on the CPU, in the order of the rows.
     """
     training = classifier.backbone.training
     classifier.backbone.eval()
     device = classifier.device
     features = torch.empty(0)
-    # Nothing is kept for a backward pass: there is room for twice as many tokens.
-    for chosen in like_length(list(map(len, rows)), 2 * pass_tokens(device)):
-        ids, mask = pad([rows[i] for i in chosen], pad_id, left=False)
-        found = classifier.features(ids.to(device), mask.to(device)).cpu()
+    # Without a backward pass, no activations are stored: twice as many tokens fit.
+    for row_indices in like_length(list(map(len, rows)), 2 * pass_tokens(device)):
+        ids, mask = pad([rows[i] for i in row_indices], pad_id, left=False)
+        batch_features = classifier.features(ids.to(device), mask.to(device)).cpu()
         if not len(features):
-            features = found.new_empty(len(rows), found.shape[1])
-        features[chosen] = found
+            features = batch_features.new_empty(len(rows), batch_features.shape[1])
+        features[row_indices] = batch_features
     classifier.backbone.train(training)
     return features
 
 
 DEFAULT_LOSSES: Mapping[LinkName, type[LevelLoss]] = {"softmax": CrossEntropy, "corn": Corn, "regression": Regression}
-"""The loss that a saved classifier is trained on with, and evaluated, if none is given."""
+"""Default loss of a saved classifier by the link of its heads."""
 
 
 def start_name(backbone: str | None, classifier: str | None, extend: str | None = None) -> str:
-    """Returns what a run starts from, and refuses several starts, none, or one under the wrong name.
+    """Returns the Hub name or folder of the model that a run starts from.
 
     Args:
         backbone: Hub name or folder of a backbone.
@@ -198,20 +209,20 @@ def start_name(backbone: str | None, classifier: str | None, extend: str | None 
         extend: Hub name or folder of a saved classifier that gets more heads.
 
     Raises:
-        UsageError: Not exactly one is given, or ``backbone`` is a saved classifier, whose heads would be lost.
+        UsageError: Not exactly one option is given, or ``backbone`` is a saved classifier, whose heads would be lost.
     """
     options = {"backbone": backbone, "classifier": classifier, "extend": extend}
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) > 1:
-        named = " and ".join(f"model.{name} = '{value}'" for name, value in given.items())
+        assignments = " and ".join(f"model.{name} = '{value}'" for name, value in given.items())
         raise UsageError(
-            f"{named} are given at once, but a run has one start, and a saved classifier its own backbone: set the "
-            "others to null"
+            f"{assignments} are given at once, but a run starts from one model, and a saved classifier includes its "
+            "backbone: set the others to null"
         )
     if not given:
         raise UsageError(
-            "give model.backbone, to put new heads on, model.classifier, a saved one to score with or train on, or "
-            "model.extend, a saved one to add dimensions to"
+            "no model to start from: give model.backbone, which gets new heads, model.classifier, a saved classifier "
+            "to score with or train further, or model.extend, a saved classifier that gets more dimensions"
         )
     if backbone is not None and is_classifier(backbone):
         raise UsageError(
@@ -225,52 +236,52 @@ def saved_classifier(
     source: str,
     preferences: PreferenceSet,
     loss: LevelLoss | None,
-    for_new_heads: Mapping[str, object],
+    head_options: Mapping[str, object],
     base: str | None = None,
 ) -> PreferenceClassifier:
-    """Loads a saved classifier to go on from.
+    """Loads a saved classifier to score with or train further.
 
     Args:
         source: Hub name or folder.
         preferences: The dimensions of the run.
-        loss: The run's loss; None if none was chosen.
-        for_new_heads: Arguments that only new heads can have, by name; all must be None or 0.
-        base: Base model of a classifier in the adapter form, where it is not where it was in training.
+        loss: The run's loss; None = the default.
+        head_options: Options of new heads, by name; all must be None or 0.
+        base: Base model of a classifier in the adapter form; None = the one that the adapter names.
 
     Raises:
-        UsageError: The classifier has other dimensions, other levels, or another link, or such an argument is given.
+        UsageError: The classifier has other dimensions, levels, or another link, or an option of new heads is set.
     """
-    refuse_options(source, for_new_heads)
+    refuse_options(source, head_options)
     classifier = load_classifier(source, base)
-    others = [name for name in classifier.preferences.names if name not in preferences.names]
+    absent = [name for name in classifier.preferences.names if name not in preferences.names]
     preferences.columns_in(classifier.preferences, f"classifier in '{source}'")
-    if others:
+    if absent:
         raise UsageError(
             f"the classifier in '{source}' has the dimensions {classifier.preferences.to_dict()}, but `preferences` "
-            f"has {preferences.to_dict()}: add {', '.join(others)}; the order is free"
+            f"has {preferences.to_dict()}: add {', '.join(absent)}, in any order"
         )
     refuse_other_link(source, classifier, loss)
     return classifier
 
 
 def refuse_options(source: str, options: Mapping[str, object]) -> None:
-    """Raises a ValueError where an option is given that a saved classifier has decided already."""
+    """Raises a UsageError if an option of new heads is set for the saved classifier ``source``."""
     for name, value in options.items():
         if value:
-            raise UsageError(f"model.{name} is for new heads, but those of '{source}' are made: leave it out")
+            raise UsageError(f"model.{name} is for new heads, but '{source}' has trained heads: leave it out")
 
 
 def refuse_other_link(source: str, classifier: PreferenceClassifier, loss: LevelLoss | None) -> None:
-    """Raises a ValueError where a loss does not fit the heads of a saved classifier."""
+    """Raises a UsageError if a loss and the heads of the saved classifier ``source`` have different links."""
     if loss is not None and loss.link != classifier.config.link:
         raise UsageError(
             f"{type(loss).__name__} needs heads with the link '{loss.link}', but those of '{source}' have "
-            f"'{classifier.config.link}': leave model.loss out, or give one for that link"
+            f"'{classifier.config.link}': leave model.loss out, or give a loss for that link"
         )
 
 
 class HeadOptions(NamedTuple):
-    """Options of new heads, see :class:`~moslim.reward.reward_classifier.RewardClassifier`."""
+    """Options of new heads; see :class:`~moslim.reward.reward_classifier.RewardClassifier`."""
 
     pooling: Pooling | list[Pooling] | None
     layer: int | None
@@ -286,34 +297,35 @@ def extended_classifier(
     dropout: float,
     base: str | None = None,
 ) -> PreferenceClassifier:
-    """Loads a saved classifier and puts untrained heads beside its own.
+    """Loads a saved classifier and adds untrained heads.
 
-    The new dimensions come behind the old ones. Only their heads are trainable: nothing else changes, so the old ones
-    put out what they did, to the last bit.
+    The new dimensions follow the old ones. Only their heads are trainable, so the outputs of the old heads remain
+    bit-identical.
 
     Args:
         source: Hub name or folder.
-        preferences: The new dimensions and, if they are to be evaluated as well, old ones.
-        loss: The run's loss; None if none was chosen.
+        preferences: The new dimensions, and old ones to evaluate.
+        loss: The run's loss; None = the default.
         hidden: Width of a new head's hidden layer; None = linear.
-        dropout: Dropout on it.
-        base: Base model of a classifier in the adapter form, where it is not where it was in training.
+        dropout: Dropout on the hidden layer.
+        base: Base model of a classifier in the adapter form; None = the one that the adapter names.
 
     Raises:
-        UsageError: No dimension is new, an old one has other levels now, or the loss needs heads of another kind.
+        UsageError: No dimension is new, an old one has other levels, or the loss needs heads with another link.
     """
     old = load_classifier(source, base)
     new = [d for d in preferences.dimensions if d.name not in old.preferences.names]
     if not new:
         raise UsageError(
             f"`preferences` names {', '.join(preferences.names)}, for which '{source}' has heads already: name a "
-            "dimension to add, or give the folder as model.classifier to train on"
+            "dimension to add, or give the folder as model.classifier to train its heads further"
         )
     for dimension in preferences.dimensions:
         if dimension not in new and dimension != old.preferences[dimension.name]:
             raise UsageError(
                 f"dimension '{dimension.name}' has the levels {list(dimension.levels)} in `preferences`, but "
-                f"{list(old.preferences[dimension.name].levels)} in '{source}': give those, or leave it out"
+                f"{list(old.preferences[dimension.name].levels)} in '{source}': give the latter, or leave the "
+                "dimension out"
             )
     refuse_other_link(source, old, loss)
     config = cast(PreferenceClassifierConfig, deepcopy(old.config))
@@ -330,24 +342,24 @@ def extended_classifier(
 
 
 def refuse_change(classifier: PreferenceClassifier, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError where a run wants features other than those that the old heads read.
+    """Raises a UsageError if the run's options would change the features that the old heads read.
 
     Args:
         classifier: The classifier.
-        options: ``pooling``, ``layer`` and ``max_length`` of the run; None = as they are.
+        options: ``pooling``, ``layer`` and ``max_length`` of the run; None = as saved.
     """
     config = classifier.config
     saved = {"pooling": config.pooling, "layer": config.layer, "max_length": config.pair_length}
     for name, value in options.items():
         if value is not None and value != saved[name] and [value] != saved[name]:
             raise UsageError(
-                f"model.{name} is {value}, but the old heads were trained with {saved[name]}, which new ones share: "
-                "leave it out"
+                f"model.{name} is {value}, but the old heads were trained with {saved[name]}, which the new heads "
+                "share: leave it out"
             )
 
 
 def frozen_temperatures(classifier: PreferenceClassifier) -> dict[str, float]:
-    """Returns the temperature in use, by dimension, of the heads that are not trained."""
+    """Returns the temperatures of the heads that are not trained, by dimension."""
     names = classifier.preferences.names
     temperatures = classifier.config.temperatures or [1.0] * len(names)
     heads = [dict(classifier.added).get(name, classifier.head) for name in names]
@@ -360,7 +372,7 @@ def frozen_temperatures(classifier: PreferenceClassifier) -> dict[str, float]:
 
 def starting_classifier(
     start: str,
-    kind: Literal["backbone", "classifier", "extend"],
+    option: Literal["backbone", "classifier", "extend"],
     preferences: PreferenceSet,
     loss: LevelLoss | None,
     heads: HeadOptions,
@@ -372,18 +384,18 @@ def starting_classifier(
 
     Args:
         start: Hub name or folder.
-        kind: Option of :class:`~moslim.reward.reward_classifier.RewardClassifier` that names the start.
+        option: Option of :class:`~moslim.reward.reward_classifier.RewardClassifier` that gives ``start``.
         preferences: The dimensions of the run.
-        loss: The run's loss; None = the default of new heads, or the one that fits the heads of a saved classifier.
+        loss: The run's loss; None = :class:`Corn` for a backbone, else the default for the saved heads' link.
         heads: Options of new heads.
-        max_length: Most tokens of a pair.
-        base: Base model of a start that is an adapter, where it is not where it was in training.
+        max_length: Maximum number of tokens of a pair; None = no limit for a backbone, else as saved.
+        base: Base model if ``start`` is an adapter; None = the one that the adapter names.
         trust_remote_code: Whether code from the backbone's repository may run.
 
     Raises:
-        UsageError: Options do not fit the start.
+        UsageError: An option conflicts with the saved classifier, or a backbone is unsuitable.
     """
-    if kind == "backbone":
+    if option == "backbone":
         loss = loss or Corn()
         model = PreferenceClassifier.from_backbone(
             start,
@@ -398,7 +410,7 @@ def starting_classifier(
             base=base,
         )
         return model, loss
-    if kind == "extend":
+    if option == "extend":
         model = extended_classifier(start, preferences, loss, heads.head_hidden, heads.head_dropout, base)
         refuse_change(model, {"pooling": heads.pooling, "layer": heads.layer, "max_length": max_length})
     else:

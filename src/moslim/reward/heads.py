@@ -1,7 +1,7 @@
 """Classification heads, the link from their outputs to level probabilities, and their calibration.
 
-A head has one output per level, one per threshold, or a single one. Heads are slices of one linear layer or networks of
-their own. Temperatures calibrate their probabilities.
+The link determines the number of outputs of a head: one per level, one per threshold between levels, or one. Heads are
+slices of a shared linear layer or separate networks. Temperatures calibrate the probabilities.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ LinkName = Literal["softmax", "corn", "regression"]
 
 
 class Link(ABC):
-    """Link from the raw scores of the heads ``[B, D, S]`` to level probabilities.
+    """Function from the raw scores of the heads ``[B, D, S]`` to level probabilities.
 
-    ``S`` is the largest width of a head; ``-inf`` fills up the narrower ones.
+    ``S`` is the largest number of outputs of a head; the scores of narrower heads are padded with ``-inf``.
     """
 
     @abstractmethod
     def width(self, levels: int) -> int:
-        """Number of outputs of a head with ``levels`` levels."""
+        """Returns the number of outputs of a head with ``levels`` levels."""
 
     @abstractmethod
     def logits(self, scores: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Logits ``[B, D, K]`` whose softmax are the level probabilities; ``-inf`` on levels that a head lacks.
+        """Returns logits ``[B, D, K]``, whose softmax gives the level probabilities; ``-inf`` on absent levels.
 
         Args:
             scores: ``[B, D, S]``.
@@ -42,12 +42,12 @@ class Link(ABC):
         """
 
     def expected(self, scores: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Expected level ``[B, D]`` of scores ``[B, D, S]``."""
+        """Returns the expected level ``[B, D]`` for scores ``[B, D, S]``."""
         return expected_level(self.logits(scores, sizes).softmax(-1))
 
 
 class SoftmaxLink(Link):
-    """One output per level: scores are logits."""
+    """Link of heads with one output per level: scores are logits."""
 
     def width(self, levels: int) -> int:
         """See the base class."""
@@ -59,10 +59,10 @@ class SoftmaxLink(Link):
 
 
 class CornLink(Link):
-    """One output ``z_k`` per threshold: ``sigmoid(z_k) = P(y > k | y >= k)`` (CORN, arXiv 2111.08851).
+    """Link of heads with one output ``z_k`` per threshold: ``sigmoid(z_k) = P(y > k | y >= k)`` (arXiv 2111.08851).
 
-    ``P(y > k)`` is the product of ``sigmoid(z_0) .. sigmoid(z_k)``, and ``P(y = k)`` the difference of two successive
-    ones, ``P(y > k-1) * sigmoid(-z_k)``: as a product, it is exact in logarithms.
+    ``P(y > k)`` is the product of ``sigmoid(z_0), ..., sigmoid(z_k)``. ``P(y = k)`` is computed as the product
+    ``P(y > k-1) * sigmoid(-z_k)``, which is accurate in log space, and not as a difference.
     """
 
     def width(self, levels: int) -> int:
@@ -71,17 +71,17 @@ class CornLink(Link):
 
     def logits(self, scores: Tensor, sizes: Sequence[int]) -> Tensor:
         """See the base class; these logits are log-probabilities."""
-        # A threshold that a head lacks has z = -inf: no level is above it, and its level itself is certain.
-        reached = F.pad(F.logsigmoid(scores).cumsum(-1), (1, 0))
-        stopped = F.pad(F.logsigmoid(-scores), (0, 1))
-        return reached + stopped
+        # An absent threshold k has z_k = -inf: P(y > k | y >= k) = 0.
+        log_at_least = F.pad(F.logsigmoid(scores).cumsum(-1), (1, 0))  # log P(y >= k)
+        log_not_above = F.pad(F.logsigmoid(-scores), (0, 1))  # log P(y = k | y >= k)
+        return log_at_least + log_not_above
 
 
 class RegressionLink(Link):
-    """A single output: the level, as distance from the middle of the scale, so that 0 is a neutral start.
+    """Link of heads with a single output: the level, relative to the middle of the scale.
 
-    Its distribution is on the two levels next to it and has the output, clamped to the scale, as its expectation. Other
-    levels keep a probability of 1e-7, so that logits are finite.
+    The probability is on the two levels next to the output, and its expectation is the output, clamped to the scale.
+    Other levels have a probability of 1e-7, so that logits are finite.
     """
 
     def width(self, levels: int) -> int:
@@ -93,32 +93,32 @@ class RegressionLink(Link):
         highest = scores.new_tensor(sizes) - 1
         level = self.expected(scores, sizes).clamp(min=0).minimum(highest)[..., None]
         distance = (level - torch.arange(max(sizes), device=scores.device)).abs()
-        return (1 - distance).clamp(min=1e-7).log().masked_fill(lacking(sizes, scores.device), -torch.inf)
+        return (1 - distance).clamp(min=1e-7).log().masked_fill(absent_levels(sizes, scores.device), -torch.inf)
 
     def expected(self, scores: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The level as it was put out; not clamped, as the gradient would vanish beyond the ends of the scale."""
+        """Returns the level without clamping, since the gradient would vanish outside the scale."""
         return scores[..., 0] + (scores.new_tensor(sizes) - 1) / 2
 
 
 LINKS: Mapping[LinkName, Link] = {"softmax": SoftmaxLink(), "corn": CornLink(), "regression": RegressionLink()}
 
 
-def lacking(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Returns ``[D, K]`` bool: True where a dimension has no such level."""
+def absent_levels(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Returns a bool mask ``[D, K]`` that is True for levels beyond a dimension's number of levels."""
     return torch.arange(max(sizes), device=device) >= torch.tensor(sizes, device=device)[:, None]
 
 
 class HeadLinear(nn.Linear):
-    """A layer whose weights are drawn by its width, as in torch; transformers' 0.02 is too little for a narrow one."""
+    """Linear layer with torch's initialisation; the 0.02 of transformers is too small for narrow layers."""
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The network of one head.
+    """Shape of the network of one head.
 
     Args:
         outputs: Number of outputs.
-        hidden: Width of its hidden layer; None = a single linear layer.
+        hidden: Width of the hidden layer; None = a single linear layer.
         dropout: Dropout on the hidden layer.
     """
 
@@ -127,15 +127,15 @@ class HeadShape:
     dropout: float = 0.0
 
 
-class OwnHeads(nn.ModuleDict):
-    """One network per dimension, under the dimension's name.
+class SeparateHeads(nn.ModuleDict):
+    """One network per dimension, registered under the dimension's name.
 
     Args:
         inputs: Width ``H`` of the features.
-        shapes: The network's shape, by dimension name.
+        shapes: Shape of each network, by dimension name.
 
     Raises:
-        UsageError: A dimension has a name that a module cannot have.
+        UsageError: The name of a dimension cannot be the name of a module.
     """
 
     def __init__(self, inputs: int, shapes: Mapping[str, HeadShape]) -> None:
@@ -144,10 +144,13 @@ class OwnHeads(nn.ModuleDict):
             try:
                 self[name] = _network(inputs, shape)
             except KeyError as error:
-                raise UsageError(f"the head of dimension '{name}' cannot bear its name, rename it: {error}") from None
+                raise UsageError(
+                    f"the name of dimension '{name}' cannot be the name of a torch module ({error}): rename the "
+                    "dimension in `preferences`"
+                ) from None
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns the outputs of all heads, side by side, of features ``[B, H]``."""
+        """Returns the outputs of all heads for features ``[B, H]``, concatenated on the last axis."""
         return torch.cat([head(features) for head in self.values()], dim=-1)
 
 
@@ -161,10 +164,10 @@ def _network(inputs: int, shape: HeadShape) -> nn.Module:
 
 BINS = 15
 """Number of bins of the calibration errors."""
-FEWEST = 30
-"""Labelled rows below which a head keeps the temperature 1."""
-_COLDEST, _HOTTEST = 0.1, 10.0
-_HALVINGS = 40
+MIN_LABELS = 30
+"""Minimum number of labelled rows to fit a head's temperature; below, it is 1."""
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.1, 10.0
+_BISECTION_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,8 @@ class Calibration:
 
     Args:
         temperatures: One per head, fitted on all rows.
-        measures: ``{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``, on questions that their temperature
-            has not seen; of heads with enough rows for both.
+        measures: ``{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``, on questions that the fit of the
+            measured temperature did not use; for heads with enough rows only.
     """
 
     temperatures: list[float]
@@ -183,12 +186,12 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Reliability:
-    """A reliability diagram: bins of as many rows each, by confidence, up to ties.
+    """Reliability diagram with bins of equal mass, except for ties.
 
     Args:
-        confidence: ``[N]`` mean confidence in each bin that has rows.
-        outcome: ``[N]`` how often it came true there.
-        share: ``[N]`` the bin's share of the rows.
+        confidence: ``[N]``, mean confidence in each non-empty bin.
+        outcome: ``[N]``, share of correct predictions in the bin.
+        share: ``[N]``, the bin's share of the rows.
     """
 
     confidence: Tensor
@@ -197,29 +200,29 @@ class Reliability:
 
     @property
     def error(self) -> Tensor:
-        """Calibration error: mean distance of confidence and outcome (Naeini et al. 2015), a scalar."""
+        """Expected calibration error: mean absolute difference of confidence and outcome (Naeini et al. 2015)."""
         return (self.share * (self.outcome - self.confidence).abs()).sum()
 
 
 def reliability(confidence: Tensor, outcome: Tensor, bins: int = BINS) -> Reliability:
-    """Compares how sure predictions were with how often they came true.
+    """Computes the reliability diagram of predictions.
 
     Args:
-        confidence: ``[N]`` probabilities.
-        outcome: ``[N]`` whether it came true, or the share of raters who say so.
-        bins: Number of bins, of equal mass. Rows with the same confidence share a bin.
+        confidence: ``[N]``, predicted probabilities.
+        outcome: ``[N]``, whether the prediction is correct, or the share of raters who agree with it.
+        bins: Number of bins of equal mass. Rows with the same confidence share a bin.
     """
     edges = confidence.quantile(torch.linspace(0, 1, bins + 1, dtype=confidence.dtype, device=confidence.device))
-    place = torch.bucketize(confidence.contiguous(), edges[1:-1])
+    bin_indices = torch.bucketize(confidence.contiguous(), edges[1:-1])
     sums = confidence.new_zeros(3, bins).index_add_(
-        1, place, torch.stack([confidence, outcome.to(confidence.dtype), torch.ones_like(confidence)])
+        1, bin_indices, torch.stack([confidence, outcome.to(confidence.dtype), torch.ones_like(confidence)])
     )
     sums = sums[:, sums[2] > 0]
     return Reliability(sums[0] / sums[2], sums[1] / sums[2], sums[2] / len(confidence))
 
 
 def top_reliability(probs: Tensor, targets: Tensor, bins: int = BINS) -> Reliability:
-    """Reliability of the most probable level; its ``error`` is the ECE (Guo et al., arXiv 1706.04599).
+    """Computes the reliability of the most probable level, whose ``error`` is the ECE (Guo et al., arXiv 1706.04599).
 
     Args:
         probs: ``[N, K]``, one head.
@@ -231,39 +234,42 @@ def top_reliability(probs: Tensor, targets: Tensor, bins: int = BINS) -> Reliabi
 
 
 def level_reliability(probs: Tensor, targets: Tensor, level: int, bins: int = BINS) -> Reliability:
-    """Reliability of one level, which is what a mapping function reads; its ``error`` is the classwise ECE.
+    """Computes the reliability of one level's probability, whose ``error`` is the level's classwise ECE.
+
+    Mapping functions read these probabilities.
 
     Args:
         probs: ``[N, K]``, one head.
         targets: ``[N, K]``, share of the raters that gave each level.
-        level: The level.
+        level: Index of the level.
         bins: Number of bins.
     """
     return reliability(probs[:, level].contiguous(), targets[:, level], bins)
 
 
 def brier_score(probs: Tensor, targets: Tensor) -> Tensor:
-    """``sum_k (p_k - target_k)^2``, mean over rows (Brier 1950), of ``[N, K]`` each."""
+    """Returns the mean over rows of ``sum_k (p_k - target_k)^2`` (Brier 1950); both arguments are ``[N, K]``."""
     return (probs - targets).square().sum(-1).mean()
 
 
 def ranked_probability_score(probs: Tensor, targets: Tensor) -> Tensor:
-    """``sum_k (P(y <= k) - target(y <= k))^2``, mean over rows (Epstein 1969), of ``[N, K]`` each.
+    """Returns the mean over rows of ``sum_k (P(y <= k) - target(y <= k))^2`` (Epstein 1969).
 
-    The proper score that knows the order of levels: probability on a level further away costs more.
+    This proper score respects the order of levels: probability on a more distant level costs more. Both arguments are
+    ``[N, K]``.
     """
     return (probs.cumsum(-1) - targets.cumsum(-1)).square().sum(-1).mean()
 
 
-def fit_temperatures(logits: Tensor, targets: Tensor, fewest: int = FEWEST) -> Tensor:
-    """Temperature scaling (Guo et al., arXiv 1706.04599): the ``T`` per head with the least NLL of ``softmax(z / T)``.
+def fit_temperatures(logits: Tensor, targets: Tensor, min_labels: int = MIN_LABELS) -> Tensor:
+    """Fits the temperature ``T`` of each head that minimises the NLL of ``softmax(z / T)`` (arXiv 1706.04599).
 
-    NLL is convex in ``1 / T``, so the sign of its slope tells on which side the least lies, and bisection finds it.
+    The NLL is convex in ``1 / T``, so bisection on the sign of its slope finds the minimum.
 
     Args:
-        logits: ``[N, D, K]``, ``-inf`` on levels that a dimension lacks.
-        targets: ``[N, D, K]``, share of the raters that gave each level; all 0 where not labelled.
-        fewest: Labelled rows that a head must have.
+        logits: ``[N, D, K]``, ``-inf`` on absent levels.
+        targets: ``[N, D, K]``, share of the raters that gave each level; all 0 without a label.
+        min_labels: Minimum number of labelled rows of a head.
 
     Returns:
         ``[D]`` float64 between 0.1 and 10; 1 for heads with fewer labels.
@@ -271,23 +277,23 @@ def fit_temperatures(logits: Tensor, targets: Tensor, fewest: int = FEWEST) -> T
     logits, targets = logits.double(), targets.double()
     labelled = targets.sum(-1, keepdim=True)
     finite = logits.masked_fill(logits == -torch.inf, 0.0)
-    low = logits.new_full((logits.shape[1],), _COLDEST).log()
-    high = torch.full_like(low, _HOTTEST).log()
-    for _ in range(_HALVINGS):
+    low = logits.new_full((logits.shape[1],), _MIN_TEMPERATURE).log()
+    high = torch.full_like(low, _MAX_TEMPERATURE).log()
+    for _ in range(_BISECTION_STEPS):
         middle = (low + high) / 2
         probs = (logits / middle.exp()[:, None]).softmax(-1)
-        slope = ((probs * labelled - targets) * finite).sum((0, 2))  # of the NLL, over 1 / T
+        slope = ((probs * labelled - targets) * finite).sum((0, 2))  # d NLL / d (1 / T)
         low, high = middle.where(slope > 0, low), high.where(slope > 0, middle)
-    return ((low + high) / 2).exp().where(label_counts(targets) >= fewest, 1.0)
+    return ((low + high) / 2).exp().where(label_counts(targets) >= min_labels, 1.0)
 
 
 def label_counts(targets: Tensor) -> Tensor:
-    """Labelled rows ``[D]`` of each head, from targets ``[N, D, K]``."""
+    """Returns the number of labelled rows of each head, ``[D]``, for targets ``[N, D, K]``."""
     return (targets > 0).any(-1).sum(0)
 
 
 def calibration_measures(probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """ECE, its mean over the levels, Brier score and ranked probability score of one head, from ``[N, K]`` each."""
+    """Returns ECE, classwise ECE (mean over levels), Brier and ranked probability score of one head, ``[N, K]``."""
     by_level = [level_reliability(probs, targets, level).error for level in range(probs.shape[1])]
     return {
         "ece": top_reliability(probs, targets).error,
@@ -298,43 +304,45 @@ def calibration_measures(probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def calibrate(logits: Tensor, targets: Tensor, questions: Tensor, preferences: PreferenceSet) -> Calibration:
-    """Fits the temperatures, and measures honestly what they are worth.
+    """Fits the temperatures and measures the calibration before and after.
 
-    The measures are taken on one half of the questions, with temperatures fitted on the other.
+    Temperatures are fitted on all rows. The measures are computed on one half of the questions, with temperatures
+    fitted on the other half.
 
     Args:
-        logits: ``[N, D, K]`` at temperature 1, ``-inf`` on levels that a dimension lacks.
-        targets: ``[N, D, K]``, share of the raters that gave each level; all 0 where not labelled.
-        questions: ``[N]`` int64, the same for rows of the same question, and in random order: a hash.
+        logits: ``[N, D, K]`` at temperature 1, ``-inf`` on absent levels.
+        targets: ``[N, D, K]``, share of the raters that gave each level; all 0 without a label.
+        questions: ``[N]`` int64, a hash of each row's question.
         preferences: The ``D`` dimensions.
     """
-    few = [name for name, n in zip(preferences.names, label_counts(targets), strict=True) if n < FEWEST]
-    if few:
+    sparse = [name for name, n in zip(preferences.names, label_counts(targets), strict=True) if n < MIN_LABELS]
+    if sparse:
         warn(
-            f"fewer than {FEWEST} validation rows are labelled for {', '.join(few)}: not calibrated, these keep the "
-            "temperature 1; give more validation rows"
+            f"fewer than {MIN_LABELS} validation rows are labelled for {', '.join(sparse)}: these are not calibrated "
+            "and keep the temperature 1; give more validation rows"
         )
     fitted = fit_temperatures(logits, targets)
-    wild = [
+    at_bound = [
         name
         for name, temperature in zip(preferences.names, fitted.tolist(), strict=True)
-        if not 1.001 * _COLDEST < temperature < 0.999 * _HOTTEST
+        if not 1.001 * _MIN_TEMPERATURE < temperature < 0.999 * _MAX_TEMPERATURE
     ]
-    if wild:
+    if at_bound:
         warn(
-            f"the temperature of {', '.join(wild)} is at its bound: on validation rows these heads know next to "
-            "nothing, or everything"
+            f"the temperature of {', '.join(at_bound)} is at its bound, {_MIN_TEMPERATURE:g} or {_MAX_TEMPERATURE:g}: "
+            "on the validation rows these heads predict almost nothing, or everything; check the labels and the "
+            "validation accuracy"
         )
     held_out = torch.unique(questions, return_inverse=True)[1] % 2 == 1
-    trial = fit_temperatures(logits[~held_out], targets[~held_out])
-    enough = label_counts(targets[~held_out]) >= FEWEST
-    logits_there, targets_there = logits[held_out].double(), targets[held_out].double()
+    half_fitted = fit_temperatures(logits[~held_out], targets[~held_out])
+    enough = label_counts(targets[~held_out]) >= MIN_LABELS
+    held_out_logits, held_out_targets = logits[held_out].double(), targets[held_out].double()
     measures: dict[str, Tensor] = {}
-    for stage, temperatures in {"before": torch.ones_like(trial), "after": trial}.items():
-        probs = (logits_there / temperatures[:, None]).softmax(-1)
+    for stage, temperatures in {"before": torch.ones_like(half_fitted), "after": half_fitted}.items():
+        probs = (held_out_logits / temperatures[:, None]).softmax(-1)
         for d, (name, size) in enumerate(zip(preferences.names, preferences.sizes, strict=True)):
-            rows = (targets_there[:, d] > 0).any(-1)
+            rows = (held_out_targets[:, d] > 0).any(-1)
             if enough[d] and rows.any():
-                found = calibration_measures(probs[rows, d, :size], targets_there[rows, d, :size])
-                measures |= {f"{name}/{key}/{stage}": value.float() for key, value in found.items()}
+                head_measures = calibration_measures(probs[rows, d, :size], held_out_targets[rows, d, :size])
+                measures |= {f"{name}/{key}/{stage}": value.float() for key, value in head_measures.items()}
     return Calibration(fitted.tolist(), measures)

@@ -1,4 +1,4 @@
-"""Losses and metrics of the reward classifier on rows with levels and on comparisons."""
+"""Losses of the reward classifier on rows with levels and on comparisons, and metrics of comparisons."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torchmetrics import Metric
 
 from moslim.ops.numerics import full_precision, widened
 from moslim.preferences import PreferenceSet
-from moslim.reward.heads import LINKS, LinkName, lacking
+from moslim.reward.heads import LINKS, LinkName, absent_levels
 from moslim.utils.errors import UsageError
 
 
 @dataclass
 class BradleyTerry:
-    """``-log sigmoid(scale * (E[level] of the chosen completion - E[level] of the rejected - margin_scale * margin))``.
+    """Bradley-Terry loss on comparisons, computed from expected levels.
 
-    Averaged over the dimensions that a comparison speaks about. A preference term beside the one on attributes is the
-    idea of SMORM (arXiv 2507.07375), a margin from the raters' disagreement that of "Beyond the Binary" (arXiv
-    2412.03822).
+    ``-log sigmoid(scale * (E[level | chosen] - E[level | rejected] - margin_scale * margin))``, averaged over the
+    dimensions that a comparison is about. SMORM (arXiv 2507.07375) adds such a loss to one on attributes; "Beyond the
+    Binary" (arXiv 2412.03822) derives margins from the raters' disagreement.
 
     Args:
-        weight: Weight of the term beside the loss on levels.
-        scale: How sure a choice is where the answers are one level apart.
-        margin_scale: What margins are multiplied by; 0 = all comparisons count alike.
+        weight: Weight of this loss in the sum with the loss on levels.
+        scale: Log-odds of the choice per level of difference.
+        margin_scale: Factor of the margins; 0 = no margins.
     """
 
     weight: float = 1.0
@@ -40,34 +40,34 @@ class BradleyTerry:
     def __call__(
         self, score_margins: Tensor, comparison_mask: Tensor, margins: Tensor, count: Tensor | None = None
     ) -> Tensor:
-        """Returns the mean over the comparisons, without the weight; 0 where there are none.
+        """Returns the mean loss over the comparisons, without ``weight``; 0 if there are none.
 
         Args:
-            score_margins: ``[P, D]``, expected level of the chosen completion less that of the rejected.
-            comparison_mask: ``[P, D]`` bool, the dimensions that each comparison speaks about.
-            margins: ``[P]``, least score margin wanted, in levels.
-            count: What to divide the sum by; None = the number of comparisons that speak about any dimension.
+            score_margins: ``[P, D]``, expected level of the chosen completion minus that of the rejected one.
+            comparison_mask: ``[P, D]`` bool, the dimensions that each comparison is about.
+            margins: ``[P]``, required score margin in levels.
+            count: Denominator of the mean, a scalar; None = :func:`num_comparisons`.
         """
         score_margins = widened(score_margins)
-        wanted = self.margin_scale * margins[:, None].to(score_margins.dtype)
-        cells = -F.logsigmoid(self.scale * (score_margins - wanted))
-        each = (cells * comparison_mask).sum(1) / comparison_mask.sum(1).clamp(min=1)
+        required = self.margin_scale * margins[:, None].to(score_margins.dtype)
+        cells = -F.logsigmoid(self.scale * (score_margins - required))
+        losses = (cells * comparison_mask).sum(1) / comparison_mask.sum(1).clamp(min=1)
         count = num_comparisons(comparison_mask) if count is None else count
-        return each.sum() / count.where(count > 0, 1)
+        return losses.sum() / count.where(count > 0, 1)
 
 
 def num_comparisons(comparison_mask: Tensor) -> Tensor:
-    """Number of comparisons, of those in ``[P, D]`` bool, that speak about any dimension; a scalar."""
+    """Returns the number of comparisons in ``[P, D]`` bool that are about at least one dimension; a scalar."""
     return comparison_mask.any(1).sum()
 
 
 def credit(score_margins: Tensor) -> Tensor:
-    """1 where the chosen completion has the higher expected level, 0 where it has the lower one, 1/2 for a tie."""
+    """Returns 1 where the chosen completion has the higher expected level, 0 where the lower, 1/2 for a tie."""
     return (widened(score_margins.detach()).sign() + 1) / 2
 
 
 class PairMetrics(Metric):
-    """Share of comparisons whose chosen completion has the higher expected level, per epoch; a tie counts half.
+    """Share of comparisons in an epoch whose chosen completion has the higher expected level; a tie counts 1/2.
 
     Args:
         preferences: The dimensions.
@@ -84,30 +84,30 @@ class PairMetrics(Metric):
         self.add_state("count", torch.zeros(len(preferences), dtype=torch.float32), "sum")
 
     def update(self, score_margins: Tensor, comparison_mask: Tensor) -> None:
-        """Counts comparisons: margins in expected level and what they speak about, both ``[P, D]``."""
+        """Adds comparisons: margins in expected level, and the mask of compared dimensions, both ``[P, D]``."""
         self.right += (credit(score_margins) * comparison_mask).sum(0)
         self.count += comparison_mask.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """``pairs/accuracy`` over all dimensions, ``pairs/{dimension}/accuracy``; what was not compared is left out."""
+        """Returns ``pairs/accuracy`` over all dimensions and ``pairs/{dimension}/accuracy`` of each compared one."""
         if not self.count.any():
             return {}
-        shares = zip(self.preferences.names, self.right, self.count, strict=True)
-        each = {f"pairs/{name}/accuracy": right / count for name, right, count in shares if count}
-        return {"pairs/accuracy": self.right.sum() / self.count.sum(), **each}
+        counts = zip(self.preferences.names, self.right, self.count, strict=True)
+        accuracies = {f"pairs/{name}/accuracy": right / count for name, right, count in counts if count}
+        return {"pairs/accuracy": self.right.sum() / self.count.sum(), **accuracies}
 
 
 MISSING = -1
-"""Entry of a level tensor where a row carries no label for a dimension."""
+"""Entry of a level tensor for a dimension without a label."""
 
 
 class LossCounts(NamedTuple):
-    """Denominators of the averages in a classifier's loss, over a batch or over an optimizer step.
+    """Denominators of the means in a classifier's loss, over a batch or an optimizer step.
 
     Args:
         labels: ``[D]``, sum of :meth:`LevelLoss.counts` for each head.
         comparisons: Number of comparisons, a scalar.
-        comparison_cells: Number of dimensions that the comparisons speak about, a scalar.
+        comparison_cells: Number of compared dimensions, summed over the comparisons; a scalar.
     """
 
     labels: Tensor
@@ -115,57 +115,56 @@ class LossCounts(NamedTuple):
     comparison_cells: Tensor
 
     def stacked(self) -> Tensor:
-        """``[D + 2]``, in the type of ``labels``."""
+        """Returns one tensor ``[D + 2]`` in the type of ``labels``."""
         return torch.cat([self.labels, torch.stack([self.comparisons, self.comparison_cells]).to(self.labels.dtype)])
 
     @classmethod
     def from_stacked(cls, counts: Tensor) -> Self:
-        """Inverse of :meth:`stacked`."""
+        """Splits a tensor from :meth:`stacked`."""
         return cls(counts[:-2], counts[-2], counts[-1])
 
 
 class LevelLoss(ABC):
-    """Loss over the heads. Subclass it, write :meth:`cells`, and name the subclass under ``model.loss``.
+    """Base class of losses on levels. A subclass implements :meth:`cells` and is named under ``model.loss``.
 
-    ``sum_i w_i * sum_b cell_bi / sum_b count_bi``, with a count of 1 where a label is given: every head is averaged
-    over its own labels, so that a rarely labelled one is not drowned.
+    The loss is ``sum_i w_i * sum_b cell_bi / sum_b count_bi`` over heads ``i`` and rows ``b``, where the count is 1 for
+    a label and 0 without one. So each head averages over its own labels, and a rarely labelled head has full weight.
 
-    A target is the share of the raters that gave each level: one 1 where there is a single label, all 0 where the
-    dimension is not labelled.
+    A target is the share of the raters that gave each level: one-hot for a single label, all 0 without one.
 
     Args:
         weights: One per head, in the order of the dimensions; None = all 1.
     """
 
     link: ClassVar[LinkName] = "softmax"
-    """Link of the heads (:mod:`moslim.reward.heads`), which sets their width."""
+    """Link of the heads (:mod:`moslim.reward.heads`), which determines their number of outputs."""
 
     def __init__(self, weights: list[float] | None = None) -> None:
         self.weights = weights
 
     @abstractmethod
     def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Loss of every row on every head.
+        """Returns the loss of each row on each head.
 
         Args:
-            scores: ``[B, D, S]``, the heads' raw outputs. With the link ``softmax`` these are logits ``[B, D, K]``, and
-                ``-inf`` on levels that a dimension lacks.
+            scores: ``[B, D, S]``, the heads' raw outputs. With the link ``softmax`` these are logits ``[B, D, K]``,
+                ``-inf`` on absent levels.
             targets: ``[B, D, K]``, same type as ``scores``.
             sizes: Number of levels of each of the ``D`` dimensions.
 
         Returns:
-            ``[B, D]``, finite everywhere; what it says where nothing is labelled is left out.
+            ``[B, D]``, finite everywhere; entries without a label are ignored.
         """
 
     def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Weight of each row in the averages of the heads.
+        """Returns the weight of each row in the mean of each head.
 
         Args:
             targets: ``[B, D, K]``.
             sizes: Number of levels of each of the ``D`` dimensions.
 
         Returns:
-            ``[B, D]`` float32 or finer: 1 where labelled, else 0, unless a subclass counts otherwise.
+            ``[B, D]`` in float32 or higher precision: 1 with a label, else 0, unless a subclass overrides this.
         """
         return widened(targets).sum(-1)
 
@@ -173,20 +172,20 @@ class LevelLoss(ABC):
     def __call__(
         self, scores: Tensor, targets: Tensor, sizes: Sequence[int], counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Returns the loss and its parts ``[D]``; a batch without any label gives 0, with a gradient of 0.
+        """Returns the loss, a scalar, and the detached loss of each head, ``[D]``; both are 0 without labels.
 
         Args:
             scores: ``[B, D, S]``, the heads' raw outputs.
             targets: ``[B, D, K]``.
             sizes: Number of levels of each of the ``D`` dimensions.
-            counts: ``[D]``, what to divide each head's sum by; None = the sum of :meth:`counts` over this batch.
+            counts: ``[D]``, denominator of each head's mean; None = the sum of :meth:`counts` over this batch.
 
         Raises:
-            UsageError: There is not one weight per head.
+            UsageError: The number of weights is not the number of heads.
         """
         _check_length("weights", self.weights, len(sizes), "dimensions")
         scores = widened(scores)
-        targets = targets.to(scores.dtype)  # under bf16-true, inputs come rounded
+        targets = targets.to(scores.dtype)  # bf16-true casts inputs
         labelled = (targets > 0).any(-1)
         cells = self.cells(scores, targets, sizes).where(labelled, 0.0)
         if counts is None:
@@ -197,12 +196,12 @@ class LevelLoss(ABC):
 
 
 class CrossEntropy(LevelLoss):
-    """``-log p(level)``, the paper's loss (MOSLIM, arXiv 2505.20336), each head with its own softmax.
+    """Cross-entropy ``-log p(level)`` with one softmax per head, the loss of MOSLIM (arXiv 2505.20336).
 
     Args:
         weights: One per head, in the order of the dimensions; None = all 1.
-        class_weights: Per dimension, in order, one weight per level, or [] for all 1; None = all 1. As in torch, a
-            head's loss is the weighted mean.
+        class_weights: For each dimension, one weight per level, or [] for all 1; None = all 1. As in torch, a head's
+            loss is the weighted mean.
         label_smoothing: Share of each target that is spread evenly over the dimension's levels.
 
     Raises:
@@ -217,19 +216,19 @@ class CrossEntropy(LevelLoss):
     ) -> None:
         super().__init__(weights)
         if not 0 <= label_smoothing < 1:
-            raise UsageError(f"loss.label_smoothing is {label_smoothing}: it is a share, at least 0 and below 1")
+            raise UsageError(f"loss.label_smoothing is {label_smoothing}: give a share of at least 0 and below 1")
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
 
     def cells(self, scores: Tensor, targets: Tensor, sizes: Sequence[int]) -> Tensor:
         """See the base class."""
         if self.label_smoothing:
-            levels = (~lacking(sizes, targets.device)).to(targets.dtype)
+            levels = (~absent_levels(sizes, targets.device)).to(targets.dtype)
             targets = torch.lerp(targets, levels / levels.sum(-1, keepdim=True), self.label_smoothing)
         return cross_entropy(scores.log_softmax(dim=-1), self._weighted(targets, sizes))
 
     def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-        """The weights of the labelled levels."""
+        """Returns the class weight of each row's label."""
         return super().counts(self._weighted(targets, sizes), sizes)
 
     def _weighted(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -237,22 +236,22 @@ class CrossEntropy(LevelLoss):
             return targets
         _check_length("class_weights", self.class_weights, len(sizes), "dimensions")
         weights = torch.ones_like(targets[0])
-        for head, (given, size) in enumerate(zip(self.class_weights, sizes, strict=True)):
-            if given:
-                _check_length(f"class_weights[{head}]", given, size, "levels")
-                weights[head, :size] = weights.new_tensor(given)
+        for head, (level_weights, size) in enumerate(zip(self.class_weights, sizes, strict=True)):
+            if level_weights:
+                _check_length(f"class_weights[{head}]", level_weights, size, "levels")
+                weights[head, :size] = weights.new_tensor(level_weights)
         return targets * weights
 
 
 class SoftOrdinal(LevelLoss):
-    """Cross-entropy with targets that know the order of levels (SORD, Diaz & Marathe, CVPR 2019, eq. 1).
+    """Cross-entropy with soft targets that decay with the distance from the label (SORD, CVPR 2019, eq. 1).
 
-    The target of a label ``y`` is ``exp(-alpha * |k - y|)`` over the levels ``k``, normalised; that of several
-    raters is the mean of theirs.
+    The target of a label ``y`` is ``exp(-alpha * |k - y|)`` over the levels ``k``, normalised. The target of several
+    raters is the mean of theirs (Diaz & Marathe: Soft Labels for Ordinal Regression).
 
     Args:
         weights: One per head, in the order of the dimensions; None = all 1.
-        alpha: How much less likely each level further away is; large values give plain cross-entropy.
+        alpha: Decay rate per level; large values give plain cross-entropy.
     """
 
     def __init__(self, weights: list[float] | None = None, alpha: float = 2.0) -> None:
@@ -263,7 +262,7 @@ class SoftOrdinal(LevelLoss):
         """See the base class."""
         level = torch.arange(max(sizes), device=targets.device, dtype=targets.dtype)
         closeness = -self.alpha * (level[:, None] - level).abs()  # [label, level]
-        absent = lacking(sizes, targets.device)[:, None]
+        absent = absent_levels(sizes, targets.device)[:, None]
         spread = closeness.masked_fill(absent, -torch.inf).softmax(-1)  # [D, label, level]
         return cross_entropy(scores.log_softmax(dim=-1), (targets[..., None] * spread).sum(-2))
 
@@ -271,9 +270,8 @@ class SoftOrdinal(LevelLoss):
 class Corn(LevelLoss):
     """Conditional ordinal regression (CORN, Shi, Cao, Raschka 2021, arXiv 2111.08851).
 
-    Threshold ``k`` is a binary task, "above ``k``?", learnt from rows of level ``k`` or more. By the chain rule, the
-    losses of a row's tasks add up to ``-log p(level)``, for a rater's vote as for a label; what a head is averaged
-    over is its number of tasks.
+    Threshold ``k`` is a binary task, "is the level above ``k``?", learnt from rows of level ``k`` or more. By the chain
+    rule, the losses of a row's tasks sum to ``-log p(level)``. A head's loss is the mean over its tasks.
     """
 
     link = "corn"
@@ -283,16 +281,17 @@ class Corn(LevelLoss):
         return cross_entropy(LINKS[self.link].logits(scores, sizes), targets)
 
     def counts(self, targets: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Number of tasks that a row takes part in: level ``y`` in ``y + 1``, but there is none above the top."""
+        """Returns the number of tasks of each row: ``y + 1`` for level ``y``, and one less for the highest level."""
         tasks = torch.arange(1, max(sizes) + 1, device=targets.device)
         thresholds = torch.tensor(sizes, device=targets.device) - 1
         return super().counts(targets * tasks.minimum(thresholds[:, None]), sizes)
 
 
 class Regression(LevelLoss):
-    """Mean squared error of one output per head, in levels: no classifier, but what one is to be compared with.
+    """Mean squared error of one output per head, in levels: a regression baseline for the classifiers.
 
-    With several raters it is the mean over their votes. HelpSteer2's attribute model is trained so (arXiv 2406.08673).
+    The error is averaged over the votes of several raters. HelpSteer2's attribute model uses this loss (arXiv
+    2406.08673).
     """
 
     link = "regression"
@@ -304,15 +303,15 @@ class Regression(LevelLoss):
 
 
 def cross_entropy(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """``-sum_k target_k * log p_k``, summed over the last axis.
+    """Returns ``-sum_k target_k * log p_k`` over the last axis, ``[...]``.
 
     Args:
-        log_probs: ``[..., K]``, ``-inf`` on levels that a dimension lacks.
-        targets: ``[..., K]``, 0 there.
+        log_probs: ``[..., K]``, ``-inf`` on absent levels.
+        targets: ``[..., K]``, 0 on absent levels.
     """
-    return -(targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1)  # 0 * -inf is no number
+    return -(targets * log_probs.masked_fill(targets == 0, 0.0)).sum(-1)  # 0 * -inf = NaN
 
 
-def _check_length(option: str, given: Sequence[object] | None, wanted: int, what: str) -> None:
-    if given is not None and len(given) != wanted:
-        raise UsageError(f"loss.{option} has {len(given)} entries for {wanted} {what}")
+def _check_length(option: str, weights: Sequence[object] | None, length: int, unit: str) -> None:
+    if weights is not None and len(weights) != length:
+        raise UsageError(f"loss.{option} has {len(weights)} entries for {length} {unit}: give one for each")

@@ -39,7 +39,7 @@ from moslim.ops.loading import (
 from moslim.ops.models import Positions, align, load_backbone
 from moslim.ops.numerics import apply_wide, at_least_float32, full_precision, widened
 from moslim.preferences import PreferenceSet
-from moslim.reward.heads import LINKS, HeadLinear, HeadShape, LinkName, OwnHeads
+from moslim.reward.heads import LINKS, HeadLinear, HeadShape, LinkName, SeparateHeads
 from moslim.utils.errors import UsageError
 
 Pooling = Literal["last", "mean", "first", "max"]
@@ -356,7 +356,7 @@ def _refuse_unfit(transformer: PreTrainedModel, name: str) -> None:
         )
 
 
-def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, OwnHeads]:
+def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, SeparateHeads]:
     """The heads that were trained together, and those that were added later."""
     assert config.backbone is not None
     inputs = hidden_width(config.backbone) * len(config.pooling)
@@ -365,9 +365,9 @@ def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[
         for head in config.added_heads
     }
     if config.head_hidden is None:
-        return nn.Linear(inputs, sum(widths.values())), OwnHeads(inputs, added)
+        return nn.Linear(inputs, sum(widths.values())), SeparateHeads(inputs, added)
     first = {name: HeadShape(width, config.head_hidden, config.head_dropout) for name, width in widths.items()}
-    return OwnHeads(inputs, first), OwnHeads(inputs, added)
+    return SeparateHeads(inputs, first), SeparateHeads(inputs, added)
 
 
 AutoConfig.register(PreferenceClassifierConfig.model_type, PreferenceClassifierConfig)

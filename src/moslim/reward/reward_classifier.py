@@ -1,4 +1,4 @@
-"""Training of the reward classifier, with validation and calibration."""
+"""Training, validation and calibration of the reward classifier."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ _PAIR_LENGTH = "pair_length"
 
 
 class RewardClassifier(ClassifierEvaluation):
-    """Trains a :class:`PreferenceClassifier`, and saves it in Hugging Face format when ``fit`` ends.
+    """Trains a :class:`PreferenceClassifier` and saves it in Hugging Face format at the end of ``fit``.
+
+    One of ``backbone``, ``classifier`` and ``extend`` gives the model to start from.
 
     Args:
         preferences: The dimensions; each gets a head.
@@ -62,50 +64,54 @@ class RewardClassifier(ClassifierEvaluation):
         Model:
         backbone: Hub name or local folder of any ``AutoModel``, with its tokenizer; it gets new heads. An adapter
             (LoRA) is merged into its base model.
-        classifier: Hub name or folder of a saved classifier to score with or train on, instead of a backbone. Heads,
-            link, pooling and length are its own.
-        extend: Hub name or folder of a saved classifier that gets a head for each dimension it lacks, instead of a
-            backbone. Nothing else of it is trained: its own heads go on as they are, and keep their temperatures.
-            ``preferences`` names the new dimensions; old ones that it names too are evaluated.
-        base: Folder or Hub name of the base model of a start that is an adapter, where it is not at the place that the
-            adapter names.
+        classifier: Hub name or folder of a saved classifier to score with or train further. Its heads, link, pooling,
+            layer and length are used.
+        extend: Hub name or folder of a saved classifier that gets a head for each new dimension in ``preferences``.
+            Its backbone, heads and temperatures do not change. Its own dimensions are evaluated if ``preferences``
+            names them too.
+        base: Folder or Hub name of the base model, if the run starts from an adapter; None = the one that the adapter
+            names.
         trust_remote_code: Whether code from the backbone's repository may run.
-        freeze_backbone: Train the heads only. The backbone runs over every row once, its pooled hidden states are kept
-            in ``cache``, and the heads train on these in seconds. None = true with ``extend``, else false.
-        cache: Folder of those hidden states; None = ``features`` in ``trainer.default_root_dir``.
-        cache_features: Whether they are kept at all; without, a frozen backbone runs over every batch, and nothing is
-            written.
-        pooling: What the heads read: the hidden state of the ``last`` or ``first`` token, the ``mean`` or ``max`` over
-            tokens, which find and count things in the text with far less training, or several of these side by side,
-            which helps heads on a frozen backbone; None = last for decoders, mean for encoders.
-        layer: Backbone layer whose hidden states the heads read, counted from 1. From a middle one, heads on a frozen
-            backbone often learn more than from the last; None = the last.
-        head_hidden: Width of a hidden layer that each head gets for itself; None = linear heads.
+        freeze_backbone: Train the heads only, on pooled hidden states that the backbone computes once per row and
+            ``cache`` stores. None = true with ``extend``, else false.
+        cache: Folder of the stored hidden states; None = ``features`` in ``trainer.default_root_dir``.
+        cache_features: Whether to store the hidden states of a frozen backbone; if false, the backbone runs on every
+            batch.
+        pooling: Input of the heads: the hidden state of the ``last`` or ``first`` token, or the ``mean`` or ``max``
+            over all tokens; a list concatenates several, which helps heads on a frozen backbone. ``mean`` and ``max``
+            learn to detect and count features of the text with far less training. None = ``last`` for decoders,
+            ``mean`` for encoders.
+        layer: Backbone layer whose hidden states the heads read, counted from 1; None = the last. On a frozen
+            backbone, heads often learn more from a middle layer.
+        head_hidden: Width of each head's hidden layer; None = linear heads.
         head_dropout: Dropout on the hidden layers.
-        lora: Train low-rank adapters and the heads; None = train all weights.
-        max_length: Most tokens of a pair when the saved classifier scores texts; None = the data module's in training.
+        lora: Options of low-rank adapters, which are trained with the heads; None = train all weights.
+        max_length: Maximum number of tokens of a pair when the saved classifier scores texts; None = the data module's
+            limit in training.
 
         Loss:
-        loss: Loss on rows with levels; None = :class:`Corn`, whose probabilities are the best of those compared in
-            docs/benchmarks.md. The paper's is :class:`CrossEntropy`.
+        loss: Loss on rows with levels; None = :class:`Corn`, which has the best probabilities in docs/benchmarks.md.
+            The paper's loss is :class:`CrossEntropy`.
         pairs: Loss on rows with a rejected completion, added to ``loss``; None = :class:`BradleyTerry`.
 
         Optimisation:
-        optimizer: From parameters to optimizer; None = AdamW, rate 1e-5, 1e-4 with LoRA, 1e-3 for heads alone.
-        lr_scheduler: From optimizer to schedule, moved every step; None = a constant rate.
-        gradient_checkpointing: Save memory by computing activations twice.
-        accept_changes: Options in which a checkpoint, or a saved classifier, may differ from this run
-            (:mod:`moslim.training.identity`); the error that compares them names them.
-        seed: Seed of dropout, which is a function of the step and not of what ran before it.
+        optimizer: Function from parameters to an optimizer; None = AdamW with learning rate 1e-5, 1e-4 with LoRA, or
+            1e-3 with a frozen backbone.
+        lr_scheduler: Function from an optimizer to a learning rate scheduler, which steps every optimizer step; None =
+            a constant rate.
+        gradient_checkpointing: Save memory by recomputing activations in the backward pass.
+        accept_changes: Options in which a checkpoint or saved classifier may differ from this run
+            (:mod:`moslim.training.identity`); the error about a difference names them.
+        seed: Seed of dropout, which depends on the seed and the step only.
 
         Calibration:
-        calibrate: Fit one temperature per head on the validation rows, with which the saved classifier comes.
+        calibrate: Fit one temperature per head on the validation rows, and save them with the classifier.
 
         Evaluation:
-        pair_weights: Weight by dimension of the expected levels whose sum the test compares completions by; None = 1
-            each.
-        best_of: Best-of-n evaluation that the test runs as well; None = none.
-        report: Folder that receives a copy of the test's report, beside the one in the run's folder.
+        pair_weights: Weight of each dimension in the sum of expected levels by which the test compares completions;
+            None = 1 each.
+        best_of: Best-of-n evaluation that the test also runs; None = none.
+        report: Folder for a second copy of the test report; the first is in the run's folder.
 
         Output:
         output: Folder for the trained classifier; None = ``classifier`` in the run's folder.
@@ -168,17 +174,17 @@ class RewardClassifier(ClassifierEvaluation):
         self.max_length = max_length
         self.extends = extend is not None
         self.seed = seed
-        kind: Literal["backbone", "classifier", "extend"]
-        kind = "extend" if self.extends else "classifier" if self.starts_trained else "backbone"
+        option: Literal["backbone", "classifier", "extend"]
+        option = "extend" if self.extends else "classifier" if self.starts_trained else "backbone"
         heads = HeadOptions(pooling, layer, head_hidden, head_dropout)
         model, self.loss = starting_classifier(
-            self.start, kind, preferences, loss, heads, max_length, base, trust_remote_code
+            self.start, option, preferences, loss, heads, max_length, base, trust_remote_code
         )
         self._before = {} if backbone is not None else saved_record(local_folder(self.start))
         self._record = self._before
-        torch.nn.Module.to(model, at_least_float32(model.dtype))  # a saved one may be in 16 bits, which do not learn
+        torch.nn.Module.to(model, at_least_float32(model.dtype))  # 16-bit weights lose small updates
         freeze_unread(model.backbone)
-        model.train()  # it is loaded in evaluation mode, without dropout
+        model.train()  # models are loaded in evaluation mode
         if self.freeze_backbone:
             model.backbone.requires_grad_(False).eval()
         self._columns = preferences.columns_in(model.preferences, "classifier")
@@ -194,32 +200,32 @@ class RewardClassifier(ClassifierEvaluation):
         self._calibrated_at = 0
         self._validated = False
         self._calibration: dict[str, Tensor] = {}
-        # From a sharded classifier to a whole one; a function, since a module would be trained.
+        # Function from a sharded classifier to a whole one, which must not be a submodule of this module.
         self._collect: Callable[[Any], Any]
 
     def configure_model(self) -> None:
-        """Puts the weights into shards, where the strategy wants that.
+        """Shards the weights if the strategy shards models.
 
         Raises:
-            UsageError: The backbone is frozen: its cached features leave nothing worth sharding. Or ``best_of`` is
-                asked for: processes would score different numbers of answers, and wait for each other.
+            UsageError: The backbone is frozen, or ``best_of`` is set: processes would score different numbers of
+                completions and deadlock.
         """
         mesh = shard_mesh(self)
         if mesh is None or is_sharded(self.classifier):
             return
         if self.freeze_backbone:
-            raise UsageError("model.freeze_backbone is true, so that only heads are trained: take trainer.strategy ddp")
+            raise UsageError("model.freeze_backbone is true, so only heads are trained: set trainer.strategy to ddp")
         if self.best_of is not None:
-            raise UsageError("model.best_of does not work with weights in shards: test in one process, or with ddp")
+            raise UsageError("model.best_of does not work with sharded weights: set trainer.strategy to ddp")
         self._collect = partial(fill, outline(self.classifier))
         shard(unwrapped(self.classifier), mesh)
-        self.strict_loading = all(p.requires_grad for p in self.parameters())  # frozen ones are in no checkpoint
+        self.strict_loading = all(p.requires_grad for p in self.parameters())  # no checkpoint holds frozen weights
 
     def setup(self, stage: str) -> None:
-        """Fixes the length of pairs before training.
+        """Stores the data module's length limit in the configuration before training.
 
         Raises:
-            UsageError: ``max_length`` and the data module's differ, or the data module's and that of old heads.
+            UsageError: The data module's ``max_length`` differs from this module's or from that of the old heads.
         """
         if stage != "fit":
             return
@@ -227,12 +233,12 @@ class RewardClassifier(ClassifierEvaluation):
         if None not in (given, self.max_length) and self.max_length != given:
             raise UsageError(
                 f"model.max_length is {self.max_length}, data.max_length {given}: the classifier would score pairs of "
-                "another length than it was trained on; give both the same, or data.max_length alone"
+                "another length than it was trained on: leave model.max_length out"
             )
         if self.extends and given not in (None, self.pair_limit):
             raise UsageError(
-                f"data.max_length is {given}, but the old heads were trained with {self.pair_limit}, which new ones "
-                "share: leave it out"
+                f"data.max_length is {given}, but the old heads were trained with {self.pair_limit}, which the new "
+                "heads share: leave it out"
             )
         if given is not None:
             unwrapped(self.classifier).config.pair_length = given
@@ -249,14 +255,14 @@ class RewardClassifier(ClassifierEvaluation):
         return configure(self, self.optimizer, self.lr_scheduler, self.parameters(), rate)
 
     def on_fit_start(self) -> None:
-        """Refuses an ``output`` that the end of ``fit`` could not write."""
+        """Raises a UsageError if ``output`` is a model that the run is built on."""
         if self.output is not None:
             refuse_sources(self.output, self.sources)
 
     def on_train_start(self) -> None:
-        """Drops temperatures that were fitted to other weights than those that now change.
+        """Resets the temperatures of the heads that this run trains.
 
-        A resumed run keeps those of its last validation, unless it does not calibrate.
+        A resumed run that calibrates keeps the temperatures of its last validation.
         """
         super().on_train_start()
         config = unwrapped(self.classifier).config
@@ -268,11 +274,11 @@ class RewardClassifier(ClassifierEvaluation):
             trained = [n for n in unwrapped(self.classifier).preferences.names if n not in self._kept_temperatures]
             rank_zero_warn(
                 f"model.calibrate is false: the temperatures of {', '.join(trained)} were fitted to the weights before "
-                "this training, so these heads get the temperature 1"
+                "this training and are reset to 1; set model.calibrate to true to fit new ones"
             )
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        """Makes dropout a function of the step, so that a resumed run equals an uninterrupted one."""
+        """Seeds dropout by the step, so that a resumed run equals an uninterrupted one."""
         torch.manual_seed(derive_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
@@ -288,7 +294,7 @@ class RewardClassifier(ClassifierEvaluation):
         if logs:
             names = zip(self.preferences.names, head_losses, counts.labels.tolist(), strict=True)
             metrics = {f"train/{name}/loss": head for name, head, count in names if count}
-            if counts.comparisons > 0:  # also in a process, or a batch of the step, that has none
+            if counts.comparisons > 0:  # all processes must log the same metrics, also one without comparisons
                 metrics["train/pairs/loss"] = metrics["train/pairs/accuracy"] = total.new_zeros(())
         if len(batch.rejected):
             score_margins = self._score_margins(scores, batch)
@@ -313,16 +319,17 @@ class RewardClassifier(ClassifierEvaluation):
             self._hold_out(scores, batch)
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets what an interrupted validation counted."""
+        """Resets the metrics, which an interrupted validation may have updated."""
         self._losses.reset()
         self._metrics.reset()
         self._pair_metrics.reset()
         self._held_out.reset()
 
     def on_validation_epoch_end(self) -> None:
-        """Logs ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``.
+        """Logs the validation metrics and, in ``fit``, calibrates.
 
-        Where rows have rejected answers, ``val/pairs/accuracy`` as well, and in ``fit``
+        The metrics are ``val/{dimension}/{measure}``, ``val/mean/{measure}`` and the same under ``val/{subset}/``;
+        ``val/pairs/accuracy`` if rows have rejected completions; and after calibration
         ``val/calibration/{dimension}/{ece, classwise_ece, brier, rps}/{before, after}``.
         """
         self._log_loss("val")
@@ -332,12 +339,12 @@ class RewardClassifier(ClassifierEvaluation):
             self.log_dict(self._calibrate())
 
     def on_train_end(self) -> None:
-        """Calibrates the final weights, unless the last validation has done so, and writes ``last.ckpt`` anew."""
+        """Calibrates the final weights, unless the last validation did, and saves ``last.ckpt`` again."""
         if not self._calibrates or self._calibrated_at == self.global_step:
             return
         if not self.trainer.val_dataloaders:
-            self._set_temperatures({})  # those of a checkpoint were for other weights
-            rank_zero_warn("the classifier is saved without calibration: there was no validation to fit it on")
+            self._set_temperatures({})  # a checkpoint's were fitted to other weights
+            rank_zero_warn("the classifier is saved without calibration, which needs a validation split: give one")
             return
         self._held_out.reset()
         self.eval()
@@ -349,12 +356,12 @@ class RewardClassifier(ClassifierEvaluation):
         measures = {key: value.item() for key, value in self._calibrate().items()}
         for logger in self.trainer.loggers:
             logger.log_metrics(measures, self.global_step)
-        for saver in self.trainer.checkpoint_callbacks:  # they have had their turn
-            if saver.last_model_path:  # type: ignore[attr-defined]
-                self.trainer.save_checkpoint(saver.last_model_path)  # type: ignore[attr-defined]
+        for callback in self.trainer.checkpoint_callbacks:  # these have saved before this hook
+            if callback.last_model_path:  # type: ignore[attr-defined]
+                self.trainer.save_checkpoint(callback.last_model_path)  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Self:
-        """See torch. A frozen backbone has no dropout, so that its features are the same in every epoch."""
+        """Sets the mode of all but a frozen backbone, which remains in evaluation mode: its features are constant."""
         super().train(mode)
         if self.freeze_backbone:
             self.classifier.backbone.eval()
@@ -362,15 +369,15 @@ class RewardClassifier(ClassifierEvaluation):
 
     @property
     def row_features(self) -> Callable[[list[list[int]]], Tensor] | None:
-        """Function that computes the features of all rows of a frozen backbone; None if batches compute them."""
-        dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set dynamically
-        if not self.freeze_backbone or dry or not self.cache_features:
+        """Function from token ids of all rows to cached features; None if each batch runs the backbone."""
+        fast_dev_run = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set dynamically
+        if not self.freeze_backbone or fast_dev_run or not self.cache_features:
             return None
         folder = Path(self.cache or Path(self.trainer.default_root_dir) / "features")
         return partial(cached_features, self.classifier, pad_id(self.tokenizer), folder, self.trainer)
 
     def on_fit_end(self) -> None:
-        """Saves the classifier, unless nothing was trained or the run was a dry one."""
+        """Saves the classifier if it was trained."""
         folder = self.output_folder
         if not self.was_trained:
             return
@@ -384,7 +391,7 @@ class RewardClassifier(ClassifierEvaluation):
         self.classifier = sharded
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps trained weights only, the temperatures, and what the model card says of the training."""
+        """Removes frozen weights, and adds the temperatures, the length limit and the training record."""
         checkpoint[_TEMPERATURES] = self.classifier.config.temperatures
         if self.was_trained:
             self._record = self._training_record()
@@ -395,22 +402,22 @@ class RewardClassifier(ClassifierEvaluation):
         keep_epoch_open(self.trainer, checkpoint)
 
     def _training_record(self) -> Record:
-        """The run's record; of a finished run that is resumed, which validates nothing, the one in its checkpoint."""
+        """The run's record; for a finished run that is resumed without validation, the one in its checkpoint."""
         if self._record.get("steps") == self.global_step and not self._validated:
             return self._record
         return training_record(self.trainer, self.preferences, self._calibration, self._before, self._added)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Completes the weights from the backbone.
+        """Restores temperatures, length limit and training record, and adds the frozen weights.
 
         Raises:
-            UsageError: The checkpoint's weights mean something else than this run believes, or its rows are others.
+            UsageError: The checkpoint was saved with other options or rows, see :mod:`moslim.training.identity`.
         """
         changed = self.check_identity(checkpoint)
         config = unwrapped(self.classifier).config
         if "data.max_length" not in changed:
             config.pair_length = checkpoint.get(_PAIR_LENGTH, config.pair_length)
-        else:  # on purpose: what is evaluated and saved from here on has the present length
+        else:  # the change was accepted: evaluation and export use the new length
             config.pair_length = getattr(self.data, "max_length", None) or config.pair_length
         config.temperatures = checked_temperatures(checkpoint.get(_TEMPERATURES), len(config.dimensions))
         self._record = checkpoint.get(_RECORD, {})
@@ -418,7 +425,7 @@ class RewardClassifier(ClassifierEvaluation):
 
     @property
     def _calibrates(self) -> bool:
-        """Whether validation rows are there to calibrate on: in ``fit``, once there is something trained."""
+        """Whether validation calibrates: in ``fit``, after the first optimizer step."""
         fits = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
         return self.calibrate and fits and self.was_trained
 
@@ -426,15 +433,15 @@ class RewardClassifier(ClassifierEvaluation):
         self._held_out.update(self._logits(scores), batch.targets, [row.group or row.question for row in batch.rows])
 
     def _set_temperatures(self, fitted: dict[str, float]) -> None:
-        """Takes temperatures by dimension; heads that are not trained keep theirs."""
-        found = fitted | self._kept_temperatures
+        """Sets temperatures by dimension, 1 for a missing one; heads that are not trained keep theirs."""
+        temperatures = fitted | self._kept_temperatures
         names = unwrapped(self.classifier).preferences.names
-        self.classifier.config.temperatures = [found.get(name, 1.0) for name in names] if found else None
+        self.classifier.config.temperatures = [temperatures.get(n, 1.0) for n in names] if temperatures else None
 
     def _calibrate(self) -> dict[str, Tensor]:
-        """Puts temperatures into the classifier, and returns what they improve, to be logged."""
-        fitted = calibrate(*self._held_out.compute(), self.preferences)
-        self._set_temperatures(dict(zip(self.preferences.names, fitted.temperatures, strict=True)))
+        """Fits and sets the temperatures, and returns the calibration metrics to log."""
+        calibration = calibrate(*self._held_out.compute(), self.preferences)
+        self._set_temperatures(dict(zip(self.preferences.names, calibration.temperatures, strict=True)))
         self._calibrated_at = self.global_step
-        self._calibration = {f"val/calibration/{key}": value for key, value in fitted.measures.items()}
+        self._calibration = {f"val/calibration/{key}": value for key, value in calibration.measures.items()}
         return self._calibration
