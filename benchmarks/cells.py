@@ -27,7 +27,7 @@ SCRAMBLED, REFRESH = (f"configs/quickstart/{layer}.yaml" for layer in ("scramble
 PREFERENCES = "configs/preferences/workbench.yaml"
 EXPERIMENTS = ROOT / "configs/experiment"
 DEFAULT = "default"
-MEASURES = ("dimensions", "mean", "combinations", "reward", "default_quality", "interference")
+MEASURES = ("dimensions", "mean", "combinations", "joint", "cross_talk", "reward", "default_quality", "interference")
 """What is kept of a test's report."""
 
 

@@ -24,6 +24,7 @@ BENCHMARKS = (
     "levels",
     "disagreement",
     "optimizers",
+    "joint",
     "ablation",
     "throughput",
     "prefix_tree",

@@ -371,6 +371,10 @@ def test_the_quickstart_with_another_optimizer_keeps_its_rewards(path: str, kind
 
 FACTORS = {
     "aggregation": ["model.policy_optimizer.aggregation"],
+    "joint": [
+        *("data.sampler", "model.hindsight", "model.rehearsal", "model.policy_optimizer", "model.minibatches"),
+        *("model.optimizer.lr", "model.lr_scheduler.final", "trainer.max_steps"),
+    ],
     "kl": ["model.policy_optimizer.kl"],
     "mapping": ["model.mapping", "model.policy_optimizer.aggregation"],
     "minibatches": ["model.minibatches", "model.optimizer.lr", "trainer.max_steps"],
