@@ -52,7 +52,8 @@ def compare(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> dict[str, A
     answers, largest = True, 0.0
     for whole, halves in zip(one, two, strict=True):
         rollouts = [
-            [row for part in run["policy_run"]["rollouts"] for row in part["answers"]] for run in (whole, halves)
+            [row for part in run["policy_run"]["rollouts"] for row in part["completion_texts"]]
+            for run in (whole, halves)
         ]
         answers = answers and rollouts[0] == rollouts[1]
         for name, value in whole["state_dict"].items():

@@ -71,7 +71,7 @@ def compare(module: PolicyTrainer, repeats: int) -> dict[str, Any]:
 
     def reward(way: str) -> Callable[[int], object]:
         share = WAYS[way].share_prefixes
-        return lambda _: module.scorer.probabilities(rollout.questions, rollout.answers, share_prefixes=share)
+        return lambda _: module.scorer.probabilities(rollout.questions, rollout.completion_texts, share_prefixes=share)
 
     parts: dict[str, dict[str, float]] = {}
     for name, made in {"update": update, "reference": reference, "reward": reward}.items():

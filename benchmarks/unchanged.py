@@ -69,6 +69,7 @@ AFTER = Names(BEFORE.algorithms)
 
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"(?<=steerability\.json: config/)samples_per_prompt$", "num_generations"),
+    (r"(?<=steerability\.json: config/)eval_samples$", "eval_num_generations"),
     (r"(?<=steerability\.json: config/)missing_end_penalty$", "missing_eos_penalty"),
     (r"(?<=steerability\.json: config/policy_optimizer/)clip_low$", "epsilon_low"),
     (r"(?<=steerability\.json: config/policy_optimizer/)clip_high$", "epsilon_high"),

@@ -509,7 +509,7 @@ def test_helpsteer2_trains_a_policy_on_instructions_in_the_system_message(run_fo
     asked = [fitted.datamodule.preferences.decode(target) for target in rollout.targets]
     assert all(fitted.datamodule.source.reachable(preference) for preference in asked if preference)
     assert not any("[[" in str(question) for question in rollout.questions)
-    assert model.answerer.eos_ids == sorted(
+    assert model.generator.eos_ids == sorted(
         [model.tokenizer.eos_token_id, model.tokenizer.pad_token_id]
     )  # both that the model's generation config names
 

@@ -16,8 +16,8 @@ def section(result: dict[str, Any]) -> str:
 ## Cost of logging
 
 {circumstances_line(result)}
-The quickstart's policy with W&B offline, CSV, progress bar, gauges, guards, table of answers and gold metrics, against
-the same training without any of these. The two take turns, step by step, on the same answers: means over
+The quickstart's policy with W&B offline, CSV, progress bar, throughput, guards, table of answers and gold metrics,
+against the same training without any of these. The two take turns, step by step, on the same answers: means over
 {result["steps"]} steps, with the 95% interval of the difference. What W&B's own process does between steps falls on
 both. A step is one of the four optimizer steps that are made of a rollout. Before the numbers of a step went to the
 loggers in one row, and each through Lightning's `log` instead, which takes half a millisecond, the share was

@@ -54,8 +54,8 @@ def section(result: dict[str, Any]) -> str:
         return text
     config = next(iter(runs.values()))["config"]
     text += (
-        f"Held-out questions, judged by the gold scorer, {config['eval_samples']} answers per request at temperature "
-        f"{config['temperature']:g}.\n\n{_against_wanted(runs, result['scrambled'])}"
+        f"Held-out questions, judged by the gold scorer, {config['eval_num_generations']} answers per request at "
+        f"temperature {config['temperature']:g}.\n\n{_against_wanted(runs, result['scrambled'])}"
     )
     if "repeat" in result:
         outcome = "identical" if result["repeat"]["identical"] else "**different**"

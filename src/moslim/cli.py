@@ -163,7 +163,7 @@ class MoslimCLI(OpenCLI):
         _keep_whole_numbers(parser)
         parser.add_lightning_class_args(StepCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
-        parser.add_lightning_class_args(ThroughputMonitor, "gauges")
+        parser.add_lightning_class_args(ThroughputMonitor, "throughput")
         parser.add_lightning_class_args(RoleMemory, "role_memory")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         # Linked when parsing, not when instantiating, so that hyper-parameters in a checkpoint are plain data.

@@ -33,7 +33,7 @@ PREFERENCES = PreferenceSet({"warmth": ["cold", "neutral", "warm"], "length": ["
 @dataclass
 class Rollout:
     questions: list
-    answers: list[str]
+    completion_texts: list[str]
     targets: torch.Tensor
     probs: torch.Tensor
     per_dimension: torch.Tensor
@@ -44,7 +44,7 @@ class Rollout:
 def rollout(answer: str = "Fine.") -> Rollout:
     return Rollout(
         questions=["How?", "How?", [{"role": "user", "content": "Why?"}], "When?"],
-        answers=[answer, "b", "c", "d"],
+        completion_texts=[answer, "b", "c", "d"],
         targets=torch.tensor([[2, 1], [2, 1], [-1, 0], [-1, -1]]),
         probs=torch.tensor([[[0.25, 0.25, 0.5], [0.75, 0.25, 0.0]]]).expand(4, 2, 3),
         per_dimension=torch.tensor([[1.0, 0.5], [0.0, 0.0], [NAN, -0.25], [NAN, NAN]]),

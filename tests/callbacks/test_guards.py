@@ -126,7 +126,9 @@ def test_a_guard_stops_the_run_and_its_step_is_replayed(guard, policy, preferenc
     found = again.replay(policy(**options()), data(preferences), ckpt_path=path)
     assert found.loss == pytest.approx(kept["loss"], rel=0, abs=0, nan_ok=True)
     assert torch.equal(found.logprobs, kept["logprobs"])
-    assert [row["answer"] for row in found.rows] == module.rollout.answers and len(found.rows) == BATCH * SAMPLES
+    assert [row["answer"] for row in found.rows] == module.rollout.completion_texts and len(
+        found.rows
+    ) == BATCH * SAMPLES
     assert [row["advantage"] for row in found.rows] == pytest.approx(
         [None if math.isnan(a) else a for a in module.rollout.advantages.tolist()], abs=1e-6
     )
@@ -275,7 +277,11 @@ def test_processes_stop_together(process, policy, preferences, tmp_path):
     )
     rewards = [row["reward"] for row in found.rows]
     assert len(rewards) == BATCH * SAMPLES and rewards[1] is None and rewards.count(None) == 1
-    assert [row["answer"] for row in found.rows] == saved[process]["answers"] != saved[1 - process]["answers"]
+    assert (
+        [row["answer"] for row in found.rows]
+        == saved[process]["completion_texts"]
+        != saved[1 - process]["completion_texts"]
+    )
     torch.testing.assert_close(found.logprobs, checkpoint["guard"]["logprobs"], atol=1e-6, rtol=0)
 
 

@@ -63,7 +63,7 @@ def resampled(module, step, old):
         named[name].data.copy_(value)
     batch, key = module.batches[step], module.trace[step]["key"]
     keys = [(module.seed, Purpose.TRAIN, *key, index) for index in batch.index.tolist()]
-    return module.answerer(module.policy, batch, keys, SAMPLES).completions.tokens
+    return module.generator(module.policy, batch, keys, SAMPLES).completions.tokens
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def make(preferences: PreferenceSet, lm: str, classifier: str, kind: type[Traced
         "policy_optimizer": RLOO(kl_coef=0.05),
         "engine": TorchEngine(LIMIT),
         "num_generations": SAMPLES,
-        "eval_samples": 2,
+        "eval_num_generations": 2,
         "forward_config": ForwardConfig(tokens=80),
         "optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0),
     }

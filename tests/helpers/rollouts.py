@@ -23,5 +23,5 @@ def rollout(levels: list[list[int]], probability: float = 0.9) -> Rollout:
         key=(0, 3), input_ids=ids, attention_mask=attention, mask=mask, old_logprobs=zeros[:, None].expand(-1, 4),
         ref_logprobs=None, targets=torch.full((n, 4), -1), probs=probs, per_dimension=zeros[:, None], rewards=zeros,
         advantages=zeros, used=mask[:, 0], ended=torch.ones(n, dtype=torch.bool), questions=[QUESTION] * n,
-        answers=["a"] * n, version=0,
+        completion_texts=["a"] * n, version=0,
     )  # fmt: skip

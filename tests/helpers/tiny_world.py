@@ -17,7 +17,7 @@ FEW_STEPS = """--trainer.accelerator cpu --trainer.max_steps 2 --trainer.val_che
     --trainer.limit_predict_batches 1 --trainer.enable_progress_bar false --trainer.enable_model_summary false
     --trainer.log_every_n_steps 1"""
 """Options that make any command short."""
-SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.num_generations 2 --model.eval_samples 1
+SMALL_POLICY = """--model.engine.max_new_tokens 6 --model.num_generations 2 --model.eval_num_generations 1
     --model.forward_config.tokens 128
     --data.batch_size 4 --data.eval_batch_size 64 --data.validation_questions 1 --data.test_questions 1"""
 """Options that make rollouts and sweeps small."""

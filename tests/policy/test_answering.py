@@ -27,16 +27,16 @@ def prompt_batch(prompts, rows):
 
 
 @pytest.fixture
-def answerer(tokenizer):
+def generator(tokenizer):
     return CompletionGenerator(Watching(10), tokenizer, EOS)
 
 
-def answer(answerer, model, prompts, rows, samples=3):
-    return answerer(model, prompt_batch(prompts, rows), [(9, row) for row in rows], samples)
+def answer(generator, model, prompts, rows, samples=3):
+    return generator(model, prompt_batch(prompts, rows), [(9, row) for row in rows], samples)
 
 
-def test_answers_of_a_prompt_are_adjacent_and_follow_it(answerer, models, prompts, tokenizer):
-    found = answer(answerer, models["llama"], prompts, [0, 1, 2])
+def test_answers_of_a_prompt_are_adjacent_and_follow_it(generator, models, prompts, tokenizer):
+    found = answer(generator, models["llama"], prompts, [0, 1, 2])
     width = prompts[0].shape[1]
     assert found.questions == ["question 0"] * 3 + ["question 1"] * 3 + ["question 2"] * 3
     for row in range(9):
@@ -62,17 +62,17 @@ def test_the_end_token_is_not_part_of_the_text(tokenizer, models, prompts):
     assert not any("<|" in text for text in texts)
 
 
-def test_an_answer_does_not_depend_on_its_place_in_the_batch(answerer, models, prompts):
-    whole = answer(answerer, models["grouped"], prompts, [0, 1, 2, 3, 4])
+def test_an_answer_does_not_depend_on_its_place_in_the_batch(generator, models, prompts):
+    whole = answer(generator, models["grouped"], prompts, [0, 1, 2, 3, 4])
     by_question = dict(zip(whole.questions[::3], [whole.texts[i : i + 3] for i in range(0, 15, 3)], strict=True))
     for rows in ([4, 3, 2, 1, 0], [2], [3, 0]):
-        found = answer(answerer, models["grouped"], prompts, rows)
+        found = answer(generator, models["grouped"], prompts, rows)
         for i, row in enumerate(rows):
             assert found.texts[3 * i : 3 * i + 3] == by_question[f"question {row}"]
 
 
-def test_more_samples_leave_the_first_ones(answerer, models, prompts):
-    few, many = (answer(answerer, models["grouped"], prompts, [1], samples=n).texts for n in (2, 5))
+def test_more_samples_leave_the_first_ones(generator, models, prompts):
+    few, many = (answer(generator, models["grouped"], prompts, [1], samples=n).texts for n in (2, 5))
     assert many[:2] == few and len(set(many)) > 1
 
 
@@ -83,10 +83,10 @@ def test_seeds_are_made_of_key_and_sample():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_engine_gets_a_model_in_eval_mode(answerer, models, prompts, training):
+def test_the_engine_gets_a_model_in_eval_mode(generator, models, prompts, training):
     model = models["llama"].train(training)
     try:
-        answer(answerer, model, prompts, [0])
-        assert not answerer.engine.training and model.training == training
+        answer(generator, model, prompts, [0])
+        assert not generator.engine.training and model.training == training
     finally:
         model.eval()

@@ -31,7 +31,7 @@ def rollout(targets, reference=True):
         used=torch.ones(2, dtype=torch.bool),
         ended=torch.tensor([True, False]),
         questions=["q", "r"],
-        answers=["a", "b"],
+        completion_texts=["a", "b"],
     )
 
 

@@ -103,5 +103,5 @@ def test_damaged_weights_do_not_answer(engine, preferences, lm, classifier, tmp_
         lambda: run.generate(module, source, "How do I make tea?", ckpt_path="none"),
         lambda: run.test(module, source),
     ):
-        with pytest.raises(UsageError, match=r"of sampled answers: the model's weights are damaged"):
+        with pytest.raises(UsageError, match=r"of sampled completions: the model's weights are damaged"):
             act()

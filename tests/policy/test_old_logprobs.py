@@ -114,7 +114,7 @@ def test_whole_answers_are_not_weighed_by_what_was_cut(preferences, lm, classifi
     def build(optimizer, **more):
         return make(preferences, lm, classifier, policy_optimizer=optimizer, engine=TorchEngine(8, **cut), **more)
 
-    with pytest.raises(UsageError, match=r"RLOO weighs whole answers.*importance_sampling_level to token"):
+    with pytest.raises(UsageError, match=r"RLOO weighs whole completions.*importance_sampling_level to token"):
         build(RLOO(**SEQUENCE))
     build(RLOO())
     build(RLOO(**SEQUENCE), off_policy=OffPolicy(importance_clip=None))  # nothing is weighed

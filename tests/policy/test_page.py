@@ -49,7 +49,7 @@ def folder(
         (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
         config = yaml.safe_load(text)
         config["trainer"] |= {**SMALL, "accelerator": "cpu"}
-        config["model"]["init_args"] |= {"num_generations": 2, "eval_samples": 1}
+        config["model"]["init_args"] |= {"num_generations": 2, "eval_num_generations": 1}
         config["model"]["init_args"]["engine"]["init_args"]["max_new_tokens"] = 6
         config["data"]["init_args"] |= {"batch_size": 4, "validation_questions": 1, "test_questions": 1}
         Path("policy.yaml").write_text(yaml.safe_dump(config))

@@ -110,7 +110,7 @@ def test_what_a_rollout_holds(preferences, lm, classifier, tmp_path):
     scorer = Scorer(classifier)
     columns = [scorer.preferences.names.index(name) for name in preferences.names]
     assert columns != sorted(columns)
-    expected = scorer.probabilities(found.questions, found.answers)[:, columns]
+    expected = scorer.probabilities(found.questions, found.completion_texts)[:, columns]
     torch.testing.assert_close(found.probs, expected)
     groups = torch.arange(len(found)) // SAMPLES
     per_dimension = mapping.per_dimension(expected, found.targets, groups)
@@ -365,7 +365,7 @@ def test_another_seed_gives_other_answers(preferences, lm, classifier, tmp_path)
     for seed in (0, 1):
         module = make(preferences, lm, classifier, seed=seed)
         trainer(tmp_path, max_steps=1).fit(module, data(preferences))
-        found.append(module.rollout.answers)
+        found.append(module.rollout.completion_texts)
     assert found[0] != found[1]
 
 
@@ -435,7 +435,7 @@ def test_answers_to_one_question_are_samples(preferences, lm, classifier, tmp_pa
         module.answer("How do I clean a kettle?", {"colour": 1})
 
 
-@pytest.mark.parametrize("name", ["num_generations", "eval_samples", "num_iterations", "minibatches"])
+@pytest.mark.parametrize("name", ["num_generations", "eval_num_generations", "num_iterations", "minibatches"])
 def test_counts_below_one_are_refused(name, preferences, lm, classifier):
     with pytest.raises(ValueError, match=f"{name}.*give 1 or more"):
         make(preferences, lm, classifier, **{name: 0})

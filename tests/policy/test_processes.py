@@ -141,7 +141,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(kind, preferences, lm,
     for name, one, two in [(n, *both) for n in ("ddp", "fsdp") for both in zip(found["one"], found[n], strict=True)]:
         ((whole,), halves) = (saved["policy_run"]["rollouts"] for saved in (one, two))
         assert len(halves) == 2
-        assert whole["answers"] == halves[0]["answers"] + halves[1]["answers"], name
+        assert whole["completion_texts"] == halves[0]["completion_texts"] + halves[1]["completion_texts"], name
         for part in ("rewards", "advantages", "probs"):
             torch.testing.assert_close(torch.cat([half[part] for half in halves]), whole[part], atol=1e-5, rtol=1e-4)
         unequal += abs(len(halves[0]["mask"].nonzero()) - len(halves[1]["mask"].nonzero()))
@@ -183,7 +183,7 @@ def test_resuming_two_processes_gives_each_its_own_rollout(strategy, lora, prefe
         for name, value in whole["state_dict"].items():
             assert torch.equal(again["state_dict"][name], value), (step, name)
         for mine, theirs in zip(again["policy_run"]["rollouts"], whole["policy_run"]["rollouts"], strict=True):
-            assert mine["answers"] == theirs["answers"] and mine["key"] == theirs["key"]
+            assert mine["completion_texts"] == theirs["completion_texts"] and mine["key"] == theirs["key"]
             assert torch.equal(mine["advantages"], theirs["advantages"])
         assert again["callbacks"] == whole["callbacks"]
         ((mine,), (theirs,)) = again["optimizer_states"], whole["optimizer_states"]

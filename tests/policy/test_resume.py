@@ -252,6 +252,6 @@ def test_an_answer_does_not_depend_on_its_place_among_the_prompts(world, prefere
         batch = collate([prompts[i] for i in order])
         trainer(tmp_path, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
         for i, row in enumerate(order):
-            answers = module.rollout.answers[SAMPLES * i : SAMPLES * (i + 1)]
+            answers = module.rollout.completion_texts[SAMPLES * i : SAMPLES * (i + 1)]
             assert found.setdefault(row, answers) == answers
     assert len({tuple(answers) for answers in found.values()}) == 4

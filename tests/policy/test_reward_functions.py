@@ -161,7 +161,7 @@ def test_bad_functions_are_named():
         with pytest.raises(ValueError, match=r"the name '(length|tone)' is taken"):
             RewardFunctions(functions, PREFERENCES)
     for values, message in (
-        ([1.0], "'short' returned 1 values for 2 answers"),
+        ([1.0], "'short' returned 1 values for 2 completions"),
         ([1.0, math.inf], "'short' returned inf for 'Because.': give a finite number, or None"),
         ([math.nan, 1.0], "'short' returned nan for 'Like this.'"),
     ):
@@ -179,7 +179,7 @@ def test_a_run_rewards_what_the_functions_say(optimizer, preferences, lm, classi
     trainer(tmp_path, max_steps=1).fit(module, data(preferences))
     found = module.rollout
     assert found.per_dimension.shape == (BATCH * SAMPLES, 4)
-    words = torch.tensor([-float(len(answer.split())) for answer in found.answers])
+    words = torch.tensor([-float(len(answer.split())) for answer in found.completion_texts])
     torch.testing.assert_close(found.per_dimension[:, 2], words)
     own = ExpectedDistance()(found.probs, found.targets, torch.zeros(len(found))).per_dimension
     torch.testing.assert_close(found.per_dimension[:, :2], own, equal_nan=True)

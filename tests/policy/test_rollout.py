@@ -29,7 +29,7 @@ def rollout() -> Rollout:
         used=torch.tensor([True, True, False, False]),
         ended=torch.tensor([True, True, True, False]),
         questions=["How?", "How?", CHAT, CHAT],
-        answers=["a", "b", "c", "d"],
+        completion_texts=["a", "b", "c", "d"],
     )
 
 
@@ -56,7 +56,7 @@ def test_derived_columns(rollout):
 
 def test_rows_picks_in_the_order_given(rollout):
     picked = rollout.rows(torch.tensor([3, 0]))
-    assert picked.key == (1, 7) and picked.questions == [CHAT, "How?"] and picked.answers == ["d", "a"]
+    assert picked.key == (1, 7) and picked.questions == [CHAT, "How?"] and picked.completion_texts == ["d", "a"]
     assert picked.input_ids[:, 0].tolist() == [15, 0] and picked.ended.tolist() == [False, True]
     for field in dataclasses.fields(Rollout):
         value = getattr(rollout, field.name)

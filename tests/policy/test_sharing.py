@@ -275,9 +275,9 @@ def sampled(module, datamodule):
     datamodule.setup("test")
     batch = next(iter(datamodule.test_dataloader()))
     keys = [(0, 1, i) for i in range(len(batch.index))]
-    yield module.answerer(module.policy, batch, keys, 1)
+    yield module.generator(module.policy, batch, keys, 1)
     with module.models.reference() as reference:
-        yield module.answerer(reference, batch, keys, 1)
+        yield module.generator(reference, batch, keys, 1)
 
 
 def test_resume_export_and_test_of_a_shared_run(preferences, lm, shareable, tmp_path):

@@ -36,7 +36,7 @@ class JudgedCompletions(Protocol):
     @property
     def questions(self) -> Sequence[Question]: ...
     @property
-    def answers(self) -> Sequence[str]: ...
+    def completion_texts(self) -> Sequence[str]: ...
     @property
     def targets(self) -> Tensor: ...
     @property
@@ -56,7 +56,7 @@ def completion_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step
     """
     names = preferences.names
     rows = []
-    for i in evenly_spaced(len(rollout.answers), count):
+    for i in evenly_spaced(len(rollout.completion_texts), count):
         targets, rewards = rollout.targets[i].tolist(), rollout.per_dimension[i].tolist()
         requested = [d for d, target in enumerate(targets) if target != INACTIVE]
         probs = dict(zip(names, rollout.probs[i].tolist(), strict=True))
@@ -65,7 +65,7 @@ def completion_rows(rollout: JudgedCompletions, preferences: PreferenceSet, step
                 "step": step,
                 "question": _question_text(rollout.questions[i]),
                 "requested": {names[d]: preferences.dimensions[d].levels[targets[d]] for d in requested},
-                "answer": rollout.answers[i],
+                "answer": rollout.completion_texts[i],
                 "probabilities": {
                     dimension.name: [_finite(prob) for prob in probs[dimension.name][: len(dimension.levels)]]
                     for dimension in preferences.dimensions

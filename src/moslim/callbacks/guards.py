@@ -262,7 +262,7 @@ class Guards(Callback):
                 "nonfinite": rollout.nonfinite,
                 "kl": lambda: kl_fault(rollout.old_logprobs, ref_logprobs, rollout.mask, self.kl_limit),
                 "log_ratio": lambda: self._log_ratio_fault(module, update_mask),
-                "identical": lambda: identical_fault(rollout.answers, module.num_generations),
+                "identical": lambda: identical_fault(rollout.completion_texts, module.num_generations),
                 "truncated": lambda: truncated_fault(rollout.ended),
             }
         for guard, check in checks.items():

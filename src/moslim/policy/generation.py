@@ -114,7 +114,7 @@ class CompletionGenerator:
             )
         if finite and (reason := nonfinite("a log-probability", completions.logprobs[completions.mask])):
             raise UsageError(
-                f"{reason} of sampled answers: the model's weights are damaged, take an earlier checkpoint"
+                f"{reason} of sampled completions: the model's weights are damaged, take an earlier checkpoint"
             )
         prompts = batch.input_ids.repeat_interleave(samples, dim=0)
         prompt_mask = batch.attention_mask.repeat_interleave(samples, dim=0)

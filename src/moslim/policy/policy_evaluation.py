@@ -56,18 +56,20 @@ class EvaluationCollector:
         """Discards the records of an interrupted evaluation."""
         self._records.clear()
 
-    def add(self, who: str, batch: PromptBatch, answers: Generations, probs: Tensor, judge: Judge | None) -> None:
+    def add(self, who: str, batch: PromptBatch, generations: Generations, probs: Tensor, judge: Judge | None) -> None:
         """Judges the completions of a batch and records the result.
 
         Args:
             who: Model that made the completions.
             batch: ``B`` prompts.
-            answers: ``N = B * n`` completions.
+            generations: ``N = B * n`` completions.
             probs: ``[N, D, K]`` level probabilities of the training classifier.
             judge: Measures achieved levels; None = the classifier's most probable levels.
         """
-        samples = len(answers.texts) // len(batch.questions)
-        achieved = probs.argmax(dim=-1).float() if judge is None else judge.levels(answers.questions, answers.texts)
+        samples = len(generations.texts) // len(batch.questions)
+        achieved = (
+            probs.argmax(dim=-1).float() if judge is None else judge.levels(generations.questions, generations.texts)
+        )
         self._records.setdefault(who, []).append(
             Records(
                 question=batch.index.repeat_interleave(samples).cpu(),
@@ -129,7 +131,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         classifier: str,
         engine: RolloutEngine,
         judge: Judge | None,
-        eval_samples: int,
+        eval_num_generations: int,
         lora: LoraOptions | None,
         base: str | None,
         dtype: Dtype,
@@ -153,7 +155,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         self.classifier_path = classifier
         self.trust_remote_code = trust_remote_code
         self.judge = judge
-        self.eval_samples = eval_samples
+        self.eval_num_generations = eval_num_generations
         self.report = report
         self.predictions = predictions
         self.accept_changes = accept_changes or []
@@ -163,7 +165,7 @@ class PolicyEvaluation(RunModule, ServedModule):
             fuse_kernels(start)
         self.models = PolicyModels(start, lora, gradient_checkpointing, critic)
         self.policy, self.critic = self.models.policy, self.models.critic
-        self.answerer = CompletionGenerator(engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
+        self.generator = CompletionGenerator(engine, self.tokenizer, eos_ids(self.policy, self.tokenizer))
         self.scorer = load_scorer(classifier, share_backbone, self.models, self.tokenizer)
         columns = preferences.columns_in(self.scorer.preferences, f"classifier in {classifier}")
         self.score = LevelScorer(self.scorer, columns, forward_config)
@@ -179,12 +181,12 @@ class PolicyEvaluation(RunModule, ServedModule):
 
     def longest(self, wanted: int | None) -> int | None:
         """Maximum prompt tokens, given the data module's limit, such that the longest completion fits."""
-        completion = self.answerer.engine.max_new_tokens
+        completion = self.generator.engine.max_new_tokens
         return Positions.of(self.policy).longest(wanted, self.model_path, completion)
 
     def meaning(self) -> Entries:
         """Options that give the policy's weights their meaning."""
-        engine, classifier = self.answerer.engine, self.scorer.classifier.config
+        engine, classifier = self.generator.engine, self.scorer.classifier.config
         pins, template = tokenizer_pins(self.scorer.tokenizer)
         return {
             "preferences": [[dimension.name, dimension.levels] for dimension in self.preferences.dimensions],
@@ -239,8 +241,8 @@ class PolicyEvaluation(RunModule, ServedModule):
     def _evaluate(self, who: str, model: Any, batch: PromptBatch, judge: Judge | None) -> None:
         rows = zip(batch.index.tolist(), batch.targets.tolist(), strict=True)
         keys = [(self.seed, Purpose.EVALUATE, index, *(target + 1 for target in targets)) for index, targets in rows]
-        answers = self.answerer(model, batch, keys, self.eval_samples)
-        self._sweep.add(who, batch, answers, self.score(answers), judge)
+        generations = self.generator(model, batch, keys, self.eval_num_generations)
+        self._sweep.add(who, batch, generations, self.score(generations), judge)
 
     def teardown(self, stage: str) -> None:
         """Warns of texts that were removed from completions before scoring."""
@@ -295,7 +297,7 @@ class PolicyEvaluation(RunModule, ServedModule):
             "weights": fingerprint(self.policy.state_dict()),
             "prompts": digest.hexdigest(),
             "preferences": self.preferences.to_dict(),
-            "engine": plain_options(self.answerer.engine),
+            "engine": plain_options(self.generator.engine),
             "seed": self.seed,
             "batch_size": datamodule.eval_batch_size,
             "precision": f"{self.trainer.precision}, {self.policy.dtype}",
@@ -304,10 +306,10 @@ class PolicyEvaluation(RunModule, ServedModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Generates a completion for each prompt; the records are written to the file ``predictions``."""
         keys = [(self.seed, Purpose.PREDICT, index) for index in batch.index.tolist()]
-        answers = self.answerer(self.policy, batch, keys, 1)
+        generations = self.generator(self.policy, batch, keys, 1)
         return [
             {"question": question, "requested": dict(self.preferences.decode(target.cpu()).levels), "answer": text}
-            for question, target, text in zip(answers.questions, batch.targets, answers.texts, strict=True)
+            for question, target, text in zip(generations.questions, batch.targets, generations.texts, strict=True)
         ]
 
     def answer(self, question: Question, levels: Mapping[str, int | str], samples: int = 1) -> list[str]:
@@ -328,7 +330,7 @@ class PolicyEvaluation(RunModule, ServedModule):
         ids = torch.tensor([renderer.ids(question, preference)], device=self.device)
         index = torch.zeros(1, dtype=torch.long, device=self.device)
         batch = PromptBatch(ids, torch.ones_like(ids), targets, index, [renderer.question(question)], [""])
-        return self.answerer(self.policy, batch, [(self.seed, Purpose.PREDICT)], samples).texts
+        return self.generator(self.policy, batch, [(self.seed, Purpose.PREDICT)], samples).texts
 
     def export(self, folder: str) -> None:
         """Saves the policy (adapter merged), its tokenizer and a model card in Hugging Face format.
@@ -345,12 +347,12 @@ class PolicyEvaluation(RunModule, ServedModule):
         }
         refuse_sources(folder, sources)
         with whole_folder(Path(folder), lambda place: not is_classifier(place)) as part:
-            ends, pad = self.answerer.eos_ids, self.answerer.pad_id
-            save_as_trained(merged(self.policy), part, self.answerer.engine, ends, pad)
+            ends, pad = self.generator.eos_ids, self.generator.pad_id
+            save_as_trained(merged(self.policy), part, self.generator.engine, ends, pad)
             self.tokenizer.save_pretrained(part)
             data = self.data
             if data is not None:  # the data module has the instruction
                 renderer = data.renderer(self.tokenizer)
-                card = policy_card(renderer, self.tokenizer, self.model_path, self.answerer.engine)
+                card = policy_card(renderer, self.tokenizer, self.model_path, self.generator.engine)
                 (part / "README.md").write_text(card, encoding="utf-8")
-                write_description(renderer, self.answerer.engine, renderer.max_length, part)
+                write_description(renderer, self.generator.engine, renderer.max_length, part)

@@ -253,14 +253,14 @@ class ExportedPolicy:
             for name, value in (("temperature", temperature), ("max_new_tokens", max_new_tokens))
             if value is not None
         }
-        answerer = CompletionGenerator(TorchEngine(**sampling), self.tokenizer, eos_ids(self.model, self.tokenizer))
+        generator = CompletionGenerator(TorchEngine(**sampling), self.tokenizer, eos_ids(self.model, self.tokenizer))
         count = 1 if num_generations is None else num_generations
         texts: list[str] = []
         for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
             batch = self._batch(questions[part], preferences[part])
             keys = [(seed, Purpose.PREDICT)] * len(batch.questions)
-            texts += answerer(self.model, batch, keys, count).texts
+            texts += generator(self.model, batch, keys, count).texts
         groups = [texts[i : i + count] for i in range(0, len(texts), count)]
         if num_generations is not None:
             return groups if several else groups[0]

@@ -241,7 +241,7 @@ def _refuse_dropout(option: str, lora: LoraOptions | None) -> None:
     if lora is not None and lora.dropout:
         raise UsageError(
             f"{option}.dropout is {lora.dropout}: a policy has no dropout, nor has its adapter or critic, since the "
-            "probabilities of sampled answers are computed again and must agree: leave it out"
+            "probabilities of sampled completions are computed again and must agree: leave it out"
         )
 
 

@@ -98,7 +98,7 @@ class PolicyTrainer(PolicyEvaluation):
         Evaluation:
         judge: Measures achieved levels in the test; None = the training classifier, marked ``proxy``. A judge that is
             not a learned model also judges training rollouts.
-        eval_samples: Completions per prompt in validation and test.
+        eval_num_generations: Completions per prompt in validation and test.
         report: Folder for a copy of the test report, which is also written into the run's folder.
         predictions: File that ``predict`` writes; None = ``predictions.jsonl`` in the run's folder.
 
@@ -148,7 +148,7 @@ class PolicyTrainer(PolicyEvaluation):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         judge: Judge | None = None,
-        eval_samples: int = 4,
+        eval_num_generations: int = 4,
         report: str | None = None,
         predictions: str | None = None,
         forward_config: ForwardConfig | None = None,
@@ -160,9 +160,11 @@ class PolicyTrainer(PolicyEvaluation):
         seed: int = 0,
     ) -> None:
         off_policy, forward_config = off_policy or OffPolicy(), forward_config or ForwardConfig()
-        counts = (num_generations, eval_samples, num_iterations, minibatches)
+        counts = (num_generations, eval_num_generations, num_iterations, minibatches)
         if min(counts) < 1:
-            raise UsageError(f"num_generations, eval_samples, num_iterations, minibatches are {counts}: give 1 or more")
+            raise UsageError(
+                f"num_generations, eval_num_generations, num_iterations, minibatches are {counts}: give 1 or more"
+            )
         if min(default_kl_coef, missing_eos_penalty) < 0:
             raise UsageError(
                 f"default_kl_coef is {default_kl_coef}, missing_eos_penalty {missing_eos_penalty}: give 0 or more"
@@ -174,9 +176,9 @@ class PolicyTrainer(PolicyEvaluation):
             )
         if policy_optimizer.weighs_completions and engine is not None and engine.cuts and off_policy.corrects:
             raise UsageError(
-                f"engine.top_k and top_p leave tokens out, but {type(policy_optimizer).__name__} weighs whole answers: "
-                "the weight of a long one, the product of what was left at each of its tokens, is nearly 0. Set "
-                "policy_optimizer.importance_sampling_level to token, or top_p to 1 and top_k to null"
+                f"engine.top_k and top_p leave tokens out, but {type(policy_optimizer).__name__} weighs whole "
+                "completions: the weight of a long completion, the product of the kept probabilities of its tokens, is "
+                "nearly 0. Set policy_optimizer.importance_sampling_level to token, or top_p to 1 and top_k to null"
             )
         super().__init__(
             preferences=preferences,
@@ -184,7 +186,7 @@ class PolicyTrainer(PolicyEvaluation):
             classifier=classifier,
             engine=engine or TorchEngine(),
             judge=judge,
-            eval_samples=eval_samples,
+            eval_num_generations=eval_num_generations,
             lora=lora,
             base=base,
             dtype=dtype,
@@ -201,7 +203,7 @@ class PolicyTrainer(PolicyEvaluation):
         )
         self.mapping = mapping
         self.policy_optimizer = policy_optimizer
-        self.engine = self.answerer.engine
+        self.engine = self.generator.engine
         self.reward_functions = RewardFunctions(reward_functions or [], preferences)
         self.num_generations = num_generations
         self.num_iterations = num_iterations
@@ -214,7 +216,7 @@ class PolicyTrainer(PolicyEvaluation):
         mapping.bind(preferences)
         self.collector = RolloutCollector(
             models=self.models,
-            generator=self.answerer,
+            generator=self.generator,
             scorer=self.score,
             mapping=mapping,
             reward_functions=self.reward_functions,
@@ -368,7 +370,7 @@ class PolicyTrainer(PolicyEvaluation):
         self.log_dict(progress, prog_bar=True, logger=False, batch_size=len(rollout))
         if due(self.trainer, self.steps_per_rollout):
             judge = self.exact_judge
-            judged = judge.levels(rollout.questions, rollout.answers).to(self.device) if judge else None
+            judged = judge.levels(rollout.questions, rollout.completion_texts).to(self.device) if judge else None
             metrics: dict[str, Tensor | float] = dict(rollout_metrics(rollout, self.preferences, judged))
             metrics |= level_offsets(rollout, self.preferences, judged)
             metrics |= self.reward_functions.metrics(rollout.per_dimension)
@@ -411,7 +413,7 @@ class PolicyTrainer(PolicyEvaluation):
             "missing_eos_penalty": self.missing_eos_penalty,
             "hindsight": None if hindsight is None else asdict(hindsight),
             "num_generations": self.num_generations,
-            "eval_samples": self.eval_samples,
+            "eval_num_generations": self.eval_num_generations,
             "temperature": self.engine.temperature,
             "max_new_tokens": self.engine.max_new_tokens,
             "completion_source": None if source is None else type(source).__name__,

@@ -53,12 +53,12 @@ class RewardFunction:
             raise UsageError(f"reward function '{self.name}' has weight {self.weight}: give a number above 0")
 
     def __call__(
-        self, answers: Generations, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
+        self, generations: Generations, levels: Sequence[dict[str, int]], columns: Mapping[str, list[Any]]
     ) -> list[float]:
         """Calls the function.
 
         Args:
-            answers: ``N`` completions.
+            generations: ``N`` completions.
             levels: ``N`` requests.
             columns: Further data fields, ``N`` values each.
 
@@ -69,9 +69,12 @@ class RewardFunction:
             UsageError: The function does not return ``N`` finite numbers or Nones, or a data field has the name of an
                 argument.
         """
-        completions = answers.completions
-        prompts = [as_messages(q) for q in answers.questions] if self.messages else list(answers.questions)
-        texts = [[{"role": "assistant", "content": t}] for t in answers.texts] if self.messages else list(answers.texts)
+        completions = generations.completions
+        prompts: list[Any] = list(generations.questions)
+        texts: list[Any] = list(generations.texts)
+        if self.messages:
+            prompts = [as_messages(question) for question in prompts]
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
         ids = [row[keep].tolist() for row, keep in zip(completions.tokens.cpu(), completions.mask.cpu(), strict=True)]
         known = {"prompts": prompts, "completions": texts, "completion_ids": ids, "levels": list(levels)}
         if taken := sorted(known.keys() & columns.keys()):
@@ -80,7 +83,9 @@ class RewardFunction:
             )
         values = list(self.function(**known, **columns))
         if len(values) != len(texts):
-            raise UsageError(f"reward function '{self.name}' returned {len(values)} values for {len(texts)} answers")
+            raise UsageError(
+                f"reward function '{self.name}' returned {len(values)} values for {len(texts)} completions"
+            )
         for number, value in enumerate(values):
             if value is not None and not math.isfinite(value):
                 raise UsageError(
@@ -114,11 +119,11 @@ class RewardFunctions:
         """Names of the ``F`` functions."""
         return [str(function.name) for function in self.functions]
 
-    def __call__(self, answers: Generations, targets: Tensor, rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+    def __call__(self, generations: Generations, targets: Tensor, rows: Sequence[Mapping[str, Any]] = ()) -> Tensor:
         """Calls all functions.
 
         Args:
-            answers: ``N`` completions.
+            generations: ``N`` completions.
             targets: ``[N, D]`` requested levels.
             rows: Further data fields of the ``G`` prompts; empty without any.
 
@@ -129,7 +134,7 @@ class RewardFunctions:
         samples = len(levels) // max(1, len(rows))
         names = {name for row in rows for name in row}
         columns = {name: [row.get(name) for row in rows for _ in range(samples)] for name in names}
-        rewards = [function(answers, levels, columns) for function in self.functions]
+        rewards = [function(generations, levels, columns) for function in self.functions]
         values = torch.tensor(rewards, dtype=torch.float32, device=targets.device)  # in any precision of the run
         return values.reshape(len(rewards), len(levels)).T
 
@@ -178,10 +183,10 @@ class LevelScorer:
     def __init__(self, scorer: Scorer, columns: Sequence[int], forward_config: ForwardConfig) -> None:
         self._scorer, self._heads, self._forward_config = scorer, list(columns), forward_config
 
-    def __call__(self, answers: Generations) -> Tensor:
+    def __call__(self, generations: Generations) -> Tensor:
         """Returns the level probabilities ``[N, D, K]`` of ``N`` completions."""
         config = self._forward_config
         probs = self._scorer.probabilities(
-            answers.questions, answers.texts, share_prefixes=config.share_prefixes, tokens=config.tokens
+            generations.questions, generations.texts, share_prefixes=config.share_prefixes, tokens=config.tokens
         )
         return probs[:, self._heads]

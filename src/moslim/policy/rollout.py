@@ -58,7 +58,7 @@ class Rollout:
         used: ``[N]`` bool, the completion takes part in updates.
         ended: ``[N]`` bool, False where the completion was truncated at the length limit.
         questions: ``N`` questions as the classifier read them.
-        answers: ``N`` decoded completions.
+        completion_texts: ``N`` decoded completions.
         values: ``[N, T]`` values of the critic, 0 where masked; None without a critic.
         returns: ``[N, T]`` regression targets of the critic; None without a critic.
         behavior_logprobs: ``[N, T]`` log-probabilities under the policy that sampled the tokens; None = that of
@@ -85,7 +85,7 @@ class Rollout:
     used: Tensor
     ended: Tensor
     questions: list[Question]
-    answers: list[str]
+    completion_texts: list[str]
     values: Tensor | None = None
     returns: Tensor | None = None
     behavior_logprobs: Tensor | None = None
@@ -150,7 +150,7 @@ class Rollout:
         positions = index.tolist()
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         changes: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
-        changes |= {name: [values[name][i] for i in positions] for name in ("questions", "answers")}
+        changes |= {name: [values[name][i] for i in positions] for name in ("questions", "completion_texts")}
         return dataclasses.replace(self, **changes)
 
     def minibatch(self, step: int, minibatches: int, samples: int, seed: Sequence[int]) -> Rollout:
@@ -173,8 +173,8 @@ class Rollout:
         prompts = torch.arange(len(self)).reshape(-1, samples)
         if minibatches > len(prompts):
             raise UsageError(
-                f"minibatches is {minibatches}, but a rollout has only {len(prompts)} prompts, whose answers stay "
-                "together"
+                f"minibatches is {minibatches}, but a rollout has only {len(prompts)} prompts, whose "
+                "completions stay together"
             )
         iteration, number = divmod(step, minibatches)
         generator = torch.Generator().manual_seed(derive_seed(*seed, *self.key, iteration))
@@ -338,7 +338,7 @@ class RolloutCollector:
             used=used.flatten(),
             ended=completions.ended,
             questions=generations.questions,
-            answers=generations.texts,
+            completion_texts=generations.texts,
             values=values,
             returns=None if returns is None else returns.flatten(0, 1),
             behavior_logprobs=completions.behavior_logprobs,

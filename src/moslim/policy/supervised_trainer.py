@@ -112,7 +112,7 @@ class SupervisedTrainer(RunModule, ServedModule):
         freeze_unread(self.model)
         if gradient_checkpointing:
             checkpoint_activations(self.model)
-        self._answered = 0  # rows of this prediction so far: an answer is drawn by its row, whatever the batch size
+        self._answered = 0  # rows of this prediction so far: a completion is drawn by its row, whatever the batch size
 
     def _build(self) -> PreTrainedModel:
         if self.architecture is None:
@@ -198,7 +198,7 @@ class SupervisedTrainer(RunModule, ServedModule):
         wanted = getattr(self.data, "max_length", None)
         room = Positions.of(self.model).longest(None, self._name, self.engine.max_new_tokens)
         limits = [limit for limit in (wanted, room) if limit is not None]
-        # Behind the prompt stands the end token of an empty answer.
+        # The end token of the empty answer follows the prompt.
         encoder = self._encoder(min(limits) + 1 if limits else None, preferences)
         wanted = preferences or [None] * len(questions)
         rows = [encoder.spans(question, "", levels)[0] for question, levels in zip(questions, wanted, strict=True)]
@@ -207,8 +207,8 @@ class SupervisedTrainer(RunModule, ServedModule):
         batch = PromptBatch(ids, mask, nothing, torch.arange(len(rows)), questions, [""] * len(rows))
         engine = copy.copy(self.engine)
         engine.temperature = temperature
-        answerer = CompletionGenerator(engine, self.tokenizer, eos_ids(self.model, self.tokenizer))
-        return answerer(self.model, batch, [(self.seed, *key) for key in keys], 1).texts
+        generator = CompletionGenerator(engine, self.tokenizer, eos_ids(self.model, self.tokenizer))
+        return generator(self.model, batch, [(self.seed, *key) for key in keys], 1).texts
 
     def _encoder(self, max_length: int | None, preferences: Sequence[Preference | None] | None) -> PairEncoder:
         """Encoder of the questions; it removes instructions in questions that receive one."""
@@ -267,7 +267,7 @@ class SupervisedTrainer(RunModule, ServedModule):
 
     def on_fit_end(self) -> None:
         """Saves the model, unless nothing was trained or the run was a dry one."""
-        folder = self.output or str(self.run_folder / "model")  # all processes must ask: the answer is broadcast
+        folder = self.output or str(self.run_folder / "model")  # all processes must ask: the folder is broadcast
         if self.trainer.is_global_zero and self.was_trained:
             self.export(folder)
 
