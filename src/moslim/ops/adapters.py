@@ -156,13 +156,15 @@ class AdapterFolder:
         names = _embeddings(model)
         tied = len({id(model.get_parameter(f"{name}.weight")) for name in names}) < len(names)
         rows = len(model.get_parameter(f"{names[0]}.weight"))
-        found = {name: len(tensors[key]) for name in names for key in _plain(name) if key in tensors}
+        saved_sizes = {name: len(tensors[key]) for name in names for key in _plain(name) if key in tensors}
         added = _trained_tokens(options)
-        sizes = {*found.values(), *({max(added) + 1} if max(added, default=0) >= rows else ())}
+        sizes = {*saved_sizes.values(), *({max(added) + 1} if max(added, default=0) >= rows else ())}
         if sizes - {rows}:
             needed = max(sizes)
             new = set(range(rows, needed))
-            whole = {name for name, size in found.items() if size == needed} | ({names[0]} if new <= added else set())
+            whole = {name for name, size in saved_sizes.items() if size == needed}
+            if new <= added:
+                whole.add(names[0])
             if lacking := set() if not new else set(names[:1] if tied else names) - whole:
                 raise UsageError(
                     f"the adapter in '{self.path}' was trained with {needed} token embeddings, '{self.base}' has {rows}"
@@ -182,20 +184,20 @@ class AdapterFolder:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         places = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        own = {key.removeprefix(PEFT_PREFIX): tensor.shape for key, tensor in places.items()}
+        shapes = {key.removeprefix(PEFT_PREFIX): tensor.shape for key, tensor in places.items()}
         spare = {key for name in embeddings for key in _plain(name)}
-        missing, surplus = own.keys() - tensors.keys(), tensors.keys() - own.keys() - spare
+        missing, surplus = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys() - spare
         reshaped = [
             f"{key} ({tuple(tensors[key].shape)} instead of {tuple(shape)})"
-            for key, shape in own.items()
+            for key, shape in shapes.items()
             if key in tensors and tensors[key].shape != shape
         ]
         if missing or surplus or reshaped:
-            parts = {"lacks": missing, "has no place for": surplus, "has in another shape": reshaped}
-            what = " and ".join(f"{part} {first_few(keys)}" for part, keys in parts.items() if keys)
+            faults = {"lacks": missing, "has no place for": surplus, "has in another shape": reshaped}
+            reasons = " and ".join(f"{fault} {first_few(keys)}" for fault, keys in faults.items() if keys)
             raise UsageError(
                 f"the adapter in '{self.path}' does not fit the base model '{self.base}', loaded as "
-                f"{type(adapted.get_base_model()).__name__}: it {what}. Give the base that it was trained on as "
+                f"{type(adapted.get_base_model()).__name__}: it {reasons}. Give the base that it was trained on as "
                 "model.base, or merge it yourself (PeftModel.merge_and_unload) and name the result"
             )
         set_peft_model_state_dict(adapted, {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()})
@@ -232,8 +234,8 @@ def _embeddings(model: PreTrainedModel) -> list[str]:
 
 def _trained_tokens(options: Any) -> set[int]:
     """Tokens whose embeddings an adapter has rows of."""
-    found = getattr(options, "trainable_token_indices", None) or getattr(options, "token_indices", None) or []
-    return set(chain.from_iterable(found.values()) if isinstance(found, dict) else found)
+    indices = getattr(options, "trainable_token_indices", None) or getattr(options, "token_indices", None) or []
+    return set(chain.from_iterable(indices.values()) if isinstance(indices, dict) else indices)
 
 
 def _on_backbone(tensors: Mapping[str, Tensor], backbone: PreTrainedModel) -> dict[str, Tensor]:
@@ -263,8 +265,8 @@ def _aim_at_backbone(options: Any, tensors: Mapping[str, Tensor], backbone: PreT
     for setting in ("rank_pattern", "alpha_pattern"):
         if given := getattr(options, setting, None):  # patterns of names in the whole model
             whole = {name: f"{prefix}{name}" for name in owners}
-            found = {name: matching_pattern(given.keys(), place) for name, place in whole.items()}
-            values = {f"^{re.escape(name)}": given[key] for name, key in found.items() if key in given}
+            patterns = {name: matching_pattern(given.keys(), place) for name, place in whole.items()}
+            values = {f"^{re.escape(name)}": given[key] for name, key in patterns.items() if key in given}
             setattr(options, setting, values)
 
 

@@ -74,15 +74,17 @@ def load_whole(
     missing = [key for key in report["missing_keys"] if not key.startswith(tuple(spare_missing))]
     left_over = [key for key in report["unexpected_keys"] if not _CONSTANTS.search(key)]
     surplus = [key for key in left_over if not (backbone_only and _of_head(key, model))]
-    reshaped = [f"{key} ({_shape(found)} instead of {_shape(own)})" for key, found, own in report["mismatched_keys"]]
+    reshaped = [
+        f"{key} ({_shape(saved)} instead of {_shape(built)})" for key, saved, built in report["mismatched_keys"]
+    ]
     if missing or surplus or reshaped:
         faults = {
             "lacks": missing,
             f"has no place in {type(model).__name__} for": surplus,
             "has in another shape": reshaped,
         }
-        what = " and ".join(f"{fault} {first_few(keys)}" for fault, keys in faults.items() if keys)
-        raise UsageError(f"'{path}' {what}, so it is not loaded: it is {seems(path)}. {_remedy(path, model)}")
+        reasons = " and ".join(f"{fault} {first_few(keys)}" for fault, keys in faults.items() if keys)
+        raise UsageError(f"'{path}' {reasons}, so it is not loaded: it is {seems(path)}. {_remedy(path, model)}")
     check_files(path)
     if broken := [name for name, weight in model.named_parameters() if not _finite(weight)]:
         raise UsageError(
@@ -116,7 +118,7 @@ def seems(path: str | Path) -> str:
         return f"a part of the saved MOSLIM classifier '{Path(path).parent}'"
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else ""
-    kinds = {
+    descriptions = {
         "ForCausalLM": "an incomplete or changed copy of a language model",
         "LMHeadModel": "an incomplete or changed copy of a language model",
         "ForSequenceClassification": "a sequence-classification model",
@@ -128,8 +130,9 @@ def seems(path: str | Path) -> str:
         "Model": HEADLESS,
         "ForConditionalGeneration": "an incomplete or changed copy of a generating model",
     }
-    kind = next((text for end, text in kinds.items() if name.endswith(end)), "an incomplete or changed model")
-    return f"{kind} ({name})" if name else kind
+    endings = (text for end, text in descriptions.items() if name.endswith(end))
+    description = next(endings, "an incomplete or changed model")
+    return f"{description} ({name})" if name else description
 
 
 def _remedy(path: str | Path, model: PreTrainedModel) -> str:
@@ -151,11 +154,11 @@ def is_causal(config: PreTrainedConfig) -> bool:
         return False  # a decoder made an encoder, as in EmbeddingGemma
     if getattr(text, "attn_type", None) == "bi":  # XLNet
         return False
-    kinds = {config.model_type, text.model_type}
-    if kinds & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
+    model_types = {config.model_type, text.model_type}
+    if model_types & MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys():
         return bool(getattr(text, "is_decoder", False))
     generates = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
-    return bool(kinds & generates)
+    return bool(model_types & generates)
 
 
 def hidden_width(config: Any) -> int:
@@ -186,17 +189,17 @@ def transformer_part(model: Any) -> Any:
     Transformers' own name for it leads nowhere in some families, such as Llama 4.
     """
     whole = unwrapped(model)
-    found = whole.base_model
-    if found.get_output_embeddings() is None or found.config.is_encoder_decoder:
-        return found
-    parts = (part for part in language_part(found).modules() if isinstance(part, PreTrainedModel))
-    return next((part for part in parts if part.get_output_embeddings() is None), found)
+    base = whole.base_model
+    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
+        return base
+    parts = (part for part in language_part(base).modules() if isinstance(part, PreTrainedModel))
+    return next((part for part in parts if part.get_output_embeddings() is None), base)
 
 
 def needed_inputs(model: PreTrainedModel) -> list[str]:
     """Inputs that a model needs besides a text, such as an image."""
-    named_ones = inspect.signature(model.forward).parameters.values()
-    needed = [p for p in named_ones if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     return [p.name for p in needed if p.name not in ("input_ids", "attention_mask")]
 
 
@@ -292,10 +295,11 @@ def refuse_unclear(path: str | Path) -> None:
     for file in files:
         with safe_open(file, "pt") as content:
             names = [key for key in content.keys() if key.endswith(".weight")]  # noqa: SIM118  (it is no mapping)
-            kinds = {key: content.get_slice(key).get_dtype() for key in names}
-        if whole := [f"{key} ({kind})" for key, kind in kinds.items() if not re.match(r"(B?F|C)(16|32|64)$", kind)]:
+            dtypes = {key: content.get_slice(key).get_dtype() for key in names}
+        quantised = [f"{key} ({dtype})" for key, dtype in dtypes.items() if not re.match(r"(B?F|C)(16|32|64)$", dtype)]
+        if quantised:
             raise UsageError(
-                f"'{file}' holds numbers of a quantised model, {first_few(whole)}, but config.json has no "
+                f"'{file}' holds numbers of a quantised model, {first_few(quantised)}, but config.json has no "
                 "quantization_config that says what they mean: restore it, or give the model as it was before"
             )
 
@@ -397,14 +401,14 @@ def save_as_trained(model: Any, folder: Path, engine: RolloutEngine, eos_ids: li
     bos_id = getattr(before, "bos_token_id", None)
     if bos_id is None:
         bos_id = getattr(model.config, "bos_token_id", None)
-    found = generation_config(engine, eos_ids, pad_id, bos_id)
+    trained_config = generation_config(engine, eos_ids, pad_id, bos_id)
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
     names = ("eos_token_id", "pad_token_id")
     tokens = [(config, name, getattr(config, name, None)) for config in configs.values() for name in names]
     try:
-        model.generation_config = found
+        model.generation_config = trained_config
         for config, name, _ in tokens:
-            setattr(config, name, getattr(found, name))
+            setattr(config, name, getattr(trained_config, name))
         model.save_pretrained(folder)
     finally:
         model.generation_config = before

@@ -109,14 +109,14 @@ def attach_adapter(
         ends = "|".join(map(re.escape, sorted(options.target_modules)))
         options.target_modules = rf"{re.escape(inside)}\.(.*\.)?({ends})"
     added = _add(model, options, name)
-    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    found = {f"{PEFT_PREFIX}{inside}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in weights.items()}
-    if wanted.keys() != found.keys():
+    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = {f"{PEFT_PREFIX}{inside}.{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in weights.items()}
+    if places.keys() != tensors.keys():
         raise UsageError(
-            f"the adapter '{name}' lacks the weights {sorted(wanted.keys() - found.keys())} and has "
-            f"{sorted(found.keys() - wanted.keys())}, which have no place: it is incomplete or its keys are renamed"
+            f"the adapter '{name}' lacks the weights {sorted(places.keys() - tensors.keys())} and has "
+            f"{sorted(tensors.keys() - places.keys())}, which have no place: it is incomplete or its keys are renamed"
         )
-    set_peft_model_state_dict(model, found, adapter_name=name)
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
     for parameter in added:
         parameter.requires_grad_(False)
     return added
@@ -211,11 +211,11 @@ def chosen_layers(
     elif wanted in (ALL_LINEAR, [ALL_LINEAR]):
         names = linear
     else:
-        for one in wanted if isinstance(wanted, list) else [wanted]:
-            if not any(_fits(name, [one] if isinstance(wanted, list) else one) for name in layers):
+        for target in wanted if isinstance(wanted, list) else [wanted]:
+            if not any(_fits(name, [target] if isinstance(wanted, list) else target) for name in layers):
                 known = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
                 raise UsageError(
-                    f"lora.target_modules: '{one}' fits no layer that an adapter can change: there are {known}; "
+                    f"lora.target_modules: '{target}' fits no layer that an adapter can change: there are {known}; "
                     f"give some of these, e.g. [{known.partition(',')[0]}], or {ALL_LINEAR}"
                 )
         names = [name for name in layers if _fits(name, wanted)]
@@ -234,15 +234,15 @@ def chosen_layers(
 def _fits(name: str, wanted: Sequence[str] | str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
-    return any(f".{name}".endswith(f".{one}") for one in wanted)
+    return any(f".{name}".endswith(f".{target}") for target in wanted)
 
 
 def _advised(model: Any) -> list[str] | str:
     """Layers that peft recommends for an architecture, or that of its language model; none if it has no advice."""
     config = getattr(model.config, "backbone", model.config)
-    for kind in (config.model_type, config.get_text_config().model_type):
-        if (known := lora_targets(kind)) is not None:
-            return known
+    for model_type in (config.model_type, config.get_text_config().model_type):
+        if (targets := lora_targets(model_type)) is not None:
+            return targets
     return []
 
 
@@ -259,8 +259,8 @@ def _base_layer(module: nn.Module) -> nn.Module:
 
 def _read_by_kernels(name: str, modules: Mapping[str, nn.Module], last: Collection[str] = _MAMBA) -> bool:
     """Whether a layer is one of those of Mamba whose weights are read without their adapter."""
-    owner, _, own = name.rpartition(".")
-    return own in last and isinstance(getattr(modules.get(owner), "conv1d", None), nn.Conv1d)
+    owner, _, last_part = name.rpartition(".")
+    return last_part in last and isinstance(getattr(modules.get(owner), "conv1d", None), nn.Conv1d)
 
 
 def _refuse_tied(model: Any, layers: Mapping[str, nn.Module], names: Sequence[str]) -> None:

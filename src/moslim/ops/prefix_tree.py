@@ -153,10 +153,10 @@ class Sequences:
         A part has at least one sequence. Several sequences of one part have together at most eight times as many
         tokens, padding included.
         """
-        own, lengths = self.new.sum(dim=1).tolist(), self.lengths.tolist()
+        new_nodes, lengths = self.new.sum(dim=1).tolist(), self.lengths.tolist()
         start, nodes, widest = 0, 0, 0
         for end, length in enumerate(lengths):
-            nodes, widest = nodes + own[end], max(widest, length)
+            nodes, widest = nodes + new_nodes[end], max(widest, length)
             if end > start and (nodes > tokens or (end + 1 - start) * widest > _HELD * tokens):
                 yield self._part(start, end)
                 start, nodes, widest = end, length, length
@@ -168,13 +168,13 @@ class Sequences:
         number = torch.full_like(self.tokens, -1)
         number[self.new] = torch.arange(int(self.new.sum()), device=number.device)
         nodes = number.cummax(dim=0).values.masked_fill(~_inside(self.tokens, self.lengths), 0)
-        has_own = self.new.any(dim=1)
+        has_new = self.new.any(dim=1)
         return Tree(
             tokens=self.tokens[self.new],
             positions=self.new.nonzero()[:, 1],
             nodes=nodes,
-            paths=nodes[has_own],
-            cells=self.new[has_own].flatten().nonzero()[:, 0],
+            paths=nodes[has_new],
+            cells=self.new[has_new].flatten().nonzero()[:, 0],
         )
 
     def _part(self, start: int, end: int) -> Sequences:
@@ -203,9 +203,9 @@ def in_order(tokens: Tensor, lengths: Tensor) -> Sequences:
 
 def grow(tokens: Tensor, lengths: Tensor) -> Tree:
     """Makes a tree of sequences, ``nodes`` in their own order; see :func:`in_order` for the arguments."""
-    found = in_order(tokens, lengths)
-    tree = found.tree()
-    return replace(tree, nodes=tree.nodes[found.order.argsort()])
+    sequences = in_order(tokens, lengths)
+    tree = sequences.tree()
+    return replace(tree, nodes=tree.nodes[sequences.order.argsort()])
 
 
 def _inside(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -286,8 +286,8 @@ def _attend(
         band = ((behind >= 0) & (behind < sliding_window))[None, None]
     queries, keys, values = map(along_paths, (query, key, value))
     causal = band is None
-    found, _ = sdpa_attention_forward(module, queries, keys, values, band, dropout, scaling, is_causal=causal)
-    return found.flatten(0, 1).index_select(0, reading.tree.cells)[None], None
+    outputs, _ = sdpa_attention_forward(module, queries, keys, values, band, dropout, scaling, is_causal=causal)
+    return outputs.flatten(0, 1).index_select(0, reading.tree.cells)[None], None
 
 
 AttentionInterface.register(_NAME, _attend)
@@ -339,10 +339,9 @@ def reads_trees(backbone: Any, device: torch.device) -> bool:
     if backbone not in _READS:
         _READS[backbone] = _agrees(backbone, device)
         if not _READS[backbone]:
-            kind = backbone.config.model_type
             rank_zero_info(
-                f"{kind}: its layers cannot read trees: texts that begin alike are computed apart, and sampling makes "
-                "masks anew for every token."
+                f"{backbone.config.model_type}: its layers cannot read trees: texts that begin alike are computed "
+                "apart, and sampling makes masks anew for every token."
             )
     return _READS[backbone]
 

@@ -37,16 +37,16 @@ def policy_card(renderer: PromptRenderer, tokenizer: PreTrainedTokenizerBase, ba
         engine: Sampling engine of the training.
     """
     dimensions = renderer.preferences.dimensions
-    asked = Preference({dimension.name: len(dimension.levels) - 1 for dimension in dimensions[:2]})
-    messages = renderer.messages(_QUESTION, asked)
+    example = Preference({dimension.name: len(dimension.levels) - 1 for dimension in dimensions[:2]})
+    messages = renderer.messages(_QUESTION, example)
     rows = [[dimension.name, " / ".join(dimension.levels)] for dimension in dimensions]
     wanted = ", ".join(
-        f"{name} = {dimensions[i].levels[level]}" for i, (name, level) in enumerate(asked.levels.items())
+        f"{name} = {dimensions[i].levels[level]}" for i, (name, level) in enumerate(example.levels.items())
     )
     prompt, special = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)", False
     if tokenizer.chat_template is None:
         prompt, special = '"".join(f"{message[\'content\']}\\n" for message in messages)', True
-    words = {name: shlex.quote(dimensions[i].levels[level]) for i, (name, level) in enumerate(asked.levels.items())}
+    words = {name: shlex.quote(dimensions[i].levels[level]) for i, (name, level) in enumerate(example.levels.items())}
     options = "".join(f" --levels.{name} {word}" for name, word in words.items())
     stops = f"stop_strings={list(engine.stop_strings)}, tokenizer=tokenizer" if engine.stop_strings else ""
     call = ", ".join(part for part in ('input_ids=inputs["input_ids"]', stops) if part)
@@ -268,14 +268,15 @@ class ExportedPolicy:
 
     def _batch(self, questions: Sequence[Question], preferences: Sequence[Preference]) -> PromptBatch:
         """Prompts of questions, left-padded."""
-        taken_out = [self._renderer.check(*asked) for asked in zip(questions, preferences, strict=True)]
+        prompts = list(zip(questions, preferences, strict=True))
+        taken_out = [self._renderer.check(question, preference) for question, preference in prompts]
         if any(taken_out):
             warnings.warn(
                 f"{quoted(questions[taken_out.index(True)])}: what reads as a control token, a turn or an instruction "
                 "is taken out of the question",
                 stacklevel=3,
             )
-        rows = [self._renderer.ids(*asked) for asked in zip(questions, preferences, strict=True)]
+        rows = [self._renderer.ids(question, preference) for question, preference in prompts]
         ids, mask = (x.to(self.model.device) for x in pad(rows, pad_id(self.tokenizer), left=True))
         targets = torch.stack([self.preferences.encode(preference) for preference in preferences]).to(ids.device)
         index = torch.arange(len(rows), device=ids.device)
@@ -358,7 +359,7 @@ def generate(
 def _read(file: Path) -> Mapping[str, Any]:
     if not file.exists():
         raise MissingFileError(
-            f"'{file.parent}': there is no {FILE}, which `export` of a policy writes; a checkpoint is asked with "
+            f"'{file.parent}': there is no {FILE}, which `export` of a policy writes; for a checkpoint, run "
             "generate --config FILE --ckpt_path last"
         )
     try:
@@ -382,11 +383,11 @@ def _instruction_data(instruction: PreferenceInstruction) -> dict[str, Any] | No
 
 def _instruction(data: Mapping[str, Any]) -> PreferenceInstruction:
     """The shipped instruction that a description names; a class is never imported for it."""
-    kind = data["kind"]
-    if kind == "tags":
+    instruction_name = data["kind"]
+    if instruction_name == "tags":
         return Tags(bool(data["names"]))
-    if kind == "system_message":
+    if instruction_name == "system_message":
         return SystemMessage()
-    if kind == "template":
+    if instruction_name == "template":
         return Template(str(data["text"]), [str(text) for text in data["reserved"]])
-    raise UsageError(f"{FILE}: there is no instruction {kind!r}; known are tags, system_message, template")
+    raise UsageError(f"{FILE}: there is no instruction {instruction_name!r}; known are tags, system_message, template")

@@ -193,8 +193,8 @@ class PolicyModels:
         assert self.critic is not None
         with self.activate("critic") as model:
             result = torch.zeros(batch.mask.shape, dtype=at_least_float32(model.dtype), device=batch.mask.device)
-            for one in plan(model, batch, forward_config, among):
-                one.put(result, self.critic(one.states(HiddenStateReader(model))))
+            for forward_pass in plan(model, batch, forward_config, among):
+                forward_pass.put(result, self.critic(forward_pass.states(HiddenStateReader(model))))
         return result
 
     def _adapter(self, role: Role) -> Role | None:

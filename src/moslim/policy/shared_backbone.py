@@ -201,18 +201,19 @@ def _shareable(classifier: str, models: PolicyModels, tokenizer: PreTrainedToken
             f"'{classifier}' was trained on '{saved.base}', whose weights are not those that the policy starts from "
             "(at bfloat16): give both the same base model"
         )
-    there, here = load_tokenizer(saved.folder).get_vocab(), tokenizer.get_vocab()
-    if there != here:
-        token = min(word for word in there.keys() | here.keys() if there.get(word) != here.get(word))
+    classifier_ids, policy_ids = load_tokenizer(saved.folder).get_vocab(), tokenizer.get_vocab()
+    if classifier_ids != policy_ids:
+        tokens = classifier_ids.keys() | policy_ids.keys()
+        token = min(token for token in tokens if classifier_ids.get(token) != policy_ids.get(token))
         raise NotSharedError(
-            f"'{classifier}' has another vocabulary than the policy: the id of '{token}' is {there.get(token)} there "
-            f"and {here.get(token)} here"
+            f"'{classifier}' has another vocabulary than the policy: the id of '{token}' is "
+            f"{classifier_ids.get(token)} there and {policy_ids.get(token)} here"
         )
     return saved
 
 
 def _differences(classifier: PreTrainedConfig | None, policy: PreTrainedConfig) -> str:
     """The entries of two configurations that differ and affect hidden states, as text; empty if none."""
-    there, here = architecture(classifier) if classifier else {}, architecture(policy)
-    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    return ", ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in names)
+    saved, current = architecture(classifier) if classifier else {}, architecture(policy)
+    names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+    return ", ".join(f"{name} is {saved.get(name)} there and {current.get(name)} here" for name in names)

@@ -158,7 +158,7 @@ class SupervisedTrainer(RunModule, ServedModule):
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """See Lightning. The step's loss is the mean over all labelled tokens of its batches and processes."""
-        tokens = self.step_counts(self.trainer, batch, batch_idx, lambda one: _labelled(one).sum())
+        tokens = self.step_counts(self.trainer, batch, batch_idx, lambda texts: _labelled(texts).sum())
         loss = self._loss(batch) / tokens.where(tokens > 0, 1)
         self.record_part({"train/loss": mean_over_processes(loss)}, batch_idx)
         if batch_idx == step_batches(self.trainer, batch_idx)[-1]:

@@ -133,14 +133,14 @@ def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def plain_options(part: object) -> dict[str, Any]:
     """Class and public attributes of an object, as far as they are plain data or objects that hold such."""
-    found: dict[str, Any] = {"class": class_key(type(part))}
+    options: dict[str, Any] = {"class": class_key(type(part))}
     for name, value in vars(part).items():
         if not name.startswith("_"):
             if _plain(value):
-                found[name] = value
+                options[name] = value
             elif dataclasses.is_dataclass(value):
-                found[name] = plain_options(value)
-    return found
+                options[name] = plain_options(value)
+    return options
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -178,7 +178,7 @@ def newest_checkpoint(
     chosen: Iterable[str | Path] = (),
     weights_only: bool = True,
     resume: bool = False,
-    asked: str = "last",
+    requested: str = "last",
 ) -> Path:
     """Returns the last good checkpoint of the newest run; damaged ones are left out with a warning.
 
@@ -191,7 +191,7 @@ def newest_checkpoint(
         chosen: Folders that hold checkpoints, of one run or of several.
         weights_only: Whether checkpoints must hold tensors and plain data only.
         resume: Whether training goes on from it, so that it must hold more than weights.
-        asked: The value of ``--ckpt_path``, for messages.
+        requested: The value of ``--ckpt_path``, for messages.
 
     Raises:
         MissingFileError: There is none.
@@ -201,24 +201,24 @@ def newest_checkpoint(
     for folder in map(Path, chosen):
         places[folder] = list(dict.fromkeys([*places.get(folder, []), *_saved(folder)]))
     by_root = sorted(
-        filter(None, (newest_first(found, root) for root, found in places.items())),
-        key=lambda found: max(started for started, _ in found),
+        filter(None, (newest_first(files, root) for root, files in places.items())),
+        key=lambda files: max(started for started, _ in files),
         reverse=True,
     )
     if not by_root:
         raise MissingFileError(
-            f"--ckpt_path {asked}: no checkpoint under {', '.join(map(str, places))}; run `fit` with the same "
+            f"--ckpt_path {requested}: no checkpoint under {', '.join(map(str, places))}; run `fit` with the same "
             "--trainer.default_root_dir first, or name a file"
         )
     damaged: list[str] = []
-    for path in dict.fromkeys(path for found in by_root for _, path in found):
+    for path in dict.fromkeys(path for files in by_root for _, path in files):
         wrong = problem(path, weights_only, resume)
         if wrong is None:
             for message in damaged:
-                rank_zero_warn(f"--ckpt_path {asked} leaves out {message}; it takes {path}")
+                rank_zero_warn(f"--ckpt_path {requested} leaves out {message}; it takes {path}")
             return path
         damaged.append(f"{path}: {wrong}")
-    raise UsageError(f"--ckpt_path {asked}: there is no good checkpoint. {'; '.join(damaged)}")
+    raise UsageError(f"--ckpt_path {requested}: there is no good checkpoint. {'; '.join(damaged)}")
 
 
 def best_checkpoint_of(newest: Path) -> Path:
@@ -234,16 +234,16 @@ def best_checkpoint_of(newest: Path) -> Path:
     kept = [
         state for state in states if isinstance(state, dict) and state.get("monitor") and "best_model_path" in state
     ]
-    found = {state["best_model_path"]: state for state in kept if state["best_model_path"]}
-    if not found:
+    best = {state["best_model_path"]: state for state in kept if state["best_model_path"]}
+    if not best:
         raise UsageError(
             f"--ckpt_path best: {newest} says of no best checkpoint: train with --checkpoint.monitor METRIC and "
             "--checkpoint.mode min or max, or give --ckpt_path last, or a file"
         )
-    if len(found) > 1:
-        several = ", ".join(f"{path} (by {state['monitor']})" for path, state in found.items())
+    if len(best) > 1:
+        several = ", ".join(f"{path} (by {state['monitor']})" for path, state in best.items())
         raise UsageError(f"--ckpt_path best: several metrics were monitored; name one of {several}")
-    ((noted, state),) = found.items()
+    ((noted, state),) = best.items()
     path = _moved(Path(noted), state, newest)
     if path is None:
         raise UsageError(
@@ -275,8 +275,8 @@ def restore(trainer: Trainer, model: LightningModule, path: str | Path) -> None:
     model.on_load_checkpoint(checkpoint)
     with fitting(path):
         model.load_state_dict(checkpoint["state_dict"], strict=model.strict_loading)
-    own = model.configure_callbacks()
-    for callback in [own] if isinstance(own, Callback) else own:
+    callbacks = model.configure_callbacks()
+    for callback in [callbacks] if isinstance(callbacks, Callback) else callbacks:
         callback.on_load_checkpoint(trainer, model, checkpoint)
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if state is not None:

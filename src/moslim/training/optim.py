@@ -211,12 +211,13 @@ def configure(
     if attached_trainer(module) is not None:
         check_precision(module)
     trained = [p for p in parameters if p.requires_grad]
-    own = {id(p) for p in apart.parameters} if apart else set()
-    rest, second = ([p for p in trained if (id(p) in own) is one] for one in (False, True))
-    built = optimizer(rest) if optimizer else AdamW(rest, lr=default_lr, weight_decay=0.0)
+    apart_ids = {id(p) for p in apart.parameters} if apart else set()
+    first_group = [p for p in trained if id(p) not in apart_ids]
+    second_group = [p for p in trained if id(p) in apart_ids]
+    built = optimizer(first_group) if optimizer else AdamW(first_group, lr=default_lr, weight_decay=0.0)
     if apart is not None:
         rate = max(apart.least, *(float(group["lr"]) for group in built.param_groups)) if apart.lr is None else apart.lr
-        built.add_param_group({"params": second, "lr": rate})
+        built.add_param_group({"params": second_group, "lr": rate})
     if lr_scheduler is None:
         return {"optimizer": built}
     schedule = lr_scheduler(built)
@@ -249,7 +250,7 @@ def check_precision(module: LightningModule) -> None:
     coarse = {name: dtype for name, dtype in trained.items() if dtype != at_least_float32(dtype)}
     if coarse:
         name, dtype = next(iter(coarse.items()))
-        kind = str(dtype).removeprefix("torch.")
+        dtype_name = str(dtype).removeprefix("torch.")
         mixed = "bf16-mixed" if dtype == torch.bfloat16 else "16-mixed"
         remedy = f"set trainer.precision to {mixed}"
         if "dtype" in module.hparams:  # the module has this option
@@ -258,9 +259,9 @@ def check_precision(module: LightningModule) -> None:
                 "float32 on a frozen model, with model.dtype bfloat16 and trainer.precision 32-true"
             )
         raise UsageError(
-            f"{len(coarse)} of {len(trained)} trained weights are held in {kind} (such as {name}; trainer.precision is "
-            f"'{precision}'), in which small steps are rounded away. To compute in {kind} with weights in float32, "
-            f"{remedy}"
+            f"{len(coarse)} of {len(trained)} trained weights are held in {dtype_name} (such as {name}; "
+            f"trainer.precision is '{precision}'), in which small steps are rounded away. To compute in {dtype_name} "
+            f"with weights in float32, {remedy}"
         )
     narrow = [name for name, p in module.named_parameters() if p.dtype == torch.float16]
     if narrow and getattr(module.trainer.precision_plugin, "scaler", None) is None:
