@@ -199,4 +199,4 @@ def test_taste_says_it_in_one_line_too(capsys):
 def test_a_config_that_is_no_utf8_is_named(capsys):
     Path("windows.yaml").write_bytes("preferences: {dimensions: {größe: [klein, groß]}}".encode("cp1252"))
     code, err = ended(capsys, "fit", "--config", "config.yaml", "--config", "windows.yaml")
-    assert code == 2 and err.startswith("error: windows.yaml: a config is a text in UTF-8, and this file is none ('utf")
+    assert code == 2 and err.startswith("error: windows.yaml: a config must be UTF-8 text ('utf")

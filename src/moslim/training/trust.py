@@ -1,4 +1,4 @@
-"""Checks of configs, which name classes that are imported and called, and defaults for commands without a config."""
+"""Protection against configs of others, which can run code, and defaults for commands without a config."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _MODULE = re.compile(r"(?:class_path: ?['\"]?|^|=)([A-Za-z_]\w*)(?:\.\w+)+")
 
 
 def check_configs(arguments: Sequence[str]) -> None:
-    """Refuses a config that lies in the folder of a model, which may be somebody else's.
+    """Refuses configs in the folder of a model, which someone else may have written.
+
+    Args:
+        arguments: Arguments of the command.
 
     Raises:
-        UsageError: One does.
+        UsageError: A config lies in the folder of a model.
     """
     for file in _configs(arguments):
         folder = _model_folder(file.resolve().parent)
@@ -31,41 +34,49 @@ def check_configs(arguments: Sequence[str]) -> None:
             raise UsageError(
                 f"{file} lies in the folder of a model, {folder}: a config is code, since it names classes that are "
                 "imported and called. A shared classifier needs none: predict --model.classifier FOLDER "
-                "--data.source.predict ROWS. To run this one all the same, read it and copy it to a place of your own"
+                "--data.source.predict ROWS. To use this config anyway, read it and copy it to a folder of your own"
             )
 
 
 def imports_from_here(arguments: Sequence[str]) -> bool:
     """Whether classes may be imported from the current folder.
 
-    They may where the command line is all there is, names a module that lies there, or has a config from there; never
-    where the current folder is that of a model.
+    They may if the command has no config, has one from the current folder, or names a module in it; never if the
+    current folder is that of a model.
+
+    Args:
+        arguments: Arguments of the command.
     """
-    here = Path.cwd()
-    if _model_folder(here) is not None:
+    current = Path.cwd()
+    if _model_folder(current) is not None:
         return False
-    files = _configs(arguments)
-    own = any(file.resolve().is_relative_to(here) for file in files)
-    named = {match[1] for argument in arguments for match in _MODULE.finditer(argument)}
-    return not files or own or any((here / f"{name}.py").exists() or (here / name).is_dir() for name in named)
+    configs = _configs(arguments)
+    if not configs or any(config.resolve().is_relative_to(current) for config in configs):
+        return True
+    modules = {match[1] for argument in arguments for match in _MODULE.finditer(argument)}
+    return any((current / f"{module}.py").exists() or (current / module).is_dir() for module in modules)
 
 
 def with_defaults(arguments: Sequence[str]) -> list[str]:
-    """Completes a command on a saved classifier that comes without a config: what it needs is in the folder, as data.
+    """Adds default options to a command on a saved classifier that has no config; other commands are unchanged.
+
+    The dimensions are read from the ``config.json`` of the classifier, which is data and runs no code.
 
     Args:
         arguments: Arguments of the command.
 
     Raises:
-        MissingFileError: There is no such folder.
-        UsageError: The folder is no saved classifier.
+        MissingFileError: The folder of the classifier does not exist.
+        UsageError: The folder holds no saved classifier.
     """
     given = list(arguments)
     folder = _value(given, "--model.classifier")
     if not given or given[0] not in _SCORING or folder is None or _configs(given) or _value(given, "--model"):
         return given
     if not is_classifier(folder):
-        raise UsageError(f"--model.classifier {folder}: it is no classifier saved by MOSLIM")
+        raise UsageError(
+            f"--model.classifier {folder}: it is no classifier saved by MOSLIM; name the folder that `export` wrote"
+        )
     config: dict[str, Any] = json.loads((local_folder(folder) / "config.json").read_text(encoding="utf-8"))
     dimensions = {str(name): [str(level) for level in levels] for name, levels in config["dimensions"]}
     defaults = {
@@ -76,39 +87,39 @@ def with_defaults(arguments: Sequence[str]) -> list[str]:
         "--data": "moslim.PreferenceDataModule",
         "--data.source": "moslim.data.Table",
     }
-    added = [part for name, value in defaults.items() if _value(given, name) is None for part in (name, value)]
+    added = [text for option, value in defaults.items() if _value(given, option) is None for text in (option, value)]
     return [given[0], *added, *given[1:]]
 
 
 def _configs(arguments: Sequence[str]) -> list[Path]:
-    """Files that are read as configs: those of ``--config``, and as values of other options what has their form."""
+    """Returns the files that the command reads as configs, with ``--config`` or as the value of another option."""
     files = []
     for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if not equals and name.startswith("-"):
+        option, equals, value = argument.partition("=")
+        if not equals and option.startswith("-"):
             value = arguments[i + 1] if i + 1 < len(arguments) else ""
-        if name.startswith("-") and value and (name in _CONFIG or _is_config(Path(value))):
+        if option.startswith("-") and value and (option in _CONFIG or _is_config(Path(value))):
             files.append(Path(value))
     return files
 
 
 def _is_config(file: Path) -> bool:
-    """Whether an option would read a file as the config of a part: it is YAML, or names a class."""
+    """Whether an option would read its value as a config: a YAML file, or another file that names a class."""
     if file.suffix in (".yaml", ".yml"):
         return True
     try:
-        with file.open("rb") as opened:
-            text = opened.read(_LONGEST_CONFIG)
+        with file.open("rb") as stream:
+            text = stream.read(_LONGEST_CONFIG)
         return b"class_path" in text and _names_class(yaml.safe_load(text))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no file, no name of one, or something else
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no file, no valid file name, or no YAML
         return False
 
 
-def _names_class(part: Any) -> bool:
-    """Whether some entry of a config says which class to take."""
-    if isinstance(part, dict):
-        return "class_path" in part or any(map(_names_class, part.values()))
-    return isinstance(part, list) and any(map(_names_class, part))
+def _names_class(config: Any) -> bool:
+    """Whether an entry of a config has the key ``class_path``."""
+    if isinstance(config, dict):
+        return "class_path" in config or any(map(_names_class, config.values()))
+    return isinstance(config, list) and any(map(_names_class, config))
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
@@ -120,12 +131,15 @@ def _value(arguments: Sequence[str], option: str) -> str | None:
 
 
 def _model_folder(folder: Path) -> Path | None:
-    """The folder of a model that this one is, or lies in; below the current folder, or anywhere if it is not there."""
-    here = Path.cwd()
-    for place in (folder, *folder.parents):
-        if _holds_model(place):
-            return place
-        if place == here:
+    """Returns the folder of a model that is or contains ``folder``; None if there is none.
+
+    The search ends at the current folder, or at the root if ``folder`` is outside of it.
+    """
+    current = Path.cwd()
+    for candidate in (folder, *folder.parents):
+        if _holds_model(candidate):
+            return candidate
+        if candidate == current:
             return None
     return None
 
