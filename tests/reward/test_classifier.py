@@ -162,7 +162,7 @@ def test_temperatures_are_saved_and_applied_in_evaluation_only(tmp_path: Path) -
 
 
 def test_configuration_of_heads_is_checked() -> None:
-    with pytest.raises(ValueError, match="link 'logit' is unknown; there are: softmax, corn, regression"):
+    with pytest.raises(ValueError, match="link 'logit' is unknown: give one of softmax, corn, regression"):
         PreferenceClassifierConfig(link="logit")
     with pytest.raises(ValueError, match=r"temperatures is \[.*\], for 2 dimensions: give one each"):
         PreferenceClassifierConfig(dimensions=[["a", ["0", "1"]], ["b", ["0", "1"]]], temperatures=[1.0])

@@ -1,16 +1,16 @@
-"""Export of a classifier as a folder that loads with or without moslim.
+"""Export of a classifier to a folder that loads with or without moslim.
 
-Merged form: the backbone is a plain ``AutoModel`` folder, and an index joins it to the heads. So no weight is stored
-twice, and both ``AutoModelForSequenceClassification`` (after ``import moslim``) and a plain ``AutoModel`` can load it::
+Merged form: ``backbone/`` is a plain ``AutoModel`` folder, and an index joins its weights with the heads. So no weight
+is stored twice. ``AutoModelForSequenceClassification`` (after ``import moslim``) loads the folder, and ``AutoModel``
+its backbone::
 
     config.json  model.safetensors.index.json  heads.safetensors  backbone/
 
-Adapter form: a peft adapter of the backbone instead, with a note of the base model that it belongs to::
+Adapter form: a peft adapter of the backbone, with name and fingerprint of its base model::
 
     config.json  heads.safetensors  adapter/  adapter/base.json
 
-Both come with the tokenizer, a model card (``README.md``), the record of training (``training.json``) and a config for
-``predict``.
+Both forms include the tokenizer, a model card (``README.md``) and the training record (``training.json``).
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ BASE = "base.json"
 
 @dataclass
 class SavedAdapter:
-    """Everything of a classifier but its base model.
+    """Content of a classifier in the adapter form: everything except the base model.
 
     Args:
-        folder: Where it was read from.
+        folder: Folder of the classifier.
         config: The classifier's configuration.
-        heads: Everything on top of the backbone, by its name in the classifier.
+        heads: All weights outside the backbone, by their names in the classifier.
         options: The adapter's options.
         weights: The adapter's weights, by peft's names for an adapter of the backbone.
         base: Hub name or folder of the base model in training.
-        fingerprint: Of the base model's weights.
+        fingerprint: Fingerprint of the base model's weights.
     """
 
     folder: Path
@@ -75,19 +75,19 @@ class SavedAdapter:
         """Reads a folder in the adapter form."""
         from peft import LoraConfig
 
-        made_on = json.loads((folder / ADAPTER / BASE).read_text(encoding="utf-8"))
+        base = json.loads((folder / ADAPTER / BASE).read_text(encoding="utf-8"))
         return cls(
             folder=folder,
             config=PreferenceClassifierConfig.from_pretrained(folder),
             heads=load_file(folder / HEADS),
             options=LoraConfig.from_pretrained(str(folder / ADAPTER)),
             weights=load_file(folder / ADAPTER / ADAPTER_WEIGHTS),
-            base=made_on["name"],
-            fingerprint=made_on["fingerprint"],
+            base=base["name"],
+            fingerprint=base["fingerprint"],
         )
 
     def classifier(self, backbone: nn.Module) -> PreferenceClassifier:
-        """Puts configuration and heads, not the adapter, on a backbone.
+        """Returns a classifier with the saved heads on a backbone, without the adapter.
 
         Raises:
             UsageError: A weight of the heads is missing or renamed.
@@ -97,33 +97,41 @@ class SavedAdapter:
         classifier.load_state_dict(self.heads, strict=False)
         return classifier
 
-    def check(self, wanted: Collection[str]) -> None:
-        """Compares the names of the adapter's weights with those that it must have.
+    def check(self, expected: Collection[str]) -> None:
+        """Checks the names of the adapter's weights and the files of the folder.
+
+        Args:
+            expected: Names that the weights must have.
 
         Raises:
-            UsageError: A weight is missing or renamed, or a file of the folder is not what was exported.
+            UsageError: A weight is missing or renamed, or a file has changed since the export.
         """
-        refuse_difference(self.weights, wanted, self.folder / ADAPTER / ADAPTER_WEIGHTS)
+        refuse_difference(self.weights, expected, self.folder / ADAPTER / ADAPTER_WEIGHTS)
         check_files(self.folder)
 
 
 def heads(classifier: PreferenceClassifier) -> dict[str, Tensor]:
-    """Everything on top of the backbone."""
+    """Returns all weights outside the backbone, by name."""
     state = classifier.state_dict()
     return {name: tensor.contiguous() for name, tensor in state.items() if not name.startswith(f"{BACKBONE}.")}
 
 
-def refuse_difference(found: Collection[str], wanted: Collection[str], file: Path) -> None:
-    """Compares the names of tensors in a file with those that are needed.
+def refuse_difference(names: Collection[str], expected: Collection[str], file: Path) -> None:
+    """Checks the names of the tensors in a file.
+
+    Args:
+        names: Names in the file.
+        expected: Names that the model needs.
+        file: The file, named in the error.
 
     Raises:
-        UsageError: They are not the same.
+        UsageError: The names differ.
     """
-    missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    missing, unknown = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
     if missing or unknown:
         raise UsageError(
-            f"'{file}' lacks the weights {missing} and has {unknown}, which have no place: it is incomplete or its "
-            "keys are renamed"
+            f"'{file}' lacks the weights {missing} and has {unknown}, which the model does not have: the file is "
+            "incomplete or its keys are renamed; export the classifier again"
         )
 
 
@@ -133,53 +141,56 @@ _INDEX = "model.safetensors.index.json"
 
 
 def save_merged(classifier: PreferenceClassifier, folder: Path) -> None:
-    """Saves a classifier without adapter, in the merged form.
+    """Saves a classifier without an adapter in the merged form.
 
     Args:
         classifier: The classifier.
-        folder: Where to; what an earlier export left there is replaced.
+        folder: Target folder; an earlier classifier in it is replaced.
+
+    Raises:
+        UsageError: The folder holds another model.
     """
     with whole_folder(folder, is_classifier) as part:
-        top = heads(classifier)
-        save_file(top, part / HEADS, metadata={"format": "pt"})
+        head_weights = heads(classifier)
+        save_file(head_weights, part / HEADS, metadata={"format": "pt"})
         classifier.backbone.save_pretrained(part / BACKBONE)
-        places = dict.fromkeys(top, HEADS)
+        weight_map = dict.fromkeys(head_weights, HEADS)
         for file in sorted((part / BACKBONE).glob("*.safetensors")):
             with safe_open(file, "pt") as weights:
-                places |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
+                weight_map |= dict.fromkeys(weights.keys(), f"{BACKBONE}/{file.name}")
         size = sum(tensor.nbytes for tensor in classifier.state_dict().values())
-        _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        _write_json(part / _INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         _save_config(classifier, part)
 
 
 def save_adapter(adapted: PeftModel, base: str, folder: Path) -> None:
-    """Saves what training with low-rank adapters changed, in the adapter form.
+    """Saves a classifier with a low-rank adapter in the adapter form.
 
     Args:
         adapted: The classifier with its adapter.
-        base: Hub name or folder of the backbone that it was put on.
-        folder: Where to; what an earlier export left there is replaced.
+        base: Hub name or folder of the base model.
+        folder: Target folder; an earlier classifier in it is replaced.
 
     Raises:
-        UsageError: The adapter changes more than the backbone.
+        UsageError: The adapter changes more than the backbone, or the folder holds another model.
     """
     from peft import get_peft_model_state_dict
 
-    inside = f"{PEFT_PREFIX}{BACKBONE}."
+    prefix = f"{PEFT_PREFIX}{BACKBONE}."
     tensors = get_peft_model_state_dict(adapted)
-    others = sorted(name for name in tensors if not name.startswith(inside))
-    if others:
-        raise UsageError(f"the adapter changes more than the backbone ({others}): export the merged form")
+    outside = sorted(name for name in tensors if not name.startswith(prefix))
+    if outside:
+        raise UsageError(f"the adapter changes more than the backbone ({outside}): export the merged form")
     options = deepcopy(adapted.peft_config[adapted.active_adapter])
     options.base_model_name_or_path = base
-    tensors = {PEFT_PREFIX + name.removeprefix(inside): tensor.contiguous() for name, tensor in tensors.items()}
+    tensors = {PEFT_PREFIX + name.removeprefix(prefix): tensor.contiguous() for name, tensor in tensors.items()}
     classifier: Any = adapted.get_base_model()
-    made_on = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
+    base_record = {"name": base, "fingerprint": fingerprint(base_weights(classifier.backbone))}
     with whole_folder(folder, is_classifier) as part:
         (part / ADAPTER).mkdir()
         options.save_pretrained(str(part / ADAPTER))
         save_file(tensors, part / ADAPTER / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        _write_json(part / ADAPTER / BASE, made_on)
+        _write_json(part / ADAPTER / BASE, base_record)
         save_file(heads(classifier), part / HEADS, metadata={"format": "pt"})
         _save_config(classifier, part)
 
@@ -189,34 +200,34 @@ def load_classifier(source: str | Path, base: str | Path | None = None) -> Prefe
 
     Args:
         source: Folder or Hub name.
-        base: Folder or Hub name of an adapter's base model, if it is not where it was in training.
+        base: Folder or Hub name of the base model of the adapter form; None = the one that the adapter names.
 
     Raises:
-        MissingFileError: There is no such classifier, or an adapter's base model is missing.
-        UsageError: It is a model of another kind, a weight is missing or renamed, the base model is another one, or
+        MissingFileError: The classifier or an adapter's base model does not exist.
+        UsageError: ``source`` is no classifier, a weight is missing or renamed, the base model has other weights, or
             ``base`` is given for a classifier that needs none.
     """
     saved = saved_adapter(source)
     if saved is not None:
         return _load_adapted(saved, base)
     if base is not None:
-        raise UsageError(f"'{source}' is no adapter: it has its backbone with it, so leave out base = '{base}'")
+        raise UsageError(f"'{source}' is no adapter: it includes its backbone, so leave out base = '{base}'")
     folder = local_folder(source)
     if not is_classifier(folder):
         raise UsageError(
-            f"'{source}' is another model, no saved classifier: to put new heads on it, name it as backbone"
+            f"'{source}' is no saved classifier, but another model: to train new heads on it, give it as model.backbone"
         )
     return PreferenceClassifier.from_pretrained(folder)
 
 
 def saved_adapter(source: str | Path) -> SavedAdapter | None:
-    """Reads a classifier in the adapter form; None if it is in the merged form.
+    """Reads a classifier in the adapter form; returns None if ``source`` has no adapter.
 
     Args:
         source: Folder or Hub name.
 
     Raises:
-        MissingFileError: There is no such classifier.
+        MissingFileError: The classifier does not exist.
     """
     folder = local_folder(source)
     if not (folder / ADAPTER).is_dir():
@@ -246,7 +257,7 @@ def _load_adapted(saved: SavedAdapter, base: str | Path | None) -> PreferenceCla
     if fingerprint(base_weights(backbone)) != saved.fingerprint:
         raise UsageError(
             f"the adapter in '{saved.folder}' was trained on other weights than those of '{base or saved.base}': give "
-            f"the right base model, which was '{saved.base}' in training"
+            f"the base model of training, which was '{saved.base}', as `base`"
         )
     adapted = get_peft_model(backbone, saved.options)
     saved.check(get_peft_model_state_dict(adapted))
@@ -263,17 +274,17 @@ def _load_base(name: str, folder: Path) -> PreTrainedModel:
         return load_backbone(name)
     except MissingFileError as error:
         raise MissingFileError(
-            f"the adapter in '{folder}' belongs on the base model '{name}', which cannot be loaded ({error}): say "
-            f"where it is now with model.base, Scorer(folder, base=...) or `name` in "
-            f"{ADAPTER}/{BASE}, or use the merged form, which needs none"
+            f"the adapter in '{folder}' needs its base model '{name}', which cannot be loaded ({error}): give its "
+            f"place as model.base, Scorer(folder, base=...) or `name` in {ADAPTER}/{BASE}, or use the merged form, "
+            "which needs no base model"
         ) from error
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder of a classifier, downloaded if it is on the Hub.
+    """Returns the folder of a classifier, and downloads it if it is on the Hub.
 
     Raises:
-        MissingFileError: There is no such classifier.
+        MissingFileError: The classifier does not exist.
     """
     if Path(source).is_dir():
         finish_exchange(source)
@@ -282,7 +293,7 @@ def local_folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source)))
     except (OSError, ValueError) as error:
         raise MissingFileError(
-            f"there is no classifier '{source}': it is no folder here, and the Hub gives none ({error})"
+            f"there is no classifier '{source}': it is no folder, and not on the Hub ({error}); check the name"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """The reward classifier: a backbone, pooling, and one head per preference dimension.
 
-Pooling reduces the hidden states of a text's tokens to one vector, which all heads read. Each head has its own number
-of levels.
+Pooling reduces the hidden states of a text's tokens to one vector, which all heads read. Dimensions can have different
+numbers of levels.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ from moslim.utils.errors import UsageError
 Pooling = Literal["last", "mean", "first", "max"]
 
 
-def pool(hidden: Tensor, mask: Tensor, kinds: Sequence[Pooling]) -> Tensor:
-    """Pools the hidden states of texts, wherever their padding is.
+def pool(hidden: Tensor, mask: Tensor, poolings: Sequence[Pooling]) -> Tensor:
+    """Pools the hidden states of texts that are padded on either side.
 
     Args:
         hidden: ``[B, T, H]``.
-        mask: ``[B, T]``, 0 on padding; each row has a token.
-        kinds: ``last`` or ``first`` (the state of that token), ``mean`` or ``max`` (over all tokens).
+        mask: ``[B, T]``, 0 on padding; each row has at least one token.
+        poolings: ``last`` or ``first`` (the state of that token), ``mean`` or ``max`` (over all tokens).
 
     Returns:
-        ``[B, P * H]`` float32 or finer, for ``P`` kinds, side by side in their order.
+        ``[B, P * H]`` in float32 or higher precision: the results of the ``P`` poolings, concatenated.
     """
-    parts = [widened(_pooled(hidden, mask, kind)) for kind in kinds]
+    parts = [widened(_pooled(hidden, mask, pooling)) for pooling in poolings]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _pooled(hidden: Tensor, mask: Tensor, kind: Pooling) -> Tensor:
-    if kind == "first":
+def _pooled(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    if pooling == "first":
         return hidden[torch.arange(len(mask), device=mask.device), mask.argmax(1)]
-    if kind == "last":
+    if pooling == "last":
         position = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
         end = (mask * position).argmax(1)
         return hidden[torch.arange(len(end), device=end.device), end]
-    if kind == "max":
+    if pooling == "max":
         return hidden.masked_fill(mask[..., None] == 0, -torch.inf).amax(1)
     total = (hidden * mask[..., None].to(hidden.dtype)).sum(1, dtype=at_least_float32(hidden.dtype))
     return total / mask.sum(1, keepdim=True).clamp(min=1)
@@ -78,21 +78,20 @@ class PreferenceClassifierConfig(PreTrainedConfig):
 
     Args:
         backbone: Configuration of the backbone, or its dictionary form.
-        dimensions: ``[name, [level names]]`` per dimension. A list, because dictionaries are saved with sorted
-            keys and the order of the heads would be lost.
-        pooling: What the heads read (:mod:`moslim.reward.modeling`); several kinds are put side by side.
+        dimensions: ``[name, [level names]]`` per dimension; a list, because dictionaries are saved with sorted keys,
+            which would lose the order of the heads.
+        pooling: Pooling of the hidden states (:func:`pool`); the results of several are concatenated.
         layer: Backbone layer whose hidden states are pooled, counted from 1; None = the last.
-        pair_length: Tokens of a question-answer pair that the classifier was trained on; None = no limit.
-        link: How a head's outputs become level probabilities (:mod:`moslim.reward.heads`).
+        pair_length: Maximum number of tokens of a question-completion pair in training; None = no limit.
+        link: Link from a head's outputs to level probabilities (:mod:`moslim.reward.heads`).
         head_hidden: Width of each head's hidden layer; None = the heads are slices of one linear layer.
         head_dropout: Dropout on the hidden layers.
-        added_heads: The last dimensions, if they came to a trained classifier later: for each ``dimension``, and
-            ``hidden`` and ``dropout`` of its head, which is a network of its own.
-        temperatures: What each head's logits are divided by in evaluation mode; None = all 1.
+        added_heads: ``dimension``, ``hidden`` and ``dropout`` of each head that was added to a trained classifier.
+            These are separate networks for the last dimensions.
+        temperatures: Divisor of each head's logits in evaluation mode; None = all 1.
 
     Raises:
-        UsageError: The link is unknown, there is not one temperature above 0 per dimension, or the added heads are not
-            the last.
+        UsageError: The link is unknown, a temperature is missing or not positive, or the added heads are not the last.
     """
 
     model_type = CLASSIFIER_TYPE
@@ -113,8 +112,8 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if link not in LINKS:
-            raise UsageError(f"link '{link}' is unknown; there are: {', '.join(LINKS)}")
-        # A copy: the base class resets the attention choice of nested configurations, also of one in use.
+            raise UsageError(f"link '{link}' is unknown: give one of {', '.join(LINKS)}")
+        # A copy, since the base class resets the attention implementation of nested configurations.
         self.backbone = AutoConfig.for_model(**backbone) if isinstance(backbone, dict) else deepcopy(backbone)
         self.dimensions = [[name, list(levels)] for name, levels in dimensions or []]
         self.pooling: list[Pooling] = [pooling] if isinstance(pooling, str) else list(pooling)
@@ -127,22 +126,25 @@ class PreferenceClassifierConfig(PreTrainedConfig):
         self.temperatures = checked_temperatures(temperatures, len(self.dimensions))
         added = [head["dimension"] for head in self.added_heads]
         if added != [name for name, _ in self.dimensions][len(self.dimensions) - len(added) :]:
-            raise UsageError(f"added_heads are {added}: they must be the last of the dimensions {self.dimensions}")
-        names = [f"{name}: {level}" for name, levels in self.dimensions for level in levels]
-        if names:
-            kwargs["id2label"] = dict(enumerate(names))
-            kwargs["label2id"] = {name: index for index, name in enumerate(names)}
+            raise UsageError(
+                f"added_heads are {added}, but they must be the last of the dimensions {self.dimensions}: correct "
+                "config.json"
+            )
+        labels = [f"{name}: {level}" for name, levels in self.dimensions for level in levels]
+        if labels:
+            kwargs["id2label"] = dict(enumerate(labels))
+            kwargs["label2id"] = {label: index for index, label in enumerate(labels)}
         super().__init__(**kwargs)
 
 
 @dataclass
 class PreferenceClassifierOutput(ModelOutput):
-    """Output of the classifier.
+    """Output of the classifier, in float32 or higher precision.
 
     Args:
-        logits: ``[B, D, K]`` float32 or finer, ``K`` the largest number of levels; ``-inf`` on levels that a dimension
-            lacks. Their softmax are the level probabilities, in evaluation mode calibrated ones.
-        scores: ``[B, D, S]`` float32 or finer, the heads' raw outputs, ``S`` the widest; ``-inf`` fills up the others.
+        logits: ``[B, D, K]`` for ``K`` the largest number of levels; ``-inf`` on absent levels. Their softmax gives the
+            level probabilities, which are calibrated in evaluation mode.
+        scores: ``[B, D, S]``, raw outputs of the heads, for ``S`` the widest; narrower heads are padded with ``-inf``.
     """
 
     logits: Tensor | None = None
@@ -150,15 +152,15 @@ class PreferenceClassifierOutput(ModelOutput):
 
 
 class PreferenceClassifier(PreTrainedModel):
-    """Sorts a question-answer pair into a level on every dimension (MOSLIM, arXiv 2505.20336).
+    """Predicts the level of a question-completion pair on each dimension (MOSLIM, arXiv 2505.20336).
 
-    The heads are slices of one linear layer, ``head``, or a small network each, ``head.{dimension}``. Those that were
-    added to a trained classifier are ``added.{dimension}``: layers of their own, so that the others' outputs stay as
-    they were, to the last bit. The instruction that asks for levels is never part of the input.
+    The heads are slices of one linear layer, ``head``, or separate networks, ``head.{dimension}``. Heads that were
+    added to a trained classifier are separate networks ``added.{dimension}``, so that the outputs of the others remain
+    bit-identical. The input never contains the instruction that asks for levels.
 
     Args:
         config: The configuration.
-        backbone: A ready backbone of that configuration; None builds one with random weights.
+        backbone: Backbone with that configuration; None = one with random weights.
     """
 
     config_class = PreferenceClassifierConfig
@@ -172,7 +174,7 @@ class PreferenceClassifier(PreTrainedModel):
         self.head, self.added = _heads(config, dict(zip(self.preferences.names, self.head_widths, strict=True)))
         self.backbone: Any = AutoModel.from_config(config.backbone) if backbone is None else backbone
         if getattr(self.backbone, "pooler", None) is not None:
-            self.backbone.pooler = None  # BERT's: not used here, and parameters without gradient stop DDP
+            self.backbone.pooler = None  # unused; DDP fails on parameters without gradients
         self.post_init()
 
     @cached_property
@@ -200,24 +202,24 @@ class PreferenceClassifier(PreTrainedModel):
         trust_remote_code: bool = False,
         base: str | Path | None = None,
     ) -> PreferenceClassifier:
-        """Puts untrained heads on a pretrained backbone, in float32.
+        """Returns a classifier with untrained heads on a pretrained backbone, in float32.
 
         Args:
-            backbone: Hub name or local folder of any ``AutoModel`` (a causal language model's folder works), or a
-                loaded model.
+            backbone: Hub name or local folder of any ``AutoModel``, such as a causal language model, or a loaded model.
             preferences: The dimensions.
-            pooling: None: ``last`` for decoders, ``mean`` for encoders.
-            layer: Backbone layer that is read; None = the last.
-            max_length: Most tokens of a pair, kept in the configuration for the scorer.
-            link: How a head's outputs become level probabilities; losses say which they need.
+            pooling: Pooling of the hidden states; None = ``last`` for decoders, ``mean`` for encoders.
+            layer: Backbone layer whose hidden states are pooled, counted from 1; None = the last.
+            max_length: Maximum number of tokens of a pair, saved in the configuration; None = no limit.
+            link: Link from a head's outputs to level probabilities, as the loss requires.
             head_hidden: Width of each head's hidden layer; None = one linear layer for all heads.
             head_dropout: Dropout on the hidden layers.
             trust_remote_code: Whether code from the backbone's repository may run.
-            base: Base model of a backbone that is an adapter, where it is not at the place that the adapter names.
+            base: Base model if the backbone is an adapter; None = the one that the adapter names.
 
         Raises:
-            MissingFileError: There is no such backbone.
-            UsageError: The backbone is an encoder-decoder, its folder lacks weights, or it lacks the layer.
+            MissingFileError: The backbone does not exist.
+            UsageError: The backbone is an encoder-decoder or does not read text alone, its folder lacks weights, it
+                has no such layer, or it cannot read ``max_length`` tokens.
         """
         if isinstance(backbone, PreTrainedModel):
             transformer, name = cast(PreTrainedModel, transformer_part(backbone)), type(backbone).__name__
@@ -228,7 +230,7 @@ class PreferenceClassifier(PreTrainedModel):
         _refuse_unfit(transformer, name)
         layers = transformer.config.get_text_config().num_hidden_layers
         if layer is not None and not 1 <= layer <= layers:
-            raise UsageError(f"layer = {layer}: '{name}' has layers 1 to {layers}")
+            raise UsageError(f"model.layer is {layer}, but '{name}' has layers 1 to {layers}: give one of these")
         Positions.of(transformer).longest(max_length, name)
         config = PreferenceClassifierConfig(
             backbone=transformer.config,
@@ -247,13 +249,13 @@ class PreferenceClassifier(PreTrainedModel):
         """Loads a saved classifier; see ``PreTrainedModel.from_pretrained`` for the arguments.
 
         Raises:
-            UsageError: A tensor is missing. Transformers would set it to random numbers and go on.
+            UsageError: A tensor is missing, which transformers alone would initialise at random.
         """
-        wants_report = kwargs.pop("output_loading_info", False)
+        output_loading_info = kwargs.pop("output_loading_info", False)
         model = load_whole(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
         align(model)
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-        return (model, {kind: [] for kind in kinds}) if wants_report else model
+        info_keys = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        return (model, {key: [] for key in info_keys}) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HeadLinear):
@@ -262,23 +264,23 @@ class PreferenceClassifier(PreTrainedModel):
             super()._init_weights(module)
 
     def features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""
-        # encoders need not know the argument
+        """Returns the pooled hidden states ``[B, H]`` of right-padded pairs ``[B, T]``."""
+        # encoders may not accept `use_cache`
         cache: dict[str, Any] = {"use_cache": False} if is_causal(self.config.backbone) else {}
         hidden = self.states(input_ids=input_ids, attention_mask=attention_mask, **cache)
         return pool(hidden, attention_mask, self.config.pooling)
 
     def states(self, **inputs: Any) -> Tensor:
-        """Hidden states ``[B, T, H]`` of the layer that is read; the arguments are the backbone's."""
+        """Returns the hidden states ``[B, T, H]`` of the configured layer; the arguments are the backbone's."""
         if self.config.layer is None:
-            last: Tensor = self.backbone(**inputs).last_hidden_state
-            return last
-        layers: tuple[Tensor, ...] = self.backbone(**inputs, output_hidden_states=True).hidden_states
-        return layers[self.config.layer]
+            last_hidden_state: Tensor = self.backbone(**inputs).last_hidden_state
+            return last_hidden_state
+        hidden_states: tuple[Tensor, ...] = self.backbone(**inputs, output_hidden_states=True).hidden_states
+        return hidden_states[self.config.layer]
 
     @full_precision()
     def classify(self, features: Tensor) -> PreferenceClassifierOutput:
-        """Classifies pooled hidden states ``[B, H]``, in float32 or finer whatever the run's precision."""
+        """Classifies pooled hidden states ``[B, H]``, in float32 or higher precision, also under autocast."""
         raw = apply_wide(self.head, features)
         if len(self.added):
             raw = torch.cat([raw, apply_wide(self.added, features)], dim=-1)
@@ -298,35 +300,35 @@ class PreferenceClassifier(PreTrainedModel):
         Args:
             input_ids: ``[B, T]``, right-padded.
             attention_mask: ``[B, T]``, 0 on padding.
-            token_type_ids: Not used, but some tokenizers return it: separators part question and answer.
+            token_type_ids: Ignored; accepted because some tokenizers return it.
         """
         return self.classify(self.features(input_ids, attention_mask))
 
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Probability of every level, ``[B, D, K]`` float32 or finer; 0 on levels that a dimension lacks."""
+        """Returns the probability of each level, ``[B, D, K]`` in float32 or higher precision; 0 on absent levels."""
         return self.level_probabilities(self(input_ids, attention_mask).logits)
 
     def level_probabilities(self, logits: Tensor) -> Tensor:
-        """Probability of every level, shape as given; 0 on levels that a dimension lacks.
+        """Returns the probability of each level, ``[B, D, K]``; 0 on absent levels.
 
         Args:
-            logits: ``[B, D, K]``, as :meth:`classify` returns them.
+            logits: ``[B, D, K]``, from :meth:`classify`.
         """
         probs = torch.zeros_like(logits)
-        for head, size in enumerate(self.preferences.sizes):  # padding must not change how a head's are rounded
+        for head, size in enumerate(self.preferences.sizes):  # padding could change the rounding of a softmax
             probs[:, head, :size] = logits[:, head, :size].softmax(-1)
         return probs
 
 
 def checked_temperatures(temperatures: Any, heads: int) -> list[float] | None:
-    """Returns what logits can be divided by, as it was given; None = all 1.
+    """Returns temperatures after a check of their number and values.
 
     Args:
-        temperatures: One per head.
+        temperatures: List of one temperature per head, or None for all 1.
         heads: Number of heads.
 
     Raises:
-        UsageError: There are more or fewer, or one is no finite number above 0.
+        UsageError: The number differs, or a temperature is not a finite number above 0.
     """
     if temperatures is None:
         return None
@@ -335,29 +337,29 @@ def checked_temperatures(temperatures: Any, heads: int) -> list[float] | None:
     for value in temperatures:
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise UsageError(
-                f"temperatures is {list(temperatures)}: logits are divided by them, so each must be a finite number "
+                f"temperatures is {list(temperatures)}, but logits are divided by them: each must be a finite number "
                 "above 0"
             )
     return list(temperatures)
 
 
 def _refuse_unfit(transformer: PreTrainedModel, name: str) -> None:
-    """Raises where a backbone does not read one text, or is not what its configuration builds when it is loaded."""
-    built: Any = MODEL_MAPPING.get(type(transformer.config), None)
-    if transformer.config.is_encoder_decoder or (built is not None and not isinstance(transformer, built)):
+    """Raises a UsageError if a backbone is no plain text model that ``AutoModel`` restores from its configuration."""
+    model_class: Any = MODEL_MAPPING.get(type(transformer.config), None)
+    if transformer.config.is_encoder_decoder or (model_class is not None and not isinstance(transformer, model_class)):
         raise UsageError(
             f"backbone '{name}' ({type(transformer).__name__}) is an encoder-decoder or a part of one: take an encoder "
             "such as ModernBERT, or a decoder such as Qwen"
         )
     if needed_inputs(transformer) or not isinstance(language_part(transformer).get_input_embeddings(), nn.Embedding):
         raise UsageError(
-            f"backbone '{name}' ({type(transformer).__name__}) does not read texts, or not without something else: "
-            "take an encoder such as ModernBERT, or a decoder such as Qwen"
+            f"backbone '{name}' ({type(transformer).__name__}) does not read texts alone: take an encoder such as "
+            "ModernBERT, or a decoder such as Qwen"
         )
 
 
 def _heads(config: PreferenceClassifierConfig, widths: dict[str, int]) -> tuple[nn.Module, SeparateHeads]:
-    """The heads that were trained together, and those that were added later."""
+    """Returns the heads that were trained together, and those that were added later."""
     assert config.backbone is not None
     inputs = hidden_width(config.backbone) * len(config.pooling)
     added = {

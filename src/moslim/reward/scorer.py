@@ -1,7 +1,6 @@
-"""Scoring of texts with a saved classifier.
+"""Scoring of texts with a saved classifier, and records of scores.
 
-Pairs that share a beginning (the same question, or the first words of an answer) share its computation. Scores of rows
-are written as JSON Lines.
+A prefix that several pairs share (the question, or the first words of completions) can be computed once.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from moslim.utils.errors import UsageError
 
 
 def can_share(classifier: PreferenceClassifier) -> bool:
-    """Whether what pairs begin with can be computed once: the backbone looks back only, and reads trees."""
+    """Whether pairs can share the computation of prefixes: the backbone is causal and supports prefix trees."""
     return is_causal(classifier.config.backbone) and reads_trees(classifier.backbone, classifier.device)
 
 
 def shared_features(classifier: PreferenceClassifier, parts: Iterator[Sequences]) -> Tensor:
-    """Pooled hidden states of ``N`` pairs, as :meth:`PreferenceClassifier.features` gives them.
+    """Returns the features of ``N`` pairs, with each shared prefix computed once.
 
     Args:
         classifier: The classifier.
-        parts: The pairs, on its device; those that share a forward pass together.
+        parts: The pairs of each forward pass, on the classifier's device.
 
     Returns:
-        ``[N, H]``.
+        ``[N, H]``, as :meth:`PreferenceClassifier.features` gives them.
     """
     features, order = [], []
     for part in parts:
@@ -56,11 +55,11 @@ def shared_features(classifier: PreferenceClassifier, parts: Iterator[Sequences]
 
 
 def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: PreferenceSet) -> list[dict[str, Any]]:
-    """Returns one plain record per row: the pair, and per dimension what the classifier thinks of it.
+    """Returns one record per row: the pair, and its level probabilities, level and expected level by dimension.
 
     Args:
         rows: ``B`` examples.
-        probs: ``[B, D, K]``.
+        probs: ``[B, D, K]``, level probabilities.
         preferences: The ``D`` dimensions.
     """
     table = probs.cpu().double()
@@ -79,19 +78,19 @@ def prediction_rows(rows: Sequence[Example], probs: Tensor, preferences: Prefere
 
 
 def carried(row: Example) -> dict[str, Any]:
-    """The fields that a score record copies from its row."""
-    name = {} if row.id is None else {"id": row.id}
-    asked = {"requested": dict(row.requested)} if row.requested else {}
-    return {**name, "question": row.question, **asked, "answer": row.answer}
+    """Returns the fields that a score record copies from its row."""
+    row_id = {} if row.id is None else {"id": row.id}
+    requested = {"requested": dict(row.requested)} if row.requested else {}
+    return {**row_id, "question": row.question, **requested, "answer": row.answer}
 
 
 _NO_LIMIT = 10**9
-"""Tokenizers without a limit say a larger number than this."""
+"""Bound on length limits; tokenizers without a limit have a larger ``model_max_length``."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Levels of one question-completion pair.
+    """Level probabilities of one question-completion pair.
 
     Args:
         probabilities: Probability of each level, by dimension name and level name.
@@ -105,24 +104,24 @@ class Scores:
 
 
 class Scorer:
-    """A reward classifier with its tokenizer: question and completion in, level probabilities out.
+    """Reward classifier with its tokenizer, which predicts level probabilities of question-completion pairs.
 
     >>> scorer = Scorer("outputs/quickstart/reward/classifier")
     >>> scorer("How do I make tea?", "Boil some water.").expected["formality"]
 
     Args:
-        classifier: Folder or Hub name of a classifier, or of an adapter of one, with its tokenizer; or a classifier,
-            which is put into evaluation mode.
-        tokenizer: Tokenizer of a classifier that is given as an object.
-        device: Device that it runs on. None = for a folder a GPU if there is one, else the CPU; an object stays where
-            it is.
-        dtype: Type of the weights; None = as they are. Probabilities are float32 or finer either way.
-        base: Folder or Hub name of an adapter's base model, if it is not where it was in training.
+        classifier: Folder or Hub name of a saved classifier in the merged or adapter form; or a classifier, which is
+            set to evaluation mode.
+        tokenizer: Tokenizer, required if ``classifier`` is an object; None = the one in the folder.
+        device: Device of the classifier; None = for a folder the GPU if there is one, else the CPU; for an object its
+            current device.
+        dtype: Type of the weights; None = unchanged. Probabilities have float32 or higher precision in either case.
+        base: Folder or Hub name of the base model of the adapter form; None = the one that the adapter names.
 
     Raises:
-        MissingFileError: There is no such classifier, or an adapter's base model is missing.
-        UsageError: A weight is missing or renamed, the base model is another one, or an object comes without a
-            tokenizer.
+        MissingFileError: The classifier or an adapter's base model does not exist.
+        UsageError: A weight is missing or renamed, the base model has other weights, an object comes without a
+            tokenizer, or ``base`` is given for a classifier that needs none.
     """
 
     def __init__(
@@ -138,7 +137,9 @@ class Scorer:
             tokenizer = tokenizer or load_tokenizer(classifier)
             classifier, device = load_classifier(classifier, base), chosen_device(device)
         elif tokenizer is None or base is not None:
-            raise UsageError("a classifier that is an object needs its tokenizer, and takes no `base`")
+            raise UsageError(
+                "Scorer: a classifier object needs its tokenizer and no `base`: give Scorer(classifier, tokenizer)"
+            )
         self.classifier = classifier.eval()
         if device is not None or dtype is not None:
             self.classifier.to(device=device, dtype=dtype)
@@ -152,33 +153,40 @@ class Scorer:
         return self.score([(question, completion)])[0]
 
     def score(self, pairs: Sequence[tuple[Question, str]], batch_size: int | None = None) -> list[Scores]:
-        """Scores question-completion pairs, with the names of dimensions and levels.
+        """Scores question-completion pairs.
 
         Args:
-            pairs: Questions, as texts or chats and without any instruction, each with a completion.
+            pairs: Questions (texts or chats, without an instruction) with one completion each.
             batch_size: Pairs per forward pass; None = as many as fit.
+
+        Returns:
+            One :class:`Scores` per pair, in their order.
         """
         questions, completions = [question for question, _ in pairs], [completion for _, completion in pairs]
         table = self.probabilities(questions, completions, batch_size).cpu().double()
-        most, expected = table.argmax(-1).tolist(), expected_level(table).tolist()
+        levels, expected = table.argmax(-1).tolist(), expected_level(table).tolist()
         dimensions = self.preferences.dimensions
         return [
             Scores(
                 {d.name: dict(zip(d.levels, row[i], strict=False)) for i, d in enumerate(dimensions)},
-                {d.name: d.levels[most[n][i]] for i, d in enumerate(dimensions)},
+                {d.name: d.levels[levels[n][i]] for i, d in enumerate(dimensions)},
                 {d.name: expected[n][i] for i, d in enumerate(dimensions)},
             )
             for n, row in enumerate(table.tolist())
         ]
 
     def reserve(self, instruction: Sequence[ForbiddenText]) -> None:
-        """Takes out of questions and answers what reads as an instruction, too, which a policy could forge."""
+        """Makes the scorer remove texts that read as an instruction, which a policy could forge.
+
+        Args:
+            instruction: Patterns to remove from questions and completions.
+        """
         limit = pair_limit(self.classifier.config, self.tokenizer, self._reader)
         self._encoder = PairEncoder(self.tokenizer, limit, instruction)
 
     @property
     def taken_out(self) -> TakenOut:
-        """Number of texts that were scored without something that was taken out of them."""
+        """Count of texts from which forbidden text was removed before scoring."""
         return self._encoder.taken_out
 
     @property
@@ -187,7 +195,7 @@ class Scorer:
         return self.classifier.preferences
 
     def to(self, device: str | torch.device) -> Scorer:
-        """Moves the classifier."""
+        """Moves the classifier to a device and returns the scorer."""
         self.classifier.to(device)
         return self
 
@@ -200,37 +208,35 @@ class Scorer:
         share_prefixes: SharePrefixes = "auto",
         tokens: int | None = None,
     ) -> Tensor:
-        """Probability of every level of every dimension.
+        """Returns the probability of each level of each dimension.
 
-        Pairs of like length are scored together, so that little padding is computed.
+        Pairs of similar length share a forward pass, which reduces padding.
 
         Args:
-            questions: ``N`` questions, without any instruction.
-            answers: ``N`` answers.
-            batch_size: Whole pairs per forward pass; None = as many as ``tokens`` allow.
-            share_prefixes: Compute what pairs begin with once, a question and the words that answers have in common;
-                ``auto`` does where enough tokens are saved and no ``batch_size`` is given. Backbones that cannot
-                compute whole pairs.
-            tokens: Most tokens per forward pass, padding included; None = as :func:`pass_tokens` says.
+            questions: ``N`` questions, without an instruction.
+            answers: ``N`` completions.
+            batch_size: Pairs per forward pass if no prefixes are shared; None = as many as ``tokens`` allows.
+            share_prefixes: Whether to compute a prefix that several pairs share once. ``auto`` does so if it saves
+                enough tokens and ``batch_size`` is None. Without effect if the backbone cannot (:func:`can_share`).
+            tokens: Maximum number of tokens per forward pass, including padding; None = :func:`pass_tokens`.
 
         Returns:
-            ``[N, D, K]``, float32 or finer, on the classifier's device, in the order given; 0 on levels that a
-            dimension lacks.
+            ``[N, D, K]`` in float32 or higher precision, on the classifier's device; 0 on absent levels.
         """
         spans = self._encoder.many_spans(questions, answers)
         rows, tokens = [[*prompt, *answer] for prompt, answer in spans], tokens or pass_tokens(self.classifier.device)
-        wanted = share_prefixes == "always" or (share_prefixes == "auto" and batch_size is None)
-        if rows and wanted and can_share(self.classifier):
+        may_share = share_prefixes == "always" or (share_prefixes == "auto" and batch_size is None)
+        if rows and may_share and can_share(self.classifier):
             ids, mask = (x.to(self.classifier.device) for x in pad(rows, pad_id(self.tokenizer), left=False))
             lengths = mask.sum(dim=1)
-            found = in_order(ids, lengths)
-            if share_prefixes == "always" or worthwhile(int(found.new.sum()), int(lengths.sum())):
-                features = shared_features(self.classifier, found.parts(tokens))
+            sequences = in_order(ids, lengths)
+            if share_prefixes == "always" or worthwhile(int(sequences.new.sum()), int(lengths.sum())):
+                features = shared_features(self.classifier, sequences.parts(tokens))
                 return self.classifier.level_probabilities(self.classifier.classify(features).logits)
-        return self._apart(rows, batch_size, tokens)
+        return self._unshared(rows, batch_size, tokens)
 
-    def _apart(self, rows: list[list[int]], batch_size: int | None, tokens: int) -> Tensor:
-        """The same of whole pairs."""
+    def _unshared(self, rows: list[list[int]], batch_size: int | None, tokens: int) -> Tensor:
+        """Returns the level probabilities of pairs, without shared prefixes."""
         lengths = list(map(len, rows))
         if batch_size is None:
             parts = list(like_length(lengths, tokens))
@@ -240,23 +246,26 @@ class Scorer:
         sizes, device = self.preferences.sizes, self.classifier.device
         dtype = at_least_float32(self.classifier.dtype)
         result = torch.zeros(len(rows), len(sizes), max(sizes), device=device, dtype=dtype)
-        for chosen in parts:
-            ids, mask = pad([rows[i] for i in chosen], pad_id(self.tokenizer), left=False)
-            result[chosen] = self.classifier.probabilities(ids.to(device), mask.to(device))
+        for row_indices in parts:
+            ids, mask = pad([rows[i] for i in row_indices], pad_id(self.tokenizer), left=False)
+            result[row_indices] = self.classifier.probabilities(ids.to(device), mask.to(device))
         return result
 
 
 def pair_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, backbone: Any) -> int | None:
-    """Most tokens of a pair: what the classifier was trained on or, if that is not set, what its backbone can read.
+    """Returns the maximum number of tokens of a pair; None = no limit.
+
+    It is the limit of training or, if there was none, the smallest of the backbone's and the tokenizer's. The
+    backbone's table of positions is never exceeded.
 
     Args:
         config: The classifier's configuration.
         tokenizer: Its tokenizer.
-        backbone: Its backbone, whose table of positions is never exceeded.
+        backbone: Its backbone.
     """
     positions = Positions.of(backbone)
-    most = _NO_LIMIT if positions.most is None else positions.most
+    max_positions = _NO_LIMIT if positions.most is None else positions.most
     if config.pair_length is not None:
-        return min(config.pair_length, most)
-    limit = min(most, positions.trained or _NO_LIMIT, tokenizer.model_max_length)
+        return min(config.pair_length, max_positions)
+    limit = min(max_positions, positions.trained or _NO_LIMIT, tokenizer.model_max_length)
     return limit if limit < _NO_LIMIT else None

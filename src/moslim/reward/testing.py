@@ -1,4 +1,4 @@
-"""Test, prediction and export of a classifier, independent of its training."""
+"""Test, prediction and export of a classifier."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ from moslim.utils.folders import refuse_sources, whole_folder
 
 
 class HeadOutput(NamedTuple):
-    """Output of the heads whose dimensions a run names.
+    """Output of the heads for the run's dimensions.
 
     Args:
-        logits: ``[B, D, K]``, with the temperatures in use; ``-inf`` on levels that a dimension lacks.
+        logits: ``[B, D, K]``, divided by the temperatures in evaluation mode; ``-inf`` on absent levels.
         scores: ``[B, D, S]``, the heads' raw outputs.
     """
 
@@ -56,20 +56,23 @@ class HeadOutput(NamedTuple):
 
 
 class ClassifierEvaluation(RunModule, ServedModule):
-    """The test and use of a classifier. :class:`RewardClassifier` sets the attributes and adds training.
+    """Module that tests, applies and exports a classifier.
+
+    :class:`RewardClassifier` sets the attributes and adds training.
 
     Args:
-        preferences: The dimensions that are evaluated.
-        pair_weights: Weight by dimension of the expected levels whose sum the test compares answers by; None = 1 each.
+        preferences: The dimensions to evaluate.
+        pair_weights: Weight of each dimension in the sum of expected levels by which the test compares completions;
+            None = 1 each.
     """
 
     preferences: PreferenceSet
     start: str
     """Folder or Hub name that the run started from."""
     starts_trained: bool
-    """Whether the start is a whole classifier, which can be exported without training."""
+    """Whether the run starts from a saved classifier, which can be exported without training."""
     adapter_base: str | None
-    """Base model of a backbone that is an adapter; None for the place that it names."""
+    """Base model if the run starts from an adapter; None = the one that the adapter names."""
     classifier: Any
     loss: LevelLoss
     pairs: BradleyTerry
@@ -91,39 +94,46 @@ class ClassifierEvaluation(RunModule, ServedModule):
         self._as_saved: Entries = {}
         self._tested = ScoreCollector(preferences)
         self._choices: list[Candidates] = []
-        self._record: dict[str, Any] = {}  # what the model card says of the training
+        self._record: dict[str, Any] = {}  # training record of the model card
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of what the run started from."""
+        """Tokenizer of the model that the run started from."""
         tokenizer = load_tokenizer(self.start, self.trust_remote_code, self.adapter_base)
         return fit_tokenizer(tokenizer, unwrapped(self.classifier).backbone, self.start)
 
     @property
     def sources(self) -> dict[str, str | None]:
-        """Models that the run is built on, which no export may replace."""
+        """Models that the run is built on, by option; no export may replace them."""
         return {"the start": self.start, "model.base": self.adapter_base or adapter_base(self.start)}
 
     @property
     def pair_limit(self) -> int | None:
-        """Most tokens of a pair to be scored, where the data module sets no limit."""
+        """Maximum number of tokens of a pair if the data module sets no limit; None = no limit."""
         model = unwrapped(self.classifier)
         return pair_limit(model.config, self.tokenizer, model.backbone)
 
     def longest(self, wanted: int | None) -> int | None:
-        """Most tokens of a pair, given the data module's limit; a pair that cannot be read is refused."""
+        """Returns the maximum number of tokens of a pair.
+
+        Args:
+            wanted: The data module's limit; None = none.
+
+        Raises:
+            UsageError: The backbone cannot read that many tokens.
+        """
         return Positions.of(unwrapped(self.classifier).backbone).longest(wanted, self.start)
 
     @property
     def output_folder(self) -> Path:
-        """Folder of the saved classifier. All processes must read this property."""
+        """Folder for the trained classifier. All processes must read this property."""
         return Path(self.output) if self.output else self.run_folder / "classifier"
 
-    # Heads of one width would change places; parameters would not fit.
+    # Other preferences would reorder heads of equal width; a change of freeze_backbone changes the trained parameters.
     never_accepted = ("preferences", "model.freeze_backbone")
 
     def meaning(self) -> Entries:
-        """Options that give the classifier's weights their meaning."""
+        """Returns the options that determine the meaning of the classifier's weights."""
         config = unwrapped(self.classifier).config
         return {
             "preferences": config.dimensions,
@@ -138,12 +148,12 @@ class ClassifierEvaluation(RunModule, ServedModule):
         }
 
     def on_validation_start(self) -> None:
-        """Compares a saved classifier that is used as it is with what the data module makes of texts.
+        """Checks that the data module encodes texts as in the training of a saved classifier.
 
-        Not in ``setup``: only now it is known whether a checkpoint was loaded, which has a record of its own.
+        ``setup`` is too early: it precedes the loading of a checkpoint, which has its own record of options.
 
         Raises:
-            UsageError: Texts are cut to another length, or written into another chat template.
+            UsageError: The length limit or the chat template differs.
         """
         fits = self.trainer.state.fn == TrainerFn.FITTING
         if fits or not self.starts_trained or self.trainer.ckpt_path or self.data is None:
@@ -158,22 +168,22 @@ class ClassifierEvaluation(RunModule, ServedModule):
     on_test_start = on_validation_start
 
     def on_predict_start(self) -> None:
-        """See the base class; compared before an earlier file is touched."""
+        """Checks the encoding of texts, then opens the file of predictions."""
         self.on_validation_start()
         super().on_predict_start()
 
     def _as_it_is(self) -> Entries:
-        """Entries compared where a saved classifier is used as it is; a date only where it was saved with one."""
+        """Options of the encoding that must not differ from those of a saved classifier; with a date if it has one."""
         pins = tokenizer_pins(self.tokenizer)[0]
         day = {} if pins.day is None else {"data.template_date": pins.day}
         return {"data.max_length": self.pair_limit, "data.template_args": pins.arguments, **day}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, D, K]`` of pairs ``[B, T]``, of all heads; ``-inf`` on levels that a dimension lacks."""
+        """Returns the logits ``[B, D, K]`` of all heads for pairs ``[B, T]``; ``-inf`` on absent levels."""
         return self.classifier(input_ids=input_ids, attention_mask=attention_mask).logits
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Gives labels the precision back that ``bf16-true`` and ``16-true`` take from all inputs."""
+        """Restores the precision of labels, which ``bf16-true`` and ``16-true`` round."""
         return unrounded(batch, self.preferences) if isinstance(batch, PairBatch) else batch
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -183,20 +193,20 @@ class ClassifierEvaluation(RunModule, ServedModule):
         self._tested.add(batch, output.logits.softmax(-1), self._logits(output.scores).softmax(-1))
 
     def on_test_epoch_start(self) -> None:
-        """Forgets what an interrupted test collected, and reads the file of ``best_of`` before anything is scored.
+        """Resets the collected results and reads the file of ``best_of``, so that its errors come before scoring.
 
         Raises:
-            MissingFileError: There is no such file.
-            UsageError: A line of it cannot be used.
+            MissingFileError: The file does not exist.
+            UsageError: A line of the file is invalid.
         """
         if not (self.starts_trained or self.was_trained or self.trainer.ckpt_path):
-            rank_zero_warn("the heads that are tested were never trained: give --ckpt_path last, or a file")
+            rank_zero_warn("the tested heads were never trained: give --ckpt_path last, or the path of a checkpoint")
         self._tested.clear()
         self._losses.reset()
         self._choices = self.best_of.choices(self.preferences) if self.best_of else []
 
     def on_test_epoch_end(self) -> None:
-        """Writes the report into the run's folder, and a copy of it where ``report`` says; logs ``test/...``."""
+        """Logs ``test/...`` and writes the report into the run's folder and into ``report``."""
         self._log_loss("test")
         rows, pairs = self._tested.gathered()
         score = self._scorer().probabilities
@@ -208,18 +218,18 @@ class ClassifierEvaluation(RunModule, ServedModule):
             publish(self.trainer, result, folders)
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """Scores a batch; the records are written to the file of ``predictions``."""
+        """Returns the records of a batch, which go into the file ``predictions``."""
         classifier = unwrapped(self.classifier)
         probs = classifier.level_probabilities(self._unpadded(batch).logits)
         return prediction_rows(batch.rows, probs, classifier.preferences)
 
     @classmethod
     def starts_untrained(cls, options: Mapping[str, Any]) -> bool:
-        """See :class:`RunModule`: a saved classifier is trained, a backbone has new heads."""
+        """Whether a run with these options starts with untrained heads."""
         return options.get("classifier") is None
 
     def predictions_depend_on(self, rows: Callable[[], Iterable[Example]]) -> dict[str, Any]:
-        """Plain data that the scores of a row depend on, besides the row."""
+        """Returns the data that the scores of a row depend on, besides the row itself."""
         config = unwrapped(self.classifier).config.to_dict()
         return {
             "weights": self._weights(),
@@ -230,14 +240,17 @@ class ClassifierEvaluation(RunModule, ServedModule):
         }
 
     def carried(self, row: Example) -> dict[str, Any]:
-        """See :class:`RunModule`."""
+        """Returns the fields of a row that its record copies."""
         return carried(row)
 
     def export(self, folder: str | Path) -> None:
-        """Saves the classifier (adapter merged) in the merged form of :mod:`moslim.reward.classifier_export`.
+        """Saves the classifier in the merged form of :mod:`moslim.reward.classifier_export`.
+
+        Args:
+            folder: Target folder; an earlier classifier in it is replaced.
 
         Raises:
-            UsageError: That folder holds what the run started from, or another model.
+            UsageError: The folder holds a model that the run is built on, or no classifier.
         """
         refuse_sources(folder, self.sources)
         with whole_folder(Path(folder), is_classifier) as part:
@@ -247,24 +260,27 @@ class ClassifierEvaluation(RunModule, ServedModule):
     def export_adapter(self, folder: str | Path) -> None:
         """Saves adapter and heads in the adapter form of :mod:`moslim.reward.classifier_export`.
 
+        Args:
+            folder: Target folder; an earlier classifier in it is replaced.
+
         Raises:
-            UsageError: There is no adapter, it changes more than the backbone, or that folder holds what the run
-                started from, or another model.
+            UsageError: There is no adapter, it changes more than the backbone, or the folder holds a model that the run
+                is built on, or no classifier.
         """
         if not is_adapted(self.classifier):
-            raise UsageError("all weights were trained (model.lora is null), so there is no adapter: use --form merged")
+            raise UsageError("there is no adapter to export, since model.lora is null: use --form merged")
         refuse_sources(folder, self.sources)
         with whole_folder(Path(folder), is_classifier) as part:
             save_adapter(self.classifier, self.start, part)
             self._complete(part, "adapter")
 
     def _complete(self, folder: Path, form: Form) -> None:
-        """Adds to an exported classifier what people need to use it."""
+        """Adds tokenizer, model card and training record to an exported classifier."""
         self.tokenizer.save_pretrained(folder)
         config = unwrapped(self.classifier).config
-        trainer = attached_trainer(self)  # there may be none
+        trainer = attached_trainer(self)  # None outside a run
         root = None if trainer is None else trainer.default_root_dir
-        tested = find_result([place for place in (root, self.report) if place], self._weights())
+        tested = find_result([folder for folder in (root, self.report) if folder], self._weights())
         card = ModelCard(config, self.tokenizer, form, self.start, self._record, tested)
         (folder / "README.md").write_text(card.text(), encoding="utf-8")
         save_record(self._record, folder)
@@ -273,7 +289,7 @@ class ClassifierEvaluation(RunModule, ServedModule):
         return fingerprint(self.classifier.state_dict())
 
     def _output(self, batch: PairBatch) -> HeadOutput:
-        """Output of the heads whose dimensions the run names."""
+        """Returns the output of the heads for the run's dimensions."""
         if batch.features is not None:
             output = self.classifier.classify(batch.features)
         elif self.training:
@@ -285,41 +301,41 @@ class ClassifierEvaluation(RunModule, ServedModule):
         return HeadOutput(output.logits[:, self._columns, :levels], output.scores[:, self._columns, :widest])
 
     def _unpadded(self, batch: PairBatch) -> PreferenceClassifierOutput:
-        """Output for a batch outside training; pairs of similar length share a forward pass."""
+        """Returns the output for a batch outside training; pairs of similar length share a forward pass."""
         ids, mask = batch.input_ids, batch.attention_mask
-        if is_sharded(self.classifier):  # all processes must pass equally often
+        if is_sharded(self.classifier):  # all processes must run the same number of forward passes
             return self.classifier(input_ids=ids, attention_mask=mask)
         lengths = mask.sum(1).tolist()
         parts = list(like_length(lengths, pass_tokens(ids.device)))
-        forward_config = [
+        outputs = [
             self.classifier(input_ids=ids[part, : lengths[part[-1]]], attention_mask=mask[part, : lengths[part[-1]]])
             for part in parts
         ]
-        place = torch.tensor([row for part in parts for row in part], device=ids.device).argsort()
-        logits, scores = (torch.cat([one[key] for one in forward_config])[place] for key in ("logits", "scores"))
+        positions = torch.tensor([row for part in parts for row in part], device=ids.device).argsort()
+        logits, scores = (torch.cat([output[key] for output in outputs])[positions] for key in ("logits", "scores"))
         return PreferenceClassifierOutput(logits=logits, scores=scores)
 
     def _scores(self, batch: PairBatch) -> Tensor:
-        """The heads' raw outputs ``[B, D, S]``."""
+        """Returns the heads' raw outputs ``[B, D, S]``."""
         return self._output(batch).scores
 
     def _logits(self, scores: Tensor) -> Tensor:
-        """Logits ``[B, D, K]`` at temperature 1, whatever temperatures are in use."""
+        """Returns the logits ``[B, D, K]`` at temperature 1."""
         return LINKS[self.loss.link].logits(scores, self.preferences.sizes)
 
     def _add_loss(self, scores: Tensor, batch: PairBatch) -> Tensor:
-        """Counts a batch for the loss of the epoch, and returns its score margins ``[P, D]``."""
+        """Adds a batch to the loss of the epoch and returns its score margins ``[P, D]``."""
         counts = self._loss_counts(batch, scores.dtype)
-        one = scores.new_ones(())
-        _, head_losses = self.loss(scores, batch.targets, self.preferences.sizes, one.expand(len(counts.labels)))
+        unit_count = scores.new_ones(())  # gives sums instead of means
+        _, head_losses = self.loss(scores, batch.targets, self.preferences.sizes, unit_count.expand(len(counts.labels)))
         score_margins = self._score_margins(scores, batch)
-        comparison_loss = self.pairs(score_margins, batch.comparison_mask, batch.margins, one)
+        comparison_loss = self.pairs(score_margins, batch.comparison_mask, batch.margins, unit_count)
         sums = torch.cat([head_losses, comparison_loss[None]])
         self._losses.update(sums, torch.cat([counts.labels, counts.comparisons[None].to(counts.labels.dtype)]))
         return score_margins
 
     def _evaluate(self, batch: PairBatch) -> Tensor:
-        """Counts a batch for the metrics, and returns the heads' scores."""
+        """Adds a batch to the metrics and returns the heads' scores."""
         scores = self._scores(batch)
         score_margins = self._add_loss(scores, batch)
         self._metrics.update(self._logits(scores).argmax(-1), batch.levels, [row.subset for row in batch.rows])
@@ -332,7 +348,7 @@ class ClassifierEvaluation(RunModule, ServedModule):
         self.log_dict({f"{stage}/{key}": value for key, value in metrics.items()})
 
     def _log_loss(self, stage: str) -> None:
-        """Logs the loss over all rows of the epoch, in all processes."""
+        """Logs the loss over all rows of the epoch and all processes."""
         *head_losses, comparison_loss = self._losses.compute()
         weights = self.loss.weights or [1.0] * len(head_losses)
         labels = torch.stack([weight * head for weight, head in zip(weights, head_losses, strict=True)]).sum()
@@ -340,17 +356,17 @@ class ClassifierEvaluation(RunModule, ServedModule):
         self._losses.reset()
 
     def _loss_counts(self, batch: PairBatch, dtype: torch.dtype) -> LossCounts:
-        """Denominators of a batch's losses."""
+        """Returns the denominators of a batch's losses."""
         labels = self.loss.counts(batch.targets.to(dtype), self.preferences.sizes).sum(0)
         return LossCounts(labels, num_comparisons(batch.comparison_mask), batch.comparison_mask.sum())
 
     def _score_margins(self, scores: Tensor, batch: PairBatch) -> Tensor:
-        """Expected level of the chosen completions less that of the rejected, ``[P, D]``."""
+        """Returns the expected level of the chosen completions minus that of the rejected ones, ``[P, D]``."""
         expected = LINKS[self.loss.link].expected(scores, self.preferences.sizes)
         return expected[batch.chosen] - expected[batch.rejected]
 
     def _scorer(self) -> Scorer:
-        """Scores texts with the classifier as it is, and as the data module encodes them."""
+        """Returns a scorer with the current classifier and the data module's instruction patterns."""
         scorer = Scorer(self.classifier, self.tokenizer)
         scorer.reserve(self.instruction_patterns)
         return scorer
