@@ -320,9 +320,11 @@ METRICS = {
         "staleness in steps, kl in nats per token, weight, share of tokens whose weight is clipped", "last,max"
     ),
     "train/default_kl": MetricInfo("nats per token, on prompts without instruction", "last,max"),
+    "train/hindsight_nll": MetricInfo("nats per token of relabelled completions", "last,min"),
+    "train/rehearsal_kl": MetricInfo("nats per token, on the texts of rehearsal", "last,max"),
     "offset/*": MetricInfo("levels: achieved minus requested, by requested level"),
     "sampler/*": MetricInfo("probability that a prompt requests this; `dimensions`: maximal number per prompt"),
-    "time/*": MetricInfo("seconds: of a step; sample, reward, old, reference and critic: of a rollout", "mean"),
+    "time/*": MetricInfo("seconds: of a step; sample, reward, old, reference, critic, hindsight: of a rollout", "mean"),
     "speed/tokens": MetricInfo("completion tokens per second and process", "mean"),
     "memory/*": MetricInfo("GiB", "max"),
     "guards/*": MetricInfo("number of trips of a guard", "max"),
