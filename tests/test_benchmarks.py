@@ -89,12 +89,12 @@ def test_differences_are_paired_by_seed(ablation: ModuleType) -> None:
 
     factors = {"default": {"default": default}, "kl": {"kl/none": runs(0.4, 0.6, 0.8), "kl/b": runs(0.5, 0.8, 1.1)}}
     factors["kl"]["kl/not_run"] = {}
-    assert ablation.verdict(factors).startswith("Better than the default beyond doubt: none. Better with every seed")
-    assert "Worse beyond doubt: `kl/none`." in ablation.verdict(factors)
+    assert ablation.verdict(factors).startswith("Significantly better than the default: none. Better with every seed")
+    assert "Significantly worse: `kl/none`." in ablation.verdict(factors)
     factors["kl"]["kl/c"] = runs(0.6, 0.8, 1.0)
     factors["kl"]["kl/d"] = runs(0.6, 0.8, 1.3)
     said = ablation.verdict(factors)
-    assert "beyond doubt: `kl/c`. Better with every seed, which may be chance: `kl/c`, `kl/d`. Worse" in said
+    assert "default: `kl/c`. Better with every seed, perhaps by chance: `kl/c`, `kl/d`. Significantly" in said
 
 
 def test_results_of_two_checkouts_are_compared_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

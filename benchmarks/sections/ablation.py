@@ -19,23 +19,33 @@ def section(result: dict[str, Any]) -> str:
     factors: dict[str, dict[str, Runs]] = result["factors"]
     default = factors["default"]["default"]
     rows = [row(factor, arm, runs, default) for factor, arms in factors.items() for arm, runs in arms.items() if runs]
-    failed = "".join(f"\n`{cell}` did not come to its end: {why}\n" for cell, why in result["failed"].items())
-    header = ["factor", "arm", "mean Spearman", "less the default's", "exact", "MAE", "several at once", "shift", "gap"]
+    failed = "".join(f"\n`{cell}` failed: {why}\n" for cell, why in result["failed"].items())
+    header = [
+        "factor",
+        "arm",
+        "mean Spearman",
+        "difference",
+        "exact",
+        "MAE",
+        "several at once",
+        "shift",
+        "gap",
+    ]
     return f"""
 ## Ablation: the quickstart's policy with another part
 
 {circumstances_line(result)}
-Every arm makes {result["rollouts"]} rollouts, {result["answers"]} answers in all: a third of the quickstart's or less,
-so that scores are lower than its own. Each seed has its own starter and classifier. Held-out questions of another fold
-than the one reported above, so that a default may be chosen by this table. The arms are the files in
-`configs/experiment/`, options not tuned, but for the default's minibatches and rate: these were chosen by longer runs
-with this fold's seed 0 (docs/architecture.md).
+Every arm makes {result["rollouts"]} rollouts, {result["answers"]} completions in all: at most a third of the
+quickstart's, so scores are lower. Each seed has its own starter and classifier. The held-out questions are of another
+fold than those of the quickstart above, so that defaults can be chosen by this table. The arms are the files in
+`configs/experiment/`. Options are not tuned, except the default's minibatches and rate, which longer runs with seed 0
+of this fold decided ([design choices](design/choices.md)).
 
 {table(header, rows)}
-Mean and standard deviation over seeds {", ".join(default)}; the difference is paired by seed, with its 95% interval
-(Student's t). Exact: share of levels met; several at once: all levels of a request of two to four dimensions met;
-shift: largest change of a level where nothing is asked for; gap: the classifier's probability of the requested level
-less the share that is met.
+Mean and standard deviation over seeds {", ".join(default)}; the difference to the default is paired by seed, with its
+95% interval (Student's t), in bold if the interval excludes 0. Exact: share of levels met; several at once: all levels
+of a request for two to four dimensions met; shift: largest change of a level without a request; gap: the classifier's
+probability of the requested level minus the share met.
 
 {verdict(factors)}
 {failed}"""
@@ -86,9 +96,9 @@ def verdict(factors: dict[str, dict[str, Runs]]) -> str:
         and all(run["spearman"] > default[seed]["spearman"] for seed, run in runs.items())
     ]
     return (
-        f"Better than the default beyond doubt: {', '.join(better) or 'none'}. Better with every seed, which may be "
-        f"chance: {', '.join(ahead) or 'none'}. Worse beyond doubt: {', '.join(worse) or 'none'}.\n\n"
-        "A default gives way to an arm that is better beyond doubt at the same cost. More minibatches and PPO, which "
-        "passes over a rollout twice and trains a critic, make more optimizer steps of each rollout than the default; "
-        "with the whole budget the optimizers end close together (see Policy optimizers)."
+        f"Significantly better than the default: {', '.join(better) or 'none'}. Better with every seed, perhaps by "
+        f"chance: {', '.join(ahead) or 'none'}. Significantly worse: {', '.join(worse) or 'none'}.\n\n"
+        "An arm becomes the default if it is significantly better at the same cost. More minibatches, and PPO with two "
+        "passes over a rollout and a critic, make more optimizer steps per rollout than the default. With the whole "
+        "budget the optimizers differ little (see Policy optimizers)."
     )

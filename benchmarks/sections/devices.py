@@ -22,12 +22,10 @@ def section(result: dict[str, Any]) -> str:
 ## Two processes against one
 
 {circumstances_line(result)}
-{result["steps"]} steps of SGD at a rate of 0.1, all in float64: the batch of one process against halves of it in two
-(CPU, gloo; `configs/trainer/`). Sampled answers at every step, and the largest difference of a weight after any; wanted
-are the same answers and at most {wanted:g}. With Llama, what texts begin with is computed for each of them
-(`model.forward_config.share_prefixes: never`):
-transformers computes its norms in float32, whatever the weights are,
-which two processes, whose passes have other shapes, round otherwise, and twenty such steps make much of it. GPT-2
-computes in float64 throughout, with all passes as they are shipped.
+{result["steps"]} steps of SGD at a rate of 0.1 in float64: a batch in one process against its halves in two (CPU, gloo;
+`configs/trainer/`). The completions of every step must be the same, and no weight may differ by more than {wanted:g}
+after any step. Llama runs with `model.forward_config.share_prefixes: never`: transformers computes its norms in float32
+for all dtypes, passes of other shapes round differently, and the steps amplify it. GPT-2 computes in float64
+throughout, with the default options.
 
-{table(["model", "optimizer", "strategy", "answers", "largest difference"], rows)}"""
+{table(["model", "optimizer", "strategy", "completions", "largest difference"], rows)}"""

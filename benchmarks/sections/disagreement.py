@@ -20,10 +20,11 @@ def section(result: dict[str, Any]) -> str:
 ## Comparisons, and margins where raters disagree
 
 {circumstances_line(result)}
-Of two answers to one question, which one did raters put higher? Comparisons are made of the rated rows; the margin is
-the difference of the mean votes. Heads of a frozen MiniLM on TruthfulQA and OpenAssistant, a small encoder from random
-weights on the embedded world. Means over seeds, ± their standard deviation; the interval is over questions, of the
-first seed. Best of four, chance 0.25: on TruthfulQA one answer of each combination of labels, each in turn asked for.
+The share of comparisons won: of two answers to a question, the classifier prefers the one that raters rated higher.
+Comparisons are made from rated rows; the margin is the difference of the mean votes. TruthfulQA and OpenAssistant train
+heads on a frozen MiniLM; the embedded world trains a small encoder from random weights. Means over seeds, ± their
+standard deviation; the interval is over questions, for the first seed. Best of four has chance 0.25; on TruthfulQA the
+four answers have one combination of labels each, and each is requested in turn.
 
 {table(["data", "compared", "learns from", "comparisons won [95%]", *FIGURES.values()], rows)}"""
 

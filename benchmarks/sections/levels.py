@@ -23,21 +23,22 @@ Kappa has quadratic weights; RPS is the ranked probability score, lower is bette
 the standard deviation over seeds.
 
 Loss on the embedded world: {_rows(result["workbench"])}. Three raters label the training rows, with errors of a
-standard deviation of one level; the others have exact levels. Best of four: share of prompts of which the one answer
-that fits gets the highest reward.
+standard deviation of one level; validation and test rows have exact levels. Best of four: share of prompts whose one
+fitting answer gets the highest reward.
 
 {_losses(result["workbench"])}
 Loss and backbone on OpenAssistant: {_rows(result["openassistant"]["frozen"])}; MiniLM, heads quality and helpfulness:
 
 {_trunks(result["openassistant"])}
-Within-one accuracy there, 95% interval over questions, beside always saying the test rows' most frequent level:
+Within-one accuracy on OpenAssistant, with its 95% interval over questions, beside the most frequent level of the test
+rows (majority):
 
 {_within_one(result["openassistant"])}
-Temperatures, fitted on validation rows; each cell without and with them:
+Calibration errors without → with temperatures, which are fitted on validation rows:
 
 {_calibration(result)}
-What the embedded world's classifier learns from (cross-entropy): raters' votes as soft targets, the level that they
-come to, or the exact level:
+Training labels on the embedded world (cross-entropy): the raters' votes as soft targets, the level on which they
+agree, or the exact level:
 
 {_labels(result["labels"])}
 Size of the embedded world's classifier (cross-entropy):
@@ -76,7 +77,7 @@ def _trunks(trunks: dict[str, dict[str, Cell]]) -> str:
     ]
     text = table(["backbone", "loss", "seeds", *QUALITY.values(), "seconds"], rows)
     if all(abs(_mean(cell, "kappa")) < 0.01 for cell in trunks["tuned"].values()):
-        text += "\nTuned for two epochs on so few rows, MiniLM says little but the most frequent level.\n"
+        text += "\nTuned for two epochs on so few rows, MiniLM predicts little but the most frequent level.\n"
     return text
 
 

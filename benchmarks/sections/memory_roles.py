@@ -32,14 +32,14 @@ def section(result: dict[str, Any]) -> str:
 
 {circumstances_line(result)}
 PPO on a Llama of {result["base_parameters"] / 1e6:.0f} million random float32 weights
-({result["base_bytes"] / MIB:.0f} MiB). `shared` is one base with adapters of policy and classifier, its adapters off as
-reference, and the critic as a head; `classifier apart` has the same classifier merged; in `full` all weights are
-trained and the reference is a copy; `four models` has a critic with a backbone of its own, besides. In MiB: `weights`
-are counted by storage, `resident` is how much the process grew by loading and reading them, `peak` the whole process's
-in the first training step. Wanted: {result["wanted"]}.
+({result["base_bytes"] / MIB:.0f} MiB). `shared`: one base with adapters of policy and classifier, the base alone as
+reference, and the critic as a head. `classifier apart`: the same, with the classifier merged. `full`: all weights are
+trained, and the reference is a copy. `four models`: as `full`, with a critic of its own backbone. In MiB: `weights` are
+counted by storage; `resident` is the growth of the process by loading and reading them; `peak` is that of the whole
+process in the first training step. Wanted: {result["wanted"]}.
 
 {table(["form", "copies of the base", "weights", "shared form's share", "resident", "peak"], forms)}
-Of a role, `alone` is what it would hold by itself, `added` what it adds to the roles above it, and the peak is that
-while the role works. The policy's holds gradients and optimizer states: without LoRA, those of all weights.
+By role: `alone` counts all its weights, `added` those that no role above holds, and `peak` is that while the role
+works. The policy's peak includes gradients and optimizer states: without LoRA, those of all weights.
 
 {table(["form", "role", "alone", "added", "peak"], roles)}"""

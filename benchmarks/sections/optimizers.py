@@ -30,14 +30,14 @@ def section(result: dict[str, Any]) -> str:
     old = [outdated(run["key"], Cell(ARMS[name], world, "optimizers").key) for name, run in runs.items()]
     note = max(old, default="")
     stopped = {name: run["failed"] for name, run in result.items() if isinstance(run, dict) and "failed" in run}
-    failed = "".join(f"\n{name} did not come to its end: {why}\n" for name, why in stopped.items())
-    header = ["optimizer", "mean Spearman (>= 0.8)", "lowest", "exact", "within one", "MAE", "proxy less gold"]
+    failed = "".join(f"\n{name} failed: {why}\n" for name, why in stopped.items())
+    header = ["optimizer", "mean Spearman (>= 0.8)", "lowest", "exact", "within one", "MAE", "proxy minus gold"]
     header += ["million tokens sampled", "seconds of fit"]
     return f"""
 ## Policy optimizers
 
 {circumstances_line(result)}
-{note}The policy stage of the quickstart with each optimizer, seed {result["seed"]}: as many rollouts, options not
-tuned. PPO passes over each rollout twice, as is usual, and so makes twice as many optimizer steps as the others.
+{note}The policy stage of the quickstart with each optimizer, seed {result["seed"]}: the same number of
+rollouts, options not tuned. PPO passes over each rollout twice, so it makes twice as many optimizer steps.
 
 {table(header, rows)}{failed}"""

@@ -17,10 +17,10 @@ def section(result: dict[str, Any]) -> str:
 ## The quickstart's policy stage, three ways
 
 {circumstances_line(result)}
-{note}The same starter, classifier, seed and number of steps. "Every fast way off" is all in docs/speed.md that has a
-switch; "one step off" samples the answers to the next batch while the current ones are learnt from, on the same two
-cores. CPU seconds are those of all threads, the start of Python included. Quality by the gold scorer on held-out
-questions.
+{note}The same starter, classifier, seed and number of steps. "Every fast way off" sets the switches of
+sampling, forward passes and update in [speed](speed.md). "One step off" samples the next batch while the policy learns
+from the current one, on the same two cores. CPU seconds are those of all threads, including the start of Python. The
+gold scorer judges held-out questions.
 
 """
     rows = [
@@ -48,9 +48,9 @@ questions.
         for form, own in runs.items()
     ]
     text += (
-        "\nSeconds, means over what was logged: `sample` (the time that a rollout waits for answers), `reward`, `old`, "
-        "`reference` and `critic` of a rollout; `forward`, `backward` and `update` of one of the optimizer steps that "
-        "are made of it; `step` of such a one that makes no rollout itself:\n\n"
+        "\nSeconds, means over the logged steps. Of a rollout: `sample` (the time that it waits for completions), "
+        "`reward`, `old`, `reference` and `critic`. Of an optimizer step: `forward`, `backward`, `update`, and `step` "
+        "for steps without a rollout:\n\n"
     )
     text += table(["seed", "form", *phases], rows)
     stale = {

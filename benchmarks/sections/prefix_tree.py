@@ -17,10 +17,10 @@ def section(result: dict[str, Any]) -> str:
     text = f"""
 ## Prefix tree
 
-{circumstances_line(result)} {result["threads"]} threads. The same rollout in one process, in turns: beginnings of
-sequences computed once (`model.forward_config.share_prefixes: always`) or for every completion (`never`).
-All other options are the same. The update is the policy's forward and backward pass, the reference is its pass, the
-reward is the level probabilities of the classifier. Seconds are medians; the ratio is without over with.
+{circumstances_line(result)} {result["threads"]} threads. The same rollout in one process, in turns: shared
+prefixes are computed once (`model.forward_config.share_prefixes: always`) or for every completion (`never`). All other
+options are the same. Update: forward and backward pass of the policy; reference: its pass; reward: level probabilities
+of the classifier. Seconds are medians; the ratio is without over with.
 
 """
     text += table(["size", "part", "with, s", "without, s", "ratio"], rows)

@@ -54,18 +54,18 @@ def section(result: dict[str, Any]) -> str:
         return text
     config = next(iter(runs.values()))["config"]
     text += (
-        f"Held-out questions, judged by the gold scorer, {config['eval_num_generations']} answers per request at "
+        f"Held-out questions, judged by the gold scorer, {config['eval_num_generations']} completions per request at "
         f"temperature {config['temperature']:g}.\n\n{_against_wanted(runs, result['scrambled'])}"
     )
     if "repeat" in result:
         outcome = "identical" if result["repeat"]["identical"] else "**different**"
         text += f"\nSeed {result['repeat']['seed']} run twice: `steerability.json` {outcome}.\n"
     text += f"\nBy dimension, mean over seeds:\n\n{_by_dimension(list(runs.values()))}"
-    text += "\nRequests of two to four dimensions at once, combinations that training asked for and ones it never did:"
+    text += "\nRequests for two to four dimensions; training requested the seen combinations and no unseen one:"
     text += f"\n\n{_combinations(list(runs.values()))}"
-    text += "\nThe reward classifier, on fresh answers of the starter (`samples`) and on the adversarial file:"
+    text += "\nThe reward classifier, on new completions of the starter (`samples`) and on the adversarial file:"
     text += f"\n\n{_gates(runs)}"
-    return text + f"\nSeconds, each stage with the start of Python:\n\n{_seconds(runs)}"
+    return text + f"\nSeconds of each stage, including the start of Python:\n\n{_seconds(runs)}"
 
 
 def _against_wanted(runs: dict[str, Run], controls: dict[str, Run]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from cells import REFRESH, quickstart_key
 from common import circumstances_line, outdated, table
 
-KINDS = {"fresh": "topics of training, fresh answers", "held_out": "held-out topics"}
+KINDS = {"fresh": "topics of training, new completions", "held_out": "held-out topics"}
 
 
 def section(result: dict[str, Any]) -> str:
@@ -19,9 +19,10 @@ def section(result: dict[str, Any]) -> str:
 ## Refresh
 
 {circumstances_line(result)}
-{note}The classifier (seed {result["seed"]}) goes on with answers of its policy, labelled by the gold scorer. Gap: its
-probability of the requested level less the share of answers that have this level, on the same answers before and after;
-above 0 it rewards what is not there, below 0 it misses what is. In brackets: 95% interval over questions.
+{note}The classifier (seed {result["seed"]}) is trained further on completions of its policy, labelled by the gold
+scorer. Gap: its probability of the requested level minus the share of completions with this level, on the same
+completions before and after. Above 0 it overrates them, below 0 it underrates them. In brackets: 95% interval over
+questions.
 
 {table(["answers", "dimension", "gold", "proxy before", "after", "gap before", "gap after"], _gaps(before, after))}
 Accuracy, mean over dimensions, before and after: {_accuracies(before, after)}; on the adversarial file

@@ -22,7 +22,7 @@ def section(result: dict[str, Any]) -> str:
 {circumstances_line(result)}
 Bitwise comparison with the uninterrupted run of {result["steps"]} optimizer steps: every batch's loss, requests,
 tokens, advantages and the weights after it, in every process; and the last checkpoint with optimizer, schedule, running
-statistics, KL coefficient, sampler and rollout. Signals come at a random moment, checkpoints every second step, a step
-accumulates {result["batches_per_step"]} batches.
+statistics, KL coefficient, sampler and rollout. Signals arrive at random moments, checkpoints are written every second
+step, and a step accumulates {result["batches_per_step"]} batches.
 
 {table(["optimizer", *(f"{stop}, {count} proc." for stop, count in columns)], rows)}"""

@@ -23,8 +23,9 @@ def section(result: dict[str, Any]) -> str:
 `{result["command"]}` on {result["machine"]["processor"]}, {result["machine"]["cores"]} cores,
 {result["threads"]} threads, no GPU; torch {versions["torch"]}, transformers {versions["transformers"]},
 TRL {versions["trl"]}. Trainers take turns step by step on the same random weights, prompts, reward model, length limit,
-end tokens and KL coefficient, in float32; figures are medians. "Plain" is this project with every fast way of
-docs/speed.md switched off. TRL runs with the fastest of the settings that were tried.
+end tokens and KL coefficient, in float32; figures are medians. "Plain" is this project with the
+switches of sampling, forward passes and update in [speed](speed.md) set. TRL runs with the fastest of the settings
+listed below.
 
 """
     text += table(["size", "figure", "asked for", "measured"], [row for size in sizes for row in _figures(size, parts)])
@@ -32,7 +33,7 @@ docs/speed.md switched off. TRL runs with the fastest of the settings that were 
         tried = parts[f"{size}, TRL settings"]["s_per_step"]
         shown = ", ".join(f"{name} {_seconds(value)}" for name, value in tried.items())
         text += f"\nTRL's settings, {size}, s per step: {shown}.\n"
-    text += "\nWhere a step's seconds go:\n\n" + _phases(sizes, parts)
+    text += "\nSeconds of a step by phase:\n\n" + _phases(sizes, parts)
     text += "".join(_rollouts(size, parts[f"{size}, rollouts"]) for size in sizes if f"{size}, rollouts" in parts)
     text += "".join(_profile(size, parts[f"{size}, profile"]) for size in sizes if f"{size}, profile" in parts)
     for name, points in parts.items():
@@ -96,15 +97,15 @@ def _phases(sizes: list[str], parts: dict[str, Any]) -> str:
 def _rollouts(size: str, found: dict[str, Any]) -> str:
     ways = {"`generate`": found["generate_s"], **found["rollout_s_by_way"]}
     rows = [[name, f"{value:.3f}"] for name, value in ways.items()]
-    return f"\nA rollout alone, {size}: everything fast, and one thing at a time changed.\n\n" + table(["", "s"], rows)
+    return f"\nA rollout alone, {size}: as shipped, and with one option changed at a time.\n\n" + table(["", "s"], rows)
 
 
 def _profile(size: str, found: dict[str, Any]) -> str:
     rows = [[name, f"{own['share']:.1%}", str(own["calls"])] for name, own in found["operations"].items()]
     return (
-        f"\nWhat a step consists of, {size}. Its matrix products are {found['gflop']:.1f} GFLOP; at the rate of the "
-        f"fastest product found on this machine, {found['gflops_per_s']:.0f} GFLOP/s, they would take "
-        f"{found['floor_s']:.2f} s, the floor of a step that takes {found['step_s']:.2f} s.\n\n"
+        f"\nOperations of a step, {size}. Its matrix products are {found['gflop']:.1f} GFLOP. At the rate of the "
+        f"fastest product on this machine, {found['gflops_per_s']:.0f} GFLOP/s, they take {found['floor_s']:.2f} s, "
+        f"the lower bound of a step that takes {found['step_s']:.2f} s.\n\n"
         + table(["operation", "share of the time", "calls"], rows)
     )
 

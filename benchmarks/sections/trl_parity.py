@@ -19,8 +19,8 @@ def section(result: dict[str, Any]) -> str:
 
 {circumstances_line(result)}
 Largest absolute difference over {result["draws"]} random draws in double precision, wanted {result["wanted"]:.0e}.
-What is left comes from TRL's Bessel correction, which is in single precision. Our `normalize_then_sum` and TRL's
-differ by design (a softened, uncorrected deviation, and the root of the number of active dimensions), so it is not
-compared.
+The remaining difference comes from TRL's Bessel correction, which is in single precision. `normalize_then_sum` is not
+compared: it differs from TRL's by design (a softened, uncorrected deviation, and the root of the number of active
+dimensions).
 
 {table(["setting", *figures], rows)}"""

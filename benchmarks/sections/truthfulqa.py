@@ -18,8 +18,8 @@ def section(result: dict[str, Any]) -> str:
 ## Reward classifier on TruthfulQA's judge data
 
 {circumstances_line(result)}
-{rows["train"]} rows to train on, {rows["validation"]} to calibrate with, {rows["test"]} of 160 other questions to test.
-Means over seeds; in brackets what was asked for.
+{rows["train"]} training rows, {rows["validation"]} for calibration, {rows["test"]} of 160 other questions for the test.
+Means over seeds; targets are in brackets.
 
 {_quality(result)}
 {_intervals(result)}
@@ -61,7 +61,7 @@ def _intervals(result: dict[str, Any]) -> str:
     validation = ", ".join(f"{head} {chosen[head]['mean']:.3f}" for head in HEADS)
     seconds = [value for own in result["fit_seconds"].values() for value in own]
     return (
-        f"AUROC above TF-IDF with logistic regression (0.08 asked for): {', '.join(lead)}. Above the regression head, "
+        f"AUROC above TF-IDF with logistic regression (target 0.08): {', '.join(lead)}. Above the regression head, "
         f"95% interval over questions, paired: {shown}. On the validation questions: {validation}. "
         f"A fine-tuning took {min(seconds):.0f} to {max(seconds):.0f} s, {result['jobs']} at a time."
     )
@@ -71,7 +71,7 @@ def _speed(result: dict[str, Any]) -> str:
     frozen, added, speed = result["frozen"], result["added_head"], result["throughput"]
     rows = [
         ["frozen backbone, second run, whole fit, s", "< 20", met(frozen["seconds"], "<= 20")],
-        ["the same, the run that makes the cache, s", "reported", f"{frozen['seconds_with_cache_to_make']:.0f}"],
+        ["the same, first run, which writes the cache, s", "reported", f"{frozen['seconds_with_cache_to_make']:.0f}"],
         *(
             [f"frozen backbone, AUROC {head}", f">= {FROZEN[head]}", met(frozen["auroc"][head], f">= {FROZEN[head]}")]
             for head in HEADS

@@ -23,9 +23,9 @@ def section(result: dict[str, Any]) -> str:
 ## Results unchanged
 
 {circumstances_line(result)}
-{stale}Compared are {" and ".join(both)}: `make quickstart`, the test of its
-classifier, and {result["steps"]} steps of each policy optimizer. Reports, logged metrics, weights and texts must
-be the same to the last bit; measured times are left out.
+{stale}Comparison of {" and ".join(both)}: `make quickstart`, the test of its
+classifier, and {result["steps"]} steps of each policy optimizer. Reports, logged metrics, weights and texts must be
+bitwise equal; measured times are not compared.
 
 {table(["runs", "numbers compared", "texts compared", "different", "on one side only"], rows)}{_list(changed)}"""
 

