@@ -292,14 +292,14 @@ def test_any_checkpoint_replays_as_its_next_step(policy, preferences, tmp_path, 
     found = trainer(tmp_path, max_steps=3).replay(policy(), data(preferences), ckpt_path=tmp_path / "step=2.ckpt")
     assert found.record is None and found.loss == pytest.approx(module.trace[2]["loss"], rel=0, abs=0)
     assert "noted" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"no step after it, trainer.max_steps or max_epochs is reached"):
+    with pytest.raises(ValueError, match=r"no step after it, as trainer.max_steps or max_epochs is reached"):
         trainer(tmp_path, max_steps=3).replay(policy(), data(preferences), ckpt_path=tmp_path / "step=3.ckpt")
 
 
 def test_replay_says_what_it_needs(policy, preferences, tmp_path):
     with pytest.raises(ValueError, match="replay needs a file that a guard kept"):
         trainer(tmp_path).replay(policy(), data(preferences))
-    with pytest.raises(ValueError, match="replay takes one process"):
+    with pytest.raises(ValueError, match="replay runs in one process"):
         trainer(tmp_path, devices=2).replay(policy(), data(preferences), ckpt_path="some.ckpt")
     with pytest.raises(UsageError, match="a step of a PolicyTrainer, not of a BoringModel"):
         trainer(tmp_path).replay(BoringModel(), ckpt_path="some.ckpt")

@@ -1,6 +1,7 @@
 """Communication between the processes of a run, and sharded weights (PyTorch's FSDP2).
 
-Lightning's ``ModelParallelStrategy`` asks modules to shard their weights.
+Lightning's ``ModelParallelStrategy`` leaves the sharding to modules. Functions marked as collective must be called by
+every process.
 """
 
 from __future__ import annotations
@@ -25,32 +26,32 @@ if TYPE_CHECKING:
 
 
 def process_count() -> int:
-    """Number of processes that train together."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if several else 1
+    """Returns the number of processes of the run."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
 
 
 def process_rank() -> int:
-    """Number of this process, from 0."""
+    """Returns the rank of this process."""
     return torch.distributed.get_rank() if process_count() > 1 else 0
 
 
 def warn(message: str) -> None:
-    """Warns in the first process."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # takes seconds, so not with this package
+    """Warns on rank 0."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # a slow import
 
     rank_zero_warn(message, stacklevel=5)
 
 
 def inform(message: str) -> None:
-    """Logs a message in the first process."""
+    """Logs a message on rank 0."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
     rank_zero_info(message)
 
 
 def of_all_processes(values: Tensor) -> Tensor:
-    """The rows ``[N, ..]`` of all processes, in their order; every process must ask, with as many rows."""
+    """Concatenates rows ``[N, ..]`` of all processes in rank order. Collective, with equal shapes."""
     if process_count() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(process_count())]
@@ -59,7 +60,7 @@ def of_all_processes(values: Tensor) -> Tensor:
 
 
 def gathered(value: Any) -> list[Any]:
-    """The value of every process, in their order; every process must ask."""
+    """Returns the value of every process, in rank order. Collective."""
     count = process_count()
     if count == 1:
         return [value]
@@ -69,19 +70,22 @@ def gathered(value: Any) -> list[Any]:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in one of the processes; every process must ask."""
+    """Whether the flag is set in any process. Collective."""
     if process_count() == 1:
         return flag
-    found = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+    maximum = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(maximum, torch.distributed.ReduceOp.MAX)
+    return bool(maximum)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes (float32 or finer, no gradient); every process must ask, with its shape.
+    """Returns the mean of a tensor over all processes, without gradient, in float32 or finer. Collective.
 
     Gradients are averaged over processes. So a loss that is a sum divided by the mean count has the gradient of the
-    mean over the whole batch, though processes hold different numbers of tokens.
+    mean over the whole batch, also if processes hold different numbers of tokens.
+
+    Args:
+        values: Tensor of the same shape in every process.
     """
     mean = values.detach().to(at_least_float32(values.dtype), copy=True)
     count = process_count()
@@ -91,127 +95,127 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def averaged(metrics: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """Means over all processes of scalars to log; a process that lacks one does not count. Every process must ask."""
+    """Returns the mean of each scalar over the processes that have it. Collective."""
     if process_count() == 1:
         return dict(metrics)
-    found: dict[str, list[float]] = {}
-    for part in gathered({name: float(value) for name, value in metrics.items()}):
-        for name, value in part.items():
-            found.setdefault(name, []).append(value)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    values_by_name: dict[str, list[float]] = {}
+    for process_metrics in gathered({name: float(value) for name, value in metrics.items()}):
+        for name, value in process_metrics.items():
+            values_by_name.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in values_by_name.items()}
 
 
-def shared_count(counted: Tensor) -> Tensor:
-    """Mean over all processes of how many entries are true: what to divide a sum by, see :func:`mean_over_processes`.
+def shared_count(mask: Tensor) -> Tensor:
+    """Returns the mean number of true entries per process, the denominator of a loss sum. Collective.
 
-    It is below 1 where there are fewer than processes, and never 0: if there are none at all, one is counted.
+    See :func:`mean_over_processes`. At least one entry is counted in all processes together, so the mean is never 0.
 
     Args:
-        counted: Any shape, bool; every process must ask.
+        mask: Bool, any shape.
     """
-    return mean_over_processes(counted.sum()).clamp(min=1 / process_count())
+    return mean_over_processes(mask.sum()).clamp(min=1 / process_count())
 
 
 def shard_mesh(module: LightningModule) -> DeviceMesh | None:
-    """The processes that share a module's weights; None where its strategy leaves them whole.
+    """Returns the mesh of processes that share a module's weights; None if the strategy does not shard them.
 
     Raises:
-        UsageError: The strategy is to divide computations too.
+        UsageError: The strategy uses tensor parallelism.
     """
     if module.device_mesh is None:
         return None
-    divided = module.device_mesh["tensor_parallel"].size()
-    if divided > 1:
+    size = module.device_mesh["tensor_parallel"].size()
+    if size > 1:
         raise UsageError(
-            f"trainer.strategy.tensor_parallel_size is {divided}, but models are sharded over data-parallel processes "
+            f"trainer.strategy.tensor_parallel_size is {size}, but models are sharded over data-parallel processes "
             "only: set it to 1, and data_parallel_size to the number of all processes (configs/trainer/fsdp.yaml)"
         )
     return module.device_mesh["data_parallel"]
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, between_passes: bool = True) -> None:
-    """Puts a model's weights into shards, block by block.
+    """Shards a model's weights block by block, in place.
 
     Args:
-        model: The model; transformers' say which of their modules are blocks. It is changed in place.
-        mesh: The processes.
-        between_passes: Whether each block's weights are whole only while it computes. All processes must then make the
-            same number of passes. Otherwise :class:`StepShards` says when.
+        model: The model; a transformers model declares its blocks (``_no_split_modules``).
+        mesh: Processes that share the weights.
+        between_passes: Whether to reshard each block after its forward and backward pass. All processes must then make
+            the same number of passes. Otherwise :class:`StepShards` reshards.
 
     Raises:
-        UsageError: A transformer does not say which of its modules are blocks.
+        UsageError: A transformers model does not declare its blocks.
     """
-    kinds = block_kinds(model)
-    blocks = [module for module in model.modules() if type(module).__name__ in (kinds or ())]
-    if not blocks and kinds is not None:
+    block_classes = block_kinds(model)
+    blocks = [module for module in model.modules() if type(module).__name__ in (block_classes or ())]
+    if not blocks and block_classes is not None:
         raise UsageError(
             f"{type(model).__name__} does not name its blocks (_no_split_modules), so that its weights cannot be "
-            "sharded: take trainer.strategy ddp"
+            "sharded: set trainer.strategy to ddp"
         )
-    for part in (*blocks, model):
-        sharded: Any = fully_shard(part, mesh=mesh, reshard_after_forward=between_passes)
-        if mesh.device_type == "cpu":  # gloo has no mean, and torch 2.8 would take its sum for one
+    for module in (*blocks, model):
+        sharded: Any = fully_shard(module, mesh=mesh, reshard_after_forward=between_passes)
+        if mesh.device_type == "cpu":  # gloo has no mean; torch 2.8 would use the sum
             sharded.set_force_sum_reduction_for_comms(True)
     if not between_passes:
-        model.set_reshard_after_backward(False)  # type: ignore[operator]  # it is an FSDPModule now
+        model.set_reshard_after_backward(False)  # type: ignore[operator]  # an FSDPModule after fully_shard
 
 
 class StepShards:
-    """A model whose weights are whole in every process during a training step, and in shards between steps.
+    """Model whose weights are whole in every process during a training step, and sharded between steps.
 
-    So processes may make different numbers of passes: they sample answers of different lengths. Gradients are summed up
-    over processes, and cut into shards, once per block, after the backward pass of the last pass through it.
+    So processes can make different numbers of passes, since they sample completions of different lengths. Gradients are
+    reduced and sharded once per block, after the backward pass of the last pass through it.
 
     Args:
-        model: The model, which is changed in place.
-        mesh: The processes.
+        model: The model, changed in place.
+        mesh: Processes that share the weights.
     """
 
     def __init__(self, model: Any, mesh: DeviceMesh) -> None:
         shard(model, mesh, between_passes=False)
         self._model = model
         self._parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._rooted = len(self._parts) == 1
+        self._has_root = len(self._parts) == 1
         self.whole = False
 
     def gather(self) -> None:
-        """Makes the weights whole; nothing happens where they are. Every process must ask."""
-        if not self._rooted:
+        """Gathers the whole weights; does nothing if they are whole. Collective."""
+        if not self._has_root:
             self._make_root()
         for part in self._parts:
             part.unshard()
         self.whole = True
 
     def release(self) -> None:
-        """Gives up what belongs to other processes."""
+        """Frees the shards of other processes."""
         for part in self._parts:
             part.reshard()
         self.whole = False
 
     @torch.no_grad()
     def _make_root(self) -> None:
-        """Makes a pass through the whole model: FSDP takes the first module that makes one for the root of the rest.
+        """Runs the whole model once, since FSDP makes the first module that runs the root.
 
-        A pass through the backbone alone would make the backbone the root.
+        If the backbone ran first, it would become the root.
         """
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self._model.device), use_cache=False)
-        self._rooted = True
+        self._has_root = True
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model's weights are kept in shards."""
+    """Whether a model's weights are sharded."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def outline(model: Any) -> Any:
-    """A copy of a model that is not sharded yet, with the same configuration and without the numbers in its weights."""
-    tensors = {id(b): b.to("meta") for b in model.buffers()}
-    tensors |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-    return deepcopy(model, {**tensors, id(model.config): model.config})
+    """Returns a copy of an unsharded model with weights on the meta device; the configuration is shared."""
+    meta_tensors = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    meta_tensors |= {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, {**meta_tensors, id(model.config): model.config})
 
 
 def fill(outlined: Any, model: nn.Module) -> Any:
-    """Collects a sharded model's weights in the first process, in an outline of it. Every process must ask."""
+    """Loads the whole weights of a sharded model into its :func:`outline`, on rank 0. Collective."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=options)
     if process_rank() == 0:
@@ -220,5 +224,5 @@ def fill(outlined: Any, model: nn.Module) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor without other processes' part missing; where it is in shards, every process must ask."""
+    """Returns the whole of a tensor. Collective if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

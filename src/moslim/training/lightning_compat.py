@@ -1,8 +1,8 @@
 """Every use of a private or undocumented interface of Lightning, jsonargparse and W&B.
 
 A release of these libraries may change them without notice. Each function or class names the interface and the version
-that it was checked with; ``tests/training/test_lightning_compat.py`` names the interface that has changed. Those of
-transformers, peft and torch are in :mod:`moslim.ops.transformers_compat`.
+with which it was tested; ``tests/training/test_lightning_compat.py`` fails if one changes. Uses of transformers, peft
+and torch are in :mod:`moslim.ops.transformers_compat`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:
-    """Returns the Trainer of a module; None where it has none, for which ``module.trainer`` raises an error.
+    """Returns the Trainer of a module; None if it has none, where ``module.trainer`` would raise an error.
 
     Uses ``LightningModule._trainer`` (Lightning 2.6).
     """
@@ -41,45 +41,45 @@ def attached_trainer(module: LightningModule) -> Trainer | None:
 
 
 def finished_batches(trainer: Trainer) -> int:
-    """Number of the epoch's training batches whose update is done.
+    """Returns the number of the epoch's training batches that are processed, including their update.
 
-    Uses ``fit_loop.epoch_loop.batch_progress.current.processed`` (Lightning 2.6), which no page documents.
+    Uses ``fit_loop.epoch_loop.batch_progress.current.processed`` (Lightning 2.6, undocumented).
     """
     return int(_batches(trainer).processed)
 
 
 def started_batches(trainer: Trainer) -> int:
-    """Number of the epoch's training batches that were begun.
+    """Returns the number of the epoch's training batches that have started.
 
-    Uses ``fit_loop.epoch_loop.batch_progress.current.ready`` (Lightning 2.6), which no page documents.
+    Uses ``fit_loop.epoch_loop.batch_progress.current.ready`` (Lightning 2.6, undocumented).
     """
     return int(_batches(trainer).ready)
 
 
 def finished_epochs(trainer: Trainer) -> int:
-    """Number of epochs whose batches are done: the epoch that Lightning gives to samplers.
+    """Returns the number of epochs whose batches are processed: the epoch that Lightning passes to samplers.
 
-    ``trainer.current_epoch`` is behind it when the end of an epoch is restored. Uses
-    ``fit_loop.epoch_progress.current.processed`` (Lightning 2.6), which no page documents.
+    ``trainer.current_epoch`` is smaller by 1 if the end of an epoch is restored. Uses
+    ``fit_loop.epoch_progress.current.processed`` (Lightning 2.6, undocumented).
     """
     return int(_epochs(trainer).processed)
 
 
 def started_epochs(trainer: Trainer) -> int:
-    """Number of epochs that were begun, the current one included, even if its end is not recorded yet.
+    """Returns the number of epochs that have started, including the current one.
 
-    Uses ``fit_loop.epoch_progress.current.ready`` (Lightning 2.6), which no page documents.
+    Uses ``fit_loop.epoch_progress.current.ready`` (Lightning 2.6, undocumented).
     """
     return int(_epochs(trainer).ready)
 
 
 def close_finished_epoch(trainer: Trainer) -> None:
-    """Tells the fit loop of a resumed run that it does not continue an epoch whose batches are all done.
+    """Marks the last epoch of a resumed run as finished if all of its batches are processed.
 
-    With ``max_steps``, Lightning takes such an epoch for an unfinished one: it trains a batch too many or, with
-    validation, continues with the order of the epoch after the next.
+    With ``max_steps``, Lightning treats such an epoch as unfinished: it trains one batch too many or, with validation,
+    skips the order of one epoch.
 
-    Uses ``_Loop.restarting.fset`` (Lightning 2.6): the setter of ``_FitLoop`` would keep the value.
+    Uses ``_Loop.restarting.fset`` (Lightning 2.6), since the setter of ``_FitLoop`` ignores the value.
     """
     loop: Any = trainer.fit_loop
     if loop.restarting and started_epochs(trainer) == finished_epochs(trainer):
@@ -87,26 +87,26 @@ def close_finished_epoch(trainer: Trainer) -> None:
 
 
 def at_last_prediction(trainer: Trainer) -> bool:
-    """Whether ``predict`` is at its last batch.
+    """Whether the current batch of ``predict`` is the last.
 
-    Uses ``predict_loop.batch_progress.is_last_batch`` (Lightning 2.6), which no page documents.
+    Uses ``predict_loop.batch_progress.is_last_batch`` (Lightning 2.6, undocumented).
     """
     progress: Any = trainer.predict_loop.batch_progress
     return bool(progress.is_last_batch)
 
 
 def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Records an epoch that the run's last step cut short as one still running.
+    """Records an epoch that ``max_steps`` cut short as unfinished.
 
-    Lightning counts it as done, and a longer run resumed from there would start the next epoch. The last step itself
-    is recorded as not yet counted: of one that is counted, and was followed by a validation, a resumed run logs all
-    further steps a number too high.
+    Lightning records it as finished, so that a longer run that resumes would start the next epoch. The last step is
+    recorded as incomplete; otherwise a resumed run would log all later steps with a number too high by 1 if a
+    validation followed the step.
 
     Uses the entries of a checkpoint's ``loops`` (Lightning 2.6).
 
     Args:
-        trainer: The run's Trainer.
-        checkpoint: The checkpoint, changed in place; one that holds weights only is left as it is.
+        trainer: Trainer of the run.
+        checkpoint: The checkpoint, changed in place; unchanged if it holds weights only.
     """
     if "loops" not in checkpoint:
         return
@@ -122,10 +122,10 @@ def keep_epoch_open(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 class DeferredSigterm(_SignalConnector):
-    """Notes that SIGTERM came, and tells processes that this one started; the loops ask for it between batches.
+    """Signal connector that records SIGTERM and forwards it to child processes; loops check it between batches.
 
-    Lightning would broadcast from within the signal handler, possibly in the middle of another collective of the same
-    process, and the processes would wait for each other for ever.
+    Lightning broadcasts within the signal handler, which may interrupt another collective of the same process and
+    deadlock.
 
     Overrides ``_SignalConnector._sigterm_notifier_fn`` (Lightning 2.6).
     """
@@ -138,20 +138,20 @@ class DeferredSigterm(_SignalConnector):
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """Base of what loads and writes the checkpoints of a Trainer, to be put in by :func:`install_connectors`.
+    """Base of a Trainer's checkpoint connector, which reads and writes checkpoints; see :func:`install_connectors`.
 
-    Derives from ``_CheckpointConnector``, of which a subclass may override ``resume_start``, ``restore_model`` and
+    Derives from ``_CheckpointConnector``. A subclass can override ``resume_start``, ``restore_model`` and
     ``dump_checkpoint`` (Lightning 2.6).
     """
 
     @property
     def loading_path(self) -> str:
-        """Path of the checkpoint that is being loaded, from ``_CheckpointConnector._ckpt_path``."""
+        """Path of the checkpoint that is being loaded: ``_CheckpointConnector._ckpt_path``."""
         return str(self._ckpt_path)
 
 
 def install_connectors(trainer: Trainer, signals: DeferredSigterm, checkpoints: CheckpointConnector) -> None:
-    """Puts connectors in the place of a Trainer's own.
+    """Replaces the connectors of a Trainer.
 
     Sets ``Trainer._signal_connector`` and ``Trainer._checkpoint_connector`` (Lightning 2.6).
     """
@@ -160,22 +160,22 @@ def install_connectors(trainer: Trainer, signals: DeferredSigterm, checkpoints: 
 
 
 class OpenModelCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose decisions a subclass can override.
+    """ModelCheckpoint with overridable decisions.
 
     Uses ``_should_skip_saving_checkpoint``, ``_should_save_on_exception``, ``_last_global_step_saved`` and
     ``_last_checkpoint_saved`` of ModelCheckpoint (Lightning 2.6).
     """
 
     def skips(self, trainer: Trainer) -> bool:
-        """Whether a checkpoint that is due is not written."""
+        """Whether to skip a checkpoint that is due."""
         return super()._should_skip_saving_checkpoint(trainer)
 
     def saves_on_exception(self, trainer: Trainer) -> bool:
-        """Whether an exception makes a checkpoint."""
+        """Whether to write a checkpoint after an exception."""
         return super()._should_save_on_exception(trainer)
 
     def forget_older(self, trainer: Trainer) -> None:
-        """Lets ``on_train_end`` write ``last.ckpt`` anew unless the current step is the one saved last."""
+        """Makes ``on_train_end`` write ``last.ckpt`` again, unless the current step is saved."""
         if self._last_global_step_saved != trainer.global_step:
             self._last_checkpoint_saved = ""
 
@@ -187,7 +187,7 @@ class OpenModelCheckpoint(ModelCheckpoint):
 
 
 class OpenCLI(LightningCLI):
-    """A LightningCLI whose steps a subclass can override, and in which the command line beats a checkpoint.
+    """LightningCLI with overridable steps that ignores hyperparameters in checkpoints.
 
     Uses ``_get``, ``_dump_config``, ``_run_subcommand``, ``_prepare_subcommand_kwargs``, ``_instantiate_trainer``,
     ``_parse_ckpt_path``, ``_prepare_subcommand_parser`` and ``_subcommand_method_arguments`` of LightningCLI (Lightning
@@ -195,17 +195,17 @@ class OpenCLI(LightningCLI):
     """
 
     def may_run(self, subcommand: str) -> bool:
-        """Whether a subcommand gets a parser with all its options."""
+        """Whether to build the full parser of a subcommand."""
         return True
 
     def option(self, config: Any, key: str, default: Any = None) -> Any:
-        """Value of an option of the chosen command in ``self.config`` or ``self.config_init``."""
+        """Returns the value of an option of the chosen command in ``self.config`` or ``self.config_init``."""
         return self._get(config, key, default)
 
     def fill_config_dump(self) -> None:
-        """Sets ``self.config_dump``, from which ``_dump_config`` is done, to the whole config as plain data.
+        """Sets ``self.config_dump``, the result of ``_dump_config``, to the whole config as plain data.
 
-        Lightning would check the config anew, which takes as long as reading it.
+        Lightning would validate the config again, which takes as long as parsing it.
         """
         options: dict[str, Any] = {"skip_link_targets": False, "skip_none": False, "skip_validation": True}
         dump = yaml.safe_load(self.parser.dump(self.config, format="yaml", **options))
@@ -216,7 +216,7 @@ class OpenCLI(LightningCLI):
         super()._run_subcommand(subcommand)
 
     def subcommand_arguments(self, subcommand: str) -> dict[str, Any]:
-        """Arguments of the Trainer's method that is the command."""
+        """Returns the arguments of the Trainer's method that runs the command."""
         return super()._prepare_subcommand_kwargs(subcommand)
 
     def build_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -239,33 +239,33 @@ class OpenCLI(LightningCLI):
         return self.build_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning would put a checkpoint's hyper-parameters over the command line."""
+        """Does nothing, since Lightning would override the command line by the checkpoint's hyperparameters."""
 
 
 def option_names(parser: LightningArgumentParser) -> list[str]:
-    """All options of a parser as they are written, such as ``--trainer.max_steps``.
+    """Returns all options of a parser as written, such as ``--trainer.max_steps``.
 
-    Uses ``argparse.ArgumentParser._actions``, which jsonargparse 4.53 keeps.
+    Uses ``argparse.ArgumentParser._actions`` (jsonargparse 4.53).
     """
     return [option for action in parser._actions for option in action.option_strings]
 
 
-def set_option_type(parser: LightningArgumentParser, option: str, kinds: Any) -> None:
-    """Sets the type that the values of an option must have; a parser tries the members of a union in their order.
+def set_option_type(parser: LightningArgumentParser, option: str, option_type: Any) -> None:
+    """Sets the type of an option; the parser tries the members of a union in order.
 
     Sets ``_typehint`` of an entry of ``ArgumentParser._actions`` (jsonargparse 4.53).
 
     Args:
         parser: The parser.
         option: Name of the option, without the leading ``--``.
-        kinds: The type.
+        option_type: The type.
     """
     actions: dict[str, Any] = {action.dest: action for action in parser._actions}
-    actions[option]._typehint = kinds
+    actions[option]._typehint = option_type
 
 
 def set_wandb_run(logger: WandbLogger, run_id: str) -> None:
-    """Lets a W&B logger that has not started go on with a run; it always starts with ``resume="allow"``.
+    """Sets the run that a W&B logger resumes when it starts; it always starts with ``resume="allow"``.
 
     Sets ``WandbLogger._id`` and the entry ``id`` of ``WandbLogger._wandb_init`` (Lightning 2.6, W&B 0.31).
     """
@@ -281,13 +281,13 @@ def _epochs(trainer: Trainer) -> Any:
 
 
 def before_options(before: Callable[[Any, Any, Any, str], None]) -> None:
-    """Calls a function before an option of the command line is merged into what came before it.
+    """Registers a function to call before an option of the command line is merged into the config.
 
     Replaces ``__call__`` of ``_typehints.ActionTypeHint`` and ``_actions._ActionConfigLoad`` (jsonargparse 4.52, 4.53),
-    once in a process.
+    once per process.
 
     Args:
-        before: Takes the parser, the config so far, the value and the option as it is written.
+        before: Function of the parser, the config so far, the value and the option as written.
     """
     for action in (_typehints.ActionTypeHint, _actions._ActionConfigLoad):
         apply = action.__call__
@@ -295,7 +295,7 @@ def before_options(before: Callable[[Any, Any, Any, str], None]) -> None:
             continue
 
         def call(self: Any, *args: Any, _apply: Any = apply, **kwargs: Any) -> Any:
-            if len(args) == 4:  # no arguments: jsonargparse makes an action of it
+            if len(args) == 4:  # jsonargparse creates an action by a call without arguments
                 before(*args)
             return _apply(self, *args, **kwargs)
 
