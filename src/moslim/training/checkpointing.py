@@ -1,6 +1,6 @@
 """Writing, reading and finding checkpoints.
 
-Files are written beside their place and moved; errors name the file. Modules save trained weights, plain
+Errors name the file. Modules save trained weights, plain
 hyper-parameters and a fingerprint of frozen weights.
 """
 
@@ -39,14 +39,14 @@ from moslim.utils.errors import MissingFileError, UsageError
 
 
 class DirectIO(TorchCheckpointIO):
-    """Writes a checkpoint straight to the given file, and to the disk.
+    """Checkpoint IO that writes directly to the given file and syncs it to disk.
 
-    Lightning's own makes a copy in memory and another in the system's temporary folder, where a kill leaves it. The
-    Trainer gives a name beside the checkpoint's, and moves the file when it is complete.
+    Lightning's makes a copy in memory and another in the system's temporary folder, where a kill leaves it.
+    :class:`~moslim.training.MoslimTrainer` passes a temporary name and renames the complete file.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes a file; what is remote, Lightning writes."""
+        """Writes a local file; remote paths are left to Lightning."""
         if is_remote(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -58,18 +58,18 @@ class DirectIO(TorchCheckpointIO):
 
 
 class CheckedConnector(CheckpointConnector):
-    """Checks a file before it is loaded, and writes into each which run it belongs to."""
+    """Checkpoint connector that checks files before loading, and records the run in each checkpoint."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
         self._started = time.time()
 
     def resume_start(self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None) -> None:
-        """Loads a checkpoint.
+        """Checks and loads a checkpoint.
 
         Raises:
-            MissingFileError: There is none.
-            UsageError: It is not whole, or something else.
+            MissingFileError: The checkpoint does not exist.
+            UsageError: It is damaged, or no checkpoint.
         """
         if not checkpoint_path:
             super().resume_start(checkpoint_path, weights_only)
@@ -79,16 +79,16 @@ class CheckedConnector(CheckpointConnector):
             super().resume_start(checkpoint_path, weights_only)
 
     def restore_model(self) -> None:
-        """Gives the weights to the model.
+        """Loads the weights into the model.
 
         Raises:
-            UsageError: They have no place in it.
+            UsageError: Their names or shapes differ from those of the model.
         """
         with fitting(self.loading_path):
             super().restore_model()
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
-        """Adds to Lightning's checkpoint the run that writes it."""
+        """Returns Lightning's checkpoint with an entry about the run that writes it."""
         versions = [logger.version for logger in self.trainer.loggers if isinstance(logger, CSVLogger)]
         version = versions[0] if versions and isinstance(versions[0], int) else None
         return {**super().dump_checkpoint(weights_only), RUN: {"version": version, "started": self._started}}
@@ -99,16 +99,16 @@ _SAMPLE = 4096
 
 
 def keep_plain_hparams(module: LightningModule) -> None:
-    """Drops objects from saved hyper-parameters; a checkpoint that holds them does not load with ``weights_only``.
+    """Removes objects from saved hyperparameters, since ``weights_only`` loading refuses them.
 
-    Call it after ``save_hyperparameters()``. Under the command line they are plain already.
+    Call it after ``save_hyperparameters()``. From the command line, hyperparameters are plain data.
     """
     for name in [name for name, value in module.hparams.items() if not _plain(value)]:
         del module.hparams[name]
 
 
 def drop_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Takes frozen parameters out of a checkpoint and leaves a fingerprint of them there."""
+    """Replaces the frozen parameters in a checkpoint by their fingerprint."""
     frozen = _frozen(module)
     if frozen:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
@@ -116,10 +116,10 @@ def drop_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_frozen(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Puts the module's own frozen parameters into a checkpoint, which then loads strictly.
+    """Adds the module's frozen parameters to a checkpoint, so that it loads strictly.
 
     Raises:
-        UsageError: They are not those that the checkpoint was trained with.
+        UsageError: Their fingerprint differs from that in the checkpoint.
     """
     frozen = _frozen(module)
     if checkpoint.get(_KEY, fingerprint(frozen)) != fingerprint(frozen):
@@ -146,7 +146,7 @@ def plain_options(part: object) -> dict[str, Any]:
 def fingerprint(tensors: dict[str, Tensor]) -> str:
     """Hash of names, shapes and evenly spaced values, at bfloat16, so that a change of precision goes unnoticed.
 
-    Where tensors are in shards, every process must ask.
+    Collective if tensors are sharded.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

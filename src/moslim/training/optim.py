@@ -24,14 +24,14 @@ from moslim.utils.errors import UsageError
 
 @runtime_checkable
 class StepLoader(Protocol):
-    """A loader that knows the rows of batches which are still to come."""
+    """Loader that knows the rows of future batches."""
 
     def together(self, numbers: range) -> Any:
-        """One batch of all rows that this process has in those batches of the current epoch."""
+        """Returns all rows of this process in the given batches of the current epoch, as one batch."""
 
 
 class StepCounts:
-    """Denominators that make an optimizer step the mean over all that its batches hold, in all processes.
+    """Denominators that make the loss of an optimizer step the mean over all its batches in all processes.
 
     Lightning divides the losses of a step by ``accumulate_grad_batches``, also in the last window of an epoch, which
     may have fewer batches, and takes the mean over processes. A batch's loss is therefore its sum, divided by what one
@@ -42,7 +42,7 @@ class StepCounts:
         self._counts: Tensor | None = None
 
     def __call__(self, trainer: Trainer, batch: Any, batch_idx: int, count: Callable[[Any], Tensor]) -> Tensor:
-        """Returns what to divide the sums of a batch by, in the shape of the counts. Every process must ask.
+        """Returns the denominators of the sums of a batch, in the shape of the counts. Collective.
 
         Args:
             trainer: The run's Trainer.
@@ -71,17 +71,17 @@ class StepCounts:
 
 
 def step_batches(trainer: Trainer, batch_idx: int) -> range:
-    """Numbers of the epoch's batches whose gradients make one optimizer step, ``batch_idx`` among them."""
+    """Returns the indices of the batches that are accumulated to one optimizer step with ``batch_idx``."""
     several = trainer.accumulate_grad_batches
     first = batch_idx - batch_idx % several
     return range(first, int(min(first + several, trainer.num_training_batches)))
 
 
 def check_accumulation(trainer: Trainer) -> None:
-    """Refuses a run whose first or last optimizer step of an epoch would learn from a part of its batches.
+    """Refuses gradient accumulation in which an optimizer step would use only some of its batches.
 
     Raises:
-        UsageError: It would.
+        UsageError: The run resumes within an accumulation, or DeepSpeed would accumulate over two epochs.
     """
     several = trainer.accumulate_grad_batches
     done = finished_batches(trainer)
@@ -122,7 +122,7 @@ class FollowsRun(Protocol):
 
 
 class WarmupDecay(LRScheduler):
-    """Linear warm-up, then a fall to the end of the run, whose length it learns from the Trainer.
+    """Linear warm-up, then decay until the end of the run, whose length the Trainer provides.
 
     Args:
         optimizer: The optimizer.
@@ -149,11 +149,11 @@ class WarmupDecay(LRScheduler):
         self._run_length = run_length
 
     def get_lr(self) -> list[float | Any]:
-        """Rates of the current step, a function of its number alone."""
+        """Returns the rates of the current step, a function of its number alone."""
         return [base * self._factor(self.last_epoch) for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the run's length: a resumed run may be a longer one."""
+        """Returns the state without the length of the run, since a resumed run may be longer."""
         return {key: value for key, value in super().state_dict().items() if key != "_run_length"}
 
     def _factor(self, step: int) -> float:
@@ -170,12 +170,12 @@ class WarmupDecay(LRScheduler):
 
 @dataclass
 class RateGroup:
-    """Parameters that are trained at a rate of their own.
+    """Parameters with their own learning rate.
 
     Args:
         parameters: The parameters.
-        lr: Their rate; None = ``least``, or that of all others where it is higher.
-        least: The least rate that is taken where none is given.
+        lr: Their rate; None = the larger of ``least`` and the rate of the other parameters.
+        least: Minimum of the rate if ``lr`` is None.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -191,9 +191,9 @@ def configure(
     default_lr: float = 1e-5,
     apart: RateGroup | None = None,
 ) -> OptimizerConfig | OptimizerLRSchedulerConfig:
-    """Returns what ``configure_optimizers`` should: an optimizer, and a schedule that moves every step.
+    """Returns the result of ``configure_optimizers``: an optimizer, and a schedule that steps with it.
 
-    A ``ReduceLROnPlateau`` moves after each validation instead, by :class:`PlateauSteps`.
+    A ``ReduceLROnPlateau`` steps after each validation instead, see :class:`PlateauSteps`.
 
     Args:
         module: The module; its Trainer knows how long the run is.
@@ -236,7 +236,7 @@ def configure(
 
 
 def check_precision(module: LightningModule) -> None:
-    """Refuses to train weights that are held in too few bits for the steps that an optimizer makes.
+    """Refuses to train weights whose precision is too low for the steps of an optimizer.
 
     A bfloat16 number has 8 significant bits: a step of less than about 1/512 of a weight is rounded away. In five steps
     of AdamW at 1e-6, 445 of a small policy's 28,576 weights changed in bfloat16, 27,288 in float32. In float16,
@@ -273,7 +273,7 @@ def check_precision(module: LightningModule) -> None:
 
 
 def nonfinite_weights(parameters: Sequence[tuple[str, Tensor]]) -> str | None:
-    """Finds NaN and infinity in named weights; of a sharded one, this process's part is looked at."""
+    """Returns a message on the first weight (or local shard) with NaN or infinity; None if all are finite."""
     for name, weight in parameters:
         local = weight.to_local() if hasattr(weight, "to_local") else weight
         if not bool(torch.isfinite(local).all()):
@@ -282,13 +282,13 @@ def nonfinite_weights(parameters: Sequence[tuple[str, Tensor]]) -> str | None:
 
 
 class FiniteWeights(Callback):
-    """Refuses to end a run with weights that are not finite, before they are exported or replace ``last.ckpt``."""
+    """Raises an error at the end of a run with nonfinite weights, before they are exported or replace ``last.ckpt``."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at all trained weights; a callback that sees to numbers that are not finite has its own rule.
+        """Checks all trained weights, unless another callback handles nonfinite values (``sees_nonfinite``).
 
         Raises:
-            UsageError: One is not finite.
+            UsageError: A weight is not finite.
         """
         if any(getattr(callback, "sees_nonfinite", False) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             return
@@ -302,18 +302,18 @@ class FiniteWeights(Callback):
 
 
 class PlateauSteps(Callback):
-    """Moves a ``ReduceLROnPlateau`` after each validation or, in a run without any, at the end of each epoch.
+    """Steps a ``ReduceLROnPlateau`` after each validation or, in a run without validation, after each epoch.
 
-    Lightning would move it at the end of epochs only, and not at all in a run that is shorter than one.
+    Lightning would step it at the end of epochs only, and not at all in a run that is shorter than one epoch.
     """
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before a checkpoint is written, which then holds the state of the schedule."""
+        """Steps the schedule before a checkpoint is written, which then contains its state."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._move(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See the class."""
+        """Steps the schedule in a run without validation."""
         if not sum(trainer.num_val_batches):
             self._move(trainer)
 

@@ -173,7 +173,7 @@ def _rename_files(folder: Path, part: str, old: list[str], new: list[str]) -> No
 
 
 def _parse_journal(content: Any) -> tuple[str, list[str], list[str]]:
-    """Temporary folder, old and new files of a journal; refuses names outside of the folder."""
+    """Returns temporary folder, old and new files of a journal; refuses names outside of the folder."""
     part, old, new = content["part"], content["old"], content["new"]
     for name in (part, *old, *new):
         if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
@@ -233,9 +233,8 @@ def _write_checksums(folder: Path) -> None:
 def _read_checksums(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        files = (
-            content["files"] if isinstance(content, dict) and "files" in content else {}
-        )  # otherwise a file of another tool
+        is_ours = isinstance(content, dict) and "files" in content  # another tool may use the same file name
+        files = content["files"] if is_ours else {}
         for name in files:
             if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{name!r} is no file of the folder")
@@ -257,8 +256,8 @@ def _difference(file: Path, expected: Mapping[str, int]) -> str | None:
 
 
 def _crc32(file: Path) -> int:
-    state = file.stat()
-    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)  # unchanged by renames
+    status = file.stat()
+    key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)  # unchanged by renames
     if key not in _crc32_cache:
         checksum = 0
         with file.open("rb") as content:
