@@ -42,7 +42,7 @@ def rollouts(world: World, folder: Path, repeats: int) -> dict[str, Any]:
     chosen = [prompts[Draw(0, row)] for row in range(world.prompts)]
     ids, mask = pad([renderer.ids(p.question, p.preference) for p in chosen], tokenizer.pad_token_id, left=True)
     ends = eos_ids(model, tokenizer)
-    halves = Decoding(answers=world.prompts * world.samples // 2)
+    halves = Decoding(completions=world.prompts * world.samples // 2)
 
     def by(engine: TorchEngine) -> Callable[[int], object]:
         def sample(number: int) -> None:

@@ -103,7 +103,7 @@ class Recorded(PolicyTrainer):
 def train(url: str, kind: str, updates: int, temperature: float = 1.0) -> tuple[Recorded, dict[str, Any]]:
     """Trains a policy; returns it with the figures."""
     print(f"{kind}, temperature {temperature:g}", flush=True)
-    engine = ["--model.engine.urls", f"[{url}]", "--model.engine.parity_answers", ALL]
+    engine = ["--model.engine.urls", f"[{url}]", "--model.engine.parity_completions", ALL]
     sizes = ["--trainer.max_steps", str(updates + 1), "--model.engine.temperature", str(temperature)]
     sizes += ["--model.minibatches", "1"]
     where = ["--model", "vllm_parity.Recorded", "--trainer.default_root_dir", f"runs/{kind} {temperature:g}"]

@@ -22,9 +22,9 @@ WAYS = {
     "equal answers apart": Decoding(merge=False),
     "transformers' cache": Decoding(cache="dynamic"),
     "finished answers stay apart": Decoding(merge=False, drop_finished=False),
-    "in turns": Decoding(answers=7),
+    "in turns": Decoding(completions=7),
     "without inference mode": Decoding(inference_mode=False),
-    "one prompt at a time": Decoding(answers=1),
+    "one prompt at a time": Decoding(completions=1),
 }
 
 
@@ -104,7 +104,7 @@ def test_answers_cut_by_top_p_know_both_log_probabilities(models, prompts):
     ("options", "message"),
     [
         ({"cache": "big"}, "cache is 'big'"),
-        ({"answers": 0}, "answers is 0"),
+        ({"completions": 0}, "completions is 0"),
     ],
 )
 def test_wrong_options(options, message):

@@ -277,7 +277,7 @@ def test_processes_share_the_servers():
         own_servers(list("ab"), 3, 0, adapted=False)
 
 
-@pytest.mark.parametrize("arguments", [{"urls": []}, {"urls": ["localhost:8000"]}, {"parity_answers": 0}])
+@pytest.mark.parametrize("arguments", [{"urls": []}, {"urls": ["localhost:8000"]}, {"parity_completions": 0}])
 def test_arguments_are_checked(arguments):
     with pytest.raises(ValueError, match=f"engine.{next(iter(arguments))}"):
         VLLMEngine(**arguments)

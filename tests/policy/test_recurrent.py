@@ -81,7 +81,7 @@ def one_by_one(model, ids, mask, answers):
 WAYS = {
     "fast": Decoding(),
     "dynamic": Decoding(cache="dynamic", drop_finished=False, merge=False),
-    "apart": Decoding(share_prompts=False, answers=4),
+    "apart": Decoding(share_prompts=False, completions=4),
 }
 
 

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from moslim.data import chat_templates
-from moslim.data.sanitizing import ForbiddenText, Neutraliser
+from moslim.data.sanitizing import ForbiddenText, TextSanitizer
 from moslim.data.types import Message, Question
 from moslim.utils.errors import UsageError
 
@@ -207,7 +207,7 @@ class ChatEncoder:
         control = Control.of(tokenizer)
         self._forbidden = control.ids
         self._normalise = normaliser(tokenizer)
-        self._neutraliser = Neutraliser([*control.patterns, *instruction], self._normalise)
+        self._sanitizer = TextSanitizer([*control.patterns, *instruction], self._normalise)
         self._frame = frame
         self._system_role: bool | None = None
         self._written: dict[tuple[str, ...], list[int]] = {}
@@ -216,7 +216,7 @@ class ChatEncoder:
 
     def clean(self, text: str) -> str:
         """Returns a text without forbidden patterns."""
-        return self._neutraliser.text(text)
+        return self._sanitizer.text(text)
 
     def question(self, question: Question) -> Question:
         """Applies :meth:`clean` to a question, or to the content of each of its messages."""

@@ -16,7 +16,7 @@ _EDGE, _LINE = "\0", "\1"
 """Symbols for the edge of a word and the start of a line."""
 
 _REMEMBERED = 100_000
-"""Most cached steps of a :class:`Neutraliser`."""
+"""Most cached steps of a :class:`TextSanitizer`."""
 
 _UNSEEN = "\ufffd\u115f\u1160\u3164\uffa0"
 """Invisible letters: the replacement character and the Hangul fillers."""
@@ -76,7 +76,7 @@ def skeleton(text: str) -> str:
     return text.translate(_SKELETON)
 
 
-class Neutraliser:
+class TextSanitizer:
     """Removes patterns in any spelling from a text, until none is left.
 
     The text is read character by character in several views at once (:class:`_View`), so that a pattern is found

@@ -159,8 +159,8 @@ class Decoding:
         draw: ``inverse_cdf`` takes one random number per token, which depends on the completion's seed alone.
             ``multinomial`` is :func:`torch.multinomial`: its draws repeat only if the whole batch does. None =
             ``inverse_cdf``, but ``multinomial`` on CUDA, where cumulative sums are not reproducible.
-        answers: Maximal number of completions that are sampled at once, those of one prompt together. More are sampled
-            in turns, sorted by the length of the prompt. None = no limit.
+        completions: Maximal number of completions that are sampled at once, those of one prompt together. More are
+            sampled in turns, sorted by the length of the prompt. None = no limit.
         inference_mode: Sample in torch's inference mode, where operations cost less. Models with their own code
             (``trust_remote_code``) are sampled under :func:`torch.no_grad`: they may keep tensors for training.
 
@@ -174,7 +174,7 @@ class Decoding:
     cache: CacheKind = "growing"
     pack_head: bool = True
     draw: DrawMethod | None = None
-    answers: int | None = None
+    completions: int | None = None
     inference_mode: bool = True
 
     def __post_init__(self) -> None:
@@ -182,8 +182,10 @@ class Decoding:
             raise UsageError(f"engine.decoding.cache is '{self.cache}': give one of {', '.join(get_args(CacheKind))}")
         if self.draw not in (None, *get_args(DrawMethod)):
             raise UsageError(f"engine.decoding.draw is '{self.draw}': give one of {', '.join(get_args(DrawMethod))}")
-        if self.answers is not None and self.answers < 1:
-            raise UsageError(f"engine.decoding.answers is {self.answers}: give 1 or more, or null for all at once")
+        if self.completions is not None and self.completions < 1:
+            raise UsageError(
+                f"engine.decoding.completions is {self.completions}: give 1 or more, or null for all at once"
+            )
 
     def without_gradients(self, model: Any) -> AbstractContextManager[None]:
         """Returns the context that disables gradients: inference mode, or ``no_grad`` for a model with its own code."""

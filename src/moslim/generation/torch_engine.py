@@ -118,7 +118,7 @@ class TorchEngine(RolloutEngine):
         eos = torch.tensor(eos_ids, device=device)
         lengths = attention_mask.sum(dim=1)
         order = lengths.argsort(stable=True)
-        limit = self.decoding.answers
+        limit = self.decoding.completions
         prompts_at_once = len(order) if limit is None else max(1, limit // num_generations)
         everything = prompts_at_once >= len(order)
         parts = (torch.arange(len(order), device=device),) if everything else order.split(prompts_at_once)

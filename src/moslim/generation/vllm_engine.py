@@ -69,7 +69,7 @@ class VLLMEngine(RolloutEngine):
         server_folder: Path of that folder on the servers' hosts; None = the same.
         api_key_env: Name of the environment variable that holds the servers' API key.
         tolerance: Largest accepted difference of two log-probabilities. The default suits float32; bfloat16 needs more.
-        parity_answers: Number of completions per server and call that are compared.
+        parity_completions: Number of completions per server and call that are compared.
         timeout: Seconds that a request may take, from the connection to the last byte of the response.
         patience: Seconds to wait for a server that becomes unavailable; a restarted server gets the weights again.
 
@@ -88,21 +88,21 @@ class VLLMEngine(RolloutEngine):
         server_folder: str | None = None,
         api_key_env: str = "VLLM_API_KEY",
         tolerance: float = 1e-3,
-        parity_answers: int = 4,
+        parity_completions: int = 4,
         timeout: float = 600.0,
         patience: float = 300.0,
     ) -> None:
         super().__init__(max_new_tokens, temperature)
         if urls == []:
             raise UsageError("engine.urls is empty: give at least one server's address")
-        if parity_answers < 1:
-            raise UsageError(f"engine.parity_answers is {parity_answers}: give at least 1")
+        if parity_completions < 1:
+            raise UsageError(f"engine.parity_completions is {parity_completions}: give at least 1")
         addresses = urls or ["http://127.0.0.1:8000"]
         clients = [Client(url, api_key_env, timeout, patience) for url in addresses]
         self.servers = [VLLMServer(client, server_folder) for client in clients]
         self._weights = WeightFolder(folder)
         self.tolerance = tolerance
-        self.parity_answers = parity_answers
+        self.parity_completions = parity_completions
         self.difference = 0.0
         """Largest difference of log-probabilities in the last call."""
 
@@ -137,7 +137,7 @@ class VLLMEngine(RolloutEngine):
         completions = _padded(ordered, eos_ids, pad_id, input_ids.device)
         self.difference = 0.0
         for server, (start, end) in zip(servers, pairwise(bounds), strict=True):
-            indices = evenly_spaced((end - start) * num_generations, self.parity_answers)
+            indices = evenly_spaced((end - start) * num_generations, self.parity_completions)
             rows = torch.tensor([start * num_generations + index for index in indices], dtype=torch.long)
             difference = logprob_difference(model, input_ids, attention_mask, completions, rows, self.temperature)
             if not difference <= self.tolerance:  # also true for NaN

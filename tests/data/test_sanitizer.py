@@ -6,15 +6,15 @@ import unicodedata
 
 import pytest
 
-from moslim.data.sanitizing import ForbiddenText, Neutraliser, fold
+from moslim.data.sanitizing import ForbiddenText, TextSanitizer, fold
 from tests.helpers.code_points import SOME
 
 FORBIDDEN = ["<|end|>", "<|user|>"]
 TAG = ForbiddenText("[[heat: very warm]]", "heat: very warm", "form")
 
 
-def neutraliser(*strings: str) -> Neutraliser:
-    return Neutraliser([*map(ForbiddenText, strings), TAG])
+def sanitizer(*strings: str) -> TextSanitizer:
+    return TextSanitizer([*map(ForbiddenText, strings), TAG])
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def neutraliser(*strings: str) -> Neutraliser:
     ],
 )
 def test_strings_are_taken_out_however_they_are_written(text, expected):
-    assert neutraliser(*FORBIDDEN).text(text) == expected
+    assert sanitizer(*FORBIDDEN).text(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_strings_are_taken_out_however_they_are_written(text, expected):
     ],
 )
 def test_other_brackets_stay(text):
-    assert neutraliser(*FORBIDDEN).text(text) == text
+    assert sanitizer(*FORBIDDEN).text(text) == text
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_other_brackets_stay(text):
     ],
 )
 def test_what_reads_as_an_instruction_loses_its_brackets(text):
-    left = neutraliser(*FORBIDDEN).text(f"a{text}b")
+    left = sanitizer(*FORBIDDEN).text(f"a{text}b")
     assert "[[heat: very warm]]" not in fold(left).replace(" ", "").replace("verywarm", "very warm")
     assert left in ("aheat: very warmb", "a[[heat: heat: very warmb")
 
 
 def test_forms_are_whole_words_and_lines_begin_with_theirs():
-    found = Neutraliser(
+    found = TextSanitizer(
         [
             ForbiddenText("note to self:", match="form"),
             ForbiddenText("User:", match="line"),
@@ -87,22 +87,22 @@ def test_forms_are_whole_words_and_lines_begin_with_theirs():
 
 def test_composed_characters():
     """A string with marks is found composed and decomposed, and never in words without them."""
-    accented = neutraliser("<é>")
+    accented = sanitizer("<é>")
     decomposed = unicodedata.normalize("NFD", "x <é> y")
     assert decomposed != "x <é> y"
     assert accented.text(decomposed) == accented.text("x <é> y") == "x  y"
     assert accented.text(unicodedata.normalize("NFD", "<<é>é>")) == ""
     assert accented.text("<e> y") == "<e> y"
-    assert neutraliser("Note").text("a Note\u0301 b") == "a \u0301 b"
+    assert sanitizer("Note").text("a Note\u0301 b") == "a \u0301 b"
 
 
 def test_case_folding_that_changes_the_length():
-    assert neutraliser("<STRASSE>").text("a <straße> b") == "a  b"
-    assert neutraliser("…]").text("wait...] and …] end") == "wait and  end"
+    assert sanitizer("<STRASSE>").text("a <straße> b") == "a  b"
+    assert sanitizer("…]").text("wait...] and …] end") == "wait and  end"
 
 
 def test_nothing_is_forbidden():
-    assert Neutraliser(map(ForbiddenText, [" ", ""])).text("a [[ b") == "a [[ b"
+    assert TextSanitizer(map(ForbiddenText, [" ", ""])).text("a [[ b") == "a [[ b"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_nothing_is_forbidden():
 )
 def test_the_time_is_linear(text, left):
     start = time.perf_counter()
-    result = neutraliser(*FORBIDDEN).text(text)
+    result = sanitizer(*FORBIDDEN).text(text)
     assert time.perf_counter() - start < 2.0  # quadratic: minutes
     assert left is None or len(result) == left
 
@@ -130,7 +130,7 @@ def test_code_points_around_a_string(string):
     middle = len(string) // 2
     parts = [f"{c}{string}\uffff{string}{c}\uffff{string[:middle]}{c}{string[middle:]}\uffff" for c in SOME]
     assert len(parts) > 25_000
-    left = neutraliser(string).text("".join(parts))
+    left = sanitizer(string).text("".join(parts))
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
         normal = unicodedata.normalize(form, left)
         assert string not in normal and fold(string) not in fold(normal)
