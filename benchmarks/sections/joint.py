@@ -25,7 +25,8 @@ def section(result: dict[str, Any]) -> str:
     return f"""
 ## Several levels at once
 
-{circumstances_line(result)} Each run used one thread.
+{circumstances_line(result)} Each run used one
+thread, two at a time and beside other work, so the seconds compare the policies only.
 
 Held-out questions of the fold that the quickstart reports on, judged by the gold scorer, 4 completions per request at
 temperature 1; means over seeds. Seen: combinations of two to four levels that training may ask for; unseen: those that
