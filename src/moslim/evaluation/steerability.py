@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moslim.evaluation.classifier_records import RESAMPLES, bootstrap_interval, rank_correlation
-from moslim.evaluation.joint_control import joint_control
+from moslim.evaluation.joint_control import JointRequests, joint_control
 from moslim.evaluation.judges import JudgeInfo
 from moslim.preferences import INACTIVE, PreferenceSet
 from moslim.utils.errors import UsageError
@@ -367,11 +367,9 @@ def _joint_measures(records: Records) -> Result | None:
     """Share of completions that meet all requested levels, and the mean absolute error averaged over dimensions."""
     if not len(records):
         return None
-    active = records.targets != INACTIVE
-    error = (records.achieved.double() - records.targets).abs().where(active, torch.nan)
-    fully_judged = (active & ~error.isnan()).sum(dim=1) == active.sum(dim=1)
-    all_exact = ((error < 0.5) | ~active).all(dim=1)[fully_judged]
-    return {"joint_exact": all_exact.double().mean(), "mae": error.nanmean(dim=0).nanmean(), "n_answers": len(records)}
+    error = (records.achieved.double() - records.targets).abs().where(records.targets != INACTIVE, torch.nan)
+    all_met = JointRequests.of(records).all_met
+    return {"joint_exact": all_met.double().mean(), "mae": error.nanmean(dim=0).nanmean(), "n_answers": len(records)}
 
 
 def _reward(before: Result, after: Result, grids: dict[str, list[SweepGrid]], names: tuple[str, ...]) -> Result:

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from moslim.data.prompts import PromptRenderer, pad, pad_id
 from moslim.data.samplers import PreferenceSampler
 from moslim.data.types import Source
-from moslim.ops.chunked_linear import Predictor
 from moslim.ops.length_bucketing import CompletionBatch
-from moslim.ops.logprobs import ForwardConfig, plan
+from moslim.ops.logprobs import ForwardConfig, completion_logprobs
 from moslim.ops.numerics import derive_seed
 from moslim.policy.generation import Purpose
 from moslim.policy.policy_models import PolicyModels
@@ -196,14 +195,10 @@ def hindsight_loss(
     tokens = mean_over_processes(torch.stack(counts).sum()) / loss_scale
     if not tokens > 0:
         return None
+    relabelled = minibatch.hindsight_mask.any(dim=1)
     batch = CompletionBatch(
-        torch.cat([minibatch.hindsight_ids, minibatch.tokens], dim=1),
-        torch.cat([minibatch.hindsight_mask, minibatch.mask.to(minibatch.hindsight_mask.dtype)], dim=1),
-        minibatch.mask,
+        torch.cat([minibatch.hindsight_ids, minibatch.tokens], dim=1)[relabelled],
+        torch.cat([minibatch.hindsight_mask, minibatch.mask.to(minibatch.hindsight_mask.dtype)], dim=1)[relabelled],
+        minibatch.mask[relabelled],
     )
-    predictor = Predictor(models.policy, forward_config.chunked_logprobs)
-    total = torch.zeros((), dtype=predictor.dtype, device=minibatch.mask.device)
-    for forward_pass in plan(models.policy, batch, forward_config, minibatch.hindsight_mask.any(dim=1).nonzero()[:, 0]):
-        statistics = predictor.statistics(forward_pass.states(predictor), forward_pass.tokens, temperature)
-        total = total - forward_pass.spread(statistics.logprobs).sum()
-    return total / tokens
+    return -completion_logprobs(models.policy, batch, temperature, forward_config).sum() / tokens

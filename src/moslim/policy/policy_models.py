@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moslim.algorithms.functional import CriticOptions, HiddenStateReader, ValueHead
+from moslim.ops.chunked_linear import Predictor
 from moslim.ops.length_bucketing import CompletionBatch
 from moslim.ops.loading import freeze_unread, hidden_width, transformer_part, unwrapped
-from moslim.ops.logprobs import ForwardConfig, completion_logprobs, plan
+from moslim.ops.logprobs import CompletionPass, ForwardConfig, completion_logprobs, plan
 from moslim.ops.lora import LoraOptions, add_adapter, add_lora, attach_adapter, base_weights
 from moslim.ops.models import checkpoint_activations
 from moslim.ops.numerics import at_least_float32
@@ -183,6 +184,15 @@ class PolicyModels:
         """``[N, T]`` log-probabilities under the reference; see :func:`completion_logprobs` for the arguments."""
         with self.reference() as reference:
             return completion_logprobs(reference, batch, temperature, forward_config)
+
+    @torch.no_grad()
+    def reference_states(
+        self, passes: Sequence[CompletionPass], forward_config: ForwardConfig
+    ) -> list[tuple[Predictor, Tensor]]:
+        """States of the reference for all passes, computed together since each switch of the active role takes time."""
+        with self.reference() as reference:
+            predictor = Predictor(reference, forward_config.chunked_logprobs)
+            return [(predictor, forward_pass.states(predictor)) for forward_pass in passes]
 
     def values(self, batch: CompletionBatch, forward_config: ForwardConfig, among: Tensor | None = None) -> Tensor:
         """Values of the critic by separate forward passes; see :func:`~moslim.ops.logprobs.plan` for the arguments.

@@ -412,6 +412,7 @@ class PolicyTrainer(PolicyEvaluation):
             "default_kl_coef": self.default_kl_coef,
             "missing_eos_penalty": self.missing_eos_penalty,
             "hindsight": None if hindsight is None else asdict(hindsight),
+            "rehearsal": None if self.rehearsal is None else self.rehearsal.settings(),
             "num_generations": self.num_generations,
             "eval_num_generations": self.eval_num_generations,
             "temperature": self.engine.temperature,

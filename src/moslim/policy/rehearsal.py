@@ -52,6 +52,10 @@ class Rehearsal:
                 "null for none"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """Options by which results are compared."""
+        return {"source": type(self.source).__name__, "kl_coef": self.kl_coef, "batch_size": self.batch_size}
+
 
 class RehearsalTexts:
     """Batches of encoded texts.
@@ -119,9 +123,7 @@ def rehearsal_kl(
     """
     predictor = Predictor(models.policy, forward_config.chunked_logprobs)
     passes = plan(models.policy, batch, forward_config)
-    with torch.no_grad(), models.reference() as reference:
-        ref_predictor = Predictor(reference, forward_config.chunked_logprobs)
-        ref_states = [(ref_predictor, forward_pass.states(ref_predictor)) for forward_pass in passes]
+    ref_states = models.reference_states(passes, forward_config)
     total = torch.zeros((), dtype=predictor.dtype, device=batch.mask.device)
     for forward_pass, ref_state in zip(passes, ref_states, strict=True):
         statistics = predictor.statistics(

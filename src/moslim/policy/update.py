@@ -16,7 +16,7 @@ from moslim.algorithms.base import LossInputs, PolicyOptimizer
 from moslim.algorithms.functional import k1, k3
 from moslim.generation.base import RolloutEngine
 from moslim.ops.chunked_linear import Predictor
-from moslim.ops.logprobs import CompletionPass, ForwardConfig, plan
+from moslim.ops.logprobs import ForwardConfig, plan
 from moslim.ops.numerics import full_precision
 from moslim.policy.generation import rounded_anew
 from moslim.policy.hindsight import Hindsight, hindsight_loss
@@ -247,7 +247,7 @@ def policy_outputs(
     kl_sum = logprobs.new_zeros(())
     for group, needs_kl in ((needed & ~uninstructed, False), (uninstructed, True)):
         passes = plan(models.policy, minibatch.batch, forward_config, group.nonzero()[:, 0])
-        ref_states = _reference_states(models, passes, forward_config) if needs_kl else [None] * len(passes)
+        ref_states = models.reference_states(passes, forward_config) if needs_kl else [None] * len(passes)
         for forward_pass, ref_state in zip(passes, ref_states, strict=True):
             states = forward_pass.states(predictor)
             statistics = predictor.statistics(states, forward_pass.tokens, temperature, entropy, ref_state)
@@ -280,15 +280,6 @@ def mean_default_kl(total: Tensor | None, together: Sequence[Rollout], loss_scal
     uninstructed_mask = torch.cat([part.mask[part.uninstructed] for part in together])
     tokens = mean_over_processes(uninstructed_mask.sum()) / loss_scale
     return total / tokens if tokens > 0 else None
-
-
-def _reference_states(
-    models: PolicyModels, passes: Sequence[CompletionPass], forward_config: ForwardConfig
-) -> list[tuple[Predictor, Tensor]]:
-    """States of the reference for all passes, computed together since each switch of the active role takes time."""
-    with torch.no_grad(), models.reference() as reference:
-        predictor = Predictor(reference, forward_config.chunked_logprobs)
-        return [(predictor, forward_pass.states(predictor)) for forward_pass in passes]
 
 
 def progress_metrics(rollout: Rollout) -> dict[str, Tensor]:

@@ -90,9 +90,9 @@ class Workbench(Source):
             raise UsageError(f"source.fold is {fold}: give 0 to {FOLDS - 1}")
         if raters < 0 or rater_noise < 0:
             raise UsageError(f"source.raters is {raters} and source.rater_noise {rater_noise}: neither can be negative")
-        self.fold = fold
         if not 0 <= echo_share <= 1:
             raise UsageError(f"source.echo_share is {echo_share}: give a number from 0 to 1")
+        self.fold = fold
         self.corpus_rows = corpus_rows
         self.echo_share = echo_share
         self.reward_rows = reward_rows
