@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,15 @@ def save_classifier(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def enter_user_folder(
+    folder: Path, patch: pytest.MonkeyPatch, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Changes into a folder with the models of the guides, ``start`` and ``outputs/mine/classifier``."""
+    patch.chdir(folder)
+    patch.setattr(sys, "path", sys.path.copy())
+    patch.setattr(sys, "argv", ["main.py"])
+    model.save_pretrained("start")
+    tokenizer.save_pretrained("start")
+    save_classifier(Path("outputs/mine/classifier"), tokenizer, seed=0)

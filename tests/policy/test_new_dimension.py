@@ -3,7 +3,6 @@
 import csv
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moslim.cli import run
 from moslim.reward.scorer import Scorer
 from moslim.workbench.grammar import TOPICS, ask
-from tests.helpers.policy_models import save_classifier
+from tests.helpers.policy_models import enter_user_folder
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +28,7 @@ def test_a_dimension_from_a_csv_file_reaches_the_policy(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    models["llama"].save_pretrained("start")
-    tokenizer.save_pretrained("start")
-    save_classifier(Path("outputs/mine/classifier"), tokenizer, seed=0)
+    enter_user_folder(tmp_path, monkeypatch, models["llama"], tokenizer)
     old = Scorer("outputs/mine/classifier").preferences.names
     with open("ratings.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

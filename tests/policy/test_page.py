@@ -21,7 +21,7 @@ from moslim.policy.policy_export import FILE, _instruction, policy_card, write_d
 from moslim.preferences import Preference, PreferenceSet
 from moslim.utils.errors import MissingFileError, UsageError
 from moslim.workbench.grammar import TOPICS, ask
-from tests.helpers.policy_models import save_classifier
+from tests.helpers.policy_models import enter_user_folder
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +36,7 @@ def folder(
     """Where all commands of the page have run, with a tiny model for a few steps."""
     folder = tmp_path_factory.mktemp("policy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "path", sys.path.copy())
-        patch.setattr(sys, "argv", ["main.py"])
-        models["llama"].save_pretrained("start")
-        tokenizer.save_pretrained("start")
-        save_classifier(Path("outputs/mine/classifier"), tokenizer, seed=0)
+        enter_user_folder(folder, patch, models["llama"], tokenizer)
         questions = [{"question": ask(topic, 0)} for topic in TOPICS[:48]]
         Path("questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
         (request,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
