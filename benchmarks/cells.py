@@ -5,9 +5,11 @@ Every seed has a starter and a classifier of its own, made once by the quickstar
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -177,6 +179,40 @@ class Cell:
         blocks = [read(layer).get(part, {}) for layer in self.layers]
         found = [block.get("init_args", block).get(name) for block in blocks]
         return next((value for value in reversed(found) if value is not None), default)
+
+
+def run_arms(
+    description: str | None, every: Sequence[str], purpose: str, fold: int, rollouts: int | None = None
+) -> tuple[Path, dict[str, list[Cell]]]:
+    """Reads the options of a benchmark over arms and seeds, and runs the cells that have no result yet.
+
+    Args:
+        description: Text of ``--help``.
+        every: All arms.
+        purpose: Name of the result, and of the folder that the cells are kept in.
+        fold: Which third of the topics is held out.
+        rollouts: See :class:`Cell`.
+
+    Returns:
+        The file for the result, and the cells of every arm, seed by seed.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=every, choices=every, metavar="ARM", help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one thread")
+    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="no cell is begun after these")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{purpose}.json")
+    args = parser.parse_args()
+    cells = {arm: [Cell(arm, World(seed, fold), purpose, rollouts) for seed in args.seeds] for arm in every}
+    by_seed = zip(*(cells[arm] for arm in args.arms), strict=True)
+    finish([cell for row in by_seed for cell in row], args.jobs, args.limit_minutes)
+    return args.out, cells
+
+
+def failures(cells: dict[str, list[Cell]]) -> dict[str, str]:
+    """Reasons of the cells that a guard or a gate stopped, by arm and seed."""
+    stopped = [cell for of_arm in cells.values() for cell in of_arm if "failed" in (cell.kept or {})]
+    return {f"{cell.arm}, seed {cell.world.seed}": cell.kept["failed"] for cell in stopped}
 
 
 def read(config: str) -> dict[str, Any]:

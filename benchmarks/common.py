@@ -120,9 +120,18 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+OUTDATED = "\n**The configs have changed since: these are figures of earlier ones.**\n\n"
+
+
 def outdated(key: str, now: str) -> str:
     """A sentence for a result that was measured with other configs than those of today; empty for one that was not."""
-    return "" if key == now else "\n**The configs have changed since: these are figures of earlier ones.**\n\n"
+    return "" if key == now else OUTDATED
+
+
+def default_shift(run: dict[str, Any]) -> float:
+    """Largest change of a level without an instruction, in levels."""
+    default = run["default_quality"]
+    return max(abs(after - default["before"][name]) for name, after in default["after"].items())
 
 
 def table(header: Row, rows: list[Row]) -> str:

@@ -11,35 +11,22 @@ Last result: benchmarks/results/joint.json, shown in docs/benchmarks.md.
 
 from __future__ import annotations
 
-import argparse
-import math
-from pathlib import Path
 from typing import Any
 
-from cells import DEFAULT, Cell, World, arms, finish
-from common import RESULTS, circumstances, write
+from cells import DEFAULT, arms, failures, run_arms
+from common import circumstances, write
 
 FOLD = 0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [DEFAULT, *arms()["joint"]]
-    parser.add_argument("--arms", nargs="+", default=every, choices=every, metavar="ARM", help="default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="no run is begun after these")
-    parser.add_argument("--out", type=Path, default=RESULTS / "joint.json")
-    args = parser.parse_args()
-    cells = {arm: [Cell(arm, World(seed, FOLD), "joint") for seed in args.seeds] for arm in every}
-    by_seed = zip(*(cells[arm] for arm in args.arms), strict=True)
-    finish([cell for row in by_seed for cell in row], args.jobs, args.limit_minutes)
-
+    out, cells = run_arms(__doc__, [DEFAULT, *arms()["joint"]], "joint", FOLD)
     runs: dict[str, dict[str, Any]] = {}
-    for arm in every:
-        results = {str(cell.world.seed): cell.kept for cell in cells[arm]}
+    for arm, of_arm in cells.items():
+        results = {str(cell.world.seed): cell.kept for cell in of_arm}
         runs[arm] = {seed: result for seed, result in results.items() if result and "failed" not in result}
-    write(args.out, {**circumstances(), "runs": {arm: by_seed for arm, by_seed in runs.items() if by_seed}})
+    finished = {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+    write(out, {**circumstances(), "runs": finished, "failed": failures(cells)})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,18 @@ def ablation(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("sections.ablation")
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_page_has_no_figures_of_earlier_configs(changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    common, report = importlib.import_module("common"), importlib.import_module("report")
+    section = f"\n## Some title\n\n`some command`\n{common.outdated('a', 'b' if changed else 'a')}| 0.5 |\n"
+    shown = report.current(section, "some")
+    if changed:
+        assert "## Some title" in shown and "`python benchmarks/some.py`" in shown and "0.5" not in shown
+    else:
+        assert shown == section
+
+
 def every(cells: ModuleType, seed: int = 0, fold: int = 0, rollouts: int | None = None) -> list:
     names = [cells.DEFAULT, *(arm for arms in cells.arms().values() for arm in arms)]
     return [cells.Cell(arm, cells.World(seed, fold), "some", rollouts) for arm in names]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
-from common import circumstances_line, table
+from cells import Cell, World
+from common import circumstances_line, default_shift, outdated, table
+from joint import FOLD
 
 COUNT_HEADER = ["requested", "seen: all exact", "unseen: all exact"]
 DIMENSION_HEADER = ["dimension", "seen: exact", "unseen: exact", "single requests", "classifier agrees"]
@@ -21,12 +23,19 @@ def section(result: dict[str, Any]) -> str:
         *("cross-talk", "shift", "training, s"),
     ]
     rows = [[arm.split("/")[-1], ", ".join(by_seed), *figures(list(by_seed.values()))] for arm, by_seed in runs.items()]
+    notes = (
+        outdated(run["key"], Cell(arm, World(int(seed), FOLD), "joint").key)
+        for arm, by_seed in runs.items()
+        for seed, run in by_seed.items()
+    )
+    failed = "".join(f"\n`{cell}` did not come to its end: {why}\n" for cell, why in result.get("failed", {}).items())
     best = max(runs, key=lambda arm: mean(joint_exact(run, "unseen") for run in runs[arm].values()))
     return f"""
 ## Several levels at once
 
-{circumstances_line(result)} Each run used one
-thread, two at a time and beside other work, so the seconds compare the policies only.
+{circumstances_line(result)}
+{max(notes, default="")}Each run used one thread, two at a time and beside
+other work, so the seconds compare the policies only.
 
 Held-out questions of the fold that the quickstart reports on, judged by the gold scorer, 4 completions per request at
 temperature 1; means over seeds. Seen: combinations of two to four levels that training may ask for; unseen: those that
@@ -39,7 +48,7 @@ largest change of a level where nothing is asked for. The policies differ by the
 Where `{best.split("/")[-1]}` fails, means over its seeds:
 
 {table(COUNT_HEADER, by_count(runs[best]))}
-{table(DIMENSION_HEADER, by_dimension(runs[best]))}"""
+{table(DIMENSION_HEADER, by_dimension(runs[best]))}{failed}"""
 
 
 def joint_exact(run: dict[str, Any], kind: str) -> float:
@@ -54,7 +63,7 @@ def figures(runs: list[dict[str, Any]]) -> list[str]:
         *([run["combinations"][kind]["mae"] for run in runs] for kind in ("seen", "unseen")),
         *([run["mean"][name] for run in runs] for name in ("spearman", "exact")),
         [cross_talk(run) for run in runs],
-        [shift(run["default_quality"]) for run in runs],
+        [default_shift(run) for run in runs],
     ]
     return [*(f"{mean(of_seeds):.3f}" for of_seeds in values), f"{mean(run['seconds'] for run in runs):.0f}"]
 
@@ -68,11 +77,6 @@ def cross_talk(run: dict[str, Any]) -> float:
         for name, slope in zip(names, row, strict=True)
         if name != requested and {name, requested} != FORCED
     )
-
-
-def shift(default: dict[str, dict[str, float]]) -> float:
-    """Largest change of a level without an instruction."""
-    return max(abs(after - default["before"][name]) for name, after in default["after"].items())
 
 
 def by_count(runs: dict[str, dict[str, Any]]) -> list[list[str]]:

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from cells import SCRAMBLED, quickstart_key
-from common import circumstances_line, met, outdated, table
+from common import circumstances_line, default_shift, met, outdated, table
 
 Run = dict[str, Any]
 
@@ -28,8 +28,7 @@ WANTED = {
 
 def figures(run: Run) -> dict[str, float]:
     """The figures of one quickstart that the first table compares with what was asked for."""
-    default, seconds = run["default_quality"], run["seconds"]
-    shifts = [abs(after - default["before"][name]) for name, after in default["after"].items()]
+    seconds = run["seconds"]
     return {
         "whole quickstart, s": seconds["total"],
         "policy stage (fit), s": seconds["policy fit"],
@@ -39,7 +38,7 @@ def figures(run: Run) -> dict[str, float]:
         "within one": run["mean"]["within_one"],
         "MAE / MAE of the starting policy": run["mean"]["mae"] / run["base"]["mean"]["mae"],
         "p_target minus gold exact rate": run["reward"]["gap"]["after"],
-        "largest shift of a default level": max(shifts),
+        "largest shift of a default level": default_shift(run),
         "starting policy's Spearman": run["base"]["mean"]["spearman"],
     }
 
